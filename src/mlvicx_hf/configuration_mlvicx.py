@@ -1,0 +1,108 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of the MLVICX models.
+
+This file travels to the Hub beside the model, so it imports nothing from the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class MLVICXConfig(PreTrainedConfig):
+    """Architecture and loss of MLVICX (arXiv 2403.11504); the defaults are the README's table of differences.
+
+    Args:
+        backbone: name of a timm model whose `features_only` form is a `FeatureListNet`, such as resnet18.
+        num_channels: channels of `pixel_values`; 1 for radiographs, 3 for converted colour weights.
+        image_size: nominal side of the input in pixels, which the image processor takes over.
+        use_context: refine every level by a context bottleneck (Eqs. 1 and 2) before the next layer sees it.
+        context_reduction: None for the one shared 1×1 convolution of Eq. 1; a number for the two-layer form
+            C → C/reduction → C of the authors' code.
+        aggregation_levels: levels that enter the multi-level embedding; None for all.
+        aggregation_size: side of the common grid on which the levels meet.
+        aggregation_channels: channels of the compound representation u.
+        aggregation_resize: side to which the maps are interpolated before pooling, as the authors do with 64; None
+            pools them directly.
+        expander_dims: widths of the linear layers of both expanders.
+        expander_final_norm: batch normalisation after the last layer of the expanders too, as the authors' code has.
+        invariance_weight: α of Eqs. 3 and 4.
+        variance_weight: β.
+        covariance_weight: γ.
+        global_weight: weight of L_G in Eq. 5; with 0 the global expander is not built.
+        multi_level_weight: λ, the weight of L_L in Eq. 5; with 0 aggregation and multi-level expander are not built.
+        variance_target: Λ of Eq. 7.
+        variance_epsilon: ε of Eq. 7, under the root.
+        invariance_reduction: "mean" over batch and dimensions, or "sum" over the dimensions as Eq. 6.
+        positive_weights: weight of the positives of each label in the multi-label loss; None for 1.
+
+    Raises:
+        ValueError: a value outside its range, named with what was expected.
+    """
+
+    model_type = "mlvicx"
+
+    backbone: str = "resnet18"
+    num_channels: int = 1
+    image_size: int = 224
+    use_context: bool = True
+    context_reduction: int | None = None
+    aggregation_levels: list[int] | tuple[int, ...] | None = None
+    aggregation_size: int = 4
+    aggregation_channels: int = 512
+    aggregation_resize: int | None = None
+    expander_dims: list[int] | tuple[int, ...] = (2048, 2048, 2048)
+    expander_final_norm: bool = False
+    invariance_weight: float | int = 25.0
+    variance_weight: float | int = 25.0
+    covariance_weight: float | int = 1.0
+    global_weight: float | int = 1.0
+    multi_level_weight: float | int = 1.0
+    variance_target: float | int = 1.0
+    variance_epsilon: float | int = 1e-4
+    invariance_reduction: str = "mean"
+    positive_weights: list[float] | tuple[float, ...] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what depends on other fields; `problem_type` is never left for transformers to guess."""
+        if self.problem_type is None:
+            self.problem_type = "multi_label_classification"
+        for name in ("aggregation_levels", "expander_dims", "positive_weights"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else list(value))
+        super().__post_init__(**kwargs)
+
+    def validate_ranges(self) -> None:
+        """Check every number and choice; called by the `strict` decorator."""
+        for name in ("num_channels", "image_size", "aggregation_size", "aggregation_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} found; expected 1 or more")
+        for name in ("context_reduction", "aggregation_resize"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} found; expected None, or 1 or more")
+        if not self.expander_dims or min(self.expander_dims) < 1:
+            raise ValueError(f"expander_dims={self.expander_dims} found; expected at least one positive width")
+        if self.aggregation_levels is not None and not self.aggregation_levels:
+            raise ValueError("aggregation_levels=[] found; expected None for all levels, or at least one level")
+        weights = ("invariance_weight", "variance_weight", "covariance_weight", "global_weight", "multi_level_weight")
+        for name in weights:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} found; expected 0 or more")
+        if self.global_weight == 0 and self.multi_level_weight == 0:
+            raise ValueError("global_weight=0 and multi_level_weight=0 found; expected at least one above 0")
+        if self.variance_epsilon <= 0:
+            raise ValueError(f"variance_epsilon={self.variance_epsilon} found; expected a positive number")
+        if self.invariance_reduction not in ("mean", "sum"):
+            raise ValueError(f"invariance_reduction={self.invariance_reduction!r} found; expected 'mean' or 'sum'")
+        if self.problem_type == "regression":
+            raise ValueError(
+                "problem_type='regression' found; expected 'multi_label_classification' or 'single_label_classification'"
+            )
+
+
+__all__ = ["MLVICXConfig"]

@@ -1,0 +1,437 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""MLVICX models: context bottlenecks on a timm backbone, multi-level aggregation, expanders, heads (arXiv 2403.11504).
+
+This file travels to the Hub, so it imports nothing from the package but its flat neighbours, relatively.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.models import FeatureListNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutputWithNoAttention
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_mlvicx import MLVICXConfig
+from .loss_mlvicx import LossTerms, gather_batch, variance_covariance_loss
+
+
+class ContextBottleneck(nn.Module):
+    """Refine one level's map by a channel gate, then a spatial gate (Eqs. 1 and 2).
+
+    Args:
+        channels: channels of the map.
+        reduction: None for the one shared 1×1 convolution of Eq. 1; a number for C → C/reduction → C with ReLU.
+    """
+
+    def __init__(self, channels: int, reduction: int | None = None) -> None:
+        super().__init__()
+        self.channel: nn.Module
+        if reduction is None:
+            self.channel = nn.Conv2d(channels, channels, 1, bias=False)
+        else:
+            hidden = max(1, channels // reduction)
+            self.channel = nn.Sequential(
+                nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=False)
+            )
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, H, W]."""
+        average, maximum = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)  # [B, C, 1, 1]
+        x = x * torch.sigmoid(self.channel(average) + self.channel(maximum))
+        planes = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # [B, 2, H, W]
+        return x * torch.sigmoid(self.spatial(planes))
+
+
+class MultiLevelAggregator(nn.Module):
+    """Blend refined maps of every level into the compound representation u (section III-A of the paper).
+
+    Pooling comes before the projection: a 1×1 convolution commutes with averaging, so this equals the authors'
+    order of operations at a fraction of the work. One convolution over the concatenation equals one per level, summed.
+
+    Args:
+        config: the aggregation fields.
+        channels: channels of every level.
+
+    Raises:
+        ValueError: a level that the backbone does not have.
+    """
+
+    def __init__(self, config: MLVICXConfig, channels: list[int]) -> None:
+        super().__init__()
+        self.levels = list(range(len(channels))) if config.aggregation_levels is None else config.aggregation_levels
+        unknown = [level for level in self.levels if not 0 <= level < len(channels)]
+        if unknown:
+            raise ValueError(
+                f"aggregation_levels={self.levels} found; backbone {config.backbone!r} has levels 0 to {len(channels) - 1}"
+            )
+        self.size = config.aggregation_size
+        self.resize = config.aggregation_resize
+        # No bias: the batch normalisation behind the first expander layer would cancel it.
+        self.projection = nn.Conv2d(sum(channels[i] for i in self.levels), config.aggregation_channels, 1, bias=False)
+
+    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """Maps [B, C_p, H_p, W_p] of all levels to u, [B, aggregation_channels, size, size]."""
+        return self.projection(torch.cat([self._pool(maps[level]) for level in self.levels], 1))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.resize is not None:
+            x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", align_corners=False)
+        return F.adaptive_avg_pool2d(x, self.size)
+
+
+class Expander(nn.Sequential):
+    """MLP that lifts a representation to the embedding in which the loss is taken (g and h of section III-B).
+
+    Linear layers with batch normalisation and ReLU between them. No bias where a normalisation or the loss itself
+    would cancel it.
+
+    Args:
+        in_features: width of the representation.
+        dims: widths of the linear layers.
+        final_norm: batch normalisation after the last layer too.
+    """
+
+    def __init__(self, in_features: int, dims: list[int], final_norm: bool) -> None:
+        layers: list[nn.Module] = []
+        for i, width in enumerate(dims):
+            last = i == len(dims) - 1
+            layers.append(nn.Linear(in_features, width, bias=False))
+            if not last or final_norm:
+                layers.append(nn.BatchNorm1d(width))
+            if not last:
+                layers.append(nn.ReLU(inplace=True))
+            in_features = width
+        super().__init__(*layers)
+
+
+def create_backbone(config: MLVICXConfig) -> FeatureListNet:
+    """The timm backbone of a configuration, with random weights.
+
+    Raises:
+        ValueError: an unknown name, or a model whose features timm does not give as an NCHW `FeatureListNet`.
+    """
+    works = "resnet18, resnet34, resnet50, densenet121 or regnety_008"
+    if not timm.is_model(config.backbone):
+        similar = ", ".join(timm.list_models(f"*{config.backbone[:6]}*")[:5]) or works
+        raise ValueError(f"backbone={config.backbone!r} found; expected a timm model such as {similar}")
+    try:
+        backbone = timm.create_model(config.backbone, features_only=True, in_chans=config.num_channels)
+    except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
+        raise ValueError(f"backbone={config.backbone!r} has no features_only form; {works} work") from error
+    if type(backbone) is not FeatureListNet or str(backbone.output_fmt.value) != "NCHW":
+        form = f"{type(backbone).__name__} ({backbone.output_fmt.value})"
+        raise ValueError(f"backbone={config.backbone!r} gives {form}; expected FeatureListNet (NCHW), as {works} do")
+    return backbone
+
+
+class MLVICXPreTrainedModel(PreTrainedModel):
+    """What the MLVICX models share: configuration, initialisation, freezing."""
+
+    config_class = MLVICXConfig
+    base_model_prefix = "mlvicx"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # A pretraining checkpoint also holds expanders and aggregation, a classifier its head: not wanted elsewhere.
+    _keys_to_ignore_on_load_unexpected = [r"^(aggregator|global_expander|multi_level_expander|classifier)\."]  # noqa: RUF012
+
+    _backbone_frozen = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Torch's own initialisation for what is ours; a backbone built with values keeps timm's (see MLVICXModel)."""
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
+            super()._init_weights(module)
+
+    def freeze_backbone(self) -> None:
+        """Keep the backbone as it is: no gradients, and batch normalisation in evaluation mode whatever `train()` says."""
+        self._backbone_frozen = True
+        self.base_model.requires_grad_(False)
+        self.base_model.train(False)
+
+    def train(self, mode: bool = True) -> MLVICXPreTrainedModel:
+        """As `nn.Module.train`, except that a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if mode and self._backbone_frozen:
+            self.base_model.train(False)
+        return self
+
+
+class MLVICXModel(MLVICXPreTrainedModel):
+    """The encoder f: a timm backbone whose every level is refined by a context bottleneck.
+
+    Args:
+        config: see `MLVICXConfig`.
+    """
+
+    def __init__(self, config: MLVICXConfig) -> None:
+        super().__init__(config)
+        self.backbone = create_backbone(config)
+        self.channels: list[int] = self.backbone.feature_info.channels()
+        self.context = nn.ModuleList(
+            ContextBottleneck(c, config.context_reduction) if config.use_context else nn.Identity()
+            for c in self.channels
+        )
+        for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
+            if not tensor.is_meta:  # from_pretrained builds on the meta device and fills what a checkpoint lacks
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.post_init()
+
+    def refined_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The refined map of every level, finest first, each [B, C_p, H_p, W_p].
+
+        Raises:
+            ValueError: input that is not [B, num_channels, H, W].
+        """
+        expected = self.config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != expected:
+            found = tuple(pixel_values.shape)
+            count = f"{found[1]} channels" if pixel_values.ndim == 4 else f"{pixel_values.ndim} dimensions"
+            raise ValueError(
+                f"pixel_values of shape {found} with {count} found; expected [B, {expected}, H, W] "
+                f"with {expected} channel(s), as num_channels={expected} says"
+            )
+        maps: list[Tensor] = []
+        x = pixel_values
+        for name, layer in self.backbone.items():
+            x = layer(x)
+            if name in self.backbone.return_layers:
+                x = self.context[len(maps)](x)
+                maps.append(x)
+        return tuple(maps)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[Any, ...]:
+        """Encode a batch of images.
+
+        Args:
+            pixel_values: [B, num_channels, H, W], from `MLVICXImageProcessor`.
+            output_hidden_states: also return the refined maps of all levels.
+            return_dict: a named output (the default) or a plain tuple.
+
+        Returns:
+            `last_hidden_state` [B, C, h, w], `pooler_output` [B, C], `hidden_states` (refined maps, finest first).
+
+        Raises:
+            ValueError: input with another number of channels than the configuration's.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        maps = self.refined_maps(pixel_values)
+        output = BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=maps[-1],
+            pooler_output=maps[-1].mean((2, 3)),
+            hidden_states=maps if output_hidden_states else None,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+@dataclass
+class MLVICXForPreTrainingOutput(ModelOutput):
+    """Output of `MLVICXForPreTraining`; a branch whose weight is 0 gives None.
+
+    Args:
+        loss: global_weight · L_G + λ · L_L (Eq. 5).
+        global_loss: L_G (Eq. 3).
+        multi_level_loss: L_L (Eq. 4).
+        global_invariance: unweighted term of L_G, likewise the five that follow.
+        global_variance: mean over the views.
+        global_covariance: sum over the views.
+        multi_level_invariance: unweighted term of L_L.
+        multi_level_variance: mean over the views.
+        multi_level_covariance: sum over the views.
+        global_embeddings: z and z', [B, r] each, of this process's samples.
+        multi_level_embeddings: m and m', [B, r] each.
+    """
+
+    loss: Tensor | None = None
+    global_loss: Tensor | None = None
+    multi_level_loss: Tensor | None = None
+    global_invariance: Tensor | None = None
+    global_variance: Tensor | None = None
+    global_covariance: Tensor | None = None
+    multi_level_invariance: Tensor | None = None
+    multi_level_variance: Tensor | None = None
+    multi_level_covariance: Tensor | None = None
+    global_embeddings: tuple[Tensor, Tensor] | None = None
+    multi_level_embeddings: tuple[Tensor, Tensor] | None = None
+
+
+class MLVICXForPreTraining(MLVICXPreTrainedModel):
+    """MLVICX as it is pretrained: encoder, global expander g, aggregation, multi-level expander h, loss (Eq. 5).
+
+    Args:
+        config: see `MLVICXConfig`.
+    """
+
+    main_input_name = "view_1"
+
+    def __init__(self, config: MLVICXConfig) -> None:
+        super().__init__(config)
+        self.mlvicx = MLVICXModel(config)
+        dims, final_norm = list(config.expander_dims), config.expander_final_norm
+        if config.global_weight > 0:
+            self.global_expander = Expander(self.mlvicx.channels[-1], dims, final_norm)
+        if config.multi_level_weight > 0:
+            self.aggregator = MultiLevelAggregator(config, self.mlvicx.channels)
+            width = config.aggregation_channels * config.aggregation_size**2
+            self.multi_level_expander = Expander(width, dims, final_norm)
+        self.post_init()
+
+    def embed(self, pixel_values: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Global embedding z and multi-level embedding m, [B, r] each, of one view."""
+        maps = self.mlvicx.refined_maps(pixel_values)
+        z = self.global_expander(maps[-1].mean((2, 3))) if self.config.global_weight > 0 else None
+        m = self.multi_level_expander(self.aggregator(maps).flatten(1)) if self.config.multi_level_weight > 0 else None
+        return z, m
+
+    def forward(self, view_1: Tensor, view_2: Tensor, **kwargs: Any) -> MLVICXForPreTrainingOutput:
+        """Loss of two views of the same images; under torch.distributed that of the global batch.
+
+        Each view has its own forward pass, hence its own batch normalisation statistics.
+
+        Args:
+            view_1: [B, num_channels, H, W].
+            view_2: [B, num_channels, H, W].
+
+        Raises:
+            ValueError: a batch of one, or views of different shapes.
+        """
+        if view_1.shape != view_2.shape:
+            raise ValueError(
+                f"views of shapes {tuple(view_1.shape)} and {tuple(view_2.shape)} found; expected equal shapes"
+            )
+        if view_1.shape[0] < 2:
+            raise ValueError(f"a batch of {view_1.shape[0]} found; variance and covariance need at least 2 images")
+        (z_1, m_1), (z_2, m_2) = self.embed(view_1), self.embed(view_2)
+        output = MLVICXForPreTrainingOutput()
+        total = []
+        if z_1 is not None and z_2 is not None:
+            terms = self._loss(z_1, z_2)
+            output.global_loss, *rest = terms
+            output.global_invariance, output.global_variance, output.global_covariance = rest
+            output.global_embeddings = (z_1, z_2)
+            total.append(self.config.global_weight * terms.loss)
+        if m_1 is not None and m_2 is not None:
+            terms = self._loss(m_1, m_2)
+            output.multi_level_loss, *rest = terms
+            output.multi_level_invariance, output.multi_level_variance, output.multi_level_covariance = rest
+            output.multi_level_embeddings = (m_1, m_2)
+            total.append(self.config.multi_level_weight * terms.loss)
+        output.loss = torch.stack(total).sum()
+        return output
+
+    def _loss(self, z_1: Tensor, z_2: Tensor) -> LossTerms:
+        config = self.config
+        return variance_covariance_loss(
+            gather_batch(z_1),
+            gather_batch(z_2),
+            invariance_weight=config.invariance_weight,
+            variance_weight=config.variance_weight,
+            covariance_weight=config.covariance_weight,
+            variance_target=config.variance_target,
+            variance_epsilon=config.variance_epsilon,
+            invariance_reduction=config.invariance_reduction,
+        )
+
+
+def multi_label_loss(logits: Tensor, labels: Tensor, positive_weights: list[float] | None = None) -> Tensor:
+    """Binary cross-entropy over the known labels.
+
+    Args:
+        logits: [B, L].
+        labels: [B, L], 1, 0, or NaN for unknown, which does not count.
+        positive_weights: L weights of the positives, None for 1.
+
+    Returns:
+        Mean over the known labels; 0, with gradients of 0, when none is known.
+
+    Raises:
+        ValueError: labels of another shape than the logits.
+    """
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} found; expected {tuple(logits.shape)}, as the logits")
+    labels = labels.to(logits.dtype)
+    known = ~labels.isnan()
+    weight = None if positive_weights is None else logits.new_tensor(positive_weights)
+    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(0.0), pos_weight=weight, reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+class MLVICXForImageClassification(MLVICXPreTrainedModel):
+    """The encoder with one linear layer on its pooled output (section IV-B of the paper).
+
+    Args:
+        config: `num_labels` or `id2label`, `problem_type` ("multi_label_classification" unless set otherwise) and
+            `positive_weights` matter here.
+    """
+
+    def __init__(self, config: MLVICXConfig) -> None:
+        super().__init__(config)
+        if config.positive_weights is not None and len(config.positive_weights) != config.num_labels:
+            raise ValueError(
+                f"{len(config.positive_weights)} positive_weights found; expected {config.num_labels}, one a label"
+            )
+        self.num_labels = config.num_labels
+        self.mlvicx = MLVICXModel(config)
+        self.classifier = nn.Linear(self.mlvicx.channels[-1], config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutputWithNoAttention | tuple[Any, ...]:
+        """Classify a batch of images.
+
+        Args:
+            pixel_values: [B, num_channels, H, W], from `MLVICXImageProcessor`.
+            labels: multi-label [B, L] of 1, 0 and NaN (unknown); single-label [B] of class indices.
+            output_hidden_states: also return the refined maps of all levels.
+            return_dict: a named output (the default) or a plain tuple.
+
+        Returns:
+            `loss` (when labels are given), `logits` [B, L], `hidden_states`.
+        """
+        encoded = self.mlvicx(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        logits = self.classifier(encoded.pooler_output)
+        loss = None if labels is None else self.compute_loss(logits, labels)
+        output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of the configuration's problem type, at least float32: masked BCE, or cross-entropy."""
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        if self.config.problem_type == "single_label_classification":
+            return F.cross_entropy(logits, labels.long())
+        return multi_label_loss(logits, labels, self.config.positive_weights)
+
+
+__all__ = [
+    "MLVICXForImageClassification",
+    "MLVICXForPreTraining",
+    "MLVICXModel",
+    "MLVICXPreTrainedModel",
+]
