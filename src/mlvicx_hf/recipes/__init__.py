@@ -1,0 +1,42 @@
+"""Named sets of hyper-parameters for pretraining, one YAML file each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(Path(f.name).stem for f in files(__name__).iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(name: str, known: Collection[str]) -> dict[str, Any]:
+    """Read a recipe by its name, or from a YAML file.
+
+    Args:
+        name: one of `recipe_names()`, or the path of a file that ends in .yaml or .yml.
+        known: the keys that exist.
+
+    Raises:
+        ValueError: an unknown recipe, a file that is not a mapping, or a key that does not exist.
+    """
+    if name.endswith((".yaml", ".yml")):
+        text = Path(name).read_text()
+    elif name in recipe_names():
+        text = (files(__name__) / f"{name}.yaml").read_text()
+    else:
+        raise ValueError(f"recipe {name!r} found; expected {', '.join(recipe_names())}, or the path of a .yaml file")
+    recipe = yaml.safe_load(text)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {name} holds a {type(recipe).__name__}; expected a mapping of keys to values")
+    for key in recipe:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 3) or sorted(known)
+            raise ValueError(f"recipe {name} has the key {key!r}, which does not exist; expected one like {', '.join(close)}")
+    return recipe
