@@ -73,11 +73,11 @@ class MLVICXConfig(PreTrainedConfig):
             self.problem_type = "multi_label_classification"
         for name in ("aggregation_levels", "expander_dims", "positive_weights"):
             value = getattr(self, name)
-            setattr(self, name, None if value is None else list(value))
+            setattr(self, name, list(value) if isinstance(value, tuple) else value)
         super().__post_init__(**kwargs)
 
     def validate_ranges(self) -> None:
-        """Check every number and choice; called by the `strict` decorator."""
+        """Check every number and choice; `strict` calls it after the types."""
         for name in ("num_channels", "image_size", "aggregation_size", "aggregation_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} found; expected 1 or more")
@@ -101,7 +101,8 @@ class MLVICXConfig(PreTrainedConfig):
             raise ValueError(f"invariance_reduction={self.invariance_reduction!r} found; expected 'mean' or 'sum'")
         if self.problem_type == "regression":
             raise ValueError(
-                "problem_type='regression' found; expected 'multi_label_classification' or 'single_label_classification'"
+                "problem_type='regression' found; expected 'multi_label_classification' or "
+                "'single_label_classification'"
             )
 
 

@@ -53,7 +53,9 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
     elif array.ndim == 3 and array.shape[0] in (1, 3, 4):
         channels = array
     else:
-        raise ValueError(f"image of shape {array.shape} found; expected [H, W], [H, W, C] or [C, H, W] with C 1, 3 or 4")
+        raise ValueError(
+            f"image of shape {array.shape} found; expected [H, W], [H, W, C] or [C, H, W] with C 1, 3 or 4"
+        )
     return channels[:3]
 
 

@@ -72,7 +72,7 @@ class MultiLevelAggregator(nn.Module):
         unknown = [level for level in self.levels if not 0 <= level < len(channels)]
         if unknown:
             raise ValueError(
-                f"aggregation_levels={self.levels} found; backbone {config.backbone!r} has levels 0 to {len(channels) - 1}"
+                f"aggregation_levels={self.levels} found; {config.backbone} has levels 0 to {len(channels) - 1}"
             )
         self.size = config.aggregation_size
         self.resize = config.aggregation_resize
@@ -158,7 +158,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def freeze_backbone(self) -> None:
-        """Keep the backbone as it is: no gradients, and batch normalisation in evaluation mode whatever `train()` says."""
+        """No gradients for the backbone, and its batch normalisation in evaluation mode whatever `train()` says."""
         self._backbone_frozen = True
         self.base_model.requires_grad_(False)
         self.base_model.train(False)

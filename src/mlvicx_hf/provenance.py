@@ -13,7 +13,7 @@ from typing import Any
 
 
 def code_version() -> dict[str, str]:
-    """Package version, git commit of the package's checkout ("+changes" if it has uncommitted ones), library versions."""
+    """Versions of package and libraries, and the git commit of the package's checkout."""
     import torch
     import transformers
 

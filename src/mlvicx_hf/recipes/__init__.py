@@ -38,5 +38,7 @@ def load_recipe(name: str, known: Collection[str]) -> dict[str, Any]:
     for key in recipe:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 3) or sorted(known)
-            raise ValueError(f"recipe {name} has the key {key!r}, which does not exist; expected one like {', '.join(close)}")
+            raise ValueError(
+                f"recipe {name} has the key {key!r}, which does not exist; did you mean {', '.join(close)}?"
+            )
     return recipe

@@ -1,0 +1,15 @@
+#!/usr/bin/env python
+"""Pretrain MLVICX on a cache of chest radiographs.
+
+    accelerate launch scripts/pretrain.py --recipe small --dataset CACHE --output_dir runs/first
+
+Flags override the recipe. Several processes on the CPU:
+
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 scripts/pretrain.py …
+"""
+
+from mlvicx_hf.cli import run
+from mlvicx_hf.pretraining import main
+
+if __name__ == "__main__":
+    run(main)

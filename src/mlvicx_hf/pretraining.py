@@ -1,0 +1,528 @@
+"""Self-supervised pretraining: the Accelerate loop, its order of samples, checkpoints and resume.
+
+One process, several on one node, or several nodes run the same code. Nothing random is carried from step to step:
+the order of samples is a function of (seed, epoch) and the views of (seed, epoch, sample), so a run that was killed
+and resumed ends in the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from timm.optim import Lars
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import HfArgumentParser
+
+from .augmentation import TwoViewAugmentation, view_draws
+from .configuration_mlvicx import MLVICXConfig
+from .data.prepare import load_cache
+from .image_processing_mlvicx import MLVICXImageProcessor
+from .modeling_mlvicx import MLVICXForPreTraining, MLVICXForPreTrainingOutput
+from .monitors import rankme
+from .progress import progress_bar
+from .provenance import code_version, new_folder, write_json
+from .recipes import load_recipe, recipe_names
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """What is trained; the fields of `MLVICXConfig` under the same names, and where the weights start."""
+
+    backbone: str = field(default="resnet18", metadata={"help": "timm model that gives a FeatureListNet."})
+    num_channels: int = field(default=1, metadata={"help": "1, or 3 for weights that expect colour."})
+    image_size: int = field(default=224, metadata={"help": "Side of the views in pixels."})
+    use_context: bool = field(default=True, metadata={"help": "Refine every level by a context bottleneck."})
+    context_reduction: int | None = field(default=None, metadata={"help": "Two-layer channel gate C/reduction."})
+    aggregation_size: int = field(default=4, metadata={"help": "Side of the grid on which the levels meet."})
+    aggregation_channels: int = field(default=512, metadata={"help": "Channels of the compound representation."})
+    aggregation_resize: int | None = field(default=None, metadata={"help": "Interpolate the maps first (authors: 64)."})
+    expander_dims: list[int] = field(
+        default_factory=lambda: [2048, 2048, 2048], metadata={"help": "Widths of the expanders' linear layers."}
+    )
+    expander_final_norm: bool = field(default=False, metadata={"help": "Normalise after the last expander layer."})
+    invariance_weight: float = field(default=25.0, metadata={"help": "alpha of Eq. 3."})
+    variance_weight: float = field(default=25.0, metadata={"help": "beta of Eq. 3."})
+    covariance_weight: float = field(default=1.0, metadata={"help": "gamma of Eq. 3."})
+    global_weight: float = field(default=1.0, metadata={"help": "Weight of the global loss L_G."})
+    multi_level_weight: float = field(default=1.0, metadata={"help": "lambda of Eq. 5."})
+    invariance_reduction: str = field(default="mean", metadata={"help": "mean, or sum as Eq. 6."})
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "Start: an earlier model (folder or Hub name), 'imagenet', or a file of timm weights."},
+    )
+
+    def config(self) -> MLVICXConfig:
+        """The model configuration these arguments describe."""
+        values = asdict(self)
+        values.pop("init_from")
+        return MLVICXConfig(**values)
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how their two views are made."""
+
+    dataset: str = field(metadata={"help": "Cache written by prepare_data.py."})
+    split: str = field(default="train", metadata={"help": "Split to pretrain on; labels are never read."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first images of the split."})
+    num_workers: int = field(default=2, metadata={"help": "Processes that decode images."})
+    crop_area: list[float] = field(default_factory=lambda: [0.2, 1.0], metadata={"help": "Share of area of a crop."})
+    rotation: float = field(default=10.0, metadata={"help": "Largest angle in degrees."})
+    brightness: float = field(default=0.4, metadata={"help": "Largest change of brightness."})
+    contrast: float = field(default=0.4, metadata={"help": "Largest change of contrast."})
+    blur: list[float] = field(default_factory=lambda: [1.0, 0.1], metadata={"help": "Probability of blur, by view."})
+    solarize: list[float] = field(default_factory=lambda: [0.0, 0.2], metadata={"help": "Probability, by view."})
+
+
+@dataclass
+class PretrainingArguments:
+    """How it is trained."""
+
+    output_dir: str = field(metadata={"help": "Folder of the run: model, checkpoints, metrics.jsonl."})
+    epochs: int = field(default=300, metadata={"help": "Passes over the data."})
+    batch_size: int = field(default=64, metadata={"help": "Images a step, over all processes."})
+    base_learning_rate: float = field(default=0.2, metadata={"help": "Peak rate per 256 images of batch."})
+    weight_decay: float = field(default=1e-6, metadata={"help": "Of weight matrices; vectors have none."})
+    momentum: float = field(default=0.9, metadata={"help": "Of LARS."})
+    trust_coefficient: float = field(default=0.001, metadata={"help": "Of LARS."})
+    warmup_epochs: float = field(default=2.0, metadata={"help": "Linear rise of the rate."})
+    final_learning_rate_ratio: float = field(default=0.001, metadata={"help": "Floor of the cosine over its peak."})
+    seed: int = field(default=0, metadata={"help": "Of weights, order and views."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
+    checkpoint_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; one at the end always."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps between lines of metrics.jsonl."})
+    report_to: str = field(default="none", metadata={"help": "Tracker: none, tensorboard, wandb, trackio, all."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint of output_dir."})
+
+
+class PretrainingImages(Dataset[tuple[Tensor, int]]):
+    """The images of a cache as uint8 [1, S, S], each with its index."""
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image: Image.Image = self.images[index]["image"]
+        return torch.from_numpy(np.array(image, dtype=np.uint8))[None], index
+
+
+class EpochBatches(Sampler[list[int]]):
+    """This process's share of every global batch of an epoch, in an order given by (seed, epoch) alone.
+
+    Args:
+        num_images: images in the data set; those that do not fill the last batch wait for another epoch.
+        batch_size: images of a global batch.
+        seed: of the run.
+        rank: of this process.
+        num_processes: that share a batch.
+
+    Raises:
+        ValueError: a batch larger than the data, or one that the processes cannot share evenly.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, num_processes: int = 1) -> None:
+        if batch_size > num_images:
+            raise ValueError(f"batch_size={batch_size} found; expected at most {num_images}, the images there are")
+        if batch_size % num_processes:
+            raise ValueError(f"batch_size={batch_size} found; expected a multiple of the {num_processes} processes")
+        if batch_size < 2:
+            raise ValueError(f"batch_size={batch_size} found; variance and covariance need at least 2")
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.rank, self.share = rank, batch_size // num_processes
+        self.epoch = self.first_step = 0
+
+    def start_at(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, and the step in it to begin with."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Another stream of the generator than the views use: their counters never reach 2**63 in its second word.
+        bits = np.random.Philox(key=[self.seed, self.epoch], counter=[0, 0, 1, 0])
+        order = np.random.Generator(bits).permutation(self.num_images)
+        for step in range(self.first_step, len(self)):
+            start = step * self.batch_size + self.rank * self.share
+            yield order[start : start + self.share].tolist()
+
+
+def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int, final_ratio: float) -> float:
+    """Rate of a step, counted from 0: linear rise to the peak, then a cosine that ends on its floor."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return peak * (final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+
+
+def create_optimizer(model: nn.Module, arguments: PretrainingArguments) -> Lars:
+    """LARS whose layer-wise rate and weight decay act on matrices and kernels; vectors follow plain momentum SGD."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in trained if p.ndim > 1],
+            "weight_decay": arguments.weight_decay,
+            "always_adapt": True,  # timm adapts only groups with decay otherwise
+        },
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "always_adapt": False},
+    ]
+    return Lars(groups, lr=0.0, momentum=arguments.momentum, trust_coeff=arguments.trust_coefficient)
+
+
+def create_model(arguments: ModelArguments) -> MLVICXForPreTraining:
+    """The model of a run, with the starting weights that `init_from` names.
+
+    Raises:
+        ValueError: an earlier model whose encoder does not fit.
+    """
+    config, source = arguments.config(), arguments.init_from
+    if source is None:
+        return MLVICXForPreTraining(config)
+    if source == "imagenet" or source.endswith((".safetensors", ".pth", ".bin")):
+        model = MLVICXForPreTraining(config)
+        overlay = {} if source == "imagenet" else {"file": source}
+        weights = timm.create_model(
+            config.backbone,
+            pretrained=True,
+            features_only=True,
+            in_chans=config.num_channels,
+            pretrained_cfg_overlay=overlay,
+        )
+        model.mlvicx.backbone.load_state_dict(weights.state_dict())
+        return model
+    model, report = MLVICXForPreTraining.from_pretrained(source, config=config, output_loading_info=True)
+    lacking = sorted(key for key in report["missing_keys"] if key.startswith("mlvicx."))
+    if lacking:
+        raise ValueError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
+    return model
+
+
+class Pretrainer:
+    """One run of pretraining.
+
+    Args:
+        model_arguments: what is trained.
+        data_arguments: on which images.
+        arguments: how.
+
+    Raises:
+        FileExistsError: an output folder that holds another run, without `resume`.
+        ValueError: arguments that do not fit the data, the checkpoint or one another.
+    """
+
+    def __init__(
+        self, model_arguments: ModelArguments, data_arguments: DataArguments, arguments: PretrainingArguments
+    ) -> None:
+        self.model_arguments, self.data_arguments, self.arguments = model_arguments, data_arguments, arguments
+        self.output = Path(arguments.output_dir)
+        self._check_output()
+        self.accelerator = Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            log_with=None if arguments.report_to == "none" else arguments.report_to,
+            project_dir=arguments.output_dir,
+        )
+        self.device = self.accelerator.device
+        self._load_data()
+        self._build()
+        self.step = self._resume() if arguments.resume else 0
+        self.last_checkpoint: Path | None = self._checkpoints()[-1] if arguments.resume and self.step else None
+
+    # -- set-up ----------------------------------------------------------------------------------------------------
+
+    def _check_output(self) -> None:
+        if not self.arguments.resume and self.output.is_dir() and any(self.output.iterdir()):
+            raise FileExistsError(
+                f"output_dir={self.output} holds files of another run; choose another folder, or --resume that run"
+            )
+        for name in ("epochs", "checkpoint_steps", "logging_steps", "save_total_limit"):
+            if getattr(self.arguments, name) < 1:
+                raise ValueError(f"{name}={getattr(self.arguments, name)} found; expected 1 or more")
+
+    def _load_data(self) -> None:
+        data, limit = self.data_arguments, self.data_arguments.max_train_samples
+        cache = load_cache(data.dataset)
+        if data.split not in cache.datasets:
+            raise ValueError(f"split={data.split!r} found; {data.dataset} has {', '.join(cache.datasets)}")
+        images = cache.datasets[data.split].select_columns("image")
+        images = images.select(range(min(limit, len(images)))) if limit else images
+        self.manifest = cache.manifest
+        self.batches = EpochBatches(
+            len(images),
+            self.arguments.batch_size,
+            self.arguments.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        workers = data.num_workers
+        self.loader = DataLoader(
+            PretrainingImages(images),
+            batch_sampler=self.batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.total_steps = self.arguments.epochs * len(self.batches)
+
+    def _build(self) -> None:
+        arguments, data = self.arguments, self.data_arguments
+        torch.manual_seed(arguments.seed)
+        model: nn.Module = create_model(self.model_arguments)
+        self.processor = MLVICXImageProcessor(self.model_arguments.image_size, self.model_arguments.num_channels)
+        self.processor.fit = self.manifest["fit"]
+        self.augment = TwoViewAugmentation(
+            image_size=self.model_arguments.image_size,
+            crop_area=(data.crop_area[0], data.crop_area[1]),
+            rotation=data.rotation,
+            brightness=data.brightness,
+            contrast=data.contrast,
+            blur=(data.blur[0], data.blur[1]),
+            solarize=(data.solarize[0], data.solarize[1]),
+            mean=self.processor.image_mean,
+            std=self.processor.image_std,
+            num_channels=self.model_arguments.num_channels,
+        )
+        if self.accelerator.num_processes > 1 and self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = model.to(self.device, memory_format=torch.channels_last)
+        optimizer = create_optimizer(model, arguments)
+        if arguments.torch_compile:
+            model.compile()  # in place: the keys of the state stay as they are
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Train to the last epoch and save model and image processor, loadable by `AutoModel`.
+
+        Returns:
+            The output folder.
+
+        Raises:
+            FloatingPointError: a loss that is not finite.
+        """
+        main = self.accelerator.is_main_process
+        if main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_json(self.output / "run.json", self.description())
+            self._keep_metrics_before(self.step)
+        if self.arguments.report_to != "none":
+            self.accelerator.init_trackers("mlvicx", config=_flat(self.description()))
+        self.model.train()
+        batch = self.arguments.batch_size
+        bar = progress_bar(self.total_steps * batch, "pretraining", "img", initial=self.step * batch, show=main)
+        first_epoch, first_step = divmod(self.step, len(self.batches))
+        with bar:
+            for epoch in range(first_epoch, self.arguments.epochs):
+                self.batches.start_at(epoch, first_step if epoch == first_epoch else 0)
+                for images, samples in self.loader:
+                    output, rate = self._train_step(images, samples.numpy(), epoch)
+                    self.step += 1
+                    bar.update(batch)
+                    self._report(output, rate, epoch, bar)
+                    if self.step % self.arguments.checkpoint_steps == 0 and self.step < self.total_steps:
+                        self.save_checkpoint()
+        self.save_checkpoint()
+        if main:
+            self._save_model()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return self.output
+
+    def _train_step(self, images: Tensor, samples: np.ndarray, epoch: int) -> tuple[MLVICXForPreTrainingOutput, float]:
+        arguments = self.arguments
+        peak = arguments.base_learning_rate * arguments.batch_size / 256
+        warmup = round(arguments.warmup_epochs * len(self.batches))
+        rate = learning_rate(self.step, peak, warmup, self.total_steps, arguments.final_learning_rate_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        draws = view_draws(arguments.seed, epoch, samples)
+        view_1, view_2 = self.augment(images.to(self.device, non_blocking=True), draws)
+        layout = {"memory_format": torch.channels_last}
+        output = self.model(view_1=view_1.contiguous(**layout), view_2=view_2.contiguous(**layout))
+        if not math.isfinite(output.loss.item()):
+            good = self.last_checkpoint or "none yet"
+            raise FloatingPointError(
+                f"loss {output.loss.item()} at step {self.step} with learning rate {rate:.3g}; "
+                f"last good checkpoint: {good}. A lower base_learning_rate or a longer warm-up may help"
+            )
+        self.accelerator.backward(output.loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return output, rate
+
+    def _report(self, output: MLVICXForPreTrainingOutput, rate: float, epoch: int, bar: Any) -> None:
+        if self.step % self.arguments.logging_steps and self.step != self.total_steps:
+            return
+        scalars = {k: v.item() for k, v in output.items() if isinstance(v, Tensor) and v.ndim == 0}
+        for name in ("global_embeddings", "multi_level_embeddings"):
+            if name in output:  # a branch whose weight is 0 has none
+                scalars[f"{name}_rankme"] = rankme(output[name][0].detach())
+        images = self.step * self.arguments.batch_size
+        line = {"step": self.step, "epoch": epoch, "learning_rate": rate, "images": images} | scalars
+        bar.set_postfix(epoch=epoch + 1, loss=f"{line['loss']:.2f}", refresh=False)
+        if self.accelerator.is_main_process:
+            with (self.output / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.arguments.report_to != "none":
+            self.accelerator.log(line, step=self.step)
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def description(self) -> dict[str, Any]:
+        """Everything that made the run: arguments, data, code, machine."""
+        return {
+            "model": asdict(self.model_arguments),
+            "data": asdict(self.data_arguments)
+            | {"images": self.batches.num_images, "data_hash": self.manifest["data_hash"]},
+            "training": asdict(self.arguments),
+            "num_processes": self.accelerator.num_processes,
+            "device": str(self.device),
+            "synthetic": self.manifest["synthetic"],
+            "code": code_version(),
+        }
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and its resume."""
+        free = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps", "save_total_limit"}
+        free |= {"dataset", "num_workers", "torch_compile"}
+        description = self.description()
+        sections = {k: description[k] for k in ("model", "data", "training")} | {
+            "run": {"num_processes": self.accelerator.num_processes}
+        }
+        return {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items() if k not in free}
+
+    def _checkpoints(self) -> list[Path]:
+        found = [p for p in self.output.glob("checkpoint-*") if (p / "state.json").is_file()]
+        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-STEP`, whole or not at all: model folder, optimiser, position; then drop the oldest."""
+        if self.accelerator.is_main_process:
+            path = self.output / f"checkpoint-{self.step}"
+            with new_folder(path) as folder:
+                self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+                self.processor.save_pretrained(folder)
+                state = {"optimizer": self.optimizer.state_dict()}
+                if self.accelerator.scaler is not None:
+                    state["scaler"] = self.accelerator.scaler.state_dict()
+                torch.save(state, folder / "optimizer.pt")
+                write_json(folder / "state.json", {"step": self.step, "fixed": self._fixed()})
+            self.last_checkpoint = path
+            for old in self._checkpoints()[: -self.arguments.save_total_limit]:
+                _remove_folder(old)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            logger.warning("%s has no checkpoint: starting from the beginning", self.output)
+            return 0
+        folder = checkpoints[-1]
+        state = json.loads((folder / "state.json").read_text())
+        now = json.loads(json.dumps(self._fixed()))
+        changed = [k for k in sorted(now.keys() | state["fixed"].keys()) if now.get(k) != state["fixed"].get(k)]
+        if changed:
+            rows = "; ".join(f"{k} was {state['fixed'].get(k)!r}, now {now.get(k)!r}" for k in changed)
+            raise ValueError(f"{folder} belongs to another run: {rows}")
+        weights = load_file(folder / "model.safetensors", device="cpu")
+        self.accelerator.unwrap_model(self.model).load_state_dict(weights)
+        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        if self.accelerator.is_main_process:
+            print(f"resuming {folder} at step {state['step']} of {self.total_steps}", flush=True)
+        return int(state["step"])
+
+    def _keep_metrics_before(self, step: int) -> None:
+        """Drop the lines that a killed run wrote after its last checkpoint."""
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = []
+        for text in lines:
+            try:
+                kept += [text] if json.loads(text)["step"] <= step else []
+            except json.JSONDecodeError:  # the line that was being written at the kill
+                continue
+        temporary = path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+
+    def _save_model(self) -> None:
+        """Put model and processor at the top of the run, by way of a folder of their own."""
+        final = self.output / "final"
+        with new_folder(final) as folder:
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+        for file in sorted(final.iterdir()):
+            os.replace(file, self.output / file.name)
+        final.rmdir()
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a checkpoint so that a kill half-way leaves none that looks whole."""
+    (path / "state.json").unlink()
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+def _flat(description: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """One level of plain values, which is what trackers take."""
+    flat = {}
+    for section, values in description.items():
+        for key, value in (values if isinstance(values, dict) else {"": values}).items():
+            name = f"{section}.{key}".rstrip(".")
+            flat[name] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return flat
+
+
+def parse_arguments(
+    words: list[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
+    """Arguments of a run from the command line: the recipe first, then the flags, which override it.
+
+    Args:
+        words: what stands behind the command; None for `sys.argv`.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(
+        "--recipe", default="default", help=f"Hyper-parameters: {', '.join(recipe_names())}, or a .yaml file."
+    )
+    chosen, rest = first.parse_known_args(words)
+    sections = (ModelArguments, DataArguments, PretrainingArguments)
+    parser = HfArgumentParser(sections, parents=[first], allow_abbrev=False)  # type: ignore[arg-type]
+    names = {f.name for section in sections for f in fields(section)} - {"dataset", "output_dir", "resume"}
+    parser.set_defaults(**load_recipe(chosen.recipe, names))
+    model, data, training, _ = parser.parse_args_into_dataclasses(rest)
+    return model, data, training
+
+
+def main() -> None:
+    """The command `scripts/pretrain.py`."""
+    pretrainer = Pretrainer(*parse_arguments())
+    output = pretrainer.train()
+    if pretrainer.accelerator.is_main_process:
+        print(f"model saved in {output}: AutoModel.from_pretrained({str(output)!r})")

@@ -1,0 +1,47 @@
+"""Progress bars that are quiet off the main process and readable when piped."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class _Lines:
+    """Standard error that starts a new line where a terminal would overwrite the old one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        text = text.replace("\r", "\n").strip("\n")
+        return self.stream.write(text + "\n") if text.strip() else 0
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, show: bool = True) -> tqdm[Any]:
+    """A tqdm bar with rate and time left: redrawn in a terminal, a line every ten seconds in a file or pipe.
+
+    Args:
+        total: units in all.
+        description: what is being done.
+        unit: what is counted.
+        initial: units already done, after a resume.
+        show: false on every process but the main one.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        disable=not show,
+        dynamic_ncols=terminal,
+        ncols=None if terminal else 110,
+        mininterval=0.2 if terminal else 10,
+        maxinterval=10 if terminal else 60,
+        file=sys.stderr if terminal else _Lines(sys.stderr),  # type: ignore[arg-type]
+    )
