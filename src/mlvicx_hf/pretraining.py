@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import transformers
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ from transformers import HfArgumentParser
 from .augmentation import TwoViewAugmentation, view_draws
 from .configuration_mlvicx import MLVICXConfig
 from .data.prepare import load_cache
+from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .modeling_mlvicx import MLVICXForPreTraining, MLVICXForPreTrainingOutput
 from .monitors import rankme
@@ -212,7 +214,7 @@ def create_model(arguments: ModelArguments) -> MLVICXForPreTraining:
         )
         model.mlvicx.backbone.load_state_dict(weights.state_dict())
         return model
-    model, report = MLVICXForPreTraining.from_pretrained(source, config=config, output_loading_info=True)
+    model, report = MLVICXForPreTraining.from_pretrained(check_source(source), config=config, output_loading_info=True)
     lacking = sorted(key for key in report["missing_keys"] if key.startswith("mlvicx."))
     if lacking:
         raise ValueError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
@@ -522,6 +524,7 @@ def parse_arguments(
 
 def main() -> None:
     """The command `scripts/pretrain.py`."""
+    transformers.utils.logging.disable_progress_bar()  # of writing and loading a file
     pretrainer = Pretrainer(*parse_arguments())
     output = pretrainer.train()
     if pretrainer.accelerator.is_main_process:

@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""Train a classifier on a labelled cache of chest radiographs and test it once.
+
+    python scripts/finetune_classification.py --model runs/first --freeze_backbone \
+        --dataset CACHE --output_dir runs/frozen
+
+`--model random` gives the same network without pretraining. The HF Trainer's own flags work too.
+"""
+
+from mlvicx_hf.cli import run
+from mlvicx_hf.finetuning import main
+
+if __name__ == "__main__":
+    run(main)
