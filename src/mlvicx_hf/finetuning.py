@@ -78,9 +78,7 @@ class FinetuningArguments(TrainingArguments):
 
     num_train_epochs: float = field(default=100, metadata={"help": "At most this many epochs."})
     patience: int = field(default=10, metadata={"help": "Epochs without a better validation macro AUROC."})
-    learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Default 1e-3 for a frozen encoder, 1e-4 for fine-tuning."}
-    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size for training, a device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size for evaluation, a device."})
     seed: int = field(default=0, metadata={"help": "Of the head, the order of images and the label fraction."})
@@ -106,9 +104,9 @@ class EpochProgress(TrainerCallback):
         """Open the bar."""
         self.bar = progress_bar(int(args.num_train_epochs), "training", "epoch", show=state.is_world_process_zero)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the score of the epoch that ended."""
-        self.bar.set_postfix(validation_auroc=f"{metrics['eval_auroc_macro']:.4f}", refresh=False)
+        self.bar.set_postfix(validation_auroc=f"{kwargs['metrics']['eval_auroc_macro']:.4f}", refresh=False)
         self.bar.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -184,8 +182,8 @@ class LinearProbe(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """Make the linear layer work on plain features, with the same logits."""
-        self.classifier.weight /= self.deviation
-        self.classifier.bias -= self.classifier.weight @ self.mean
+        self.classifier.weight.div_(self.deviation)
+        self.classifier.bias.sub_(self.classifier.weight @ self.mean)
 
 
 @torch.no_grad()
@@ -193,12 +191,13 @@ def extract_features(
     model: MLVICXForImageClassification, images: Dataset[dict[str, Tensor]], batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Pooled features [N, C] of every image, once and in order, and the labels, on the CPU."""
-    model = model.to(device).eval()
+    encoder: nn.Module = model.mlvicx
+    encoder.to(device).eval()
     features, labels = [], []
     bar = progress_bar(len(images), "encoding", "img")  # type: ignore[arg-type]
     with bar:
         for batch in DataLoader(images, batch_size):
-            features.append(model.mlvicx(batch["pixel_values"].to(device)).pooler_output.float().cpu())
+            features.append(encoder(batch["pixel_values"].to(device)).pooler_output.float().cpu())
             labels.append(batch["labels"])
             bar.update(len(batch["labels"]))
     return torch.cat(features), torch.cat(labels)
@@ -226,9 +225,10 @@ def load_model(arguments: ModelArguments, cache: Cache) -> tuple[MLVICXForImageC
         processor = MLVICXImageProcessor.from_pretrained(source)
     if arguments.model == "random":
         return MLVICXForImageClassification(config), processor
-    model, report = MLVICXForImageClassification.from_pretrained(
+    loaded: Any = MLVICXForImageClassification.from_pretrained(
         arguments.model, config=config, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    model, report = loaded
     lacking = sorted(key for key in report["missing_keys"] if key.startswith("mlvicx."))
     lacking += sorted(str(row[0]) for row in report["mismatched_keys"] if not str(row[0]).startswith("classifier."))
     if lacking:
@@ -315,8 +315,6 @@ def finetune(
     if model_arguments.positive_weights not in ("none", "balanced"):
         raise ValueError(f"positive_weights={model_arguments.positive_weights!r} found; expected none or balanced")
     frozen = model_arguments.freeze_backbone
-    if arguments.learning_rate is None:
-        arguments.learning_rate = 1e-3 if frozen else 1e-4
     cache = load_labelled_cache(data_arguments.dataset)
     select_training(cache, data_arguments, arguments.seed)
     set_seed(arguments.seed)

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Format
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -128,8 +129,9 @@ def create_backbone(config: MLVICXConfig) -> FeatureListNet:
         backbone = timm.create_model(config.backbone, features_only=True, in_chans=config.num_channels)
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
         raise ValueError(f"backbone={config.backbone!r} has no features_only form; {works} work") from error
-    if type(backbone) is not FeatureListNet or str(backbone.output_fmt.value) != "NCHW":
-        form = f"{type(backbone).__name__} ({backbone.output_fmt.value})"
+    layout = getattr(backbone, "output_fmt", None)
+    if type(backbone) is not FeatureListNet or layout != Format.NCHW:
+        form = f"{type(backbone).__name__} ({getattr(layout, 'value', layout)})"
         raise ValueError(f"backbone={config.backbone!r} gives {form}; expected FeatureListNet (NCHW), as {works} do")
     return backbone
 
@@ -140,7 +142,6 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     config_class = MLVICXConfig
     base_model_prefix = "mlvicx"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
     # A pretraining checkpoint also holds expanders and aggregation, a classifier its head: not wanted elsewhere.
     _keys_to_ignore_on_load_unexpected = [r"^(aggregator|global_expander|multi_level_expander|classifier)\."]  # noqa: RUF012
 
@@ -391,9 +392,9 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
             raise ValueError(
                 f"{len(config.positive_weights)} positive_weights found; expected {config.num_labels}, one a label"
             )
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 0)
         self.mlvicx = MLVICXModel(config)
-        self.classifier = nn.Linear(self.mlvicx.channels[-1], config.num_labels)
+        self.classifier = nn.Linear(self.mlvicx.channels[-1], self.num_labels)
         self.post_init()
 
     def forward(

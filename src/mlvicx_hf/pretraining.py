@@ -214,7 +214,8 @@ def create_model(arguments: ModelArguments) -> MLVICXForPreTraining:
         )
         model.mlvicx.backbone.load_state_dict(weights.state_dict())
         return model
-    model, report = MLVICXForPreTraining.from_pretrained(check_source(source), config=config, output_loading_info=True)
+    loaded: Any = MLVICXForPreTraining.from_pretrained(check_source(source), config=config, output_loading_info=True)
+    model, report = loaded
     lacking = sorted(key for key in report["missing_keys"] if key.startswith("mlvicx."))
     if lacking:
         raise ValueError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
@@ -307,7 +308,7 @@ class Pretrainer:
         )
         if self.accelerator.num_processes > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = model.to(self.device, memory_format=torch.channels_last)
+        model = model.to(self.device).to(memory_format=torch.channels_last)
         optimizer = create_optimizer(model, arguments)
         if arguments.torch_compile:
             model.compile()  # in place: the keys of the state stay as they are

@@ -43,5 +43,5 @@ def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, s
         ncols=None if terminal else 110,
         mininterval=0.2 if terminal else 10,
         maxinterval=10 if terminal else 60,
-        file=sys.stderr if terminal else _Lines(sys.stderr),  # type: ignore[arg-type]
+        file=sys.stderr if terminal else _Lines(sys.stderr),
     )

@@ -1,0 +1,17 @@
+# Sourced by quickstart.sh and test.sh, in the checkout: .venv with the package and the named extra, reused when present.
+extra=$1
+stamp=.venv/.installed-$extra
+if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+  python=
+  for candidate in python3.13 python3.12 python3.11 python3 python; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      python=$candidate
+      break
+    fi
+  done
+  [ -n "$python" ] || { echo "error: Python 3.11 or later is needed, none found" >&2; exit 2; }
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  echo "== Installing into .venv (several minutes the first time: PyTorch is large)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+  touch "$stamp"
+fi
