@@ -1,9 +1,9 @@
-# Sourced by quickstart.sh and test.sh, in the checkout: .venv with the package and the named extra, reused when present.
+# Sourced by quickstart.sh and test.sh, in the checkout: .venv with the package and an extra, reused when present.
 extra=$1
-stamp=.venv/.installed-$extra
-if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+is_installed() { [ -e ".venv/.installed-$1" ] && [ ! pyproject.toml -nt ".venv/.installed-$1" ]; }
+if ! is_installed "$extra" && ! is_installed dev; then # dev includes every extra
   python=
-  for candidate in python3.13 python3.12 python3.11 python3 python; do
+  for candidate in python3 python python3.13 python3.12 python3.11; do
     if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
       python=$candidate
       break
@@ -13,5 +13,5 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   echo "== Installing into .venv (several minutes the first time: PyTorch is large)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
-  touch "$stamp"
+  touch ".venv/.installed-$extra"
 fi

@@ -7,19 +7,23 @@ import os
 import sys
 from collections.abc import Callable
 
+from huggingface_hub.errors import StrictDataclassError
+
+# What the package raises for input that does not fit: arguments and files, configurations, a loss that is not finite.
+USER_ERRORS = (ValueError, OSError, StrictDataclassError, FloatingPointError)
+
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and turn a user's error into one clear line.
 
-    `ValueError` and `OSError` are what the package raises for input that does not fit. Set `MLVICX_TRACEBACK=1` to
-    see where one came from.
+    Set `MLVICX_TRACEBACK=1` to see where it came from.
 
     Raises:
         SystemExit: with code 2 after a user's error, 130 after Ctrl-C.
     """
     try:
         main()
-    except (ValueError, OSError) as error:
+    except USER_ERRORS as error:
         if os.environ.get("MLVICX_TRACEBACK") == "1":
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

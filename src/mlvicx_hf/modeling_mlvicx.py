@@ -370,7 +370,10 @@ def multi_label_loss(logits: Tensor, labels: Tensor, positive_weights: list[floa
         ValueError: labels of another shape than the logits.
     """
     if labels.shape != logits.shape:
-        raise ValueError(f"labels of shape {tuple(labels.shape)} found; expected {tuple(logits.shape)}, as the logits")
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} found; expected {tuple(logits.shape)}, as the logits "
+            "(class indices need problem_type='single_label_classification')"
+        )
     labels = labels.to(logits.dtype)
     known = ~labels.isnan()
     weight = None if positive_weights is None else logits.new_tensor(positive_weights)

@@ -163,7 +163,7 @@ class EpochBatches(Sampler[list[int]]):
         return self.num_images // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Another stream of the generator than the views use: their counters never reach 2**63 in its second word.
+        # Not a stream of the views: theirs have 0 in the third word.
         bits = np.random.Philox(key=[self.seed, self.epoch], counter=[0, 0, 1, 0])
         order = np.random.Generator(bits).permutation(self.num_images)
         for step in range(self.first_step, len(self)):
@@ -259,9 +259,15 @@ class Pretrainer:
             raise FileExistsError(
                 f"output_dir={self.output} holds files of another run; choose another folder, or --resume that run"
             )
-        for name in ("epochs", "checkpoint_steps", "logging_steps", "save_total_limit"):
-            if getattr(self.arguments, name) < 1:
-                raise ValueError(f"{name}={getattr(self.arguments, name)} found; expected 1 or more")
+        for name, least in (
+            ("epochs", 1),
+            ("checkpoint_steps", 1),
+            ("logging_steps", 1),
+            ("save_total_limit", 1),
+            ("seed", 0),
+        ):
+            if getattr(self.arguments, name) < least:
+                raise ValueError(f"{name}={getattr(self.arguments, name)} found; expected {least} or more")
 
     def _load_data(self) -> None:
         data, limit = self.data_arguments, self.data_arguments.max_train_samples

@@ -1,0 +1,140 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a collection of radiographs is, and what all of them need: tables, views, file names."""
+
+from __future__ import annotations
+
+import csv
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+VIEWS = {"PA": "PA", "AP": "AP", "L": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL"}
+UNKNOWN_VIEWS = ("", "UNKNOWN")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One radiograph: where its pixels come from (a file, or a drawing) and what is known of it.
+
+    Attributes:
+        name: what the collection calls it, usually the file relative to the root.
+        patient_id: no patient is ever in two splits.
+        view: PA, AP, LATERAL or UNKNOWN.
+        labels: 1, 0 or NaN (unknown) in the order of the collection's label names; empty without labels.
+        split: train, validation or test where the collection says so.
+        path: file to read.
+        draw: where there is no file, returns uint8 pixels [H, W]; it must pickle.
+    """
+
+    name: str
+    patient_id: str
+    view: str = "UNKNOWN"
+    labels: tuple[float, ...] = ()
+    split: str | None = None
+    path: Path | None = None
+    draw: Callable[[], np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a collection holds, before any pixel is read.
+
+    Attributes:
+        records: the radiographs that are there.
+        label_names: names of the labels.
+        exclusive: exactly one label of each image is positive (one class each).
+        missing: files that are listed but absent.
+        notes: what the user should know, one line each.
+    """
+
+    records: list[Record]
+    label_names: tuple[str, ...] = ()
+    exclusive: bool = False
+    missing: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+class Collection(ABC):
+    """A collection of radiographs. To add one, say its name and list its records.
+
+    Attributes:
+        name: how `prepare_data.py --collection` calls it.
+        source: how the cache names where an image comes from.
+        synthetic: drawn, not taken of a patient.
+    """
+
+    name: str
+    source: str
+    synthetic: bool = False
+
+    @abstractmethod
+    def read(self) -> Listing:
+        """List the radiographs; raises ValueError or OSError for files that do not look as expected."""
+
+
+def normalize_view(view: str) -> str | None:
+    """PA, AP, LATERAL or UNKNOWN; None for a view that is not understood. `AP Supine` counts as AP."""
+    word = view.strip().upper()
+    if word in UNKNOWN_VIEWS:
+        return "UNKNOWN"
+    return VIEWS.get(word) or VIEWS.get(word.split()[0])
+
+
+def some(items: Iterable[str], limit: int = 5) -> str:
+    """The first few items for an error message."""
+    listed = list(items)
+    return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")
+
+
+def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a comma-separated file, all text, without surrounding blanks.
+
+    Empty lines are skipped. Rows may have fewer or more fields than the header: `check_fields` judges.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [[field.strip() for field in row] for row in csv.reader(file) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable CSV file in UTF-8: {error}") from error
+    if not rows:
+        raise ValueError(f"{path}: empty file found; expected a header line")
+    return rows[0], rows[1:]
+
+
+def check_fields(path: Path, header: list[str], rows: list[list[str]]) -> None:
+    """Refuse rows that are not as long as the header."""
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise ValueError(f"{path}: row {number} has {len(row)} fields; expected {len(header)} as in the header")
+
+
+@cache
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def file_below(root: Path, name: str, where: str = "") -> Path:
+    """The file `name` below `root`, which may not lead out of it by `..`, an absolute path or a link.
+
+    Args:
+        root: folder.
+        name: relative path.
+        where: how the error message begins.
+
+    Raises:
+        ValueError: it does.
+    """
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts or Path(name).is_absolute():
+        raise ValueError(f"{where}file {name!r} found; expected a path below the root {root}")
+    path = root / relative
+    real = os.path.realpath(path) if path.is_symlink() else os.path.join(_real(str(path.parent)), path.name)
+    if not Path(real).is_relative_to(_real(str(root))):
+        raise ValueError(f"{where}file {name!r} is a link that leads out of the root {root}")
+    return path

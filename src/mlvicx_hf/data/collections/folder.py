@@ -1,0 +1,341 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Any folder of radiographs, with or without a table of metadata beside it (the `imagefolder` convention)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..pixels import IMAGE_SUFFIXES
+from .base import SPLITS, Collection, Listing, Record, check_fields, file_below, normalize_view, read_csv, some
+
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+FILE_COLUMNS = ("file_name", "file", "image", "path")
+RESERVED_COLUMNS = (*FILE_COLUMNS, "patient_id", "view", "split", "sex", "age", "source")
+SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
+NO_FINDING = "no finding"
+BINARY = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": math.nan}
+
+Columns = dict[str, list[str]]  # a table by column, all text
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels of all rows, [N][L], and what they are called."""
+
+    rows: list[tuple[float, ...]]
+    names: tuple[str, ...] = ()
+    exclusive: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class FolderCollection(Collection):
+    """Images below a folder.
+
+    Without metadata every image found counts. With metadata (`metadata.csv`, `.jsonl` or `.parquet` in the folder, or
+    the file given) the listed images count. Labels are, in this order: the columns named by `label_columns` (0, 1,
+    or empty for unknown); a column `label` with one class name a row; a column `labels` with names joined by `|`
+    (`No Finding` for none, empty for unknown); every other column that holds nothing but 0, 1 and empty.
+
+    Args:
+        root: the folder. Nothing outside it is read, not through a link either.
+        metadata: table, found from the working directory or else from the root.
+        file_column: column of the file, relative to the root; by default the first of `FILE_COLUMNS`.
+        patient_column: column of the patient; by default `patient_id`.
+        label_columns: columns that are labels.
+    """
+
+    name = "folder"
+    source = "folder"
+
+    def __init__(
+        self,
+        root: str | Path,
+        metadata: str | Path | None = None,
+        *,
+        file_column: str | None = None,
+        patient_column: str | None = None,
+        label_columns: Sequence[str] | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self.metadata = metadata
+        self.file_column = file_column
+        self.patient_column = patient_column
+        self.label_columns = label_columns
+
+    def read(self) -> Listing:
+        """List the images of the metadata, or those found."""
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root}: no such folder; expected --root to be a folder of images")
+        table = self._find_metadata()
+        return self._scan() if table is None else self._read_table(table)
+
+    def _find_metadata(self) -> Path | None:
+        if self.metadata is not None:
+            for path in (Path(self.metadata), self.root / self.metadata):
+                if path.is_file():
+                    return path
+            raise FileNotFoundError(f"{self.metadata}: no such file, neither here nor in {self.root}")
+        found = [self.root / name for name in METADATA_NAMES if (self.root / name).is_file()]
+        if len(found) > 1:
+            raise ValueError(f"{some(map(str, found))} found; say which one counts with --metadata")
+        return found[0] if found else None
+
+    def _scan(self) -> Listing:
+        """Every image below the root, sorted; hidden files and links that lead outside are left alone."""
+        names, outside = [], 0
+        for folder, subfolders, files in os.walk(self.root):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for file in sorted(files):
+                if file.startswith(".") or not file.lower().endswith(IMAGE_SUFFIXES):
+                    continue
+                name = (Path(folder) / file).relative_to(self.root).as_posix()
+                try:
+                    file_below(self.root, name)
+                except ValueError:
+                    outside += 1
+                    continue
+                names.append(name)
+        skipped = f" ({outside} links that lead outside were skipped)" if outside else ""
+        if not names:
+            raise ValueError(
+                f"{self.root}: no images found{skipped}; expected files ending in {some(IMAGE_SUFFIXES, 99)}"
+            )
+        notes = ["no metadata, so no patients are known: each image is counted as a patient of its own"]
+        if outside:
+            notes.append(f"{outside} links that lead out of {self.root} were skipped")
+        records = [Record(name, patient_id=name, path=self.root / name) for name in names]
+        return Listing(records, notes=notes)
+
+    def _read_table(self, table: Path) -> Listing:
+        columns = read_columns(table)
+        file_column = self._choose_file_column(table, columns)
+        names = columns[file_column]
+        _check_files(table, file_column, names)
+        patients, notes = self._patients(table, columns, names)
+        views, view_notes = _views(columns.get("view", [""] * len(names)))
+        splits = _splits(table, columns.get("split", [""] * len(names)))
+        skip = (file_column, self.patient_column)
+        labels = read_labels(table, columns, self.label_columns, skip=[name for name in skip if name])
+        records, missing = [], []
+        for number, name in enumerate(names):
+            path = file_below(self.root, name, f"{table}: row {number + 1}: ")
+            if path.is_file():
+                row = (patients[number], views[number], labels.rows[number], splits[number])
+                records.append(Record(name, *row, path))
+            else:
+                missing.append(name)
+        notes = [*notes, *view_notes, *labels.notes]
+        return Listing(records, labels.names, labels.exclusive, tuple(missing), notes)
+
+    def _choose_file_column(self, table: Path, columns: Columns) -> str:
+        candidates = FILE_COLUMNS if self.file_column is None else (self.file_column,)
+        for name in candidates:
+            if name in columns:
+                return name
+        raise ValueError(
+            f"{table}: columns {some(columns, 30)} found; expected the file in {' or '.join(candidates)} "
+            "(--file_column names another)"
+        )
+
+    def _patients(self, table: Path, columns: Columns, names: list[str]) -> tuple[list[str], list[str]]:
+        column = self.patient_column or "patient_id"
+        if column in columns:
+            for number, patient in enumerate(columns[column], start=1):
+                if not patient:
+                    raise ValueError(f"{table}: row {number}: empty {column} found; expected a patient")
+            return columns[column], []
+        if self.patient_column is not None:
+            raise ValueError(f"{table}: columns {some(columns, 30)} found; expected the patient in {column}")
+        return names, [
+            f"{table.name} has no column patient_id: each image is counted as a patient of its own, so one patient's "
+            "images may fall into two splits (--patient_column names the column)"
+        ]
+
+
+def read_columns(table: Path) -> Columns:
+    """A .csv, .jsonl or .parquet table by column, all as text; what is absent is empty."""
+    suffix = table.suffix.lower()
+    if suffix == ".csv":
+        header, rows = read_csv(table)
+        check_fields(table, header, rows)
+        repeated = [name for name, count in Counter(header).items() if count > 1]
+        if repeated:
+            raise ValueError(f"{table}: column(s) {some(repeated)} found twice; expected each name once")
+        columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
+    elif suffix == ".jsonl":
+        columns = _read_jsonl(table)
+    elif suffix == ".parquet":
+        columns = _read_parquet(table)
+    else:
+        raise ValueError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .jsonl or .parquet file")
+    if not any(columns.values()):
+        raise ValueError(f"{table}: no rows found; expected one row an image")
+    return columns
+
+
+def _read_jsonl(table: Path) -> Columns:
+    rows = []
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{table}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{table}: line {number} is a {type(row).__name__}; expected an object")
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [_text(row.get(name)) for row in rows] for name in names}
+
+
+def _read_parquet(table: Path) -> Columns:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        columns = pyarrow.parquet.read_table(table).to_pydict()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{table}: not a readable parquet file: {error}") from error
+    return {name: [_text(value) for value in values] for name, values in columns.items()}
+
+
+def _text(value: Any) -> str:
+    """A cell of a typed table as a CSV file would hold it."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, list):
+        return "|".join(_text(item) for item in value)
+    return str(value).strip()
+
+
+def _check_files(table: Path, column: str, names: list[str]) -> None:
+    for number, name in enumerate(names, start=1):
+        if not name:
+            raise ValueError(f"{table}: row {number}: empty {column} found; expected a file")
+    repeated = [name for name, count in Counter(os.path.normpath(name) for name in names).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{table}: {len(repeated)} file(s) in more than one row: {some(repeated)}; expected one row each"
+        )
+
+
+def _views(values: list[str]) -> tuple[list[str], list[str]]:
+    views = [normalize_view(value) for value in values]
+    strange = Counter(value for value, view in zip(values, views, strict=True) if view is None)
+    listed = ", ".join(f"{value!r} ({count})" for value, count in strange.most_common(5))
+    return [view or "UNKNOWN" for view in views], [
+        f"views not understood, kept as UNKNOWN: {listed}"
+    ] if strange else []
+
+
+def _splits(table: Path, values: list[str]) -> list[str | None]:
+    if not any(values):
+        return [None] * len(values)
+    for number, value in enumerate(values, start=1):
+        if value.lower() not in SPLIT_NAMES:
+            raise ValueError(
+                f"{table}: row {number}, column split: {value!r} found; expected train, validation (or val, "
+                "valid, dev) or test in every row"
+            )
+    return [SPLIT_NAMES[value.lower()] for value in values]
+
+
+def read_labels(
+    table: Path, columns: Columns, explicit: Sequence[str] | None = None, skip: Sequence[str] = ()
+) -> LabelTable:
+    """Labels of a table, see `FolderCollection` for where they are looked for.
+
+    Raises:
+        ValueError: naming file, row, column and value found, and what was expected.
+    """
+    if explicit is not None:
+        absent = [name for name in explicit if name not in columns]
+        if absent:
+            raise ValueError(
+                f"{table}: columns {some(columns, 30)} found; expected the label(s) {some(absent)} as well"
+            )
+        return _binary_labels(table, columns, list(explicit), ())
+    if "label" in columns and "labels" in columns:
+        raise ValueError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
+    rest = [name for name in columns if name not in (*RESERVED_COLUMNS, *skip) and not name.endswith("_file_name")]
+    for lone, reader in (("label", _class_labels), ("labels", _joined_labels)):
+        if lone in columns:
+            ignored = [name for name in rest if name != lone]
+            return reader(table, columns[lone], (f"columns ignored: {some(ignored, 30)}",) if ignored else ())
+    ignored, chosen = [], []
+    for name in rest:
+        other = next((value for value in columns[name] if value not in BINARY and value not in ("-1", "-1.0")), None)
+        if other is None and any(columns[name]):
+            chosen.append(name)
+        else:
+            ignored.append(f"{name} ({'empty' if other is None else f'holds {other[:40]!r}'})")
+    return _binary_labels(table, columns, chosen, (f"columns ignored: {some(ignored, 30)}",) if ignored else ())
+
+
+def _binary_labels(table: Path, columns: Columns, names: list[str], notes: tuple[str, ...]) -> LabelTable:
+    for name in names:
+        for number, value in enumerate(columns[name], start=1):
+            if value in BINARY:
+                continue
+            hint = " (-1 often means uncertain, which is not supported yet)" if value in ("-1", "-1.0") else ""
+            raise ValueError(
+                f"{table}: row {number}, column {name}: {value!r} found; expected 0, 1, or empty for unknown{hint}"
+            )
+    rows = [tuple(BINARY[columns[name][row]] for name in names) for row in range(len(next(iter(columns.values()))))]
+    return LabelTable(rows, tuple(names), notes=notes)
+
+
+def _class_labels(table: Path, values: list[str], notes: tuple[str, ...]) -> LabelTable:
+    """One class name a row; whole numbers are sorted as numbers, names by the alphabet."""
+    names = set(values) - {""}
+    for name in names:
+        if not name.lstrip("+-").isdigit() and _is_number(name):
+            row = values.index(name) + 1
+            raise ValueError(f"{table}: row {row}, column label: {name!r} found; expected a class name or whole number")
+    if not names:
+        return LabelTable([()] * len(values), notes=(*notes, "column label is empty: no labels"))
+    whole = all(name.lstrip("+-").isdigit() for name in names)
+    ordered = sorted(names, key=lambda name: (int(name) if whole else 0, name))
+    rows = [tuple(float(value == name) if value else math.nan for name in ordered) for value in values]
+    return LabelTable(rows, tuple(ordered), exclusive=True, notes=notes)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _joined_labels(table: Path, values: list[str], notes: tuple[str, ...]) -> LabelTable:
+    """Names joined by `|`; `No Finding` for none of them, empty for unknown."""
+    findings = [split_findings(table, number, "labels", value) for number, value in enumerate(values, start=1)]
+    names = sorted(set().union(*(found for found in findings if found is not None)))
+    rows = [tuple(math.nan if found is None else float(name in found) for name in names) for found in findings]
+    return LabelTable(rows, tuple(names), notes=notes)
+
+
+def split_findings(table: Path, number: int, column: str, value: str) -> set[str] | None:
+    """`Edema|Mass` to its names, `No Finding` to none, empty to None (unknown)."""
+    if not value:
+        return None
+    parts = {part.strip() for part in value.split("|")}
+    normal = {part for part in parts if part.lower() == NO_FINDING}
+    if "" in parts or (normal and len(parts) > 1):
+        raise ValueError(
+            f"{table}: row {number}, column {column}: {value!r} found; expected names joined by |, or No Finding alone"
+        )
+    return parts - normal

@@ -1,0 +1,54 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Synthetic chest radiographs, drawn while the cache is written: no data to download, every label known."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from ..phantom import FINDINGS, draw_phantom
+from .base import Collection, Listing, Record
+
+SMALLEST = 32  # pixels; what `draw_phantom` can draw
+
+
+class PhantomCollection(Collection):
+    """Drawn radiographs of invented patients.
+
+    Args:
+        num_patients: how many patients.
+        images_per_patient: images of each.
+        size: side of the drawing in pixels.
+        seed: another seed, other patients.
+    """
+
+    name = "phantom"
+    source = "phantom (synthetic)"
+    synthetic = True
+
+    def __init__(self, num_patients: int = 400, images_per_patient: int = 3, *, size: int = 256, seed: int = 0) -> None:
+        if num_patients < 1 or images_per_patient < 1:
+            raise ValueError(
+                f"num_patients={num_patients}, images_per_patient={images_per_patient} found; expected 1 or more"
+            )
+        self.num_patients = num_patients
+        self.images_per_patient = images_per_patient
+        self.size = size
+        self.seed = seed
+
+    def read(self) -> Listing:
+        """List the images; the pixels are drawn later, by whoever wants them."""
+        records = []
+        for patient in range(self.num_patients):
+            # A patient's pictures share the labels, and the smallest drawing tells them in a few milliseconds.
+            small = draw_phantom(patient, size=SMALLEST, seed=self.seed)
+            for image in range(self.images_per_patient):
+                draw = partial(draw_image, patient, image, max(SMALLEST, self.size), self.seed)
+                records.append(Record(f"{small.patient_id}-{image}", small.patient_id, "PA", small.labels, draw=draw))
+        return Listing(records, FINDINGS)
+
+
+def draw_image(patient: int, image: int, size: int, seed: int) -> np.ndarray:
+    """Pixels of a phantom, uint8 [H, W]."""
+    return draw_phantom(patient, image, size=size, seed=seed).image

@@ -1,0 +1,147 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Any image file to 8-bit grey, and 8-bit grey to a square.
+
+Only Pillow and NumPy are imported at the top: worker processes read ordinary files without waiting for torch.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+DICOM_SUFFIXES = (".dcm", ".dicom")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", *DICOM_SUFFIXES)
+# The only formats tried: Pillow also opens formats that start other programs (EPS) or follow links.
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
+
+PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
+# What Pillow raises for damaged content, over all formats; mutated files raise mostly the first three.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+
+
+class UnreadableImageError(ValueError):
+    """A file that cannot be read as an image; the message names it and says why."""
+
+    def __init__(self, file: str | Path, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file, self.reason = str(file), reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+def read_gray(path: str | Path) -> Image.Image:
+    """Read a PNG, JPEG, TIFF, WebP, BMP or JPEG 2000 file of any mode as 8-bit grey.
+
+    The content decides, not the file's name. 16-bit files are rescaled, never saturated (see `full_scale`); float
+    files in [0, 1] are taken as they are, others from their minimum to their maximum. An EXIF orientation is applied,
+    transparency is dropped. Of several frames the first is read.
+
+    Returns:
+        Picture of mode "L".
+
+    Raises:
+        UnreadableImageError: truncated, empty, no image, suspiciously large, or DICOM (not supported in this version).
+        FileNotFoundError: no such file.
+    """
+    return decode_gray(Path(path).read_bytes(), path)
+
+
+def decode_gray(data: bytes, file: str | Path) -> Image.Image:
+    """`read_gray` for a file's content; `file` is only what errors call it."""
+    if not data:
+        raise UnreadableImageError(file, "empty file")
+    if data[128:132] == b"DICM":
+        raise UnreadableImageError(file, "DICOM is not supported in this version")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata in a file is no concern of the user's
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = _load(data)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise UnreadableImageError(file, f"suspiciously large (decompression bomb?): {error}") from error
+        except UnidentifiedImageError as error:
+            if Path(file).suffix.lower() in DICOM_SUFFIXES:
+                raise UnreadableImageError(file, "DICOM is not supported in this version") from error
+            raise UnreadableImageError(file, f"content is none of {', '.join(FORMATS)}") from error
+        except DAMAGED as error:
+            raise UnreadableImageError(file, f"damaged or unsupported: {' '.join(str(error).split())}") from error
+    try:
+        return _gray(image)
+    except ValueError as error:  # a depth or range that the image processor refuses too
+        raise UnreadableImageError(file, str(error)) from error
+
+
+def _load(data: bytes) -> Image.Image:
+    """Decode, and turn upright as EXIF says."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    deep_colour = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if deep_colour and np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max() < 64:
+        # Pillow keeps the high byte: right when all 16 bits are used, next to nothing when 14 or fewer are.
+        raise ValueError(
+            "16 bits a channel of which 14 or fewer are used; expected such depth in one-channel files only"
+        )
+    return image
+
+
+def _gray(image: Image.Image) -> Image.Image:
+    """Picture of any mode to mode "L", through the image processor's own rule where there are more than 8 bits."""
+    if image.mode == "L":
+        return image
+    if image.mode in ("LA", "La"):
+        return image.getchannel(0)
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image.convert("RGB").convert("L")  # 1, palette, RGB, RGBA, CMYK, YCbCr, LAB
+    from ..image_processing_mlvicx import to_unit_gray  # seconds to import, and seldom needed
+
+    unit = to_unit_gray(_unit_float(image) if image.mode == "F" else image)[0].numpy()  # [H, W]
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0:
+        unit = 1 - unit  # Pillow does this for 8 bits only
+    return Image.fromarray(np.round(unit * 255).astype(np.uint8))
+
+
+def _unit_float(image: Image.Image) -> np.ndarray:
+    """Float picture to [0, 1]: as it is where it fits, else from minimum to maximum."""
+    array = np.asarray(image)
+    low, high = array.min(), array.max()
+    if not (np.isfinite(low) and np.isfinite(high)) or (low >= 0 and high <= 1):
+        return array  # `to_unit_gray` refuses what is not finite
+    span = float(high) - float(low)
+    return ((array - np.float64(low)) / span if span > 0 else np.zeros_like(array)).astype(np.float32)
+
+
+def fit_square_gray(image: Image.Image, size: int, fit: str = "pad") -> Image.Image:
+    """`fit_square` of the image processor for pictures of mode "L", with Pillow alone.
+
+    The geometry is the same and the grey values agree within rounding; a test holds them together.
+
+    Args:
+        image: mode "L".
+        size: side of the result in pixels.
+        fit: "pad", "squash" or "crop".
+
+    Returns:
+        Mode "L", `size` × `size`.
+    """
+    if fit == "squash":
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    width, height = image.size
+    if fit == "crop":
+        side = min(width, height)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+    if fit != "pad":
+        raise ValueError(f"fit={fit!r} found; expected one of pad, squash, crop")
+    scale = size / max(width, height)
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    square = Image.new("L", (size, size))
+    square.paste(image.resize((width, height), Image.Resampling.BILINEAR), ((size - width) // 2, (size - height) // 2))
+    return square

@@ -1,0 +1,471 @@
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from mlvicx_hf.data.collections import FolderCollection, Listing, NIH14Collection, PhantomCollection
+from mlvicx_hf.data.collections.base import normalize_view
+from mlvicx_hf.data.collections.nih14 import FINDINGS
+from mlvicx_hf.data.phantom import draw_phantom
+
+NAMES = ("a.png", "b.png", "sub/c.png", "sub/d.png")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Four images, two of them in a sub-folder."""
+    for name in NAMES:
+        write_image(tmp_path / "images" / name)
+    return tmp_path / "images"
+
+
+def write_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), 100).save(path)
+
+
+def read_table(root: Path, lines: str, **options: object) -> Listing:
+    """Listing with a metadata.csv of these lines."""
+    (root / "metadata.csv").write_text(lines)
+    return FolderCollection(root, **options).read()
+
+
+def table(columns: str, *cells: str) -> str:
+    """Table of `NAMES` with other columns; a row's cells are joined by commas."""
+    return (
+        "\n".join([f"file_name,{columns}", *(f"{name},{row}" for name, row in zip(NAMES, cells, strict=True))]) + "\n"
+    )
+
+
+def same(found: tuple[float, ...], *expected: float) -> bool:
+    return np.array_equal(found, expected, equal_nan=True)
+
+
+# Folders without metadata
+
+
+def test_scan_finds_images_of_any_case_in_order_and_warns_that_patients_are_unknown(root: Path):
+    write_image(root / "0.PNG")
+    (root / "notes.txt").write_text("none")
+    write_image(root / ".hidden" / "e.png")
+    (root / "._a.png").write_text("left by an archive")
+    listing = FolderCollection(root).read()
+    assert [record.name for record in listing.records] == ["0.PNG", "a.png", "b.png", "sub/c.png", "sub/d.png"]
+    assert [record.patient_id for record in listing.records] == [record.name for record in listing.records]
+    assert all(record.path.is_file() and record.view == "UNKNOWN" for record in listing.records)
+    assert "each image is counted as a patient of its own" in listing.notes[0]
+    assert listing.label_names == ()
+
+
+def test_scan_does_not_follow_links_out_of_the_root(root: Path, tmp_path: Path):
+    write_image(tmp_path / "outside" / "secret.png")
+    (root / "link.png").symlink_to(tmp_path / "outside" / "secret.png")
+    (root / "folder").symlink_to(tmp_path / "outside")
+    (root / "inside.png").symlink_to(root / "a.png")
+    listing = FolderCollection(root).read()
+    assert [record.name for record in listing.records] == ["a.png", "b.png", "inside.png", "sub/c.png", "sub/d.png"]
+    assert any("1 links that lead out" in note for note in listing.notes)
+
+
+def test_root_may_be_a_link_itself(root: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(root)
+    assert len(FolderCollection(tmp_path / "link").read().records) == 4
+    assert len(read_table(tmp_path / "link", table("patient_id", *"1234")).records) == 4
+
+
+def test_empty_and_absent_folders_are_refused(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(ValueError, match=r"no images found; expected files ending in \.png"):
+        FolderCollection(tmp_path).read()
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        FolderCollection(tmp_path / "none").read()
+
+
+# Metadata: files, patients, views, splits
+
+
+def test_metadata_gives_patients_views_and_splits(root: Path):
+    listing = read_table(
+        root, table("patient_id,view,split", "01,PA,train", "01,AP Supine,train", "2,LL,val", "3,,test")
+    )
+    assert [record.patient_id for record in listing.records] == ["01", "01", "2", "3"]
+    assert [record.view for record in listing.records] == ["PA", "AP", "LATERAL", "UNKNOWN"]
+    assert [record.split for record in listing.records] == ["train", "train", "validation", "test"]
+    assert listing.records[2].path == root / "sub/c.png"
+    assert listing.notes == []
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        *[("pa", "PA"), ("AP", "AP"), ("AP Erect", "AP"), ("L", "LATERAL"), ("RL", "LATERAL"), ("LL", "LATERAL")],
+        *[("Lateral", "LATERAL"), ("", "UNKNOWN"), (" unknown ", "UNKNOWN"), ("oblique", None)],
+    ],
+)
+def test_views_are_normalised(view: str, expected: str | None):
+    assert normalize_view(view) == expected
+
+
+def test_views_not_understood_are_unknown_and_noted(root: Path):
+    listing = read_table(root, table("patient_id,view", "1,odd", "2,odd", "3,PA", "4,AP"))
+    assert listing.records[0].view == "UNKNOWN"
+    assert listing.notes == ["views not understood, kept as UNKNOWN: 'odd' (2)"]
+
+
+def test_metadata_without_patients_warns(root: Path):
+    listing = read_table(root, table("view", "PA", "PA", "AP", "AP"))
+    assert [record.patient_id for record in listing.records] == list(NAMES)
+    assert "no column patient_id" in listing.notes[0]
+    assert "one patient's images may fall into two splits" in listing.notes[0]
+
+
+@pytest.mark.parametrize("column", ["file_name", "file", "image", "path", "picture"])
+def test_file_and_patient_columns_can_be_named(root: Path, column: str):
+    text = table("subject", *"1122").replace("file_name", column)
+    options = {"file_column": column} if column == "picture" else {}
+    listing = read_table(root, text, patient_column="subject", **options)
+    assert [(record.name, record.patient_id) for record in listing.records] == list(zip(NAMES, "1122", strict=True))
+    assert listing.label_names == ()
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    lines = [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
+    path.write_text("\n".join([",".join(rows[0]), *lines]))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+
+
+def write_parquet(path: Path, rows: list[dict[str, object]]) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("write", [write_csv, write_jsonl, write_parquet])
+def test_three_kinds_of_tables_mean_the_same(root: Path, write: Callable[[Path, list[dict[str, object]]], None]):
+    rows = [
+        {"file_name": name, "patient_id": number, "Edema": edema, "Mass": mass}
+        for number, (name, edema, mass) in enumerate(zip(NAMES, (1, 0, None, 1), (0.0, 1.0, 0.0, None), strict=True))
+    ]
+    write(root / f"metadata.{write.__name__.removeprefix('write_')}", rows)
+    listing = FolderCollection(root).read()
+    assert [record.patient_id for record in listing.records] == ["0", "1", "2", "3"]
+    assert listing.label_names == ("Edema", "Mass")
+    expected = [(1, 0), (0, 1), (math.nan, 0), (1, math.nan)]
+    assert all(same(record.labels, *labels) for record, labels in zip(listing.records, expected, strict=True))
+
+
+def test_metadata_is_found_from_here_or_from_the_root(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (root / "mine.csv").write_text(table("patient_id", *"1234"))
+    monkeypatch.chdir(tmp_path)
+    assert len(FolderCollection(root, "mine.csv").read().records) == 4
+    (tmp_path / "mine.csv").write_text("file_name,patient_id\na.png,7\n")
+    assert FolderCollection(root, "mine.csv").read().records[0].patient_id == "7"
+    with pytest.raises(FileNotFoundError, match=r"none\.csv: no such file, neither here nor in"):
+        FolderCollection(root, "none.csv").read()
+
+
+def test_two_metadata_tables_are_refused(root: Path):
+    (root / "metadata.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"metadata\.csv, .*metadata\.jsonl found; say which one"):
+        read_table(root, table("view", *"1234"))
+
+
+def test_missing_files_are_listed_and_the_others_kept(root: Path):
+    (root / "sub/c.png").unlink()
+    listing = read_table(root, table("patient_id", *"1234"))
+    assert listing.missing == ("sub/c.png",)
+    assert [record.name for record in listing.records] == ["a.png", "b.png", "sub/d.png"]
+    assert [record.patient_id for record in listing.records] == ["1", "2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"metadata\.csv: empty file found; expected a header line"),
+        ("file_name,patient_id\n", r"no rows found; expected one row an image"),
+        ("name,patient_id\na.png,1\n", r"columns name, patient_id found; expected the file in file_name or file or"),
+        ("file_name,patient_id\na.png\n", r"row 1 has 1 fields; expected 2"),
+        ("file_name,a,a\na.png,1,1\n", r"column\(s\) a found twice"),
+        ("file_name,patient_id\na.png,1\nb.png,\n", r"row 2: empty patient_id found"),
+        ("file_name,patient_id\n,1\n", r"row 1: empty file_name found"),
+        ("file_name,patient_id\na.png,1\n./a.png,1\n", r"1 file\(s\) in more than one row: a\.png"),
+        (
+            "file_name,patient_id\na.png,1\n../b.png,1\n",
+            r"row 2: file '\.\./b\.png' found; expected a path below the root",
+        ),
+        ("file_name,patient_id\n/etc/a.png,1\n", r"row 1: file '/etc/a\.png' found; expected a path below the root"),
+        ("file_name,split\na.png,train\nb.png,holdout\n", r"row 2, column split: 'holdout' found; expected train, val"),
+        ("file_name,split\na.png,train\nb.png,\n", r"row 2, column split: '' found; expected train"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(root: Path, text: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        read_table(root, text)
+
+
+def test_named_columns_that_are_absent_are_refused(root: Path):
+    text = table("view", *"1234")
+    with pytest.raises(ValueError, match="columns file_name, view found; expected the patient in subject"):
+        read_table(root, text, patient_column="subject")
+    with pytest.raises(ValueError, match="columns file_name, view found; expected the file in picture"):
+        read_table(root, text, file_column="picture")
+    with pytest.raises(ValueError, match=r"expected the label\(s\) Edema as well"):
+        read_table(root, text, label_columns=["view", "Edema"])
+
+
+def test_metadata_may_not_use_a_link_out_of_the_root(root: Path, tmp_path: Path):
+    write_image(tmp_path / "outside" / "secret.png")
+    (root / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=r"file 'link/secret\.png' is a link that leads out of the root"):
+        read_table(root, "file_name\nlink/secret.png\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.jsonl", b'{"file_name": "a.png"}\n{oops\n', "line 2 is not JSON"),
+        ("m.jsonl", b'["a.png"]\n', "line 1 is a list; expected an object"),
+        ("m.parquet", b"PAR1 not really", "not a readable parquet file"),
+        ("m.csv", b"file_name\n\xff\xfe\n", "not a readable CSV file in UTF-8"),
+        ("m.xlsx", b"", r"\.xlsx found; expected a \.csv, \.jsonl or \.parquet file"),
+    ],
+)
+def test_damaged_tables_are_refused(root: Path, name: str, content: bytes, message: str):
+    (root / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        FolderCollection(root, name).read()
+
+
+# Metadata: labels
+
+
+def test_columns_of_zeros_and_ones_are_labels_and_the_others_are_named(root: Path):
+    columns = "patient_id,sex,age,mask_file_name,Edema,score,empty,Mass"
+    listing = read_table(
+        root,
+        table(columns, "1,0,1,m.png,1,0.5,,0", "2,1,1,m.png,0,1,,", "3,0,0,m.png,,0,,1.0", "4,0,0,m.png,0,1,,0"),
+    )
+    assert listing.label_names == ("Edema", "Mass")
+    assert not listing.exclusive
+    assert same(listing.records[1].labels, 0, math.nan)
+    assert same(listing.records[2].labels, math.nan, 1)
+    assert listing.notes == ["columns ignored: score (holds '0.5'), empty (empty)"]
+
+
+def test_explicit_label_columns_keep_their_order(root: Path):
+    text = table("patient_id,Edema,Mass,other", "1,1,0,1", "2,0,0,1", "3,0,1,1", "4,0,0,1")
+    listing = read_table(root, text, label_columns=["Mass", "Edema"])
+    assert listing.label_names == ("Mass", "Edema")
+    assert same(listing.records[0].labels, 0, 1)
+
+
+@pytest.mark.parametrize("value", ["maybe", "2", "0.5"])
+def test_unknown_label_values_are_refused_with_their_place(root: Path, value: str):
+    text = table("patient_id,Edema", "1,0", "2,1", f"3,{value}", "4,0")
+    message = rf"metadata\.csv: row 3, column Edema: '{value}' found; expected 0, 1, or empty for unknown"
+    with pytest.raises(ValueError, match=message):
+        read_table(root, text, label_columns=["Edema"])
+
+
+@pytest.mark.parametrize("options", [{}, {"label_columns": ["Edema"]}])
+def test_uncertain_labels_are_refused_and_never_taken_for_something_else(root: Path, options: dict[str, list[str]]):
+    with pytest.raises(ValueError, match=r"row 2, column Edema: '-1' found; .*-1 often means uncertain"):
+        read_table(root, table("patient_id,Edema", "1,0", "2,-1", "3,1", "4,"), **options)
+
+
+def test_class_names_become_one_column_each(root: Path):
+    listing = read_table(root, table("patient_id,label,flag", "1,viral,0", "2,normal,0", "3,,1", "4,viral,1"))
+    assert listing.label_names == ("normal", "viral")
+    assert listing.exclusive
+    labels = [record.labels for record in listing.records]
+    assert labels[0] == (0, 1)
+    assert labels[1] == (1, 0)
+    assert same(labels[2], math.nan, math.nan)
+    assert listing.notes == ["columns ignored: flag"]
+
+
+def test_whole_numbers_are_classes_in_the_order_of_numbers(root: Path):
+    listing = read_table(root, table("patient_id,label", "1,10", "2,9", "3,0", "4,9"))
+    assert listing.label_names == ("0", "9", "10")
+    assert listing.records[1].labels == (0, 1, 0)
+
+
+def test_a_label_of_other_numbers_is_no_class(root: Path):
+    with pytest.raises(ValueError, match=r"row 2, column label: '0\.37' found; expected a class name or whole number"):
+        read_table(root, table("patient_id,label", "1,1", "2,0.37", "3,0", "4,1"))
+
+
+def test_joined_labels(root: Path):
+    listing = read_table(root, table("patient_id,labels", "1,Mass|Edema", "2,No Finding", "3,", "4,Mass"))
+    assert listing.label_names == ("Edema", "Mass")
+    assert not listing.exclusive
+    expected = [(1, 1), (0, 0), (math.nan, math.nan), (0, 1)]
+    assert all(same(record.labels, *row) for record, row in zip(listing.records, expected, strict=True))
+
+
+def test_lists_of_labels_in_jsonl(root: Path):
+    write_jsonl(root / "metadata.jsonl", [{"file_name": "a.png", "labels": ["Mass", "Edema"]}, {"file_name": "b.png"}])
+    records = FolderCollection(root).read().records
+    assert same(records[0].labels, 1, 1)
+    assert same(records[1].labels, math.nan, math.nan)
+
+
+@pytest.mark.parametrize("value", ["No Finding|Mass", "Mass|", "Mass||Edema"])
+def test_joined_labels_that_contradict_themselves_are_refused(root: Path, value: str):
+    with pytest.raises(ValueError, match=r"row 1, column labels: .* expected names joined by \|, or No Finding alone"):
+        read_table(root, table("patient_id,labels", f"1,{value}", "2,Mass", "3,Mass", "4,Mass"))
+
+
+def test_label_and_labels_together_are_refused(root: Path):
+    with pytest.raises(ValueError, match="columns label and labels found; expected one of them"):
+        read_table(root, table("label,labels", "a,b", "a,b", "a,b", "a,b"))
+
+
+# NIH ChestX-ray14
+
+NIH_ROWS = [
+    ("00000001_000.png", "Cardiomegaly|Effusion", 1, "PA", "train"),
+    ("00000001_001.png", "No Finding", 1, "AP", "train"),
+    *(
+        (f"{patient:08d}_000.png", "Edema" if patient % 2 else "Hernia", patient, "PA", "train")
+        for patient in range(2, 42)
+    ),
+    ("00000050_000.png", "Pleural_Thickening", 50, "PA", "test"),
+]
+NIH_HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+
+
+def write_nih(root: Path, year: str = "v2020", flat: bool = True, present: int | None = None) -> Path:
+    """A small release in the layout of the real one."""
+    name, comma = ("Data_Entry_2017_v2020.csv", "") if year == "v2020" else ("Data_Entry_2017.csv", ",")
+    patient = "{}" if year == "v2020" else "{:05d}"
+    lines = [NIH_HEADER + comma] + [
+        f"{image},{findings},0,{patient.format(number)},57,M,{view},2682,2749,0.143,0.143{comma}"
+        for image, findings, number, view, _ in NIH_ROWS
+    ]
+    root.mkdir()
+    (root / name).write_text("\n".join(lines) + "\n")
+    for split, file in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
+        (root / file).write_text("\n".join(row[0] for row in NIH_ROWS if row[4] == split))
+    for index, row in enumerate(NIH_ROWS[:present]):
+        write_image(root / ("images" if flat else f"images_{index % 12 + 1:03d}/images") / row[0])
+    return root
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("year", ["2017", "v2020"])
+def test_nih_release_in_both_versions_and_layouts(tmp_path: Path, year: str, flat: bool):
+    listing = NIH14Collection(write_nih(tmp_path / "nih", year, flat)).read()
+    assert listing.label_names == FINDINGS
+    assert len(FINDINGS) == 14
+    assert listing.missing == ()
+    assert [record.name for record in listing.records] == [row[0] for row in NIH_ROWS]
+    first, second = listing.records[:2]
+    assert {name for name, value in zip(FINDINGS, first.labels, strict=True) if value} == {"Cardiomegaly", "Effusion"}
+    assert set(second.labels) == {0.0}
+    assert (first.patient_id, first.view, second.view) == ("00000001", "PA", "AP")
+    assert all(record.path.is_file() and record.path.name == record.name for record in listing.records)
+
+
+def test_nih_validation_is_carved_by_patient_from_the_official_list(tmp_path: Path):
+    root = write_nih(tmp_path / "nih")
+    records = NIH14Collection(root).read().records
+    assert {record.name for record in records if record.split == "test"} == {"00000050_000.png"}
+    validation = {record.patient_id for record in records if record.split == "validation"}
+    assert len(validation) == 4  # a tenth of 41
+    assert not validation & {record.patient_id for record in records if record.split == "train"}
+    other = {
+        record.patient_id for record in NIH14Collection(root, seed=1).read().records if record.split == "validation"
+    }
+    assert other != validation
+
+
+def test_nih_split_does_not_depend_on_what_is_on_disk(tmp_path: Path):
+    full = {record.name: record.split for record in NIH14Collection(write_nih(tmp_path / "full")).read().records}
+    part = NIH14Collection(write_nih(tmp_path / "part", present=10)).read()
+    assert len(part.records) == 10
+    assert len(part.missing) == len(NIH_ROWS) - 10
+    assert all(full[record.name] == record.split for record in part.records)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("View Position", "View", r"Data_Entry_2017_v2020\.csv: columns .*, View, .* found; expected .*View Position"),
+        ("No Finding", "Infiltrate", r"row 2, column Finding Labels: 'Infiltrate' found; expected No Finding or"),
+        ("No Finding", "No Finding|Mass", r"row 2, column Finding Labels: 'No Finding\|Mass' found"),
+        ("No Finding,0,1,", "No Finding,0,7,", r"row 2: Patient ID '7' found for '00000001_001\.png'"),
+        (",57,M,", ",57,", r"row 1 has 10 fields; expected 11"),
+        ("00000001_001.png", "00000001_000.png", r"1 image\(s\) found in more than one row"),
+    ],
+)
+def test_nih_table_that_does_not_fit_is_refused(tmp_path: Path, old: str, new: str, message: str):
+    root = write_nih(tmp_path / "nih")
+    replace(root / "Data_Entry_2017_v2020.csv", old, new)
+    with pytest.raises(ValueError, match=message):
+        NIH14Collection(root).read()
+
+
+def test_nih_lists_that_do_not_fit_are_refused(tmp_path: Path):
+    root = write_nih(tmp_path / "nih")
+    replace(root / "train_val_list.txt", "00000001_001.png", "")
+    with pytest.raises(ValueError, match=r"1 image\(s\) of the table in neither or both .*00000001_001\.png"):
+        NIH14Collection(root).read()
+    (root / "test_list.txt").write_text("00000050_000.png\n00000001_001.png")
+    with pytest.raises(ValueError, match=r"1 patient\(s\) in both train_val_list\.txt and test_list\.txt: 00000001"):
+        NIH14Collection(root).read()
+    (root / "test_list.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_list\.txt: no such file; expected NIH's official list"):
+        NIH14Collection(root).read()
+
+
+def test_nih_folder_without_table_or_images_is_refused(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"expected NIH's table"):
+        NIH14Collection(tmp_path).read()
+    root = write_nih(tmp_path / "nih", present=0)
+    with pytest.raises(FileNotFoundError, match="no images found; expected images/ or images_001/images/"):
+        NIH14Collection(root).read()
+
+
+@pytest.mark.real_data
+def test_real_nih_table(real_data: Path):
+    listing = NIH14Collection(real_data / "nih14").read()
+    assert len(listing.records) + len(listing.missing) == 112_120
+    assert len(listing.records) == len(os.listdir(real_data / "nih14" / "images"))
+    assert {record.split for record in listing.records} == {"train", "validation", "test"}
+    assert {record.view for record in listing.records} == {"PA", "AP"}
+
+
+# Phantoms
+
+
+def test_phantoms_are_listed_with_the_labels_of_their_drawings():
+    listing = PhantomCollection(3, 2, size=48, seed=5).read()
+    assert len(listing.records) == 6
+    for index, record in enumerate(listing.records):
+        phantom = draw_phantom(index // 2, index % 2, size=48, seed=5)
+        assert (record.name, record.patient_id, record.labels) == (phantom.image_id, phantom.patient_id, phantom.labels)
+        assert record.draw is not None
+        assert np.array_equal(record.draw(), phantom.image)
+
+
+def test_no_phantoms_are_refused():
+    with pytest.raises(ValueError, match="num_patients=0, images_per_patient=3 found; expected 1 or more"):
+        PhantomCollection(0)

@@ -1,0 +1,219 @@
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlvicx_hf.data.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES, UnreadableImageError, fit_square_gray, read_gray
+from mlvicx_hf.image_processing_mlvicx import FITS, fit_square, to_unit_gray
+
+HEIGHT, WIDTH = 24, 40
+
+
+def ramp(maximum: int, dtype: type = np.uint8) -> np.ndarray:
+    """0 to `maximum` along the rows, one column after another brighter."""
+    return np.round(np.linspace(0, maximum, HEIGHT * WIDTH)).reshape(HEIGHT, WIDTH).astype(dtype)
+
+
+def save(path: Path, image: Image.Image | np.ndarray, kind: str | None = None, **options: object) -> Path:
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, kind, **options)
+    return path
+
+
+def png(width: int, height: int, bit_depth: int, colour: int, scanlines: bytes) -> bytes:
+    """A PNG written by hand, for depths that Pillow does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+def colour_png_16(values: np.ndarray) -> bytes:
+    """16-bit RGB PNG whose three channels are `values` [H, W]."""
+    pixels = np.repeat(values[..., None], 3, axis=2).astype(">u2")
+    return png(values.shape[1], values.shape[0], 16, 2, b"".join(b"\0" + row.tobytes() for row in pixels))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_16_bit_files_are_rescaled_by_their_depth_and_never_saturate(tmp_path: Path, suffix: str, bits: int):
+    values = ramp(2**bits - 1, np.uint16)
+    gray = np.asarray(read_gray(save(tmp_path / f"ramp{suffix}", values)))
+    assert gray.dtype == np.uint8
+    assert np.array_equal(gray, np.round(values / (2**bits - 1) * 255))
+    assert (np.diff(gray.ravel().astype(int)) >= 0).all()
+    assert (gray == 255).sum() <= 4  # a saturated ramp is white nearly everywhere
+
+
+def test_a_file_and_the_image_processor_agree_on_16_bits(tmp_path: Path):
+    path = save(tmp_path / "deep.png", ramp(3000, np.uint16))
+    with Image.open(path) as image:
+        expected = to_unit_gray(image)[0].numpy()
+    assert np.abs(np.asarray(read_gray(path)) / 255 - expected).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_8_bit_mode_is_read_as_the_image_processor_reads_it(tmp_path: Path, mode: str):
+    colours = np.stack([ramp(255), ramp(255)[::-1], np.full((HEIGHT, WIDTH), 77, np.uint8)], axis=-1)
+    image = Image.fromarray(colours).convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(ramp(255)))  # transparency must not darken anything
+    path = save(tmp_path / "image.tif", image) if mode in ("CMYK", "YCbCr") else save(tmp_path / "image.png", image)
+    with Image.open(path) as stored:
+        assert stored.mode == mode
+        expected = to_unit_gray(stored)[0].numpy() * 255
+    gray = read_gray(path)
+    assert gray.mode == "L"
+    assert gray.size == (WIDTH, HEIGHT)
+    assert np.abs(np.asarray(gray) - expected).max() <= 1
+    assert np.asarray(gray).std() > 10
+
+
+def test_jpeg_is_read(tmp_path: Path):
+    values = ramp(255)
+    gray = np.asarray(read_gray(save(tmp_path / "image.jpg", values, quality=95)))
+    assert np.abs(gray.astype(int) - values).max() < 12
+
+
+def test_float_tiff_in_unit_range_is_taken_as_it_is(tmp_path: Path):
+    values = ramp(255).astype(np.float32) / 255 * 0.5
+    gray = np.asarray(read_gray(save(tmp_path / "unit.tif", values)))
+    assert np.abs(gray - values * 255).max() <= 0.5 + 1e-4
+
+
+def test_other_float_tiff_goes_from_minimum_to_maximum(tmp_path: Path):
+    values = ramp(255).astype(np.float32) * 10 - 1000
+    gray = np.asarray(read_gray(save(tmp_path / "float.tif", values)))
+    assert np.abs(gray.astype(int) - ramp(255)).max() <= 1
+
+
+def test_32_bit_integers_that_fit_into_16_are_read_and_others_refused(tmp_path: Path):
+    gray = np.asarray(read_gray(save(tmp_path / "small.tif", ramp(4095, np.int32))))
+    assert gray.max() == 255
+    assert abs(int(gray[HEIGHT // 2, 0]) - 128) < 5
+    with pytest.raises(UnreadableImageError, match=r"large\.tif: pixel value 70000 found; expected at most 16 bits"):
+        read_gray(save(tmp_path / "large.tif", ramp(70000, np.int32)))
+
+
+def test_16_bit_tiff_with_white_at_zero_is_inverted(tmp_path: Path):
+    path = save(tmp_path / "16.tif", ramp(65535, np.uint16), tiffinfo={262: 0})
+    with Image.open(path) as image:
+        assert image.tag_v2[262] == 0
+        assert np.asarray(image)[0, 0] == 0  # Pillow leaves 16 bits as they are stored
+    assert np.abs(np.asarray(read_gray(path)).astype(int) - (255 - ramp(255))).max() <= 1
+
+
+def test_16_bit_colour_keeps_its_high_bits_or_is_refused(tmp_path: Path):
+    full, shallow = tmp_path / "full.png", tmp_path / "shallow.png"
+    full.write_bytes(colour_png_16(ramp(65535, np.uint16)))
+    shallow.write_bytes(colour_png_16(ramp(4095, np.uint16)))
+    assert np.abs(np.asarray(read_gray(full)).astype(int) - ramp(255)).max() <= 1
+    with pytest.raises(UnreadableImageError, match="14 or fewer"):
+        read_gray(shallow)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(tmp_path: Path, kind: str):
+    values = np.zeros((HEIGHT, WIDTH), np.uint8)
+    values[: HEIGHT // 2, : WIDTH // 2] = 200  # upper left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    gray = np.asarray(read_gray(save(tmp_path / "turned", values, kind, exif=exif)))
+    assert gray.shape == (WIDTH, HEIGHT)
+    assert gray[: WIDTH // 2, HEIGHT // 2 :].mean() > 180  # upper right
+    assert gray[WIDTH // 2 :].mean() < 20
+
+
+def test_exif_orientation_is_applied_to_16_bits(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    gray = np.asarray(read_gray(save(tmp_path / "turned.png", ramp(65535, np.uint16), exif=exif)))
+    assert gray[0, 0] == 255
+    assert gray[-1, -1] == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP", "JPEG2000"])
+def test_content_decides_not_the_name(tmp_path: Path, kind: str):
+    gray = read_gray(save(tmp_path / "image.jpg", ramp(255), kind))
+    assert np.abs(np.asarray(gray).astype(int) - ramp(255)).mean() < 5
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+def test_truncated_files_are_refused_with_their_name(tmp_path: Path, suffix: str):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    path = save(tmp_path / f"cut{suffix}", noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UnreadableImageError, match=rf"cut\{suffix}: \w+") as caught:
+        read_gray(path)
+    assert isinstance(caught.value, ValueError)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"patient,label\n1,0\n", "content is none of PNG, JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "content is none of PNG, JPEG"),
+        (bytes(128) + b"DICM" + bytes(64), "DICOM is not supported in this version"),
+    ],
+)
+def test_files_that_are_no_images_are_refused_with_the_reason(tmp_path: Path, content: bytes, reason: str):
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=rf"image\.png: {reason}"):
+        read_gray(path)
+
+
+def test_dicom_is_refused_by_suffix_unless_the_content_is_an_image(tmp_path: Path):
+    old = tmp_path / "scan.DCM"  # an old one has no preamble
+    old.write_bytes(b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" * 20)
+    with pytest.raises(UnreadableImageError, match=r"scan\.DCM: DICOM is not supported"):
+        read_gray(old)
+    assert read_gray(save(tmp_path / "png.dcm", ramp(255), "PNG")).mode == "L"
+    assert set(DICOM_SUFFIXES) < set(IMAGE_SUFFIXES)
+
+
+def test_decompression_bombs_are_refused_whether_pillow_warns_or_raises(tmp_path: Path):
+    for side in (10_000, 20_000):  # 100 million pixels make Pillow warn, 400 million make it raise
+        path = tmp_path / f"bomb{side}.png"
+        path.write_bytes(png(side, side, 1, 0, bytes(100)))
+        with pytest.raises(UnreadableImageError, match=rf"bomb{side}\.png: suspiciously large"):
+            read_gray(path)
+
+
+def test_a_file_that_is_not_there_is_no_unreadable_image(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        read_gray(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("shape", [(50, 81), (81, 50), (33, 33), (7, 200), (1, 300), (301, 299), (64, 64)])
+@pytest.mark.parametrize("size", [32, 64])
+def test_fit_square_gray_agrees_with_the_image_processor(shape: tuple[int, int], fit: str, size: int):
+    values = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    expected = fit_square(torch.from_numpy(values)[None], size, fit)[0].numpy().astype(int)
+    found = np.asarray(fit_square_gray(Image.fromarray(values), size, fit)).astype(int)
+    assert found.shape == (size, size)
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_unknown_fit_is_refused():
+    with pytest.raises(ValueError, match="fit='stretch' found; expected one of pad, squash, crop"):
+        fit_square_gray(Image.new("L", (4, 4)), 8, "stretch")
+
+
+@pytest.mark.real_data
+def test_awkward_real_files_are_read(real_data: Path):
+    files = [path for path in sorted((real_data / "originals").iterdir()) if path.suffix != ".dcm"]
+    assert len(files) >= 8
+    for path in files:
+        gray = np.asarray(read_gray(path))
+        assert min(gray.shape) > 50
+        assert gray.std() > 20

@@ -1,0 +1,397 @@
+import csv
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlvicx_hf.data.collections import FolderCollection, PhantomCollection
+from mlvicx_hf.data.collections.base import Collection, Listing, Record
+from mlvicx_hf.data.phantom import draw_phantom
+from mlvicx_hf.data.pixels import fit_square_gray, read_gray
+from mlvicx_hf.data.prepare import load_cache, prepare, stream_pictures
+
+NUM_PATIENTS = 20
+
+
+class Listed(Collection):
+    """A collection of whatever records a test wants."""
+
+    name = "listed"
+    source = "listed"
+
+    def __init__(self, *records: Record, label_names: tuple[str, ...] = ()) -> None:
+        self.records = list(records)
+        self.label_names = label_names
+
+    def read(self) -> Listing:
+        return Listing(self.records, self.label_names)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Twenty patients with two images of different shape, patient ids and one label."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["file_name,patient_id,view,Edema"]
+    for patient in range(NUM_PATIENTS):
+        for image in range(2):
+            pixels = rng.integers(0, 256, (30 + patient, 50), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{patient}_{image}.png")
+            edema = ("1", "0", "")[patient % 3]
+            lines.append(f"{patient}_{image}.png,p{patient},PA,{edema}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+def make(root: Path, output: Path, **options: object) -> dict:
+    return prepare(FolderCollection(root), output, size=32, num_workers=0, progress=False, **options)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_cache_holds_the_images_with_what_is_known_of_them(root: Path, tmp_path: Path):
+    make(root, tmp_path / "cache")
+    cache = load_cache(tmp_path / "cache")
+    assert list(cache.datasets) == ["train", "validation", "test"]
+    assert cache.label_names == ("Edema",)
+    assert cache.datasets["train"].info.description == "labels: Edema"
+    seen = 0
+    for dataset in cache.datasets.values():
+        assert dataset.column_names == ["image", "patient_id", "view", "labels", "source", "sha256"]
+        assert dataset.features["labels"] == datasets.List(datasets.Value("float32"))
+        for row in dataset:
+            seen += 1
+            file = root / row["source"].removeprefix("folder:")
+            assert row["image"].mode == "L"
+            assert row["patient_id"] == f"p{file.stem.split('_')[0]}"
+            assert row["view"] == "PA"
+            assert row["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+            expected = np.asarray(fit_square_gray(read_gray(file), 32, "pad"))
+            assert np.array_equal(np.asarray(row["image"]), expected)
+            label = (1.0, 0.0, np.nan)[int(row["patient_id"][1:]) % 3]
+            assert np.array_equal(row["labels"], [label], equal_nan=True)
+    assert seen == 2 * NUM_PATIENTS
+
+
+def test_manifest_counts_what_is_in_the_cache(root: Path, tmp_path: Path):
+    (root / "3_0.png").write_bytes(b"")
+    summary = make(root, tmp_path / "cache", seed=3)
+    manifest = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    assert manifest == {key: value for key, value in summary.items() if key != "notes"}
+    assert manifest == load_cache(tmp_path / "cache").manifest
+    fixed = {"format": 1, "collection": "folder", "synthetic": False, "label_names": ["Edema"], "exclusive": False}
+    assert fixed.items() <= manifest.items()
+    assert {"size": 32, "fit": "pad", "seed": 3, "rejected": 1, "missing": 0}.items() <= manifest.items()
+    for split, dataset in load_cache(tmp_path / "cache").datasets.items():
+        labels = np.array(dataset["labels"][:])[:, 0]
+        assert manifest["splits"][split] == {
+            "images": len(dataset),
+            "patients": len(set(dataset["patient_id"])),
+            "positives": {"Edema": (labels == 1).sum()},
+            "unknown": {"Edema": np.isnan(labels).sum()},
+        }
+    patients = [manifest["splits"][split]["patients"] for split in ("train", "validation", "test")]
+    assert patients == [14, 2, 4]
+
+
+def test_two_workers_make_the_same_cache_as_none(root: Path, tmp_path: Path):
+    (root / "3_0.png").write_bytes(b"")
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(root / "4_0.png")  # needs torch
+    one = make(root, tmp_path / "one")
+    two = prepare(FolderCollection(root), tmp_path / "two", size=32, num_workers=2, progress=False)
+    assert one == two
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    first, second = load_cache(tmp_path / "one"), load_cache(tmp_path / "two")
+    for split in first.datasets:
+        assert first.datasets[split]._fingerprint == second.datasets[split]._fingerprint
+
+
+def test_workers_are_not_given_everything_at_once():
+    taken = 0
+
+    class Counted(list):
+        """Tells how far it has been read."""
+
+        def __getitem__(self, key: object) -> object:
+            nonlocal taken
+            if isinstance(key, slice):
+                taken = max(taken, key.stop)
+            return super().__getitem__(key)
+
+    records = Counted(PhantomCollection(10, 100, size=32).read().records)
+    pictures = stream_pictures(records, 32, "pad", num_workers=2)
+    assert next(pictures).png
+    pictures.close()
+    assert 0 < taken <= 200
+
+
+def test_seeds_change_the_division_and_its_hash_but_not_the_images(root: Path, tmp_path: Path):
+    zero, one = make(root, tmp_path / "0", seed=0), make(root, tmp_path / "1", seed=1)
+    assert zero["split_hash"] != one["split_hash"]
+    assert zero["data_hash"] == one["data_hash"]
+    Image.new("L", (9, 9)).save(root / "0_0.png")
+    assert make(root, tmp_path / "2", seed=0)["data_hash"] != zero["data_hash"]
+
+
+@pytest.mark.parametrize("options", [{"splits": "none"}, {"unlabelled": True}])
+def test_unlabelled_or_undivided_collections_are_all_train(root: Path, tmp_path: Path, options: dict[str, object]):
+    if options.pop("unlabelled", False):
+        rows = (root / "metadata.csv").read_text().splitlines()
+        (root / "metadata.csv").write_text("\n".join(row.rpartition(",")[0] for row in rows))
+    summary = make(root, tmp_path / "cache", **options)
+    assert list(summary["splits"]) == ["train"]
+    assert summary["splits"]["train"]["images"] == 2 * NUM_PATIENTS
+
+
+def test_unlabelled_images_have_empty_labels(tmp_path: Path):
+    prepare(Listed(Record("a", "p", draw=draw_gray)), tmp_path / "cache", size=8, progress=False)
+    assert load_cache(tmp_path / "cache").datasets["train"][0]["labels"] == []
+    assert load_cache(tmp_path / "cache").datasets["train"].info.description == "labels: none"
+
+
+def draw_gray() -> np.ndarray:
+    return np.full((8, 8), 99, np.uint8)
+
+
+def test_splits_of_the_collection_are_kept_in_the_usual_order(tmp_path: Path):
+    records = [Record(split, split, split=split, draw=draw_gray) for split in ("test", "train")]
+    summary = prepare(Listed(*records), tmp_path / "cache", size=8, progress=False)
+    assert list(summary["splits"]) == ["train", "test"]
+    assert load_cache(tmp_path / "cache").datasets["test"]["patient_id"][:] == ["test"]
+
+
+def test_a_patient_in_two_splits_is_refused(tmp_path: Path):
+    records = [Record(f"{split}.png", "p7", split=split, draw=draw_gray) for split in ("train", "test")]
+    with pytest.raises(ValueError, match=r"1 patient\(s\) in both train and test: p7"):
+        prepare(Listed(*records), tmp_path / "cache", size=8, progress=False)
+    summary = prepare(Listed(*records), tmp_path / "cache", size=8, splits="none", progress=False)
+    assert summary["splits"]["train"]["images"] == 2
+
+
+def test_splits_for_some_images_only_are_refused(tmp_path: Path):
+    records = [Record("a", "a", split="train", draw=draw_gray), Record("b", "b", draw=draw_gray)]
+    with pytest.raises(ValueError, match="1 of 2 images without a split; expected all or none"):
+        prepare(Listed(*records), tmp_path / "cache", progress=False)
+
+
+def test_unreadable_files_are_listed_and_the_rest_goes_on(root: Path, tmp_path: Path):
+    (root / "0_0.png").write_text("text")
+    (root / "1_1.png").write_bytes((root / "1_1.png").read_bytes()[:500])
+    summary = make(root, tmp_path / "cache")
+    with (tmp_path / "cache" / "rejected.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", "reason"]
+    assert [row[0] for row in rows] == ["0_0.png", "1_1.png"]
+    assert "content is none of" in rows[0][1]
+    assert "truncated" in rows[1][1]
+    assert summary["rejected"] == 2
+    assert sum(counts["images"] for counts in summary["splits"].values()) == 2 * NUM_PATIENTS - 2
+
+
+def test_rejections_have_a_header_when_there_are_none(root: Path, tmp_path: Path):
+    make(root, tmp_path / "cache")
+    assert (tmp_path / "cache" / "rejected.csv").read_text().split() == ["file,reason"]
+
+
+def test_nothing_is_written_when_every_file_is_unreadable(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        (tmp_path / "images" / f"{name}.png").write_text("text")
+    with pytest.raises(
+        ValueError, match=r"all 2 images were rejected: a\.png \(content is none of .*nothing is written"
+    ):
+        make(tmp_path / "images", tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_missing_files_stop_unless_allowed(root: Path, tmp_path: Path):
+    for image in range(2):
+        (root / f"5_{image}.png").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"2 of 40 listed images are missing: 5_0\.png, 5_1\.png; --allow_missing"
+    ):
+        make(root, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    summary = make(root, tmp_path / "cache", allow_missing=True)
+    assert summary["missing"] == 2
+    assert sum(counts["images"] for counts in summary["splits"].values()) == 38
+
+
+def test_all_files_missing_is_an_error_even_when_allowed(root: Path, tmp_path: Path):
+    for path in root.glob("*.png"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="none of the 40 listed images found"):
+        make(root, tmp_path / "cache", allow_missing=True)
+
+
+def test_max_images_keeps_patients_together_and_the_division(root: Path, tmp_path: Path):
+    make(root, tmp_path / "full")
+    full = {row["source"]: split for split, rows in load_cache(tmp_path / "full").datasets.items() for row in rows}
+    summary = make(root, tmp_path / "part", max_images=9)
+    part = {row["source"]: split for split, rows in load_cache(tmp_path / "part").datasets.items() for row in rows}
+    assert len(part) == 9
+    assert part.items() <= full.items()
+    assert sum(counts["patients"] for counts in summary["splits"].values()) == 5
+
+
+# Writing as a whole or not at all
+
+
+def test_a_cache_is_replaced_only_on_demand(root: Path, tmp_path: Path):
+    make(root, tmp_path / "cache")
+    before = contents(tmp_path / "cache")
+    with pytest.raises(FileExistsError, match="exists and is not empty; --overwrite replaces a cache"):
+        make(root, tmp_path / "cache", seed=1)
+    assert contents(tmp_path / "cache") == before
+    make(root, tmp_path / "cache", seed=1, overwrite=True)
+    assert load_cache(tmp_path / "cache").manifest["seed"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "images"]
+
+
+def test_a_failed_run_leaves_the_old_cache(root: Path, tmp_path: Path):
+    make(root, tmp_path / "cache")
+    before = contents(tmp_path / "cache")
+    for path in root.glob("*.png"):
+        path.write_text("text")
+    with pytest.raises(ValueError, match="all 40 images were rejected"):
+        make(root, tmp_path / "cache", overwrite=True)
+    assert contents(tmp_path / "cache") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "images"]
+
+
+def test_a_folder_that_is_no_cache_is_never_overwritten(root: Path, tmp_path: Path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("dear")
+    with pytest.raises(FileExistsError, match=r"holds no cache\.json, so it is no cache and is not overwritten"):
+        make(root, tmp_path / "letters", overwrite=True)
+    assert (tmp_path / "letters" / "letter.txt").read_text() == "dear"
+
+
+def test_an_empty_folder_is_used_and_a_file_is_not(root: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    make(root, tmp_path / "empty")
+    assert load_cache(tmp_path / "empty").label_names == ("Edema",)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="a file found; expected a folder"):
+        make(root, tmp_path / "file", overwrite=True)
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(root: Path, tmp_path: Path):
+    for name in ("cache[1].tmp-123", "cache1.tmp-123", "cache[1].temporary"):
+        (tmp_path / name / "parts").mkdir(parents=True)
+    make(root, tmp_path / "cache[1]")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"cache[1]", "cache[1].temporary", "cache1.tmp-123", "images"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"size": 0}, {"fit": "stretch"}, {"splits": "random"}, {"max_images": 0}, {"num_workers": -1}],
+)
+def test_arguments_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, object]):
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=rf"{name}={value!r}.* found; expected"):
+        prepare(Listed(Record("a", "p", draw=draw_gray)), tmp_path / "cache", **options)
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop"])
+def test_fit_is_honoured(root: Path, tmp_path: Path, fit: str):
+    make(root, tmp_path / "cache", fit=fit, splits="none")
+    row = load_cache(tmp_path / "cache").datasets["train"][0]
+    file = root / row["source"].removeprefix("folder:")
+    assert np.array_equal(np.asarray(row["image"]), np.asarray(fit_square_gray(read_gray(file), 32, fit)))
+
+
+# Phantoms
+
+
+def test_phantoms_say_that_they_are_synthetic(tmp_path: Path):
+    summary = prepare(PhantomCollection(10, 2, size=32), tmp_path / "cache", size=32, progress=False)
+    assert summary["synthetic"]
+    assert {split: counts["patients"] for split, counts in summary["splits"].items()} == {
+        "train": 7,
+        "validation": 1,
+        "test": 2,
+    }
+    row = load_cache(tmp_path / "cache").datasets["train"][1]
+    assert row["source"] == "phantom (synthetic):phantom-" + row["source"][-8:]
+    patient, image = int(row["patient_id"][-6:]), int(row["source"][-1])
+    phantom = draw_phantom(patient, image, size=32)
+    assert np.array_equal(np.asarray(row["image"]), phantom.image)
+    assert row["labels"] == list(phantom.labels)
+    assert row["sha256"] == hashlib.sha256(phantom.image.tobytes()).hexdigest()
+
+
+# Opening a cache
+
+
+def test_only_the_wanted_splits_are_opened(root: Path, tmp_path: Path):
+    make(root, tmp_path / "cache")
+    assert list(load_cache(tmp_path / "cache", ["test"]).datasets) == ["test"]
+    with pytest.raises(ValueError, match="splits train, validation, test found; expected holdout as well"):
+        load_cache(tmp_path / "cache", ["train", "holdout"])
+
+
+def test_folders_that_are_no_caches_are_refused(root: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder; expected a prepared cache .*prepare_data\.py"):
+        load_cache(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"holds no cache\.json, so it is no prepared cache .*prepare_data\.py"):
+        load_cache(root)
+
+
+def test_damaged_caches_are_refused(root: Path, tmp_path: Path):
+    make(root, tmp_path / "cache")
+    manifest = tmp_path / "cache" / "cache.json"
+    good = manifest.read_text()
+    manifest.write_text(good.replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="format 99 found; expected 1"):
+        load_cache(tmp_path / "cache")
+    manifest.write_text(good.replace('"images": 28', '"images": 29'))
+    with pytest.raises(ValueError, match="28 images of train found; expected 29"):
+        load_cache(tmp_path / "cache")
+    manifest.write_text(good)
+    (tmp_path / "cache" / "dataset_dict.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no dataset_dict\.json"):
+        load_cache(tmp_path / "cache")
+
+
+def test_a_cache_whose_patients_cross_is_refused(root: Path, tmp_path: Path):
+    make(root, tmp_path / "cache")
+    manifest = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    shutil.rmtree(tmp_path / "cache" / "test")
+    shutil.copytree(tmp_path / "cache" / "train", tmp_path / "cache" / "test")
+    manifest["splits"]["test"] = manifest["splits"]["train"]
+    (tmp_path / "cache" / "cache.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"14 patient\(s\) in both train and test"):
+        load_cache(tmp_path / "cache", ["train"])
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("table", "images", "labels", "exclusive"),
+    [
+        ("A_nih14", 1001, 7, False),
+        ("B_kermany", 5824, 3, True),
+        ("C_lungs", 417, 0, False),
+        ("pretraining_pool", 4990, 0, False),
+    ],
+)
+def test_real_tables_are_understood(
+    real_data: Path, tmp_path: Path, table: str, images: int, labels: int, exclusive: bool
+):
+    collection = FolderCollection(real_data, real_data / "tasks" / f"{table}.csv")
+    assert len(collection.read().records) == images
+    summary = prepare(collection, tmp_path / "cache", size=64, max_images=100, progress=False)
+    assert summary["rejected"] == summary["missing"] == 0
+    assert len(summary["label_names"]) == labels
+    assert summary["exclusive"] == exclusive
+    for dataset in load_cache(tmp_path / "cache").datasets.values():
+        assert all(np.asarray(row["image"]).std() > 5 for row in dataset)
