@@ -7,8 +7,10 @@ the test split is looked at once, at the end.
 from __future__ import annotations
 
 import csv
+import logging
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     EarlyStoppingCallback,
@@ -36,10 +38,13 @@ from .data.prepare import Cache, load_cache
 from .data.splits import label_fraction
 from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
+from .linear_probe import LinearProbe, prepare_probe
 from .metrics import Accuracy, MultiLabelAUROC
 from .modeling_mlvicx import MLVICXForImageClassification
 from .progress import progress_bar
 from .provenance import code_version, write_json
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
@@ -137,72 +142,6 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
         return {"pixel_values": pixels, "labels": labels.argmax() if self.exclusive else labels}
 
 
-class LinearProbe(nn.Module):
-    """The linear layer of a classifier, trained on standardised features of its frozen encoder.
-
-    Standardising with the mean and deviation of the training features makes one learning rate fit encoders of any
-    scale, pretrained and random alike. It is an affine map before an affine map: `fold` moves it into the layer.
-
-    Args:
-        model: classifier whose linear layer is trained, in place.
-        features: training features [N, C].
-        encode: features are computed from `pixel_values` in every step instead of given.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, model: MLVICXForImageClassification, features: Tensor, encode: bool) -> None:
-        super().__init__()
-        model.freeze_backbone()
-        self.classifier = model.classifier
-        self.encoder = model.mlvicx if encode else None
-        self.loss: Callable[[Tensor, Tensor], Tensor] = model.compute_loss
-        deviation = features.std(0, correction=0)
-        self.register_buffer("mean", features.mean(0))
-        self.register_buffer("deviation", deviation.clamp(min=1e-3 * float(deviation.max()) + 1e-12))
-
-    def train(self, mode: bool = True) -> LinearProbe:
-        """As `nn.Module.train`; the encoder stays in evaluation mode."""
-        super().train(mode)
-        if self.encoder is not None:
-            self.encoder.train(False)
-        return self
-
-    def forward(
-        self, features: Tensor | None = None, pixel_values: Tensor | None = None, labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Logits [B, L], and the loss if labels are given, from features [B, C] or images."""
-        if self.encoder is not None:
-            features = self.encoder(pixel_values).pooler_output
-        assert features is not None
-        logits = self.classifier((features - self.mean) / self.deviation)
-        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Make the linear layer work on plain features, with the same logits."""
-        self.classifier.weight.div_(self.deviation)
-        self.classifier.bias.sub_(self.classifier.weight @ self.mean)
-
-
-@torch.no_grad()
-def extract_features(
-    model: MLVICXForImageClassification, images: Dataset[dict[str, Tensor]], batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Pooled features [N, C] of every image, once and in order, and the labels, on the CPU."""
-    encoder: nn.Module = model.mlvicx
-    encoder.to(device).eval()
-    features, labels = [], []
-    bar = progress_bar(len(images), "encoding", "img")  # type: ignore[arg-type]
-    with bar:
-        for batch in DataLoader(images, batch_size):
-            features.append(encoder(batch["pixel_values"].to(device)).pooler_output.float().cpu())
-            labels.append(batch["labels"])
-            bar.update(len(batch["labels"]))
-    return torch.cat(features), torch.cat(labels)
-
-
 def load_model(arguments: ModelArguments, cache: Cache) -> tuple[MLVICXForImageClassification, MLVICXImageProcessor]:
     """Classifier for the labels of a cache, and its image processor.
 
@@ -254,7 +193,7 @@ def select_training(cache: Cache, arguments: DataArguments, seed: int) -> None:
 
 
 def load_labelled_cache(path: str) -> Cache:
-    """A cache that can be fine-tuned on.
+    """A cache that can be fine-tuned on; of exclusive classes only the images whose class is known.
 
     Raises:
         ValueError: no labels, a split that is missing, or a validation split on which nothing can be scored.
@@ -265,6 +204,12 @@ def load_labelled_cache(path: str) -> Cache:
     absent = [split for split in SPLITS if split not in cache.datasets]
     if absent:
         raise ValueError(f"{path} has the splits {', '.join(cache.datasets)}; expected {', '.join(absent)} as well")
+    if cache.exclusive:
+        for split, images in cache.datasets.items():
+            known = [i for i, labels in enumerate(images["labels"]) if not math.isnan(labels[0])]
+            if len(known) < len(images):
+                logger.warning("%d images of %s have no class and are left out", len(images) - len(known), split)
+                cache.datasets[split] = images.select(known)
     labels = np.array(cache.datasets["validation"]["labels"], dtype=np.float64)
     if not any(len(np.unique(column[~np.isnan(column)])) > 1 for column in labels.T):
         raise ValueError(f"{path}: no label has both values in the validation split, so no epoch can be chosen by it")
@@ -319,12 +264,13 @@ def finetune(
     select_training(cache, data_arguments, arguments.seed)
     set_seed(arguments.seed)
     model, processor = load_model(model_arguments, cache)
-    splits: dict[str, Any] = {
+    splits: Mapping[str, Dataset[Any]] = {
         split: LabelledImages(cache.datasets[split], processor, cache.exclusive) for split in SPLITS
     }
     trained: nn.Module = model
     if frozen:
-        trained, splits = prepare_probe(model, splits, model_arguments.cache_features, arguments)
+        batch = arguments.per_device_eval_batch_size
+        trained, splits = prepare_probe(model, splits, model_arguments.cache_features, batch, arguments.device)
     scorer = Scorer(cache.label_names, cache.exclusive)
     arguments.output_dir = str(output / "trainer")
     trainer = Trainer(
@@ -353,33 +299,6 @@ def finetune(
         write_json(output / "results.json", results)
         shutil.rmtree(arguments.output_dir, ignore_errors=True)
     return results
-
-
-def prepare_probe(
-    model: MLVICXForImageClassification, splits: dict[str, Any], cache_features: bool, arguments: FinetuningArguments
-) -> tuple[LinearProbe, dict[str, Any]]:
-    """The probe of the frozen protocol, and its data: features computed once, or the images themselves."""
-    batch = arguments.per_device_eval_batch_size
-    wanted = SPLITS if cache_features else ("train",)
-    encoded = {split: extract_features(model, splits[split], batch, arguments.device) for split in wanted}
-    probe = LinearProbe(model, encoded["train"][0], encode=not cache_features)
-    if not cache_features:
-        return probe, splits
-    return probe, {split: _Features(*tensors) for split, tensors in encoded.items()}
-
-
-class _Features(Dataset[dict[str, Tensor]]):
-    """Features and labels under the names that the probe takes."""
-
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
-        self.rows = TensorDataset(features, labels)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        features, labels = self.rows[index]
-        return {"features": features, "labels": labels}
 
 
 def describe(

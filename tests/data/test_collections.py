@@ -251,13 +251,19 @@ def test_columns_of_zeros_and_ones_are_labels_and_the_others_are_named(root: Pat
     columns = "patient_id,sex,age,mask_file_name,Edema,score,empty,Mass"
     listing = read_table(
         root,
-        table(columns, "1,0,1,m.png,1,0.5,,0", "2,1,1,m.png,0,1,,", "3,0,0,m.png,,0,,1.0", "4,0,0,m.png,0,1,,0"),
+        table(columns, "1,0,1,m.png,1,0.5,,0", "2,1,1,m.png,0,0.25,,", "3,0,0,m.png,,0,,1.0", "4,0,0,m.png,0,1,,0"),
     )
     assert listing.label_names == ("Edema", "Mass")
     assert not listing.exclusive
     assert same(listing.records[1].labels, 0, math.nan)
     assert same(listing.records[2].labels, math.nan, 1)
     assert listing.notes == ["columns ignored: score (holds '0.5'), empty (empty)"]
+
+
+def test_a_stray_value_among_labels_is_refused_rather_than_the_column_lost(root: Path):
+    text = table("patient_id,Edema", "1,0", "2,1", "3,maybe", "4,0")
+    with pytest.raises(ValueError, match=r"row 3, column Edema: 'maybe' found; expected 0, 1, or empty.*label_columns"):
+        read_table(root, text)
 
 
 def test_explicit_label_columns_keep_their_order(root: Path):

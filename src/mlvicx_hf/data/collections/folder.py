@@ -41,7 +41,8 @@ class FolderCollection(Collection):
     Without metadata every image found counts. With metadata (`metadata.csv`, `.jsonl` or `.parquet` in the folder, or
     the file given) the listed images count. Labels are, in this order: the columns named by `label_columns` (0, 1,
     or empty for unknown); a column `label` with one class name a row; a column `labels` with names joined by `|`
-    (`No Finding` for none, empty for unknown); every other column that holds nothing but 0, 1 and empty.
+    (`No Finding` for none, empty for unknown); every other column that holds mostly 0 and 1, or nothing else but
+    empty cells.
 
     Args:
         root: the folder. Nothing outside it is read, not through a link either.
@@ -276,8 +277,10 @@ def read_labels(
             return reader(table, columns[lone], (f"columns ignored: {some(ignored, 30)}",) if ignored else ())
     ignored, chosen = [], []
     for name in rest:
-        other = next((value for value in columns[name] if value not in BINARY and value not in ("-1", "-1.0")), None)
-        if other is None and any(columns[name]):
+        strange = [value for value in columns[name] if value not in BINARY and value not in ("-1", "-1.0")]
+        other = strange[0] if strange else None
+        # Mostly labels: the few other values are mistakes to report, not a reason to lose the column.
+        if any(columns[name]) and 2 * len(strange) < sum(map(bool, columns[name])):
             chosen.append(name)
         else:
             ignored.append(f"{name} ({'empty' if other is None else f'holds {other[:40]!r}'})")
@@ -289,7 +292,8 @@ def _binary_labels(table: Path, columns: Columns, names: list[str], notes: tuple
         for number, value in enumerate(columns[name], start=1):
             if value in BINARY:
                 continue
-            hint = " (-1 often means uncertain, which is not supported yet)" if value in ("-1", "-1.0") else ""
+            uncertain = " (-1 often means uncertain, which is not supported yet)" if value in ("-1", "-1.0") else ""
+            hint = f"{uncertain}; --label_columns names the label columns if this is none"
             raise ValueError(
                 f"{table}: row {number}, column {name}: {value!r} found; expected 0, 1, or empty for unknown{hint}"
             )
