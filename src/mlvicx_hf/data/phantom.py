@@ -39,7 +39,7 @@ from .phantom_drawing import (
 )
 from .pictures import contact_sheet
 
-__all__ = ["FINDINGS", "Phantom", "draw_phantom", "phantom_dataset"]
+__all__ = ["FINDINGS", "Phantom", "draw_phantom", "phantom_dataset", "phantom_labels"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,15 @@ def draw_phantom(patient: int, image: int = 0, *, size: int = 256, seed: int = 0
     )
 
 
+def phantom_labels(patient: int, *, seed: int = 0) -> tuple[float, ...]:
+    """Labels of all pictures of a synthetic patient, in the order of `FINDINGS`, without drawing one."""
+    return _sample_labels(_patient_stream(patient, seed))
+
+
+def _patient_stream(patient: int, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, patient, 0])
+
+
 def _check_positive(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name} is {value}; expected at least {least}")
@@ -114,8 +123,8 @@ def _sample_labels(rng: np.random.Generator) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _sample_patient(patient: int, seed: int) -> Patient:
-    rng = np.random.default_rng([seed, patient, 0])
-    labels = _sample_labels(rng)
+    rng = _patient_stream(patient, seed)
+    labels = _sample_labels(rng)  # first: `phantom_labels` draws no further
     has = dict(zip(FINDINGS, labels, strict=True))
     width, apex = rng.uniform(0.5, 0.8), rng.uniform(-0.8, -0.64)
     lungs = (_sample_lung(rng, -1, width, apex), _sample_lung(rng, 1, width, apex))

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from ..phantom import FINDINGS, draw_phantom
+from ..phantom import FINDINGS, draw_phantom, phantom_labels
 from .base import Collection, Listing, Record
 
 SMALLEST = 32  # pixels; what `draw_phantom` can draw
@@ -41,11 +41,10 @@ class PhantomCollection(Collection):
         """List the images; the pixels are drawn later, by whoever wants them."""
         records = []
         for patient in range(self.num_patients):
-            # A patient's pictures share the labels, and the smallest drawing tells them in a few milliseconds.
-            small = draw_phantom(patient, size=SMALLEST, seed=self.seed)
+            name, labels = f"phantom-{patient:06d}", phantom_labels(patient, seed=self.seed)
             for image in range(self.images_per_patient):
                 draw = partial(draw_image, patient, image, max(SMALLEST, self.size), self.seed)
-                records.append(Record(f"{small.patient_id}-{image}", small.patient_id, "PA", small.labels, draw=draw))
+                records.append(Record(f"{name}-{image}", name, "PA", labels, draw=draw))
         return Listing(records, FINDINGS)
 
 
