@@ -34,7 +34,7 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from .configuration_mlvicx import MLVICXConfig
-from .data.prepare import Cache, load_cache
+from .data.cache import Cache, load_cache
 from .data.splits import label_fraction
 from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augmentation import TwoViewAugmentation, view_draws
-from .data.prepare import load_cache
+from .data.cache import load_cache
 from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .modeling_mlvicx import MLVICXForPreTraining, MLVICXForPreTrainingOutput

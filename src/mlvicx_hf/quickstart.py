@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from . import cli
 from .augmentation import TwoViewAugmentation
-from .data.prepare import Cache, load_cache
+from .data.cache import Cache, load_cache
 from .finetuning import SPLITS
 from .metrics import NOT_SCORED
 from .monitors import rankme

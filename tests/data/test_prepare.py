@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlvicx_hf.data.cache import load_cache
 from mlvicx_hf.data.collections import FolderCollection, PhantomCollection
 from mlvicx_hf.data.collections.base import Collection, Listing, Record
 from mlvicx_hf.data.phantom import draw_phantom
 from mlvicx_hf.data.pixels import fit_square_gray, read_gray
-from mlvicx_hf.data.prepare import load_cache, prepare, stream_pictures
+from mlvicx_hf.data.prepare import prepare, stream_pictures
 
 NUM_PATIENTS = 20
 

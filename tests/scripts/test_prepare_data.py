@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mlvicx_hf import cli
-from mlvicx_hf.data.prepare import load_cache
+from mlvicx_hf.data.cache import load_cache
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
@@ -45,7 +45,7 @@ def test_a_folder_is_prepared_and_summed_up(tmp_path: Path):
     assert "labels: Edema\n" in out
     assert "rejected: 1 (see " in out
     assert "missing: 1\n" in out
-    assert "images" in err  # the progress bar, also when it is not a terminal
+    assert "img" in err  # the progress bar, also when it is not a terminal
     cache = load_cache(output)
     assert sum(len(dataset) for dataset in cache.datasets.values()) == 19
     assert cache.manifest["size"] == 24

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,20 +26,20 @@ import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
-from tqdm import tqdm
 
 from .. import __version__
+from ..progress import progress_bar
+from ..provenance import git_commit
+from .cache import FORMAT, MANIFEST
 from .collections.base import SPLITS, Collection, Listing, Record, some
 from .pixels import UnreadableImageError, decode_gray, fit_square_gray
 from .splits import check_no_patient_overlap, patient_hash, split_by_patient
 
-FORMAT = 1  # of the cache; a reader refuses another
-MANIFEST, REJECTED = "cache.json", "rejected.csv"
+REJECTED = "rejected.csv"
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 FITS = ("pad", "squash", "crop")
 CHUNK = 16  # images a worker is handed at a time
 ROWS = 100  # images a batch of the Arrow file
-HINT = "make one with scripts/prepare_data.py"
 
 
 @dataclass(frozen=True)
@@ -50,28 +49,6 @@ class Picture:
     png: bytes = b""
     sha256: str = ""
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Cache:
-    """A prepared cache.
-
-    Attributes:
-        datasets: splits with the columns image, patient_id, view, labels, source and sha256.
-        label_names: names of the labels.
-        manifest: content of `cache.json`.
-        path: its folder.
-    """
-
-    datasets: datasets.DatasetDict
-    label_names: tuple[str, ...]
-    manifest: dict[str, Any]
-    path: Path
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether every image has exactly one of the labels."""
-        return bool(self.manifest["exclusive"])
 
 
 def prepare(
@@ -150,7 +127,7 @@ def prepare(
             "missing": len(listing.missing),
             **_hashes(parts),
             "version": __version__,
-            "created_by": "mlvicx_hf.data.prepare",
+            "commit": git_commit(Path(__file__).parent),
         }
         _write_cache(temporary, list(parts), manifest, rejected)
         _swap(temporary, output)
@@ -327,12 +304,11 @@ def _write_parts(
     folder.mkdir()
     parts: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     rejected: list[tuple[str, str]] = []
-    interval = 0.2 if sys.stderr.isatty() else 10  # a log file gets a line now and then
-    pictures = stream_pictures(records, size, fit, num_workers)
-    bar = tqdm(pictures, total=len(records), unit=" images", mininterval=interval, disable=not progress)
     with ExitStack() as stack:
         writers: dict[str, ArrowWriter] = {}
-        for record, picture in zip(records, bar, strict=True):
+        bar = stack.enter_context(progress_bar(len(records), "preparing", "img", show=progress))
+        for record, picture in zip(records, stream_pictures(records, size, fit, num_workers), strict=True):
+            bar.update()
             if picture.reason:
                 rejected.append((record.name, picture.reason))
                 continue
@@ -405,38 +381,3 @@ def _write_cache(
     with (folder / REJECTED).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file", "reason"), *rejected])
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def load_cache(path: str | Path, splits: Sequence[str] | None = None) -> Cache:
-    """Open a prepared cache and check that no patient is in two of its splits.
-
-    Args:
-        path: folder that `prepare` wrote.
-        splits: only these; by default all.
-
-    Raises:
-        FileNotFoundError: the folder is no cache.
-        ValueError: another format, splits that are absent, images that are, or a patient in two splits.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a prepared cache ({HINT})")
-    for name in (MANIFEST, "dataset_dict.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: holds no {name}, so it is no prepared cache ({HINT})")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder}: format {manifest.get('format')} found; expected {FORMAT} ({HINT} anew)")
-    loaded = datasets.DatasetDict.load_from_disk(str(folder))
-    for split, counts in manifest["splits"].items():
-        if split not in loaded or len(loaded[split]) != counts["images"]:
-            found = len(loaded[split]) if split in loaded else 0
-            raise ValueError(f"{folder}: {found} images of {split} found; expected {counts['images']} ({HINT} anew)")
-    check_no_patient_overlap(
-        {split: dataset.data.column("patient_id").to_pylist() for split, dataset in loaded.items()}
-    )
-    absent = [split for split in splits or () if split not in loaded]
-    if absent:
-        raise ValueError(f"{folder}: splits {', '.join(loaded)} found; expected {', '.join(absent)} as well")
-    wanted = datasets.DatasetDict({split: loaded[split] for split in (splits or loaded)})
-    return Cache(wanted, tuple(manifest["label_names"]), manifest, folder)
