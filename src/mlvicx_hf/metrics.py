@@ -49,11 +49,7 @@ class MultiLabelAUROC(_MultiLabelMetric):
     def _compute(
         self, predictions: Sequence[Any], references: Sequence[Any], label_names: Sequence[str]
     ) -> dict[str, Any]:
-        scores, labels = _table(predictions, label_names), _table(references, label_names)
-        values = {name: _auroc(scores[:, i], labels[:, i]) for i, name in enumerate(label_names)}
-        scored = [value for value in values.values() if isinstance(value, float)]
-        macro = float(np.mean(scored)) if scored else NOT_SCORED
-        return {"auroc_macro": macro, "auroc": values, "num_scored_labels": len(scored)}
+        return score_labels(_table(predictions, label_names), _table(references, label_names), label_names)
 
 
 class Accuracy(_MultiLabelMetric):
@@ -76,6 +72,14 @@ class Accuracy(_MultiLabelMetric):
         known = ~np.isnan(labels)
         right = ((scores > threshold) == (labels > 0.5))[known]
         return {"accuracy": float(right.mean()) if right.size else NOT_SCORED}
+
+
+def score_labels(scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
+    """What `MultiLabelAUROC` computes, from arrays [N, L]."""
+    values = {name: _auroc(scores[:, i], labels[:, i]) for i, name in enumerate(label_names)}
+    scored = [value for value in values.values() if isinstance(value, float)]
+    macro = float(np.mean(scored)) if scored else NOT_SCORED
+    return {"auroc_macro": macro, "auroc": values, "num_scored_labels": len(scored)}
 
 
 def _table(rows: Sequence[Any], label_names: Sequence[str]) -> np.ndarray:
