@@ -94,6 +94,11 @@ class TwoViewAugmentation:
     num_channels: int = 1
 
     def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} found; expected 1 or more")
+        for name in ("brightness", "contrast"):  # beyond 1 a factor would be negative and invert the image
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} found; expected a change in [0, 1]")
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_area={self.crop_area} found; expected 0 < low <= high <= 1")

@@ -4,8 +4,6 @@
 This file travels to the Hub beside the model, so it imports nothing from the package.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -41,7 +39,7 @@ class MLVICXConfig(PreTrainedConfig):
         positive_weights: weight of the positives of each label in the multi-label loss; None for 1.
 
     Raises:
-        ValueError: a value outside its range, named with what was expected.
+        StrictDataclassError: a value of another type or outside its range, named with what was expected.
     """
 
     model_type = "mlvicx"
@@ -99,9 +97,9 @@ class MLVICXConfig(PreTrainedConfig):
             raise ValueError(f"variance_epsilon={self.variance_epsilon} found; expected a positive number")
         if self.invariance_reduction not in ("mean", "sum"):
             raise ValueError(f"invariance_reduction={self.invariance_reduction!r} found; expected 'mean' or 'sum'")
-        if self.problem_type == "regression":
+        if self.problem_type not in ("multi_label_classification", "single_label_classification"):
             raise ValueError(
-                "problem_type='regression' found; expected 'multi_label_classification' or "
+                f"problem_type={self.problem_type!r} found; expected 'multi_label_classification' or "
                 "'single_label_classification'"
             )
 

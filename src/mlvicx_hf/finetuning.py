@@ -188,6 +188,8 @@ def select_training(cache: Cache, arguments: DataArguments, seed: int) -> None:
         labels = np.array(train["labels"], dtype=np.float64)
         train = train.select(label_fraction(train["patient_id"], labels, arguments.label_fraction, seed))
     if arguments.max_train_samples is not None:
+        if arguments.max_train_samples < 1:
+            raise ValueError(f"max_train_samples={arguments.max_train_samples} found; expected 1 or more")
         train = train.select(range(min(arguments.max_train_samples, len(train))))
     cache.datasets["train"] = train
 
@@ -210,6 +212,8 @@ def load_labelled_cache(path: str) -> Cache:
             if len(known) < len(images):
                 logger.warning("%d images of %s have no class and are left out", len(images) - len(known), split)
                 cache.datasets[split] = images.select(known)
+            if not known:
+                raise ValueError(f"{path}: no image of {split} has a known class")
     labels = np.array(cache.datasets["validation"]["labels"], dtype=np.float64)
     if not any(len(np.unique(column[~np.isnan(column)])) > 1 for column in labels.T):
         raise ValueError(f"{path}: no label has both values in the validation split, so no epoch can be chosen by it")

@@ -83,9 +83,10 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor
     array = _channels_first(array)
     if array.size == 0:
         raise ValueError(f"empty image of shape {array.shape} found; expected at least one pixel")
-    kind, low, high = array.dtype.kind, array.min(), array.max()
+    kind = array.dtype.kind
     if kind not in "biuf":
         raise ValueError(f"image of type {array.dtype} found; expected boolean, integer or float pixels")
+    low, high = array.min(), array.max()
     if not np.isfinite(low) or not np.isfinite(high):
         raise ValueError("image with NaN or infinite pixels found; expected finite values")
     if low < 0 or (kind == "f" and high > 1):

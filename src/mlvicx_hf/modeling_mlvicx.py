@@ -6,6 +6,7 @@ This file travels to the Hub, so it imports nothing from the package but its fla
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,8 @@ class Expander(nn.Sequential):
             if not last:
                 layers.append(nn.ReLU(inplace=True))
             in_features = width
+        if final_norm:  # a constant shift of every embedding cancels in the loss
+            layers[-1].bias.requires_grad_(False)
         super().__init__(*layers)
 
 
@@ -123,7 +126,7 @@ def create_backbone(config: MLVICXConfig) -> FeatureListNet:
     """
     works = "resnet18, resnet34, resnet50, densenet121 or regnety_008"
     if not timm.is_model(config.backbone):
-        similar = ", ".join(timm.list_models(f"*{config.backbone[:6]}*")[:5]) or works
+        similar = ", ".join(difflib.get_close_matches(config.backbone, timm.list_models(), 5)) or works
         raise ValueError(f"backbone={config.backbone!r} found; expected a timm model such as {similar}")
     try:
         backbone = timm.create_model(config.backbone, features_only=True, in_chans=config.num_channels)

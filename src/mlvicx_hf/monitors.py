@@ -14,8 +14,8 @@ def rankme(embeddings: Tensor, epsilon: float = 1e-7) -> float:
         epsilon: added to the shares of the singular values, as in the paper.
 
     Returns:
-        Between 1 (collapsed to a line) and min(N, D).
+        Between 1 (collapsed to a line, or to zero) and min(N, D).
     """
     singular = torch.linalg.svdvals(embeddings.double())
-    shares = singular / singular.sum() + epsilon
+    shares = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny) + epsilon
     return float((-(shares * shares.log()).sum()).exp())

@@ -128,7 +128,7 @@ def create_model(arguments: ModelArguments) -> MLVICXForPreTraining:
         return MLVICXForPreTraining(config)
     if source == "imagenet" or source.endswith((".safetensors", ".pth", ".bin")):
         model = MLVICXForPreTraining(config)
-        overlay = {} if source == "imagenet" else {"file": source}
+        overlay = {} if source == "imagenet" else {"file": str(_check_timm_file(source, config.backbone))}
         weights = timm.create_model(
             config.backbone,
             pretrained=True,
@@ -138,12 +138,39 @@ def create_model(arguments: ModelArguments) -> MLVICXForPreTraining:
         )
         model.mlvicx.backbone.load_state_dict(weights.state_dict())
         return model
-    loaded: Any = MLVICXForPreTraining.from_pretrained(check_source(source), config=config, output_loading_info=True)
+    loaded: Any = MLVICXForPreTraining.from_pretrained(
+        check_source(source), config=config, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     model, report = loaded
     lacking = sorted(key for key in report["missing_keys"] if key.startswith("mlvicx."))
     if lacking:
         raise ValueError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
+    wrong = sorted(str(row[0]) for row in report["mismatched_keys"])
+    if wrong:
+        raise ValueError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
     return model
+
+
+def _check_timm_file(source: str, backbone: str) -> Path:
+    """Refuse a file that does not hold this backbone, since timm loads what fits and leaves the rest random.
+
+    Any number of input channels is right: timm folds or repeats the first convolution.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"init_from={source!r} found; expected a file that exists")
+    state = timm.models.load_state_dict(source)
+    wanted = timm.create_model(backbone, num_classes=0).state_dict()
+    first = next(iter(wanted))
+    wrong = [
+        key
+        for key, value in wanted.items()
+        if not key.endswith("num_batches_tracked")
+        and (key not in state or (state[key].shape != value.shape and key != first))
+    ]
+    if wrong:
+        raise ValueError(f"init_from={source} does not fit {backbone}: {len(wrong)} weights differ, such as {wrong[0]}")
+    return path
 
 
 class Pretrainer:
@@ -174,7 +201,6 @@ class Pretrainer:
         self._load_data()
         self._build()
         self.step = self._resume() if arguments.resume else 0
-        self.last_checkpoint: Path | None = self._checkpoints()[-1] if arguments.resume and self.step else None
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -183,15 +209,14 @@ class Pretrainer:
             raise FileExistsError(
                 f"output_dir={self.output} holds files of another run; choose another folder, or --resume that run"
             )
-        for name, least in (
-            ("epochs", 1),
-            ("checkpoint_steps", 1),
-            ("logging_steps", 1),
-            ("save_total_limit", 1),
-            ("seed", 0),
-        ):
-            if getattr(self.arguments, name) < least:
-                raise ValueError(f"{name}={getattr(self.arguments, name)} found; expected {least} or more")
+        least = dict.fromkeys(("epochs", "checkpoint_steps", "logging_steps", "save_total_limit"), 1)
+        for name, smallest in (least | {"seed": 0, "warmup_epochs": 0}).items():
+            if getattr(self.arguments, name) < smallest:
+                raise ValueError(f"{name}={getattr(self.arguments, name)} found; expected {smallest} or more")
+        for name in ("crop_area", "blur", "solarize"):
+            value = getattr(self.data_arguments, name)
+            if len(value) != 2:
+                raise ValueError(f"{name}={value} found; expected two values")
 
     def _load_data(self) -> None:
         data, limit = self.data_arguments, self.data_arguments.max_train_samples
@@ -199,7 +224,10 @@ class Pretrainer:
         if data.split not in cache.datasets:
             raise ValueError(f"split={data.split!r} found; {data.dataset} has {', '.join(cache.datasets)}")
         images = cache.datasets[data.split].select_columns("image")
-        images = images.select(range(min(limit, len(images)))) if limit else images
+        if limit is not None:
+            if limit < 1:
+                raise ValueError(f"max_train_samples={limit} found; expected 1 or more")
+            images = images.select(range(min(limit, len(images))))
         self.manifest = cache.manifest
         self.batches = EpochBatches(
             len(images),
@@ -295,7 +323,7 @@ class Pretrainer:
         layout = {"memory_format": torch.channels_last}
         output = self.model(view_1=view_1.contiguous(**layout), view_2=view_2.contiguous(**layout))
         if not math.isfinite(output.loss.item()):
-            good = self.last_checkpoint or "none yet"
+            good = self._last_good_checkpoint() or "none yet"
             raise FloatingPointError(
                 f"loss {output.loss.item()} at step {self.step} with learning rate {rate:.3g}; "
                 f"last good checkpoint: {good}. A lower base_learning_rate or a longer warm-up may help"
@@ -304,6 +332,15 @@ class Pretrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return output, rate
+
+    def _last_good_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose weights gave a finite loss; one of this very step did not, and is set aside."""
+        for path in reversed(self._checkpoints()):
+            if path != self.output / f"checkpoint-{self.step}":
+                return path
+            if self.accelerator.is_main_process:
+                path.rename(path.with_name(f"non-finite-{path.name}"))
+        return None
 
     def _report(self, output: MLVICXForPreTrainingOutput, rate: float, epoch: int, bar: Any) -> None:
         if self.step % self.arguments.logging_steps and self.step != self.total_steps:
@@ -362,7 +399,6 @@ class Pretrainer:
                     state["scaler"] = self.accelerator.scaler.state_dict()
                 torch.save(state, folder / "optimizer.pt")
                 write_json(folder / "state.json", {"step": self.step, "fixed": self._fixed()})
-            self.last_checkpoint = path
             for old in self._checkpoints()[: -self.arguments.save_total_limit]:
                 _remove_folder(old)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,107 @@
+"""What several test files share: tiny models, small caches made by the real `prepare`, scripts in fresh processes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mlvicx_hf import MLVICXConfig
+from mlvicx_hf.data.collections.folder import FolderCollection
+from mlvicx_hf.data.prepare import prepare
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_config(**values: Any) -> MLVICXConfig:
+    """A network of some 400,000 weights for images of 32 or 64 pixels."""
+    tiny: dict[str, Any] = {
+        "backbone": "test_resnet",
+        "image_size": 32,
+        "expander_dims": [32, 32],
+        "aggregation_channels": 16,
+        "aggregation_size": 2,
+    }
+    return MLVICXConfig(**(tiny | values))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a child process: offline, and one thread, on which results do not depend."""
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | offline | more
+
+
+def run_python(*words: object, timeout: float = 240, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter of the tests with these words."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment(**more), cwd=ROOT, check=False
+    )
+
+
+def run_script(name: str, *words: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run one of the scripts."""
+    return run_python(ROOT / "scripts" / name, *words, **more)
+
+
+def assert_users_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit code 2 and an error of one line that names these parts."""
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in errors[0]
+
+
+def draw(values: dict[str, bool], seed: int, size: int = 40) -> Image.Image:
+    """Noise on grey with a bright disc where `disc` is, and stripes where `stripes` are."""
+    generator = np.random.default_rng(seed)
+    image = Image.fromarray(generator.normal(90, 18, (size, size)).clip(0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    if values.get("disc"):
+        x, y = generator.integers(8, size - 20, 2)
+        pen.ellipse((x, y, x + 14, y + 14), fill=210)
+    if values.get("stripes"):
+        for x in range(0, size, 6):
+            pen.line((x, 0, x, size), fill=20, width=2)
+    return image
+
+
+def make_cache(
+    folder: Path, rows: Sequence[dict[str, Any]], size: int = 32, name: str = "cache", **options: Any
+) -> Path:
+    """Draw one image a row, write the table beside them and prepare it.
+
+    Args:
+        folder: where images and cache go.
+        rows: columns of the table; `_draw` says what is drawn and is no column.
+        size: of the cache.
+        name: of the cache's folder.
+        options: of `prepare`.
+    """
+    images = folder / f"{name}-images"
+    images.mkdir(parents=True)
+    table = []
+    for number, row in enumerate(rows):
+        draw(row.get("_draw", {}), seed=number).save(images / f"{number:04}.png")
+        table.append({"file_name": f"{number:04}.png"} | {k: v for k, v in row.items() if not k.startswith("_")})
+    with (images / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    prepare(FolderCollection(images), folder / name, size=size, num_workers=0, progress=False, **options)
+    return folder / name
+
+
+def unlabelled_cache(folder: Path, count: int = 40, **options: Any) -> Path:
+    """Images for pretraining, two a patient."""
+    rows = [{"patient_id": f"p{i // 2}", "_draw": {"disc": i % 3 == 0, "stripes": i % 4 == 0}} for i in range(count)]
+    return make_cache(folder, rows, **options)
