@@ -83,7 +83,9 @@ class FinetuningArguments(TrainingArguments):
 
     num_train_epochs: float = field(default=100, metadata={"help": "At most this many epochs."})
     patience: int = field(default=10, metadata={"help": "Epochs without a better validation macro AUROC."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(
+        default=None, metadata={"help": "Peak of AdamW; by default 1e-3 for a frozen encoder, 1e-4 for fine-tuning."}
+    )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size for training, a device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size for evaluation, a device."})
     seed: int = field(default=0, metadata={"help": "Of the head, the order of images and the label fraction."})
@@ -264,6 +266,8 @@ def finetune(
     if model_arguments.positive_weights not in ("none", "balanced"):
         raise ValueError(f"positive_weights={model_arguments.positive_weights!r} found; expected none or balanced")
     frozen = model_arguments.freeze_backbone
+    if arguments.learning_rate is None:
+        arguments.learning_rate = 1e-3 if frozen else 1e-4
     cache = load_labelled_cache(data_arguments.dataset)
     select_training(cache, data_arguments, arguments.seed)
     set_seed(arguments.seed)
