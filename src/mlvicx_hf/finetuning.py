@@ -39,6 +39,7 @@ from .data.splits import label_fraction
 from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .linear_probe import LinearProbe, prepare_probe
+from .machine import use_cpu_threads
 from .metrics import Accuracy, MultiLabelAUROC
 from .modeling_mlvicx import MLVICXForImageClassification
 from .progress import progress_bar
@@ -83,7 +84,7 @@ class FinetuningArguments(TrainingArguments):
 
     num_train_epochs: float = field(default=100, metadata={"help": "At most this many epochs."})
     patience: int = field(default=10, metadata={"help": "Epochs without a better validation macro AUROC."})
-    learning_rate: float = field(
+    learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Peak of AdamW; by default 1e-3 for a frozen encoder, 1e-4 for fine-tuning."}
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size for training, a device."})
@@ -268,6 +269,8 @@ def finetune(
     frozen = model_arguments.freeze_backbone
     if arguments.learning_rate is None:
         arguments.learning_rate = 1e-3 if frozen else 1e-4
+    if arguments.device.type == "cpu":
+        use_cpu_threads()
     cache = load_labelled_cache(data_arguments.dataset)
     select_training(cache, data_arguments, arguments.seed)
     set_seed(arguments.seed)

@@ -31,6 +31,7 @@ from .augmentation import TwoViewAugmentation, view_draws
 from .data.cache import load_cache
 from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
+from .machine import use_cpu_threads
 from .modeling_mlvicx import MLVICXForPreTraining, MLVICXForPreTrainingOutput
 from .monitors import rankme
 from .pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
@@ -198,6 +199,8 @@ class Pretrainer:
             project_dir=arguments.output_dir,
         )
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            use_cpu_threads(arguments.cpu_threads)
         self._load_data()
         self._build()
         self.step = self._resume() if arguments.resume else 0
@@ -376,7 +379,7 @@ class Pretrainer:
     def _fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resume."""
         free = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps", "save_total_limit"}
-        free |= {"dataset", "num_workers", "torch_compile"}
+        free |= {"dataset", "num_workers", "cpu_threads", "torch_compile"}
         description = self.description()
         sections = {k: description[k] for k in ("model", "data", "training")} | {
             "run": {"num_processes": self.accelerator.num_processes}

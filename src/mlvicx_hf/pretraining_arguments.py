@@ -76,6 +76,9 @@ class PretrainingArguments:
     final_learning_rate_ratio: float = field(default=0.001, metadata={"help": "Floor of the cosine over its peak."})
     seed: int = field(default=0, metadata={"help": "Of weights, order and views."})
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads of a process on the CPU; by default its share of the cores."}
+    )
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
     checkpoint_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; one at the end always."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})

@@ -45,7 +45,7 @@ class Quickstart:
     """
 
     def __init__(
-        self, images: Path | None, metadata: Path | None, output: Path, seed: int = 0, pretraining_images: int = 8000
+        self, images: Path | None, metadata: Path | None, output: Path, seed: int = 0, pretraining_images: int = 4500
     ) -> None:
         self.images, self.metadata, self.output, self.seed = images, metadata, output, seed
         self.pretraining_images = pretraining_images
@@ -136,7 +136,7 @@ class Quickstart:
                 words: list[Any] = ["--dataset", self.output / "cache", "--output_dir", folder, "--seed", self.seed]
                 words += ["--model", self.model_folder if start == "pretrained" else "random"]
                 words += ["--architecture", self.model_folder] if start == "random" else []
-                words += ["--freeze_backbone"] if protocol == "frozen" else ["--num_train_epochs", 5]
+                words += ["--freeze_backbone"] if protocol == "frozen" else ["--num_train_epochs", 3]
                 self._command([sys.executable, "scripts/finetune_classification.py", *words])
                 test = json.loads((folder / "results.json").read_text())["test"]
                 report[protocol][start] = {key: test[key] for key in ("auroc_macro", "auroc", "accuracy")}
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--metadata", type=Path, help="table of that folder; by default metadata.csv in it, if any")
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder of the report")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pretraining_images", type=int, default=8000, help="images seen in pretraining")
+    parser.add_argument("--pretraining_images", type=int, default=4500, help="images seen in pretraining")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

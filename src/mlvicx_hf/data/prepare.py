@@ -28,6 +28,7 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from .. import __version__
+from ..machine import available_cores
 from ..progress import progress_bar
 from ..provenance import git_commit
 from .cache import FORMAT, MANIFEST
@@ -269,11 +270,6 @@ def stream_pictures(records: Sequence[Record], size: int, fit: str, num_workers:
             raise ChildProcessError("a worker process died (out of memory?); fewer --num_workers may help") from None
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_features() -> datasets.Features:
