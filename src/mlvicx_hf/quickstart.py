@@ -45,7 +45,7 @@ class Quickstart:
     """
 
     def __init__(
-        self, images: Path | None, metadata: Path | None, output: Path, seed: int = 0, pretraining_images: int = 4500
+        self, images: Path | None, metadata: Path | None, output: Path, seed: int = 0, pretraining_images: int = 8500
     ) -> None:
         self.images, self.metadata, self.output, self.seed = images, metadata, output, seed
         self.pretraining_images = pretraining_images
@@ -84,7 +84,7 @@ class Quickstart:
     def _prepare(self) -> Cache:
         words: list[Any] = ["--size", 128, "--seed", self.seed, "--output", self.output / "cache"]
         if self.images is None:
-            words += ["--collection", "phantom", "--num_patients", 400, "--images_per_patient", 3]
+            words += ["--collection", "phantom", "--num_patients", 600, "--images_per_patient", 2]
         else:
             words += ["--collection", "folder", "--root", self.images]
             words += ["--metadata", self.metadata] if self.metadata else []
@@ -93,7 +93,7 @@ class Quickstart:
 
     def _pretrain(self, cache: Cache) -> None:
         images = len(cache.datasets["train"])
-        batch = min(64, images)
+        batch = min(32, images)
         epochs = max(2, min(50, round(self.pretraining_images / images)))
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", 1, "--mixed_precision", "no"]
         launch += ["--num_processes", max(1, torch.cuda.device_count()), "--dynamo_backend", "no"]
@@ -125,7 +125,7 @@ class Quickstart:
         plot_loss_curve(self.model_folder / "metrics.jsonl", self.output / "loss.png", title)
         train = cache.datasets["train"]
         samples = [train[i]["image"] for i in range(0, len(train), max(1, len(train) // 8))][:8]
-        view_sheet(samples, TwoViewAugmentation(image_size=96), self.output / "views.png", self.seed)
+        view_sheet(samples, TwoViewAugmentation(image_size=64), self.output / "views.png", self.seed)
 
     def _classify(self) -> dict[str, Any]:
         report: dict[str, Any] = {}
@@ -136,7 +136,7 @@ class Quickstart:
                 words: list[Any] = ["--dataset", self.output / "cache", "--output_dir", folder, "--seed", self.seed]
                 words += ["--model", self.model_folder if start == "pretrained" else "random"]
                 words += ["--architecture", self.model_folder] if start == "random" else []
-                words += ["--freeze_backbone"] if protocol == "frozen" else ["--num_train_epochs", 3]
+                words += ["--freeze_backbone"] if protocol == "frozen" else ["--num_train_epochs", 6]
                 self._command([sys.executable, "scripts/finetune_classification.py", *words])
                 test = json.loads((folder / "results.json").read_text())["test"]
                 report[protocol][start] = {key: test[key] for key in ("auroc_macro", "auroc", "accuracy")}
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--metadata", type=Path, help="table of that folder; by default metadata.csv in it, if any")
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder of the report")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pretraining_images", type=int, default=4500, help="images seen in pretraining")
+    parser.add_argument("--pretraining_images", type=int, default=8500, help="images seen in pretraining")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

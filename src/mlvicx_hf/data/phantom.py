@@ -174,7 +174,7 @@ def _sample_lung(rng: np.random.Generator, side: int, width: float, apex: float)
 
 def _sample_heart(rng: np.random.Generator, lungs: tuple[Lung, Lung], enlarged: bool) -> Heart:
     """The transverse width follows from the cardio-thoracic ratio, the height does not."""
-    ratio = rng.uniform(0.535, 0.63) if enlarged else rng.uniform(0.39, 0.495)
+    ratio = rng.uniform(0.56, 0.68) if enlarged else rng.uniform(0.37, 0.49)
     width = ratio * (lungs[0].width + lungs[1].width)
     tilt = rng.uniform(0.3, 0.8)
     elongation = rng.uniform(1.2, 1.6)
@@ -221,17 +221,17 @@ def _sample_pleura(rng: np.random.Generator, fluid: bool, air: bool) -> tuple[tu
     first = int(rng.choice(SIDES))
     both = rng.random() < 0.3 and not air
     sides = (first, -first) if both else (first,)
-    effusions = tuple(Pleura(side, rng.uniform(0.05, 0.18), rng.uniform(0.16, 0.32)) for side in sides)
-    pneumothorax = Pleura(-first, rng.uniform(0.08, 0.25), rng.uniform(0.08, 0.28))
+    effusions = tuple(Pleura(side, rng.uniform(0.12, 0.3), rng.uniform(0.26, 0.5)) for side in sides)
+    pneumothorax = Pleura(-first, rng.uniform(0.14, 0.32), rng.uniform(0.16, 0.4))
     return effusions if fluid else (), pneumothorax if air else None
 
 
 def _sample_nodules(rng: np.random.Generator, lungs: tuple[Lung, Lung]) -> tuple[Spot, ...]:
     spots = []
-    for _ in range(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2])):
+    for _ in range(rng.choice([1, 2, 3, 4], p=[0.25, 0.25, 0.25, 0.25])):
         lung = lungs[rng.integers(2)]
         x, y = lung.point(rng.uniform(0.25, 0.85), rng.uniform(0.15, 0.85))
-        spots.append(Spot(x, y, rng.uniform(0.075, 0.11), rng.uniform(0.55, 0.95)))
+        spots.append(Spot(x, y, rng.uniform(0.085, 0.13), rng.uniform(0.9, 1.5)))
     return tuple(spots)
 
 
@@ -242,7 +242,7 @@ def _sample_patches(
     first = rng.integers(2)
     for index in [first, 1 - first][: 1 + (rng.random() < 0.35)]:
         x, y = lungs[index].point(rng.uniform(0.3, 0.75), rng.uniform(0.25, 0.85))
-        spot = Spot(x, y, rng.uniform(0.18, 0.3), rng.uniform(0.55, 0.9))
+        spot = Spot(x, y, rng.uniform(0.24, 0.4), rng.uniform(0.8, 1.3))
         # The airways run with the vessels: a few branches of the tree stay open inside the opacity.
         near = np.linalg.norm(trees[index].paths[:, 1] - np.array([x, y]), axis=1) < spot.radius
         bronchi = tuple(trees[index].paths[near & (trees[index].widths > 0.011)])
@@ -276,13 +276,13 @@ def _sample_breasts(rng: np.random.Generator) -> tuple[float, float]:
 def _sample_haze(rng: np.random.Generator) -> tuple[Spot, ...]:
     """Soft tissue before or behind the lungs: as bright as a consolidation, but smooth and not kept to the lung."""
     return tuple(
-        Spot(rng.uniform(-0.7, 0.7), rng.uniform(-0.5, 0.6), rng.uniform(0.15, 0.35), rng.uniform(0.2, 0.7))
-        for _ in range(rng.integers(0, 4))
+        Spot(rng.uniform(-0.7, 0.7), rng.uniform(-0.5, 0.6), rng.uniform(0.15, 0.35), rng.uniform(0.2, 0.6))
+        for _ in range(rng.integers(0, 3))
     )
 
 
 def _sample_visit(rng: np.random.Generator) -> Visit:
-    rotation, scale, aspect = rng.normal(0, 0.08), rng.uniform(0.77, 1.22), rng.uniform(0.92, 1.08)
+    rotation, scale, aspect = rng.normal(0, 0.06), rng.uniform(0.85, 1.15), rng.uniform(0.94, 1.06)
     # Both costophrenic angles stay in view, as whoever takes the picture wants them.
     reach = max(0.03, 1.0 - 0.75 * scale * aspect)
     lowest = 0.86 - 0.62 * scale / aspect
@@ -295,7 +295,7 @@ def _sample_visit(rng: np.random.Generator) -> Visit:
         blur=rng.uniform(0.4, 0.9),
         black=rng.uniform(0.0, 0.22),
         white=rng.uniform(-0.08, 0.15),
-        gamma=2 ** rng.uniform(-0.7, 0.7),
+        gamma=2 ** rng.uniform(-0.5, 0.5),
     )
     has_leads = rng.random() < 0.35
     return Visit(
