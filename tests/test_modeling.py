@@ -553,26 +553,35 @@ processor = AutoImageProcessor.from_pretrained(run)
 assert type(processor).__name__ == "MLVICXImageProcessor"
 x = processor([image for image in want["images"].numpy()])["pixel_values"]
 assert torch.equal(x, want["pixel_values"]), "image processor"
+x = x.double()  # kernels may round by where a tensor lies in memory: in float64 that is far below any fault
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
 with torch.no_grad():
-    encoder = AutoModel.from_pretrained(run)
+    encoder = AutoModel.from_pretrained(run).double()
     assert type(encoder).__name__ == "MLVICXModel" and not encoder.training
-    assert torch.equal(encoder(x).pooler_output, want["pooled"]), "AutoModel"
-    pretraining = AutoModelForPreTraining.from_pretrained(run)
+    assert close(encoder(x).pooler_output, want["pooled"]), "AutoModel"
+    weights = load_file(run + "/model.safetensors")
+    pretraining = AutoModelForPreTraining.from_pretrained(run).double()
     assert type(pretraining).__name__ == "MLVICXForPreTraining"
+    assert all(torch.equal(weights[name].to(t), t) for name, t in pretraining.state_dict().items()), "weights"
     output = pretraining(x, x.flip(-1))
-    assert torch.equal(output.loss, want["loss"]), "AutoModelForPreTraining"
-    assert torch.equal(output.multi_level_embeddings[1], want["multi_level"])
-    fresh = AutoModelForImageClassification.from_pretrained(run, num_labels=3)
-    assert torch.equal(fresh.mlvicx(x).pooler_output, want["pooled"]), "AutoModelForImageClassification"
+    assert close(output.loss, want["loss"]), "AutoModelForPreTraining"
+    assert close(output.multi_level_embeddings[1], want["multi_level"])
+    fresh = AutoModelForImageClassification.from_pretrained(run, num_labels=3).double()
+    assert close(fresh.mlvicx(x).pooler_output, want["pooled"]), "AutoModelForImageClassification"
     assert fresh(x).logits.shape == (3, 3) and fresh(x).logits.isfinite().all()
-    classifier = AutoModelForImageClassification.from_pretrained(labelled)
+    classifier = AutoModelForImageClassification.from_pretrained(labelled).double()
     assert classifier.config.id2label == {0: "Edema", 1: "Mass"}
-    assert torch.equal(classifier(x).logits, want["logits"]), "a classifier's own folder"
+    assert close(classifier(x).logits, want["logits"]), "a classifier's own folder"
 print("equal")
 """
 
 
-def test_loaded_in_a_fresh_process_bit_for_bit(tmp_path: Path):
+def test_loaded_in_a_fresh_process(tmp_path: Path):
     torch.manual_seed(0)
     run, labelled = tmp_path / "run", tmp_path / "labelled"
     model = MLVICXForPreTraining(tiny_config()).train()
@@ -587,22 +596,18 @@ def test_loaded_in_a_fresh_process_bit_for_bit(tmp_path: Path):
     weights = load_file(run / "model.safetensors")
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-    # A file's tensors lie otherwise in memory than a new model's, and some kernels round by that: compare loaded ones.
-    model, classifier = (
-        MLVICXForPreTraining.from_pretrained(run),
-        MLVICXForImageClassification.from_pretrained(labelled),
-    )
+    model, classifier = model.double(), classifier.double().eval()
     images = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
     x = processor(list(images.numpy()))["pixel_values"]
     with torch.no_grad():
-        output = model(x, x.flip(-1))
+        output = model(x.double(), x.double().flip(-1))
         expected = {
             "images": images,
             "pixel_values": x,
-            "pooled": model.mlvicx(x).pooler_output,
+            "pooled": model.mlvicx(x.double()).pooler_output,
             "loss": output.loss,
             "multi_level": output.multi_level_embeddings[1],
-            "logits": classifier(x).logits,
+            "logits": classifier(x.double()).logits,
         }
     save_file({name: tensor.contiguous() for name, tensor in expected.items()}, tmp_path / "expected.safetensors")
     for folder in (run, labelled):
