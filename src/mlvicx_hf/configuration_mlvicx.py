@@ -4,14 +4,27 @@
 This file travels to the Hub beside the model, so it imports nothing from the package.
 """
 
+import functools
 from typing import Any
 
+import timm
+import torch
 from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 
+@functools.cache
+def backbone_stages(backbone: str) -> tuple[str, ...]:
+    """Names of a timm backbone's levels: "stem" where one is at half the resolution, then "stage1", "stage2", …."""
+    with torch.device("meta"):
+        reductions = timm.create_model(backbone, features_only=True).feature_info.reduction()
+    stem = ["stem"] if reductions[0] == 2 else []
+    return (*stem, *(f"stage{i + 1}" for i in range(len(reductions) - len(stem))))
+
+
 @strict
-class MLVICXConfig(PreTrainedConfig):
+class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     """Architecture and loss of MLVICX (arXiv 2403.11504); the defaults are the README's table of differences.
 
     Args:
@@ -37,8 +50,16 @@ class MLVICXConfig(PreTrainedConfig):
         variance_epsilon: ε of Eq. 7, under the root.
         invariance_reduction: "mean" over batch and dimensions, or "sum" over the dimensions as Eq. 6.
         positive_weights: weight of the positives of each label in the multi-label loss; None for 1.
+        decision_thresholds: of a classifier: {"values": {label: probability or None}, "split", "criterion", …}, the
+            probabilities from which a finding is called present, and on what they were chosen.
+        decoder_hidden_sizes: widths of the segmentation decoder from the coarsest level to the input's resolution,
+            one a level of the backbone; None for …, 64, 32, 16.
+        semantic_loss_ignore_index: value of mask pixels that do not count in the segmentation loss.
+        out_features: levels that `MLVICXBackbone` returns, of `stage_names`; by default the last.
+        out_indices: the same by number.
 
     Raises:
+        ValueError: a dictionary of another model type.
         StrictDataclassError: a value of another type or outside its range, named with what was expected.
     """
 
@@ -64,15 +85,35 @@ class MLVICXConfig(PreTrainedConfig):
     variance_epsilon: float | int = 1e-4
     invariance_reduction: str = "mean"
     positive_weights: list[float] | tuple[float, ...] | None = None
+    decision_thresholds: dict[str, Any] | None = None
+    decoder_hidden_sizes: list[int] | tuple[int, ...] | None = None
+    semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what depends on other fields; `problem_type` is never left for transformers to guess."""
         if self.problem_type is None:
             self.problem_type = "multi_label_classification"
-        for name in ("aggregation_levels", "expander_dims", "positive_weights"):
+        for name in ("aggregation_levels", "expander_dims", "positive_weights", "decoder_hidden_sizes"):
             value = getattr(self, name)
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        features, indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        self._out_features = self._out_indices = None
+        if features is not None or indices is not None:
+            self.set_output_features_output_indices(features, indices)
         super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the backbone's levels, finest first."""
+        return list(backbone_stages(self.backbone))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of the base class, but a configuration of another model is an error instead of a warning."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(f"configuration of a {found!r} model found; expected one of {cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_ranges(self) -> None:
         """Check every number and choice; `strict` calls it after the types."""
@@ -85,6 +126,9 @@ class MLVICXConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} found; expected None, or 1 or more")
         if not self.expander_dims or min(self.expander_dims) < 1:
             raise ValueError(f"expander_dims={self.expander_dims} found; expected at least one positive width")
+        sizes = self.decoder_hidden_sizes
+        if sizes is not None and (not sizes or min(sizes) < 1):
+            raise ValueError(f"decoder_hidden_sizes={sizes} found; expected None, or positive widths, one a level")
         if self.aggregation_levels is not None and not self.aggregation_levels:
             raise ValueError("aggregation_levels=[] found; expected None for all levels, or at least one level")
         weights = ("invariance_weight", "variance_weight", "covariance_weight", "global_weight", "multi_level_weight")

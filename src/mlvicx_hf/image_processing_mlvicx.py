@@ -6,11 +6,13 @@ This file travels to the Hub beside the model, so it imports nothing from the pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
@@ -99,7 +101,16 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor
     return pixels
 
 
-def fit_square(image: torch.Tensor, size: int, fit: str = "pad", fill: float = 0) -> torch.Tensor:
+def _padded(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Where "pad" puts a picture in a square: top, left, height, width."""
+    scale = size / max(height, width)
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    return (size - height) // 2, (size - width) // 2, height, width
+
+
+def fit_square(
+    image: torch.Tensor, size: int, fit: str = "pad", fill: float = 0, nearest: bool = False
+) -> torch.Tensor:
     """Resize to a square, antialiased, and say what happens to an image that is not one.
 
     Args:
@@ -108,6 +119,7 @@ def fit_square(image: torch.Tensor, size: int, fit: str = "pad", fill: float = 0
         fit: "pad" keeps everything and the aspect ratio (black borders), "squash" keeps everything but not the
             aspect ratio, "crop" keeps the aspect ratio of the central square.
         fill: grey value of the borders.
+        nearest: take the nearest pixel instead of a mean, for masks.
 
     Returns:
         Tensor [..., size, size] of the same type.
@@ -119,12 +131,47 @@ def fit_square(image: torch.Tensor, size: int, fit: str = "pad", fill: float = 0
         image = F.center_crop(image, [min(height, width)] * 2)
     elif fit == "pad":
         # The long side first, then the border: a border is never interpolated into the image.
-        scale = size / max(height, width)
-        height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        image = F.resize(image, [height, width], antialias=True)
-        left, top = (size - width) // 2, (size - height) // 2
+        top, left, height, width = _padded(height, width, size)
+        image = _resize(image, height, width, nearest)
         return F.pad(image, [left, top, size - width - left, size - height - top], fill=fill)
-    return F.resize(image, [size, size], antialias=True)
+    return _resize(image, size, size, nearest)
+
+
+def _resize(image: torch.Tensor, height: int, width: int, nearest: bool) -> torch.Tensor:
+    mode = InterpolationMode.NEAREST_EXACT if nearest else InterpolationMode.BILINEAR
+    return F.resize(image, [height, width], mode, antialias=not nearest)
+
+
+def unfit_square(logits: torch.Tensor, height: int, width: int, fit: str = "pad") -> torch.Tensor:
+    """The inverse of `fit_square`: what a square says about the image that it was made of.
+
+    Args:
+        logits: [C, S, S].
+        height: of the image.
+        width: of the image.
+        fit: how the square was made.
+
+    Returns:
+        [C, H, W]; with "crop" [C, s, s], the central square of the image.
+    """
+    if fit == "pad":
+        top, left, inner_height, inner_width = _padded(height, width, logits.shape[-1])
+        logits = logits[:, top : top + inner_height, left : left + inner_width]
+    elif fit == "crop":
+        height = width = min(height, width)
+    return torch.nn.functional.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def to_class_map(mask: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
+    """A mask of class indices, one an integer pixel, to int64 [1, H, W].
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    array = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
+    if array.ndim != 2 or array.dtype.kind not in "biu":
+        raise ValueError(f"mask of shape {array.shape} and type {array.dtype} found; expected whole numbers [H, W]")
+    return torch.from_numpy(array.astype(np.int64))[None]
 
 
 class MLVICXImageProcessor(BaseImageProcessor):
@@ -165,23 +212,83 @@ class MLVICXImageProcessor(BaseImageProcessor):
         pixels = (unit - self.image_mean) / self.image_std
         return pixels.expand(*pixels.shape[:-3], self.num_channels, *pixels.shape[-2:])
 
-    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+    def preprocess(
+        self, images: Any, segmentation_maps: Any = None, return_tensors: str | None = "pt", **kwargs: Any
+    ) -> BatchFeature:
         """Prepare one image or a list of them.
 
         Args:
             images: one image or a list: PIL of any mode, or array or tensor [H, W], [H, W, C], [C, H, W]; a batch
                 array or tensor has four dimensions.
+            segmentation_maps: masks of class indices [H, W], as many and of the size of their images.
             return_tensors: "pt" or "np".
 
         Returns:
-            `{"pixel_values": [B, num_channels, image_size, image_size]}`, float32.
+            `pixel_values` [B, num_channels, image_size, image_size], float32, and with masks `labels`
+            [B, image_size, image_size], int64, through the same geometry; borders are class 0.
+
+        Raises:
+            ValueError: what is no image, or a mask that does not fit its image.
         """
-        batch = isinstance(images, (list, tuple)) or (not isinstance(images, Image.Image) and np.ndim(images) == 4)
-        items = list(images) if batch else [images]
+        items = _as_list(images, batch_dimensions=4)
         if not items:
             raise ValueError("no images found; expected at least one")
-        pixels = torch.stack([fit_square(to_unit_gray(image), self.image_size, self.fit) for image in items])
-        return BatchFeature({"pixel_values": self.normalize(pixels).contiguous()}, tensor_type=return_tensors)
+        gray = [to_unit_gray(image) for image in items]
+        pixels = torch.stack([fit_square(image, self.image_size, self.fit) for image in gray])
+        data = {"pixel_values": self.normalize(pixels).contiguous()}
+        if segmentation_maps is not None:
+            masks = [to_class_map(mask) for mask in _as_list(segmentation_maps, batch_dimensions=3)]
+            if len(masks) != len(gray):
+                raise ValueError(f"{len(masks)} masks found; expected {len(gray)}, one an image")
+            for image, mask in zip(gray, masks, strict=True):
+                if mask.shape != image.shape:
+                    found, expected = tuple(mask.shape[1:]), tuple(image.shape[1:])
+                    raise ValueError(f"mask of {found} pixels found; expected the size of its image, {expected}")
+            data["labels"] = torch.cat([fit_square(mask, self.image_size, self.fit, nearest=True) for mask in masks])
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[torch.Tensor]:
+        """Class of every pixel, in the geometry of the original images.
+
+        Args:
+            outputs: of `MLVICXForSemanticSegmentation`, with logits [B, K, H, W].
+            target_sizes: (height, width) of the original images; by default the resolution of the logits. Borders that
+                `fit` added are removed, what it cut off is class 0.
+
+        Returns:
+            One int64 [height, width] an image: the class with the highest logit; with one logit 1 where it is above 0.
+
+        Raises:
+            ValueError: another number of sizes than images.
+        """
+        logits = outputs.logits.float()
+        if target_sizes is None:
+            return list(_decide(logits))
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"{len(target_sizes)} target_sizes found; expected {len(logits)}, one an image")
+        maps = []
+        for image, size in zip(logits, target_sizes, strict=True):
+            height, width = (int(side) for side in size)
+            classes = _decide(unfit_square(image, height, width, self.fit)[None])[0]
+            # center_crop pads where the target is larger, as `fit="crop"` needs
+            maps.append(F.center_crop(classes[None], [height, width])[0])
+        return maps
+
+
+def _as_list(images: Any, batch_dimensions: int) -> list[Any]:
+    """The items of a list or of a batch array; a single one as a list."""
+    if isinstance(images, (list, tuple)) or (
+        not isinstance(images, Image.Image) and np.ndim(images) == batch_dimensions
+    ):
+        return list(images)
+    return [images]
+
+
+def _decide(logits: torch.Tensor) -> torch.Tensor:
+    """[B, K, H, W] to classes [B, H, W]."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
 __all__ = ["MLVICXImageProcessor"]

@@ -2,7 +2,8 @@
 """Invariance, variance and covariance of a batch of embeddings: Eqs. 3-8 of MLVICX (arXiv 2403.11504).
 
 Pure functions of [batch, dimension] tensors, computed in at least float32 whatever autocast says. Each is named for
-its equation; the weights and their sums are in `variance_covariance_loss`.
+its equation; the weights and their sums are in `variance_covariance_loss`. `segmentation_loss` is what the
+segmentation head minimises.
 
 This file travels to the Hub beside the model, so it imports nothing from the package.
 """
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class LossTerms(NamedTuple):
@@ -160,3 +162,47 @@ def gather_batch(local: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return local
     return _GatherBatch.apply(local.contiguous())
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Cross-entropy plus soft Dice loss, for one structure or several classes.
+
+    With one logit a pixel: binary cross-entropy and the Dice loss of the structure. With K logits: cross-entropy over
+    the classes and the mean Dice loss of the foreground classes 1 to K-1. Dice is taken over the whole batch, so images
+    without the structure need no convention.
+
+    Args:
+        logits: [B, K, H, W]; K of 1 for a binary mask.
+        labels: [B, H, W], 0 to K-1 (binary: 0 or 1), or `ignore_index` for pixels that do not count.
+        ignore_index: see there.
+
+    Returns:
+        Scalar; 0, with gradients of 0, when no pixel counts.
+
+    Raises:
+        ValueError: labels of another shape, or a value out of range.
+    """
+    if labels.shape != (logits.shape[0], *logits.shape[2:]):
+        expected = (logits.shape[0], *logits.shape[2:])
+        raise ValueError(f"labels of shape {tuple(labels.shape)} found; expected {expected}, a class index a pixel")
+    classes = max(2, logits.shape[1])
+    known = labels != ignore_index
+    if not torch.compiler.is_compiling() and bool(((labels < 0) | (labels >= classes))[known].any()):
+        found = labels[known].unique().tolist()
+        raise ValueError(f"labels with the values {found} found; expected 0 to {classes - 1}, or {ignore_index}")
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _at_least_float32(logits)
+        truth = torch.where(known, labels, 0).long()
+        target = F.one_hot(truth, classes).movedim(-1, 1).to(logits.dtype)[:, 1:]  # [B, K-1, H, W]
+        if logits.shape[1] == 1:
+            entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").squeeze(1)
+            probability = logits.sigmoid()
+        else:
+            entropy = F.cross_entropy(logits, truth, reduction="none")
+            probability = logits.softmax(1)[:, 1:]
+        mean = (entropy * known).sum() / known.sum().clamp(min=1)
+        weight = known[:, None]
+        overlap = (probability * target * weight).sum((0, 2, 3))  # [K-1]
+        total = ((probability + target) * weight).sum((0, 2, 3))
+        dice = (2 * overlap + 1) / (total + 1)  # the 1 keeps a batch without the structure from dividing by 0
+        return mean + (1 - dice).mean()

@@ -13,17 +13,25 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.layers import Format
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutputWithNoAttention
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+    SemanticSegmenterOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_mlvicx import MLVICXConfig
-from .loss_mlvicx import LossTerms, gather_batch, variance_covariance_loss
+from .integrity_mlvicx import check_weights
+from .loss_mlvicx import LossTerms, gather_batch, segmentation_loss, variance_covariance_loss
 
 
 class ContextBottleneck(nn.Module):
@@ -146,9 +154,27 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     base_model_prefix = "mlvicx"
     main_input_name = "pixel_values"
     # A pretraining checkpoint also holds expanders and aggregation, a classifier its head: not wanted elsewhere.
-    _keys_to_ignore_on_load_unexpected = [r"^(aggregator|global_expander|multi_level_expander|classifier)\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."
+    ]
 
     _backbone_frozen = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of the base class, after a check of the weights against the published hashes.
+
+        Raises:
+            OSError: weights that are damaged, absent or not reachable.
+            ValueError: a model of another type.
+        """
+        source = pretrained_model_name_or_path
+        if source is not None and kwargs.get("state_dict") is None:
+            check_weights(source, **kwargs)
+        try:
+            return super().from_pretrained(source, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"{source}: damaged weights: {error}; expected a whole safetensors file") from error
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -436,9 +462,156 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         return multi_label_loss(logits, labels, self.config.positive_weights)
 
 
+class DecoderBlock(nn.Sequential):
+    """Two 3×3 convolutions with batch normalisation and ReLU.
+
+    Args:
+        in_channels: channels of the upsampled map and its skip connection together.
+        out_channels: channels of the result.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        layers: list[nn.Module] = []
+        for channels in (in_channels, out_channels):
+            layers.append(nn.Conv2d(channels, out_channels, 3, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
+
+
+class UNetDecoder(nn.Module):
+    """U-Net decoder over the refined maps and, at full resolution, the input itself.
+
+    Args:
+        config: `decoder_hidden_sizes` and `num_channels`.
+        channels: channels of every level, finest first.
+
+    Raises:
+        ValueError: another number of widths than the backbone has levels.
+    """
+
+    def __init__(self, config: MLVICXConfig, channels: list[int]) -> None:
+        super().__init__()
+        widths = config.decoder_hidden_sizes or [16 * 2**i for i in reversed(range(len(channels)))]
+        if len(widths) != len(channels):
+            raise ValueError(
+                f"decoder_hidden_sizes={widths} found; {config.backbone} has {len(channels)} levels, one width each"
+            )
+        below = [channels[-1], *widths[:-1]]
+        skips = [*reversed(channels[:-1]), config.num_channels]
+        self.blocks = nn.ModuleList(
+            DecoderBlock(b + s, width) for b, s, width in zip(below, skips, widths, strict=True)
+        )
+        self.classifier = nn.Conv2d(widths[-1], int(config.num_labels or 0), 1)
+
+    def forward(self, maps: tuple[Tensor, ...], pixel_values: Tensor) -> Tensor:
+        """Refined maps, finest first, and the input [B, C, H, W] to logits [B, num_labels, H, W]."""
+        x = maps[-1]
+        for block, skip in zip(self.blocks, (*reversed(maps[:-1]), pixel_values), strict=True):
+            x = F.interpolate(x, skip.shape[2:], mode="nearest")  # its backward is deterministic on GPUs, too
+            x = block(torch.cat([x, skip], 1))
+        return self.classifier(x)
+
+
+class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
+    """The encoder with a U-Net decoder (section IV-B of the paper).
+
+    Args:
+        config: `num_labels` or `id2label` (one label: a binary mask from one logit; K labels: classes of which 0 is the
+            background), `decoder_hidden_sizes` and `semantic_loss_ignore_index` matter here.
+    """
+
+    def __init__(self, config: MLVICXConfig) -> None:
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.mlvicx = MLVICXModel(config)
+        self.decoder = UNetDecoder(config, self.mlvicx.channels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SemanticSegmenterOutput | tuple[Any, ...]:
+        """Segment a batch of images of any size.
+
+        Args:
+            pixel_values: [B, num_channels, H, W], from `MLVICXImageProcessor`.
+            labels: [B, H, W] class indices, or `semantic_loss_ignore_index` for pixels that do not count.
+            output_hidden_states: also return the refined maps of all levels.
+            return_dict: a named output (the default) or a plain tuple.
+
+        Returns:
+            `loss` (when labels are given, see `segmentation_loss`), `logits` [B, num_labels, H, W] at the resolution
+            of the input, `hidden_states`.
+
+        Raises:
+            ValueError: labels of another size than the images, or with values out of range.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        maps = self.mlvicx.refined_maps(pixel_values)
+        logits = self.decoder(maps, pixel_values)
+        loss = None
+        if labels is not None:
+            loss = segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index)
+        output = SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
+    """The encoder as a backbone of other transformers models (UperNet, DETR, Mask2Former …).
+
+    Args:
+        config: `out_features` (names such as "stage1", see `config.stage_names`) or `out_indices` say which levels are
+            returned; by default the last.
+    """
+
+    has_attentions = False
+
+    def __init__(self, config: MLVICXConfig) -> None:
+        config.set_output_features_output_indices(config.out_features, config.out_indices)
+        super().__init__(config)
+        self.mlvicx = MLVICXModel(config)
+        self.num_features = self.mlvicx.channels
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """Refined maps of the chosen levels.
+
+        Args:
+            pixel_values: [B, num_channels, H, W].
+            output_hidden_states: also return the refined maps of all levels.
+            output_attentions: there are none.
+            return_dict: a named output (the default) or a plain tuple.
+
+        Returns:
+            `feature_maps`, finest first, each [B, C_p, H_p, W_p]; `hidden_states`.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        maps = self.mlvicx.refined_maps(pixel_values)
+        output = BackboneOutput(
+            feature_maps=tuple(maps[level] for level in self.out_indices),
+            hidden_states=maps if output_hidden_states else None,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
 __all__ = [
+    "MLVICXBackbone",
     "MLVICXForImageClassification",
     "MLVICXForPreTraining",
+    "MLVICXForSemanticSegmentation",
     "MLVICXModel",
     "MLVICXPreTrainedModel",
 ]
