@@ -3,6 +3,7 @@
 
 python scripts/prepare_data.py --collection phantom --output caches/phantom
 python scripts/prepare_data.py --collection folder --root my_images --output caches/mine
+python scripts/prepare_data.py --collection folder --root my_images --output caches/lungs --mask_names lungs
 python scripts/prepare_data.py --collection nih14 --root ChestX-ray14 --output caches/nih14
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from mlvicx_hf.cli import run
 from mlvicx_hf.data.collections import Collection, FolderCollection, NIH14Collection, PhantomCollection
+from mlvicx_hf.data.phantom import MASKS
 from mlvicx_hf.data.prepare import FITS, REJECTED, check_output, prepare
 
 
@@ -45,6 +47,12 @@ def parse() -> argparse.Namespace:
     folder.add_argument("--file_column", help="column of the file (default file_name, file, image or path)")
     folder.add_argument("--patient_column", help="column of the patient (default patient_id)")
     folder.add_argument("--label_columns", help="columns of the labels, joined by commas")
+    folder.add_argument("--mask_column", help="column of the mask's file (default mask_file_name)")
+    parser.add_argument(
+        "--mask_names",
+        help="folder: the structure of binary masks, or the classes by pixel value, background first, joined by commas "
+        f"(default mask); phantom: one of {', '.join(MASKS)}",
+    )
     phantom = parser.add_argument_group("phantom")
     phantom.add_argument("--num_patients", type=int, help="(default 400)")
     phantom.add_argument("--images_per_patient", type=int, help="(default 3)")
@@ -55,9 +63,9 @@ def make_collection(arguments: argparse.Namespace) -> Collection:
     """The collection that the command line names; options of another one are an error."""
     name = arguments.collection
     options = {
-        "folder": ("root", "metadata", "file_column", "patient_column", "label_columns"),
+        "folder": ("root", "metadata", "file_column", "patient_column", "label_columns", "mask_column", "mask_names"),
         "nih14": ("root", "metadata"),
-        "phantom": ("num_patients", "images_per_patient"),
+        "phantom": ("num_patients", "images_per_patient", "mask_names"),
     }
     given = {key: getattr(arguments, key) for key in sorted(set().union(*options.values()))}
     given = {key: value for key, value in given.items() if value is not None}
@@ -65,13 +73,14 @@ def make_collection(arguments: argparse.Namespace) -> Collection:
     if strange:
         raise ValueError(f"{', '.join(strange)} found; --collection {name} does not take it")
     if name == "phantom":
-        return PhantomCollection(**given, size=arguments.size, seed=arguments.seed)
+        mask = given.pop("mask_names", None)
+        return PhantomCollection(**given, mask=mask, size=arguments.size, seed=arguments.seed)
     if "root" not in given:
         raise ValueError(f"no --root found; --collection {name} expects the folder of its images")
     if name == "nih14":
         return NIH14Collection(**given, seed=arguments.seed)
-    if "label_columns" in given:
-        given["label_columns"] = [column.strip() for column in given["label_columns"].split(",")]
+    for key in {"label_columns", "mask_names"} & given.keys():
+        given[key] = [name.strip() for name in given[key].split(",")]
     return FolderCollection(**given)
 
 
@@ -91,6 +100,9 @@ def print_summary(summary: dict[str, Any], output: Path, seconds: float) -> None
             share = f"{counts['positives'][name] / known:.1%}" if known else "-"
             unknown = f", {counts['unknown'][name]} unknown" if counts["unknown"][name] else ""
             print(f"    {name}: {counts['positives'][name]} positive of {known} ({share}){unknown}")
+        if "masks" in counts:
+            found = ", ".join(f"{name} in {number}" for name, number in counts["masks"]["images_with"].items())
+            print(f"    masks: {counts['masks']['known']} known of {counts['images']}; {found}")
     print(f"labels: {', '.join(summary['label_names']) or 'none'}{' (one class each)' if summary['exclusive'] else ''}")
     print(f"rejected: {summary['rejected']}{f' (see {output / REJECTED})' if summary['rejected'] else ''}")
     print(f"missing: {summary['missing']}")

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from mlvicx_hf import MLVICXConfig
 from mlvicx_hf.data.collections.folder import FolderCollection
+from mlvicx_hf.data.masks import foreground
 from mlvicx_hf.data.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -63,41 +64,67 @@ def assert_users_error(done: subprocess.CompletedProcess[str], *parts: str) -> N
 
 def draw(values: dict[str, bool], seed: int, size: int = 40) -> Image.Image:
     """Noise on grey with a bright disc where `disc` is, and stripes where `stripes` are."""
+    return draw_with_mask(values, seed, size)[0]
+
+
+def draw_with_mask(
+    values: dict[str, bool], seed: int, size: int = 40, names: Sequence[str] = ("disc",)
+) -> tuple[Image.Image, Image.Image]:
+    """What `draw` draws and its mask of class indices; stripes hide the disc below them."""
+    value = foreground(names)
     generator = np.random.default_rng(seed)
     image = Image.fromarray(generator.normal(90, 18, (size, size)).clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
+    mask = Image.new("L", image.size)
+    mask_pen = ImageDraw.Draw(mask)
     if values.get("disc"):
         x, y = generator.integers(8, size - 20, 2)
         pen.ellipse((x, y, x + 14, y + 14), fill=210)
+        mask_pen.ellipse((x, y, x + 14, y + 14), fill=value.get("disc", 0))
     if values.get("stripes"):
         for x in range(0, size, 6):
             pen.line((x, 0, x, size), fill=20, width=2)
-    return image
+            mask_pen.line((x, 0, x, size), fill=value.get("stripes", 0), width=2)
+    return image, mask
 
 
 def make_cache(
-    folder: Path, rows: Sequence[dict[str, Any]], size: int = 32, name: str = "cache", **options: Any
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    size: int = 32,
+    name: str = "cache",
+    mask_names: Sequence[str] = (),
+    **options: Any,
 ) -> Path:
     """Draw one image a row, write the table beside them and prepare it.
 
     Args:
         folder: where images and cache go.
-        rows: columns of the table; `_draw` says what is drawn and is no column.
+        rows: columns of the table; `_draw` says what is drawn and `_mask` whether its mask is known (default true):
+            both are no columns.
         size: of the cache.
         name: of the cache's folder.
+        mask_names: structures with masks, "disc" or "stripes".
         options: of `prepare`.
     """
     images = folder / f"{name}-images"
-    images.mkdir(parents=True)
+    (images / "masks" if mask_names else images).mkdir(parents=True)
     table = []
     for number, row in enumerate(rows):
-        draw(row.get("_draw", {}), seed=number).save(images / f"{number:04}.png")
-        table.append({"file_name": f"{number:04}.png"} | {k: v for k, v in row.items() if not k.startswith("_")})
+        file = f"{number:04}.png"
+        image, mask = draw_with_mask(row.get("_draw", {}), number, names=mask_names)
+        image.save(images / file)
+        columns = {"file_name": file} | {k: v for k, v in row.items() if not k.startswith("_")}
+        if mask_names:
+            columns["mask_file_name"] = f"masks/{file}" if row.get("_mask", True) else ""
+            mask.save(images / "masks" / file)
+        table.append(columns)
     with (images / "metadata.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    prepare(FolderCollection(images), folder / name, size=size, num_workers=0, progress=False, **options)
+    collection = FolderCollection(images, mask_names=mask_names or None)
+    prepare(collection, folder / name, size=size, num_workers=0, progress=False, **options)
     return folder / name
 
 
@@ -105,3 +132,28 @@ def unlabelled_cache(folder: Path, count: int = 40, **options: Any) -> Path:
     """Images for pretraining, two a patient."""
     rows = [{"patient_id": f"p{i // 2}", "_draw": {"disc": i % 3 == 0, "stripes": i % 4 == 0}} for i in range(count)]
     return make_cache(folder, rows, **options)
+
+
+def segmentation_cache(
+    folder: Path, count: int = 40, names: Sequence[str] = ("disc",), unknown: Sequence[int] = (), **options: Any
+) -> Path:
+    """Images with masks, two a patient, 60/20/20 by patient; half show a disc, the masks of the others lack it.
+
+    Args:
+        folder: where images and cache go.
+        count: images, at least 10 for three splits.
+        names: ("disc",) for binary masks, or classes such as ("background", "disc", "stripes"), where every other
+            image shows stripes, too.
+        unknown: numbers of the images whose mask is not known.
+        options: of `make_cache` and `prepare`.
+    """
+    rows = [
+        {
+            "patient_id": f"p{number // 2}",
+            "split": ("train", "train", "train", "validation", "test")[number // 2 % 5],
+            "_draw": {"disc": number % 2 == 0, "stripes": "stripes" in names and number % 4 in (1, 2)},
+            "_mask": number not in unknown,
+        }
+        for number in range(count)
+    ]
+    return make_cache(folder, rows, mask_names=names, **options)

@@ -16,16 +16,15 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
 from mlvicx_hf import MLVICXForImageClassification, MLVICXForPreTraining, MLVICXImageProcessor
-from mlvicx_hf.data.cache import load_cache
-from mlvicx_hf.finetuning import (
-    DataArguments,
-    FinetuningArguments,
-    ModelArguments,
+from mlvicx_hf.classification import (
+    ClassificationArguments,
+    ClassifierArguments,
     balanced_weights,
     finetune,
-    load_model,
-    select_training,
+    load_classifier,
 )
+from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.finetuning import DataArguments, select_training
 from mlvicx_hf.linear_probe import LinearProbe
 
 FROZEN = ("--freeze_backbone", "--num_train_epochs", 8, "--learning_rate", 1e-2)
@@ -72,7 +71,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(output: Path, *words: object) -> dict[str, Any]:
-    parser = HfArgumentParser((ModelArguments, DataArguments, FinetuningArguments), allow_abbrev=False)  # type: ignore[arg-type]
+    parser = HfArgumentParser((ClassifierArguments, DataArguments, ClassificationArguments), allow_abbrev=False)  # type: ignore[arg-type]
     common = ("--output_dir", output, "--report_to", "none", "--num_train_epochs", 3, "--use_cpu", "true")
     return finetune(*parser.parse_args_into_dataclasses([str(word) for word in (*common, *words)]))
 
@@ -436,7 +435,7 @@ def test_a_model_that_does_not_fit_is_an_error(cache: Path, pretrained: Path, tm
 
 
 def test_a_classifier_of_other_labels_lends_its_encoder(frozen: Path, exclusive: Path):
-    model, _ = load_model(ModelArguments(str(frozen)), load_cache(exclusive))
+    model, _ = load_classifier(ClassifierArguments(str(frozen)), load_cache(exclusive))
     assert model.classifier.weight.shape == (3, 96)
     assert model.classifier.weight.isfinite().all()
     source = load_file(frozen / "model.safetensors")

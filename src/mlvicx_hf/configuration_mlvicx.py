@@ -18,7 +18,8 @@ from transformers.configuration_utils import PreTrainedConfig
 def backbone_stages(backbone: str) -> tuple[str, ...]:
     """Names of a timm backbone's levels: "stem" where one is at half the resolution, then "stage1", "stage2", …."""
     with torch.device("meta"):
-        reductions = timm.create_model(backbone, features_only=True).feature_info.reduction()
+        network: Any = timm.create_model(backbone, features_only=True)
+    reductions = network.feature_info.reduction()
     stem = ["stem"] if reductions[0] == 2 else []
     return (*stem, *(f"stage{i + 1}" for i in range(len(reductions) - len(stem))))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
+from typing import Any
 
 
 def available_cores() -> int:
@@ -27,3 +30,28 @@ def use_cpu_threads(threads: int | None = None) -> None:
         raise ValueError(f"cpu_threads={threads} found; expected 1 or more")
     share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, share))
+
+
+def describe_hardware(device: Any, processes: int = 1) -> dict[str, Any]:
+    """What a run computed on, for its result files.
+
+    Args:
+        device: `torch.device` of one process.
+        processes: how many took part.
+
+    Returns:
+        `device` (its type), `name`, `cores` (of a process's machine) and `processes`.
+    """
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"device": device.type, "name": name, "cores": available_cores(), "processes": processes}
+
+
+def _cpu_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():  # Linux; platform.processor() is empty there
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

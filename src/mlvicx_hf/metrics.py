@@ -1,4 +1,4 @@
-"""Metrics as `evaluate.Metric` classes over scikit-learn, for labels of which some are unknown or cannot be scored."""
+"""Metrics as `evaluate.Metric` classes: labels of which some are unknown or cannot be scored, and masks, some empty."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 NOT_SCORED = "n/a"
+EMPTY_MASKS = "of an image: 1 when predicted and true mask are both empty, 0 when one of them is"
 
 _CITATION = "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, 2011."
 _INPUTS = """
@@ -94,3 +95,119 @@ def _auroc(scores: np.ndarray, labels: np.ndarray) -> float | str:
     if len(np.unique(labels[known])) < 2:
         return NOT_SCORED
     return float(roc_auc_score(labels[known], scores[known]))
+
+
+def youden_thresholds(
+    probabilities: np.ndarray, labels: np.ndarray, label_names: Sequence[str]
+) -> dict[str, float | None]:
+    """Probability of each label from which sensitivity + specificity - 1 (Youden's J) is largest.
+
+    Args:
+        probabilities: [N, L].
+        labels: [N, L], 1, 0 or NaN for unknown.
+        label_names: the L names.
+
+    Returns:
+        Threshold by name: present where the probability is at least that; None where a label has one value only.
+    """
+    thresholds: dict[str, float | None] = {}
+    for i, name in enumerate(label_names):
+        known = ~np.isnan(labels[:, i])
+        thresholds[name] = None
+        if len(np.unique(labels[known, i])) > 1:
+            false, true, values = roc_curve(labels[known, i], probabilities[known, i])
+            thresholds[name] = float(values[1:][(true - false)[1:].argmax()])  # the first is infinite
+    return thresholds
+
+
+class SegmentationOverlap(evaluate.Metric):
+    """Dice and intersection over union of masks, averaged over images.
+
+    An image whose predicted and true mask are both empty counts 1, one where only one of them is counts 0.
+    `dice_positive` and `iou_positive` are over the images whose true mask is not empty.
+
+    Takes class maps [N, H, W] as predictions and references, and label_names: the classes behind the background,
+    class 0. Returns what `score_overlap` does.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        maps = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
+        return evaluate.MetricInfo(
+            description=str(type(self).__doc__),
+            citation=_CITATION,
+            inputs_description="predictions, references: class maps [N, H, W]; label_names: of classes 1 and up.",
+            features=datasets.Features({"predictions": maps, "references": maps}),
+        )
+
+    def _compute(
+        self, predictions: Sequence[Any], references: Sequence[Any], label_names: Sequence[str], ignore_index: int = 255
+    ) -> dict[str, Any]:
+        counts = [
+            overlap_counts(np.asarray(p)[None], np.asarray(r)[None], len(label_names) + 1, ignore_index)
+            for p, r in zip(predictions, references, strict=True)
+        ]
+        return score_overlap(np.concatenate(counts), label_names)
+
+
+def overlap_counts(
+    predictions: np.ndarray, references: np.ndarray, num_classes: int, ignore_index: int = 255
+) -> np.ndarray:
+    """Pixels of overlap, prediction and truth of every image and foreground class.
+
+    Args:
+        predictions: class maps [B, H, W].
+        references: true class maps [B, H, W].
+        num_classes: background included.
+        ignore_index: value of true pixels that do not count.
+
+    Returns:
+        [B, num_classes - 1, 3], int64.
+
+    Raises:
+        ValueError: maps of different shapes.
+    """
+    if predictions.shape != references.shape or predictions.ndim != 3:
+        raise ValueError(
+            f"class maps of shapes {predictions.shape} and {references.shape} found; expected two equal [B, H, W]"
+        )
+    known = references != ignore_index
+    counts = []
+    for index in range(1, num_classes):
+        predicted, true = (predictions == index) & known, references == index
+        counts.append([mask.sum((1, 2)) for mask in (predicted & true, predicted, true)])
+    return np.moveaxis(np.array(counts, dtype=np.int64), -1, 0)
+
+
+def score_overlap(counts: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
+    """Scores from `overlap_counts`, [N, L, 3].
+
+    Returns:
+        `dice`, `dice_positive`, `iou`, `iou_positive`: means over the labels; `dice_per_class`: `dice` by label;
+        `per_label`: the four and `images_positive` by label; `images`. "n/a" where no image has the structure.
+    """
+    per_label = {}
+    for i, name in enumerate(label_names):
+        overlap, predicted, true = counts[:, i].T
+        both = predicted + true
+        dice = np.where(both == 0, 1.0, 2 * overlap / np.maximum(both, 1))
+        iou = np.where(both == 0, 1.0, overlap / np.maximum(both - overlap, 1))
+        positive = true > 0
+        per_label[name] = {
+            "dice": float(dice.mean()),
+            "dice_positive": float(dice[positive].mean()) if positive.any() else NOT_SCORED,
+            "iou": float(iou.mean()),
+            "iou_positive": float(iou[positive].mean()) if positive.any() else NOT_SCORED,
+            "images_positive": int(positive.sum()),
+        }
+    means: dict[str, Any] = {}
+    for key in ("dice", "dice_positive", "iou", "iou_positive"):
+        scored = [float(v[key]) for v in per_label.values() if v[key] != NOT_SCORED]
+        means[key] = float(np.mean(scored)) if scored else NOT_SCORED
+    return means | {
+        "dice_per_class": {name: scores["dice"] for name, scores in per_label.items()},
+        "per_label": per_label,
+        "images": len(counts),
+    }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -30,7 +32,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_mlvicx import MLVICXConfig
-from .integrity_mlvicx import check_weights
+from .integrity_mlvicx import SUMS, check_weights
 from .loss_mlvicx import LossTerms, gather_batch, segmentation_loss, variance_covariance_loss
 
 
@@ -175,6 +177,11 @@ class MLVICXPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(source, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(f"{source}: damaged weights: {error}; expected a whole safetensors file") from error
+
+    def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
+        """As of the base class; published hashes in that folder, which then no longer hold, are removed."""
+        Path(save_directory, SUMS).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

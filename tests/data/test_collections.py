@@ -335,6 +335,68 @@ def test_label_and_labels_together_are_refused(root: Path):
         read_table(root, table("label,labels", "a,b", "a,b", "a,b", "a,b"))
 
 
+# Metadata: masks
+
+
+def test_masks_are_listed_and_are_no_labels(root: Path):
+    for name in ("ma", "mb", "md"):
+        write_image(root / "masks" / f"{name}.png")
+    text = table("patient_id,mask_file_name,Edema", "1,masks/ma.png,1", "2,masks/mb.png,0", "3,,1", "4,masks/md.png,0")
+    listing = read_table(root, text)
+    assert listing.mask_names == ("mask",)
+    assert listing.label_names == ("Edema",)
+    masks = root / "masks"
+    assert [record.mask_path for record in listing.records] == [
+        masks / "ma.png",
+        masks / "mb.png",
+        None,
+        masks / "md.png",
+    ]
+    assert read_table(root, text, mask_names=["lungs"]).mask_names == ("lungs",)
+    assert read_table(root, text, mask_names=["background", "lung"]).mask_names == ("background", "lung")
+
+
+def test_the_mask_column_can_be_named_and_is_no_label_then(root: Path):
+    write_image(root / "1")
+    listing = read_table(root, table("patient_id,lungs", "1,1", "2,1", "3,1", "4,"), mask_column="lungs")
+    assert listing.label_names == ()
+    assert [record.mask_path for record in listing.records] == [root / "1", root / "1", root / "1", None]
+
+
+def test_collections_without_a_mask_column_have_no_masks(root: Path):
+    listing = read_table(root, table("patient_id", *"1234"))
+    assert listing.mask_names == ()
+    assert all(record.mask_path is None for record in listing.records)
+
+
+def test_missing_masks_count_like_missing_images(root: Path):
+    (root / "b.png").unlink()
+    listing = read_table(root, table("patient_id,mask_file_name", "1,m.png", "2,m.png", "3,", "4,a.png"))
+    assert listing.missing == ("m.png (mask of a.png)", "b.png")
+    assert [record.name for record in listing.records] == ["sub/c.png", "sub/d.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"mask_names": ["lungs"]}, "mask_file_name"), ({"mask_column": "contour"}, "contour")],
+)
+def test_masks_that_are_asked_for_and_not_listed_are_refused(root: Path, options: dict[str, object], expected: str):
+    with pytest.raises(FileNotFoundError, match=rf"none of metadata\.csv, .* found; .*masks in column {expected}"):
+        FolderCollection(root, **options).read()
+    with pytest.raises(
+        ValueError, match=rf"metadata\.csv: columns file_name, view found; expected the mask in {expected}"
+    ):
+        read_table(root, table("view", *"1234"), **options)
+
+
+def test_masks_stay_below_the_root_and_have_names(root: Path):
+    text = table("patient_id,mask_file_name", "1,", "2,../m.png", "3,", "4,")
+    with pytest.raises(ValueError, match=r"row 2: file '\.\./m\.png' found; expected a path below the root"):
+        read_table(root, text)
+    with pytest.raises(ValueError, match="mask_names='lung,lung' found; expected one structure, or up to 256 classes"):
+        read_table(root, text.replace("../m.png", ""), mask_names=["lung", "lung"])
+
+
 # NIH ChestX-ray14
 
 NIH_ROWS = [
@@ -469,7 +531,22 @@ def test_phantoms_are_listed_with_the_labels_of_their_drawings():
         phantom = draw_phantom(index // 2, index % 2, size=48, seed=5)
         assert (record.name, record.patient_id, record.labels) == (phantom.image_id, phantom.patient_id, phantom.labels)
         assert record.draw is not None
-        assert np.array_equal(record.draw(), phantom.image)
+        assert np.array_equal(record.draw().pixels, phantom.image)
+        assert record.draw().mask is None
+    assert listing.mask_names == ()
+
+
+@pytest.mark.parametrize("mask", ["lungs", "heart", "Nodule"])
+def test_phantoms_draw_the_mask_that_is_asked_for(mask: str):
+    listing = PhantomCollection(2, 1, size=48, mask=mask).read()
+    assert listing.mask_names == (mask,)
+    for patient, record in enumerate(listing.records):
+        assert np.array_equal(record.draw().mask, draw_phantom(patient, size=48).masks[mask])
+
+
+def test_unknown_masks_of_phantoms_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"mask 'Lungs' found; expected one of lungs, heart, Cardiomegaly, .*Nodule"):
+        PhantomCollection(mask="Lungs")
 
 
 def test_no_phantoms_are_refused():

@@ -7,14 +7,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from helpers import segmentation_cache
 from PIL import Image
 
 from mlvicx_hf.data.cache import load_cache
 from mlvicx_hf.data.collections import FolderCollection, PhantomCollection
-from mlvicx_hf.data.collections.base import Collection, Listing, Record
+from mlvicx_hf.data.collections.base import Collection, Drawing, Listing, Record
 from mlvicx_hf.data.phantom import draw_phantom
 from mlvicx_hf.data.pixels import fit_square_gray, read_gray
-from mlvicx_hf.data.prepare import prepare, stream_pictures
+from mlvicx_hf.data.prepare import prepare
 
 NUM_PATIENTS = 20
 
@@ -25,12 +26,13 @@ class Listed(Collection):
     name = "listed"
     source = "listed"
 
-    def __init__(self, *records: Record, label_names: tuple[str, ...] = ()) -> None:
+    def __init__(self, *records: Record, label_names: tuple[str, ...] = (), mask_names: tuple[str, ...] = ()) -> None:
         self.records = list(records)
         self.label_names = label_names
+        self.mask_names = mask_names
 
     def read(self) -> Listing:
-        return Listing(self.records, self.label_names)
+        return Listing(self.records, self.label_names, mask_names=self.mask_names)
 
 
 @pytest.fixture
@@ -103,35 +105,21 @@ def test_manifest_counts_what_is_in_the_cache(root: Path, tmp_path: Path):
     assert patients == [14, 2, 4]
 
 
-def test_two_workers_make_the_same_cache_as_none(root: Path, tmp_path: Path):
+@pytest.mark.parametrize("masks", [False, True])
+def test_two_workers_make_the_same_cache_as_none(root: Path, tmp_path: Path, masks: bool):
+    if masks:
+        add_masks(root, unknown=("7_1",))
+        (root / "masks" / "5_0.png").write_text("text")
     (root / "3_0.png").write_bytes(b"")
     Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(root / "4_0.png")  # needs torch
     one = make(root, tmp_path / "one")
     two = prepare(FolderCollection(root), tmp_path / "two", size=32, num_workers=2, progress=False)
     assert one == two
+    assert one["rejected"] == 1 + masks
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     first, second = load_cache(tmp_path / "one"), load_cache(tmp_path / "two")
     for split in first.datasets:
         assert first.datasets[split]._fingerprint == second.datasets[split]._fingerprint
-
-
-def test_workers_are_not_given_everything_at_once():
-    taken = 0
-
-    class Counted(list):
-        """Tells how far it has been read."""
-
-        def __getitem__(self, key: object) -> object:
-            nonlocal taken
-            if isinstance(key, slice):
-                taken = max(taken, key.stop)
-            return super().__getitem__(key)
-
-    records = Counted(PhantomCollection(10, 100, size=32).read().records)
-    pictures = stream_pictures(records, 32, "pad", num_workers=2)
-    assert next(pictures).png
-    pictures.close()
-    assert 0 < taken <= 200
 
 
 def test_seeds_change_the_division_and_its_hash_but_not_the_images(root: Path, tmp_path: Path):
@@ -158,8 +146,8 @@ def test_unlabelled_images_have_empty_labels(tmp_path: Path):
     assert load_cache(tmp_path / "cache").datasets["train"].info.description == "labels: none"
 
 
-def draw_gray() -> np.ndarray:
-    return np.full((8, 8), 99, np.uint8)
+def draw_gray() -> Drawing:
+    return Drawing(np.full((8, 8), 99, np.uint8))
 
 
 def test_splits_of_the_collection_are_kept_in_the_usual_order(tmp_path: Path):
@@ -241,6 +229,163 @@ def test_max_images_keeps_patients_together_and_the_division(root: Path, tmp_pat
     assert len(part) == 9
     assert part.items() <= full.items()
     assert sum(counts["patients"] for counts in summary["splits"].values()) == 5
+
+
+# Masks
+
+
+def add_masks(root: Path, unknown: tuple[str, ...] = (), classes: int = 2, labels: bool = True) -> None:
+    """A mask for every image: the image's dark pixels, or so many bands of grey, as classes."""
+    (root / "masks").mkdir()
+    header, *rows = (root / "metadata.csv").read_text().splitlines()
+    lines = [f"{header},mask_file_name"]
+    for row in rows:
+        name = row.partition(".")[0]
+        with Image.open(root / f"{name}.png") as image:
+            Image.fromarray(mask_of(np.asarray(image), classes)).save(root / "masks" / f"{name}.png")
+        lines.append(f"{row},{'' if name in unknown else f'masks/{name}.png'}")
+    if not labels:
+        lines = [",".join(cells[:3] + cells[4:]) for cells in (line.split(",") for line in lines)]
+    (root / "metadata.csv").write_text("\n".join(lines))
+
+
+def mask_of(pixels: np.ndarray, classes: int = 2) -> np.ndarray:
+    return (pixels.astype(int) * classes // 256).astype(np.uint8)
+
+
+def test_cache_holds_masks_that_lie_on_their_images(root: Path, tmp_path: Path):
+    add_masks(root, unknown=("2_0", "2_1", "9_0"), classes=3)
+    names = ("background", "middle", "bright")
+    summary = prepare(FolderCollection(root, mask_names=names), tmp_path / "cache", size=32, progress=False)
+    cache = load_cache(tmp_path / "cache")
+    assert cache.mask_names == names
+    assert summary["mask_names"] == list(names)
+    assert cache.manifest["format"] == 1
+    for split, dataset in cache.datasets.items():
+        assert dataset.column_names == ["image", "mask", "patient_id", "view", "labels", "source", "sha256"]
+        assert dataset.features["mask"] == datasets.Image(mode="L")
+        masks = {row["source"].removeprefix("folder:"): row["mask"] for row in dataset}
+        for name, mask in masks.items():
+            if name in ("2_0.png", "2_1.png", "9_0.png"):
+                assert mask is None
+                continue
+            with Image.open(root / "masks" / name) as file:
+                expected = fit_square_gray(file, 32, "pad", Image.Resampling.NEAREST)
+            assert mask.mode == "L"
+            assert np.array_equal(np.asarray(mask), np.asarray(expected))
+        known = [np.asarray(mask) for mask in masks.values() if mask is not None]
+        assert summary["splits"][split]["masks"] == {
+            "known": len(known),
+            "images_with": {
+                name: sum((mask == value).any() for mask in known) for value, name in enumerate(names[1:], start=1)
+            },
+        }
+    assert sum(counts["masks"]["known"] for counts in summary["splits"].values()) == 2 * NUM_PATIENTS - 3
+
+
+def test_images_with_a_structure_are_counted(tmp_path: Path):
+    summary = load_cache(segmentation_cache(tmp_path, 20)).manifest
+    counts = {split: counts["masks"] for split, counts in summary["splits"].items()}
+    assert counts == {
+        "train": {"known": 12, "images_with": {"disc": 6}},
+        "validation": {"known": 4, "images_with": {"disc": 2}},
+        "test": {"known": 4, "images_with": {"disc": 2}},
+    }
+
+
+def test_a_drawn_disc_is_bright_where_its_mask_is(tmp_path: Path):
+    path = segmentation_cache(tmp_path, 10, ("background", "disc", "stripes"), size=40)
+    for row in load_cache(path).datasets["train"]:
+        image, mask = np.asarray(row["image"]), np.asarray(row["mask"])
+        assert np.array_equal(image == 210, mask == 1)
+        assert np.array_equal(image == 20, mask == 2)
+
+
+def test_a_cache_without_masks_knows_of_none(root: Path, tmp_path: Path):
+    summary = make(root, tmp_path / "cache")
+    assert "mask_names" not in summary
+    assert all("masks" not in counts for counts in summary["splits"].values())
+    assert load_cache(tmp_path / "cache").mask_names == ()
+
+
+def test_masks_are_part_of_what_identifies_a_cache(root: Path, tmp_path: Path):
+    without = make(root, tmp_path / "without")
+    add_masks(root)
+    known = make(root, tmp_path / "known")
+    name = "4_0.png"
+    Image.fromarray(1 - mask_of(np.asarray(Image.open(root / name)))).save(root / "masks" / name)
+    other = make(root, tmp_path / "other")
+    (root / "metadata.csv").write_text((root / "metadata.csv").read_text().replace(f"masks/{name}", ""))
+    fewer = make(root, tmp_path / "fewer")
+    assert len({summary["data_hash"] for summary in (without, known, other, fewer)}) == 4
+    assert len({summary["split_hash"] for summary in (without, known, other, fewer)}) == 1
+    first, second = (load_cache(tmp_path / path).datasets["train"]._fingerprint for path in ("known", "other"))
+    assert first != second
+
+
+def test_masks_alone_divide_a_collection_and_every_split_gets_known_ones(root: Path, tmp_path: Path):
+    known = {f"{patient}_{image}" for patient in range(10) for image in range(2)}
+    unknown = tuple(f"{patient}_{image}" for patient in range(10, NUM_PATIENTS) for image in range(2))
+    add_masks(root, unknown, labels=False)
+    summary = make(root, tmp_path / "cache")
+    assert summary["label_names"] == []
+    assert [counts["patients"] for counts in summary["splits"].values()] == [14, 2, 4]
+    masks = [counts["masks"]["known"] for counts in summary["splits"].values()]
+    assert sum(masks) == len(known)
+    assert masks == [14, 2, 4]
+    assert list(make(root, tmp_path / "none", splits="none")["splits"]) == ["train"]
+
+
+def test_masks_do_not_change_the_division_by_labels(root: Path, tmp_path: Path):
+    before = make(root, tmp_path / "before")
+    add_masks(root, unknown=("0_0", "1_0"))
+    assert make(root, tmp_path / "after")["split_hash"] == before["split_hash"]
+
+
+def test_masks_that_do_not_fit_leave_their_images_out(root: Path, tmp_path: Path):
+    add_masks(root)
+    Image.new("L", (50, 31)).save(root / "masks" / "0_0.png")
+    Image.fromarray(np.full((30, 50), 7, np.uint8)).save(root / "masks" / "0_1.png")
+    (root / "masks" / "1_0.png").write_text("text")
+    summary = make(root, tmp_path / "cache")
+    with (tmp_path / "cache" / "rejected.csv").open(newline="") as file:
+        _, *rows = csv.reader(file)
+    assert rows == [
+        ["0_0.png", "mask 0_0.png: 50 x 31 pixels found; expected 50 x 30 as its image"],
+        ["0_1.png", "mask 0_1.png: value(s) 7 found; expected 0 and 1, or 0 and 255 (mask)"],
+        ["1_0.png", "mask 1_0.png: content is none of PNG"],
+    ]
+    assert summary["rejected"] == 3
+    assert sum(counts["images"] for counts in summary["splits"].values()) == 2 * NUM_PATIENTS - 3
+
+
+def test_missing_masks_stop_unless_allowed(root: Path, tmp_path: Path):
+    add_masks(root)
+    (root / "masks" / "5_0.png").unlink()
+    (root / "masks" / "6_0.png").unlink()
+    (root / "6_0.png").unlink()
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"2 of 40 listed images are missing or lack their mask: masks/5_0\.png \(mask of 5_0\.png\), 6_0\.png; ",
+    ):
+        make(root, tmp_path / "cache")
+    summary = make(root, tmp_path / "cache", allow_missing=True)
+    assert summary["missing"] == 2
+    assert sum(counts["images"] for counts in summary["splits"].values()) == 38
+
+
+def test_many_unknown_masks_before_the_first_known_one(tmp_path: Path):
+    """The Arrow file is written in batches, of which the first then holds no mask at all."""
+    records = [Record(str(number), "p", draw=draw_gray) for number in range(120)]
+    last = Record("last", "p", draw=draw_masked)
+    prepare(Listed(*records, last, mask_names=("disc",)), tmp_path / "cache", size=8, progress=False)
+    dataset = load_cache(tmp_path / "cache").datasets["train"]
+    assert dataset[0]["mask"] is None
+    assert np.array_equal(np.asarray(dataset[120]["mask"]), np.eye(8))
+
+
+def draw_masked() -> Drawing:
+    return Drawing(np.full((8, 8), 99, np.uint8), np.eye(8, dtype=np.uint8) * 255)
 
 
 # Writing as a whole or not at all
@@ -331,6 +476,22 @@ def test_phantoms_say_that_they_are_synthetic(tmp_path: Path):
     assert row["sha256"] == hashlib.sha256(phantom.image.tobytes()).hexdigest()
 
 
+def test_phantoms_bring_one_of_their_masks(tmp_path: Path):
+    collection = PhantomCollection(10, 2, size=32, mask="Pneumothorax")
+    summary = prepare(collection, tmp_path / "cache", size=32, progress=False)
+    cache = load_cache(tmp_path / "cache")
+    assert cache.mask_names == ("Pneumothorax",)
+    for split, dataset in cache.datasets.items():
+        assert summary["splits"][split]["masks"] == {
+            "known": len(dataset),
+            "images_with": {"Pneumothorax": summary["splits"][split]["positives"]["Pneumothorax"]},
+        }
+        for row in dataset:
+            phantom = draw_phantom(int(row["patient_id"][-6:]), int(row["source"][-1]), size=32)
+            assert np.array_equal(np.asarray(row["image"]), phantom.image)
+            assert np.array_equal(np.asarray(row["mask"]) * 255, phantom.masks["Pneumothorax"])
+
+
 # Opening a cache
 
 
@@ -394,5 +555,8 @@ def test_real_tables_are_understood(
     assert summary["rejected"] == summary["missing"] == 0
     assert len(summary["label_names"]) == labels
     assert summary["exclusive"] == exclusive
-    for dataset in load_cache(tmp_path / "cache").datasets.values():
+    cache = load_cache(tmp_path / "cache")
+    assert cache.mask_names == (("mask",) if table == "C_lungs" else ())
+    for dataset in cache.datasets.values():
         assert all(np.asarray(row["image"]).std() > 5 for row in dataset)
+        assert all(0.05 < np.asarray(row["mask"]).mean() < 0.7 for row in dataset if cache.mask_names)

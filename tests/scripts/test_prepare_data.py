@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import segmentation_cache
 from PIL import Image
 
 from mlvicx_hf import cli
@@ -48,6 +49,26 @@ def test_a_folder_is_prepared_and_summed_up(tmp_path: Path):
     cache = load_cache(output)
     assert sum(len(dataset) for dataset in cache.datasets.values()) == 19
     assert cache.manifest["size"] == 24
+
+
+def test_masks_are_summed_up(tmp_path: Path):
+    cache = segmentation_cache(tmp_path, 20, ("background", "disc", "stripes"), unknown=(0,))
+    options = ("--collection", "folder", "--root", tmp_path / "cache-images", "--output", tmp_path / "again")
+    code, out, err = run(*options, "--size", 32, "--mask_names", "background, disc,stripes", "--quiet")
+    assert code == 0, err
+    assert "train: 12 images, 6 patients\n    masks: 11 known of 12; disc in 5, stripes in 6\n" in out
+    assert "test: 4 images, 2 patients\n    masks: 4 known of 4; disc in 2, stripes in 2\n" in out
+    again = load_cache(tmp_path / "again")
+    assert again.mask_names == ("background", "disc", "stripes")
+    assert again.manifest["data_hash"] == load_cache(cache).manifest["data_hash"]
+
+
+def test_phantoms_are_prepared_with_a_mask(tmp_path: Path):
+    options = ("--num_patients", 10, "--images_per_patient", 1, "--size", 32, "--mask_names", "Pneumothorax", "--quiet")
+    code, out, err = run("--collection", "phantom", "--output", tmp_path / "cache", *options)
+    assert code == 0, err
+    assert "    masks: 7 known of 7; Pneumothorax in " in out
+    assert load_cache(tmp_path / "cache").mask_names == ("Pneumothorax",)
 
 
 def test_a_users_error_is_one_line_and_code_2(tmp_path: Path):
@@ -122,6 +143,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
         (["--collection", "folder"], "no --root found; --collection folder expects the folder of its images"),
         (["--collection", "phantom", "--root", "x"], "--root found; --collection phantom does not take it"),
         (["--collection", "nih14", "--root", "x", "--num_patients", "3"], "--num_patients found; --collection nih14"),
+        (["--collection", "nih14", "--root", "x", "--mask_names", "x"], "--mask_names found; --collection nih14 does"),
+        (["--collection", "phantom", "--mask_names", "a,b"], "mask 'a,b' found; expected one of lungs, heart, Card"),
         (["--collection", "phantom", "--size", "0"], "size=0"),
         (["--collection", "phantom", "--num_patients", "0"], "num_patients=0"),
     ],

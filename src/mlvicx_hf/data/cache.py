@@ -22,7 +22,8 @@ class Cache:
     """A prepared cache.
 
     Attributes:
-        datasets: splits with the columns image, patient_id, view, labels, source and sha256.
+        datasets: splits with the columns image, patient_id, view, labels, source and sha256; with masks also mask,
+            the class indices, None where they are unknown.
         label_names: names of the labels.
         manifest: content of `cache.json`.
         path: its folder.
@@ -37,6 +38,11 @@ class Cache:
     def exclusive(self) -> bool:
         """Whether every image has exactly one of the labels."""
         return bool(self.manifest["exclusive"])
+
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        """Empty without masks; one structure (pixels 0 and 1), or the classes by pixel value, the background first."""
+        return tuple(self.manifest.get("mask_names", ()))
 
 
 def load_cache(path: str | Path, splits: Sequence[str] | None = None) -> Cache:

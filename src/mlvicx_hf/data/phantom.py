@@ -39,7 +39,9 @@ from .phantom_drawing import (
 )
 from .pictures import contact_sheet
 
-__all__ = ["FINDINGS", "Phantom", "draw_phantom", "phantom_dataset", "phantom_labels"]
+__all__ = ["FINDINGS", "MASKS", "Phantom", "draw_phantom", "phantom_dataset", "phantom_labels"]
+
+MASKS = ("lungs", "heart", *FINDINGS)
 
 
 @dataclass(frozen=True)
@@ -399,7 +401,7 @@ def _features(masks: bool) -> datasets.Features:
         "source": datasets.Value("string"),
     }
     if masks:
-        columns |= {f"mask_{name.lower()}": datasets.Image(mode="L") for name in ("lungs", "heart", *FINDINGS)}
+        columns |= {f"mask_{name.lower()}": datasets.Image(mode="L") for name in MASKS}
     return datasets.Features(columns)
 
 

@@ -55,6 +55,24 @@ def read_gray(path: str | Path) -> Image.Image:
 
 def decode_gray(data: bytes, file: str | Path) -> Image.Image:
     """`read_gray` for a file's content; `file` is only what errors call it."""
+    image = decode(data, file)
+    try:
+        return _gray(image)
+    except ValueError as error:  # a depth or range that the image processor refuses too
+        raise UnreadableImageError(file, str(error)) from error
+
+
+def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """A file's content in the mode that it has, turned upright as EXIF says.
+
+    Args:
+        data: the content.
+        file: what errors call it.
+        formats: those of Pillow's that are tried.
+
+    Raises:
+        UnreadableImageError: as `read_gray`.
+    """
     if not data:
         raise UnreadableImageError(file, "empty file")
     if data[128:132] == b"DICM":
@@ -63,24 +81,19 @@ def decode_gray(data: bytes, file: str | Path) -> Image.Image:
         warnings.simplefilter("ignore")  # odd metadata in a file is no concern of the user's
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = _load(data)
+            return _load(data, formats)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UnreadableImageError(file, f"suspiciously large (decompression bomb?): {error}") from error
         except UnidentifiedImageError as error:
             if Path(file).suffix.lower() in DICOM_SUFFIXES:
                 raise UnreadableImageError(file, "DICOM is not supported in this version") from error
-            raise UnreadableImageError(file, f"content is none of {', '.join(FORMATS)}") from error
+            raise UnreadableImageError(file, f"content is none of {', '.join(formats)}") from error
         except DAMAGED as error:
             raise UnreadableImageError(file, f"damaged or unsupported: {' '.join(str(error).split())}") from error
-    try:
-        return _gray(image)
-    except ValueError as error:  # a depth or range that the image processor refuses too
-        raise UnreadableImageError(file, str(error)) from error
 
 
-def _load(data: bytes) -> Image.Image:
-    """Decode, and turn upright as EXIF says."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+def _load(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=formats)
     deep_colour = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
@@ -118,7 +131,9 @@ def _unit_float(image: Image.Image) -> np.ndarray:
     return ((array - np.float64(low)) / span if span > 0 else np.zeros_like(array)).astype(np.float32)
 
 
-def fit_square_gray(image: Image.Image, size: int, fit: str = "pad") -> Image.Image:
+def fit_square_gray(
+    image: Image.Image, size: int, fit: str = "pad", resample: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
     """`fit_square` of the image processor for pictures of mode "L", with Pillow alone.
 
     The geometry is the same and the grey values agree within rounding; a test holds them together.
@@ -127,21 +142,22 @@ def fit_square_gray(image: Image.Image, size: int, fit: str = "pad") -> Image.Im
         image: mode "L".
         size: side of the result in pixels.
         fit: "pad", "squash" or "crop".
+        resample: nearest for class indices, which must not be mixed.
 
     Returns:
         Mode "L", `size` × `size`.
     """
     if fit == "squash":
-        return image.resize((size, size), Image.Resampling.BILINEAR)
+        return image.resize((size, size), resample)
     width, height = image.size
     if fit == "crop":
         side = min(width, height)
         left, top = round((width - side) / 2), round((height - side) / 2)
-        return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+        return image.crop((left, top, left + side, top + side)).resize((size, size), resample)
     if fit != "pad":
         raise ValueError(f"fit={fit!r} found; expected one of pad, squash, crop")
     scale = size / max(width, height)
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
     square = Image.new("L", (size, size))
-    square.paste(image.resize((width, height), Image.Resampling.BILINEAR), ((size - width) // 2, (size - height) // 2))
+    square.paste(image.resize((width, height), resample), ((size - width) // 2, (size - height) // 2))
     return square

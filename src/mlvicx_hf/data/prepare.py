@@ -6,50 +6,36 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
-import io
 import json
-import multiprocessing
 import os
 import shutil
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import islice
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
-from PIL import Image
+from tqdm import tqdm
 
 from .. import __version__
-from ..machine import available_cores
 from ..progress import progress_bar
 from ..provenance import git_commit
 from .cache import FORMAT, MANIFEST
 from .collections.base import SPLITS, Collection, Listing, Record, some
-from .pixels import UnreadableImageError, decode_gray, fit_square_gray
+from .encoding import Picture, stream_pictures
+from .masks import foreground
 from .splits import check_no_patient_overlap, patient_hash, split_by_patient
 
 REJECTED = "rejected.csv"
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 FITS = ("pad", "squash", "crop")
-CHUNK = 16  # images a worker is handed at a time
 ROWS = 100  # images a batch of the Arrow file
 
-
-@dataclass(frozen=True)
-class Picture:
-    """What a worker makes of a record: PNG and hash, or the reason why not."""
-
-    png: bytes = b""
-    sha256: str = ""
-    reason: str = ""
+Parts = dict[str, list[dict[str, Any]]]  # rows by split: what the manifest needs of them, so no pixels
+Rejections = list[tuple[str, str]]  # file, reason
 
 
 def prepare(
@@ -70,15 +56,15 @@ def prepare(
 
     The content depends on the arguments alone, not on the number of workers. Everything is written beside `output` and
     renamed at the end, so a cache is there as a whole or not at all; what a killed run left is removed by the next one.
-    Files that cannot be read are listed in `rejected.csv`.
+    Images that cannot be read, or whose mask does not fit, are listed in `rejected.csv`.
 
     Args:
         collection: what to read.
         output: folder of the cache, absent or empty.
         size: side of the images in pixels.
         fit: what happens to an image that is not square: "pad", "squash" or "crop".
-        splits: "auto" takes the collection's own splits, or divides labelled patients 70/10/20 and keeps unlabelled
-            ones in train; "none" puts everything in train.
+        splits: "auto" takes the collection's own splits, or divides a collection with labels or masks 70/10/20 by
+            patient and keeps one with neither in train; "none" puts everything in train.
         seed: seeds that division.
         allow_missing: go on without files that the collection lists and the disk lacks.
         max_images: only that many images, whole patients first, for a trial.
@@ -93,6 +79,25 @@ def prepare(
         ValueError: an argument, a table or all images that do not fit.
         OSError: files missing or in the way.
     """
+    _check_arguments(size, fit, splits, max_images, num_workers)
+    output = Path(output).resolve()
+    check_output(output, overwrite)
+    listing = collection.read()
+    masks = bool(listing.mask_names)
+    records, note = _assign_splits(_present(listing, allow_missing), splits, seed, masks)
+    if max_images is not None:
+        records = _first_patients(records, max_images, seed)
+    with _replacing(output) as folder:
+        pictures = stream_pictures(records, size, fit, listing.mask_names, num_workers=num_workers)
+        with progress_bar(len(records), "preparing", "img", show=progress) as bar:
+            parts, rejected = _write_parts(records, pictures, collection.source, masks, folder, bar)
+        options = {"size": size, "fit": fit, "seed": seed, "max_images": max_images}
+        manifest = _manifest(collection, listing, options, parts, rejected)
+        _write_cache(folder, list(parts), manifest, rejected)
+    return {**manifest, "notes": [*listing.notes, note]}
+
+
+def _check_arguments(size: int, fit: str, splits: str, max_images: int | None, num_workers: int | None) -> None:
     if size < 1 or fit not in FITS or splits not in ("auto", "none"):
         raise ValueError(
             f"size={size}, fit={fit!r}, splits={splits!r} found; expected size of 1 or more, fit one of "
@@ -102,39 +107,6 @@ def prepare(
         raise ValueError(
             f"max_images={max_images}, num_workers={num_workers} found; expected 1 or more images, 0 or more workers"
         )
-    output = Path(output).resolve()
-    check_output(output, overwrite)
-    listing = collection.read()
-    records, notes = _assign_splits(_present(listing, allow_missing), splits, seed)
-    if max_images is not None:
-        records = _first_patients(records, max_images, seed)
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    remove_leftovers(output)
-    try:
-        temporary.mkdir(parents=True)
-        parts, rejected = _write_parts(records, collection, temporary / "parts", size, fit, num_workers, progress)
-        manifest = {
-            "format": FORMAT,
-            "collection": collection.name,
-            "synthetic": collection.synthetic,
-            "label_names": list(listing.label_names),
-            "exclusive": listing.exclusive,
-            "size": size,
-            "fit": fit,
-            "seed": seed,
-            "max_images": max_images,
-            "splits": {split: _count(rows, listing.label_names) for split, rows in parts.items()},
-            "rejected": len(rejected),
-            "missing": len(listing.missing),
-            **_hashes(parts),
-            "version": __version__,
-            "commit": git_commit(Path(__file__).parent),
-        }
-        _write_cache(temporary, list(parts), manifest, rejected)
-        _swap(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return {**manifest, "notes": [*listing.notes, *notes]}
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -158,6 +130,19 @@ def remove_leftovers(output: Path) -> None:
             shutil.rmtree(path)
 
 
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place at the end; an exception removes it."""
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    remove_leftovers(output)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _swap(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _swap(temporary: Path, output: Path) -> None:
     """Put the new cache in the place of the old one."""
     if (output / MANIFEST).is_file():
@@ -171,8 +156,9 @@ def _swap(temporary: Path, output: Path) -> None:
 
 def _present(listing: Listing, allow_missing: bool) -> list[Record]:
     if listing.missing and not allow_missing:
+        lacking = "are missing or lack their mask" if listing.mask_names else "are missing"
         raise FileNotFoundError(
-            f"{len(listing.missing)} of {len(listing.missing) + len(listing.records)} listed images are missing: "
+            f"{len(listing.missing)} of {len(listing.missing) + len(listing.records)} listed images {lacking}: "
             f"{some(listing.missing)}; --allow_missing goes on without them"
         )
     if not listing.records:
@@ -180,14 +166,16 @@ def _present(listing: Listing, allow_missing: bool) -> list[Record]:
     return listing.records
 
 
-def _assign_splits(records: list[Record], splits: str, seed: int) -> tuple[list[Record], list[str]]:
-    """Give every record a split, and refuse a patient in two."""
+def _assign_splits(records: list[Record], splits: str, seed: int, masks: bool) -> tuple[list[Record], str]:
+    """Give every record a split, and refuse a patient in two; also says what was done."""
     patients = [record.patient_id for record in records]
     given = sum(record.split is not None for record in records)
-    if splits == "none" or (not given and not records[0].labels):
+    if splits == "none" or not (given or records[0].labels or masks):
         names, note = ["train"] * len(records), "no split: everything is in train"
     elif not given:
-        names = split_by_patient(patients, [record.labels for record in records], SHARES, seed)
+        # Without labels known masks are shared out alike, so that validation and test get theirs.
+        strata = [record.labels or (float(record.mask_path is not None),) for record in records]
+        names = split_by_patient(patients, strata, SHARES, seed)
         note = (
             f"split by patient into {', '.join(f'{name} {share:.0%}' for name, share in SHARES.items())}, seed {seed}"
         )
@@ -199,7 +187,7 @@ def _assign_splits(records: list[Record], splits: str, seed: int) -> tuple[list[
     for name, patient in zip(names, patients, strict=True):
         by_split.setdefault(name, []).append(patient)
     check_no_patient_overlap(by_split)
-    return [replace(record, split=name) for record, name in zip(records, names, strict=True)], [note]
+    return [replace(record, split=name) for record, name in zip(records, names, strict=True)], note
 
 
 def _first_patients(records: list[Record], limit: int, seed: int) -> list[Record]:
@@ -208,76 +196,13 @@ def _first_patients(records: list[Record], limit: int, seed: int) -> list[Record
     return [records[index] for index in sorted(order[:limit])]
 
 
-def make_picture(record: Record, size: int, fit: str) -> Picture:
-    """Read or draw one image, make it square, encode it. The hash is the file's, or the drawn pixels'."""
-    try:
-        if record.draw is not None:
-            pixels = np.ascontiguousarray(record.draw())
-            content, gray = pixels.tobytes(), Image.fromarray(pixels)
-        elif record.path is not None:
-            content = record.path.read_bytes()
-            gray = decode_gray(content, record.name)
-        else:
-            raise ValueError(f"{record.name}: neither a file nor a drawing found; expected one of them")
-    except UnreadableImageError as error:
-        return Picture(reason=error.reason)
-    except OSError as error:
-        return Picture(reason=f"cannot be read: {error.strerror or error}")
-    buffer = io.BytesIO()
-    fit_square_gray(gray, size, fit).save(buffer, "PNG", compress_level=1)  # 4 times faster than 6, 17 % larger
-    return Picture(buffer.getvalue(), hashlib.sha256(content).hexdigest())
-
-
-def make_pictures(records: Sequence[Record], size: int, fit: str) -> list[Picture]:
-    """`make_picture` for a chunk, so that workers are not asked for every single image."""
-    return [make_picture(record, size, fit) for record in records]
-
-
-def start_worker() -> None:
-    """End this worker with its parent: without this a killed run would leave its workers waiting for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def stream_pictures(records: Sequence[Record], size: int, fit: str, num_workers: int | None) -> Iterator[Picture]:
-    """Pictures in the order of the records, whatever the number of workers; only a few are held in memory."""
-    if num_workers is None:
-        drawn = any(record.draw is not None for record in records)
-        num_workers = min(available_cores(), len(records) // (128 if drawn else 1024))  # starting takes seconds
-    if num_workers <= 1:
-        yield from (make_picture(record, size, fit) for record in records)
-        return
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["__main__", __name__])  # imported once, not once a worker
-    chunks = (records[start : start + CHUNK] for start in range(0, len(records), CHUNK))
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as pool:
-        pending: deque[Future[list[Picture]]] = deque()
-        try:
-            pending.extend(pool.submit(make_pictures, chunk, size, fit) for chunk in islice(chunks, 4 * num_workers))
-            while pending:
-                yield from pending.popleft().result()
-                pending.extend(pool.submit(make_pictures, chunk, size, fit) for chunk in islice(chunks, 1))
-        except BrokenProcessPool:
-            raise ChildProcessError("a worker process died (out of memory?); fewer --num_workers may help") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def cache_features() -> datasets.Features:
+def cache_features(masks: bool = False) -> datasets.Features:
     """Columns of a cache."""
     text = datasets.Value("string")
     return datasets.Features(
         {
             "image": datasets.Image(mode="L"),
+            **({"mask": datasets.Image(mode="L")} if masks else {}),
             "patient_id": text,
             "view": text,
             "labels": datasets.List(datasets.Value("float32")),
@@ -288,40 +213,33 @@ def cache_features() -> datasets.Features:
 
 
 def _write_parts(
-    records: list[Record],
-    collection: Collection,
-    folder: Path,
-    size: int,
-    fit: str,
-    num_workers: int | None,
-    progress: bool,
-) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, str]]]:
-    """One Arrow file a split; returns its rows without the images, and the files left out with the reason."""
-    folder.mkdir()
-    parts: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    rejected: list[tuple[str, str]] = []
+    records: list[Record], pictures: Iterable[Picture], source: str, masks: bool, folder: Path, bar: tqdm[Any]
+) -> tuple[Parts, Rejections]:
+    """One Arrow file a split; returns its rows without the pixels, and the files left out with the reason."""
+    (folder / "parts").mkdir()
+    parts: Parts = {split: [] for split in SPLITS}
+    rejected: Rejections = []
     with ExitStack() as stack:
         writers: dict[str, ArrowWriter] = {}
-        bar = stack.enter_context(progress_bar(len(records), "preparing", "img", show=progress))
-        for record, picture in zip(records, stream_pictures(records, size, fit, num_workers), strict=True):
+        for record, picture in zip(records, pictures, strict=True):
             bar.update()
             if picture.reason:
                 rejected.append((record.name, picture.reason))
                 continue
             split = str(record.split)
             if split not in writers:
-                path = str(folder / f"{split}.arrow")
-                writer = ArrowWriter(features=cache_features(), path=path, writer_batch_size=ROWS)
+                path = str(folder / "parts" / f"{split}.arrow")
+                writer = ArrowWriter(features=cache_features(masks), path=path, writer_batch_size=ROWS)
                 writers[split] = stack.enter_context(writer)
             row = {
                 "patient_id": record.patient_id,
                 "view": record.view,
                 "labels": list(record.labels),
-                "source": f"{collection.source}:{record.name}",
+                "source": f"{source}:{record.name}",
                 "sha256": picture.sha256,
             }
-            writers[split].write({"image": {"bytes": picture.png, "path": None}, **row})
-            parts[split].append(row)
+            writers[split].write(_pixels(picture, masks) | row)
+            parts[split].append(row | {"mask": picture.mask and replace(picture.mask, png=b"")})
         for writer in writers.values():
             writer.finalize()
     if not writers:
@@ -330,20 +248,59 @@ def _write_parts(
     return {split: rows for split, rows in parts.items() if rows}, rejected
 
 
-def _count(rows: list[dict[str, Any]], label_names: Sequence[str]) -> dict[str, Any]:
-    labels = np.array([row["labels"] for row in rows], dtype=float).reshape(len(rows), len(label_names))
+def _pixels(picture: Picture, masks: bool) -> dict[str, Any]:
+    """Image columns of a row as `datasets` stores them."""
+    columns: dict[str, Any] = {"image": {"bytes": picture.png, "path": None}}
+    if masks:
+        columns["mask"] = picture.mask and {"bytes": picture.mask.png, "path": None}
+    return columns
+
+
+def _manifest(
+    collection: Collection, listing: Listing, options: dict[str, Any], parts: Parts, rejected: Rejections
+) -> dict[str, Any]:
+    masks = bool(listing.mask_names)
     return {
+        "format": FORMAT,
+        "collection": collection.name,
+        "synthetic": collection.synthetic,
+        "label_names": list(listing.label_names),
+        **({"mask_names": list(listing.mask_names)} if masks else {}),
+        "exclusive": listing.exclusive,
+        **options,
+        "splits": {split: _count(rows, listing.label_names, listing.mask_names) for split, rows in parts.items()},
+        "rejected": len(rejected),
+        "missing": len(listing.missing),
+        **_hashes(parts, masks),
+        "version": __version__,
+        "commit": git_commit(Path(__file__).parent),
+    }
+
+
+def _count(rows: list[dict[str, Any]], label_names: Sequence[str], mask_names: Sequence[str]) -> dict[str, Any]:
+    labels = np.array([row["labels"] for row in rows], dtype=float).reshape(len(rows), len(label_names))
+    counts = {
         "images": len(rows),
         "patients": len({row["patient_id"] for row in rows}),
         "positives": dict(zip(label_names, (labels == 1).sum(axis=0).tolist(), strict=True)),
         "unknown": dict(zip(label_names, np.isnan(labels).sum(axis=0).tolist(), strict=True)),
     }
+    if mask_names:
+        known = [row["mask"] for row in rows if row["mask"] is not None]
+        images_with = {
+            name: sum(value in mask.values for mask in known) for name, value in foreground(mask_names).items()
+        }
+        counts["masks"] = {"known": len(known), "images_with": images_with}
+    return counts
 
 
-def _hashes(parts: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """What identifies the division into splits, and the images."""
+def _hashes(parts: Parts, masks: bool) -> dict[str, str]:
+    """What identifies the division into splits, and the images with their masks."""
     division = [f"{split}\t{row['patient_id']}\t{row['source']}" for split, rows in parts.items() for row in rows]
     images = [row["sha256"] for rows in parts.values() for row in rows]
+    if masks:
+        of_masks = ["" if row["mask"] is None else row["mask"].sha256 for rows in parts.values() for row in rows]
+        images = [f"{image}\t{mask}" for image, mask in zip(images, of_masks, strict=True)]
     return {"split_hash": _hash_lines(division), "data_hash": _hash_lines(images)}
 
 
@@ -356,11 +313,13 @@ def _write_cache(
 ) -> None:
     """The parts to a `DatasetDict` on disk, with manifest and rejections; the parts are removed."""
     names = ", ".join(manifest["label_names"]) or "none"
-    info = datasets.DatasetInfo(description=f"labels: {names}", features=cache_features())
+    masks = manifest.get("mask_names", [])
+    info = datasets.DatasetInfo(description=f"labels: {names}", features=cache_features(bool(masks)))
     loaded = datasets.DatasetDict()
     for split in splits:
         part = datasets.Dataset.from_file(str(folder / "parts" / f"{split}.arrow"))
         identity = f"{split} {manifest['split_hash']} {manifest['data_hash']} {manifest['size']} {manifest['fit']}"
+        identity += f" {masks}" if masks else ""
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
         loaded[split] = datasets.Dataset(
             part.data, info=info, split=datasets.NamedSplit(split), fingerprint=fingerprint

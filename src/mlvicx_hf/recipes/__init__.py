@@ -1,4 +1,4 @@
-"""Named sets of hyper-parameters for pretraining, one YAML file each."""
+"""Named sets of hyper-parameters, one YAML file each, in a folder for each kind of training."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from typing import Any
 import yaml
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(Path(f.name).stem for f in files(__name__).iterdir() if f.name.endswith(".yaml"))
+def recipe_names(kind: str = "pretraining") -> list[str]:
+    """Names of the recipes for "pretraining", "classification" or "segmentation" that come with the package."""
+    return sorted(Path(f.name).stem for f in (files(__name__) / kind).iterdir() if f.name.endswith(".yaml"))
 
 
-def load_recipe(name: str, known: Collection[str]) -> dict[str, Any]:
+def load_recipe(name: str, known: Collection[str], kind: str = "pretraining") -> dict[str, Any]:
     """Read a recipe by its name, or from a YAML file.
 
     Args:
-        name: one of `recipe_names()`, or the path of a file that ends in .yaml or .yml.
+        name: one of `recipe_names(kind)`, or the path of a file that ends in .yaml or .yml.
         known: the keys that exist.
+        kind: of training.
 
     Raises:
         ValueError: an unknown recipe, a file that is not a mapping, or a key that does not exist.
     """
     if name.endswith((".yaml", ".yml")):
         text = Path(name).read_text()
-    elif name in recipe_names():
-        text = (files(__name__) / f"{name}.yaml").read_text()
+    elif name in recipe_names(kind):
+        text = (files(__name__) / kind / f"{name}.yaml").read_text()
     else:
-        raise ValueError(f"recipe {name!r} found; expected {', '.join(recipe_names())}, or the path of a .yaml file")
+        names = ", ".join(recipe_names(kind))
+        raise ValueError(f"recipe {name!r} found; expected {names}, or the path of a .yaml file")
     recipe = yaml.safe_load(text)
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe {name} holds a {type(recipe).__name__}; expected a mapping of keys to values")

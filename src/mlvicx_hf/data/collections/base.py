@@ -10,12 +10,27 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
+
+from ..masks import check_mask_names
 
 SPLITS = ("train", "validation", "test")
 VIEWS = {"PA": "PA", "AP": "AP", "L": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL"}
 UNKNOWN_VIEWS = ("", "UNKNOWN")
+
+
+class Drawing(NamedTuple):
+    """A drawn radiograph.
+
+    Attributes:
+        pixels: uint8 [H, W].
+        mask: values [H, W] as a mask file holds them; None where it is unknown.
+    """
+
+    pixels: np.ndarray
+    mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,8 @@ class Record:
         labels: 1, 0 or NaN (unknown) in the order of the collection's label names; empty without labels.
         split: train, validation or test where the collection says so.
         path: file to read.
-        draw: where there is no file, returns uint8 pixels [H, W]; it must pickle.
+        draw: where there is no file, draws the pixels and perhaps their mask; it must pickle.
+        mask_path: file of the mask; None where it is unknown or drawn.
     """
 
     name: str
@@ -38,7 +54,8 @@ class Record:
     labels: tuple[float, ...] = ()
     split: str | None = None
     path: Path | None = None
-    draw: Callable[[], np.ndarray] | None = None
+    draw: Callable[[], Drawing] | None = None
+    mask_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,11 @@ class Listing:
         exclusive: exactly one label of each image is positive (one class each).
         missing: files that are listed but absent.
         notes: what the user should know, one line each.
+        mask_names: empty without masks. One name: binary masks of that structure. Several: classes by pixel value, of
+            which 0 is the background.
+
+    Raises:
+        ValueError: mask names that are empty or repeated.
     """
 
     records: list[Record]
@@ -58,6 +80,10 @@ class Listing:
     exclusive: bool = False
     missing: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    mask_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_mask_names(self.mask_names)
 
 
 class Collection(ABC):

@@ -3,26 +3,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..pixels import IMAGE_SUFFIXES
-from .base import SPLITS, Collection, Listing, Record, check_fields, file_below, normalize_view, read_csv, some
+from .base import SPLITS, Collection, Listing, Record, file_below, normalize_view, some
+from .tables import Columns, read_columns
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "file", "image", "path")
+MASK_COLUMN = "mask_file_name"
 RESERVED_COLUMNS = (*FILE_COLUMNS, "patient_id", "view", "split", "sex", "age", "source")
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
 NO_FINDING = "no finding"
 BINARY = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": math.nan}
-
-Columns = dict[str, list[str]]  # a table by column, all text
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,9 @@ class FolderCollection(Collection):
         file_column: column of the file, relative to the root; by default the first of `FILE_COLUMNS`.
         patient_column: column of the patient; by default `patient_id`.
         label_columns: columns that are labels.
+        mask_column: column of the mask's file, relative to the root, empty where the mask is unknown; by default
+            `mask_file_name` where there is one.
+        mask_names: one structure (masks of 0 and 1, or 0 and 255), or the classes by pixel value, the background first.
     """
 
     name = "folder"
@@ -63,19 +64,30 @@ class FolderCollection(Collection):
         file_column: str | None = None,
         patient_column: str | None = None,
         label_columns: Sequence[str] | None = None,
+        mask_column: str | None = None,
+        mask_names: Sequence[str] | None = None,
     ) -> None:
         self.root = Path(root)
         self.metadata = metadata
         self.file_column = file_column
         self.patient_column = patient_column
         self.label_columns = label_columns
+        self.mask_column = mask_column
+        self.mask_names = mask_names
 
     def read(self) -> Listing:
         """List the images of the metadata, or those found."""
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder; expected --root to be a folder of images")
         table = self._find_metadata()
-        return self._scan() if table is None else self._read_table(table)
+        if table is not None:
+            return self._read_table(table)
+        if self.mask_column is not None or self.mask_names is not None:
+            raise FileNotFoundError(
+                f"{self.root}: none of {', '.join(METADATA_NAMES)} found; expected a table with the masks in column "
+                f"{self.mask_column or MASK_COLUMN}"
+            )
+        return self._scan()
 
     def _find_metadata(self) -> Path | None:
         if self.metadata is not None:
@@ -122,18 +134,24 @@ class FolderCollection(Collection):
         patients, notes = self._patients(table, columns, names)
         views, view_notes = _views(columns.get("view", [""] * len(names)))
         splits = _splits(table, columns.get("split", [""] * len(names)))
-        skip = (file_column, self.patient_column)
+        mask_column = self._choose_mask_column(table, columns)
+        masks = [""] * len(names) if mask_column is None else columns[mask_column]
+        skip = (file_column, self.patient_column, mask_column)
         labels = read_labels(table, columns, self.label_columns, skip=[name for name in skip if name])
         records, missing = [], []
-        for number, name in enumerate(names):
-            path = file_below(self.root, name, f"{table}: row {number + 1}: ")
-            if path.is_file():
-                row = (patients[number], views[number], labels.rows[number], splits[number])
-                records.append(Record(name, *row, path))
-            else:
+        for number, (name, mask) in enumerate(zip(names, masks, strict=True)):
+            where = f"{table}: row {number + 1}: "
+            path, mask_path = file_below(self.root, name, where), file_below(self.root, mask, where) if mask else None
+            if not path.is_file():
                 missing.append(name)
+            elif mask_path is not None and not mask_path.is_file():
+                missing.append(f"{mask} (mask of {name})")
+            else:
+                row = (patients[number], views[number], labels.rows[number], splits[number])
+                records.append(Record(name, *row, path, mask_path=mask_path))
         notes = [*notes, *view_notes, *labels.notes]
-        return Listing(records, labels.names, labels.exclusive, tuple(missing), notes)
+        mask_names = () if mask_column is None else tuple(("mask",) if self.mask_names is None else self.mask_names)
+        return Listing(records, labels.names, labels.exclusive, tuple(missing), notes, mask_names)
 
     def _choose_file_column(self, table: Path, columns: Columns) -> str:
         candidates = FILE_COLUMNS if self.file_column is None else (self.file_column,)
@@ -143,6 +161,16 @@ class FolderCollection(Collection):
         raise ValueError(
             f"{table}: columns {some(columns, 30)} found; expected the file in {' or '.join(candidates)} "
             "(--file_column names another)"
+        )
+
+    def _choose_mask_column(self, table: Path, columns: Columns) -> str | None:
+        column = self.mask_column or MASK_COLUMN
+        if column in columns:
+            return column
+        if self.mask_column is None and self.mask_names is None:
+            return None
+        raise ValueError(
+            f"{table}: columns {some(columns, 30)} found; expected the mask in {column} (--mask_column names another)"
         )
 
     def _patients(self, table: Path, columns: Columns, names: list[str]) -> tuple[list[str], list[str]]:
@@ -158,67 +186,6 @@ class FolderCollection(Collection):
             f"{table.name} has no column patient_id: each image is counted as a patient of its own, so one patient's "
             "images may fall into two splits (--patient_column names the column)"
         ]
-
-
-def read_columns(table: Path) -> Columns:
-    """A .csv, .jsonl or .parquet table by column, all as text; what is absent is empty."""
-    suffix = table.suffix.lower()
-    if suffix == ".csv":
-        header, rows = read_csv(table)
-        check_fields(table, header, rows)
-        repeated = [name for name, count in Counter(header).items() if count > 1]
-        if repeated:
-            raise ValueError(f"{table}: column(s) {some(repeated)} found twice; expected each name once")
-        columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
-    elif suffix == ".jsonl":
-        columns = _read_jsonl(table)
-    elif suffix == ".parquet":
-        columns = _read_parquet(table)
-    else:
-        raise ValueError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .jsonl or .parquet file")
-    if not any(columns.values()):
-        raise ValueError(f"{table}: no rows found; expected one row an image")
-    return columns
-
-
-def _read_jsonl(table: Path) -> Columns:
-    rows = []
-    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{table}: line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{table}: line {number} is a {type(row).__name__}; expected an object")
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [_text(row.get(name)) for row in rows] for name in names}
-
-
-def _read_parquet(table: Path) -> Columns:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        columns = pyarrow.parquet.read_table(table).to_pydict()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{table}: not a readable parquet file: {error}") from error
-    return {name: [_text(value) for value in values] for name, values in columns.items()}
-
-
-def _text(value: Any) -> str:
-    """A cell of a typed table as a CSV file would hold it."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, list):
-        return "|".join(_text(item) for item in value)
-    return str(value).strip()
 
 
 def _check_files(table: Path, column: str, names: list[str]) -> None:

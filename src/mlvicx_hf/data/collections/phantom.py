@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
-from ..phantom import FINDINGS, draw_phantom, phantom_labels
-from .base import Collection, Listing, Record
+from ..phantom import FINDINGS, MASKS, draw_phantom, phantom_labels
+from .base import Collection, Drawing, Listing, Record
 
 SMALLEST = 32  # pixels; what `draw_phantom` can draw
 
@@ -21,21 +19,36 @@ class PhantomCollection(Collection):
         images_per_patient: images of each.
         size: side of the drawing in pixels.
         seed: another seed, other patients.
+        mask: "lungs", "heart" or a finding, whose masks are drawn as well.
+
+    Raises:
+        ValueError: no patients or images, or a mask that is not drawn.
     """
 
     name = "phantom"
     source = "phantom (synthetic)"
     synthetic = True
 
-    def __init__(self, num_patients: int = 400, images_per_patient: int = 3, *, size: int = 256, seed: int = 0) -> None:
+    def __init__(
+        self,
+        num_patients: int = 400,
+        images_per_patient: int = 3,
+        *,
+        size: int = 256,
+        seed: int = 0,
+        mask: str | None = None,
+    ) -> None:
         if num_patients < 1 or images_per_patient < 1:
             raise ValueError(
                 f"num_patients={num_patients}, images_per_patient={images_per_patient} found; expected 1 or more"
             )
+        if mask is not None and mask not in MASKS:
+            raise ValueError(f"mask {mask!r} found; expected one of {', '.join(MASKS)}")
         self.num_patients = num_patients
         self.images_per_patient = images_per_patient
         self.size = size
         self.seed = seed
+        self.mask = mask
 
     def read(self) -> Listing:
         """List the images; the pixels are drawn later, by whoever wants them."""
@@ -43,11 +56,12 @@ class PhantomCollection(Collection):
         for patient in range(self.num_patients):
             name, labels = f"phantom-{patient:06d}", phantom_labels(patient, seed=self.seed)
             for image in range(self.images_per_patient):
-                draw = partial(draw_image, patient, image, max(SMALLEST, self.size), self.seed)
+                draw = partial(draw_image, patient, image, max(SMALLEST, self.size), self.seed, self.mask)
                 records.append(Record(f"{name}-{image}", name, "PA", labels, draw=draw))
-        return Listing(records, FINDINGS)
+        return Listing(records, FINDINGS, mask_names=() if self.mask is None else (self.mask,))
 
 
-def draw_image(patient: int, image: int, size: int, seed: int) -> np.ndarray:
-    """Pixels of a phantom, uint8 [H, W]."""
-    return draw_phantom(patient, image, size=size, seed=seed).image
+def draw_image(patient: int, image: int, size: int, seed: int, mask: str | None = None) -> Drawing:
+    """A phantom's pixels, and one of its masks."""
+    phantom = draw_phantom(patient, image, size=size, seed=seed)
+    return Drawing(phantom.image, None if mask is None else phantom.masks[mask])

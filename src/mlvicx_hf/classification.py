@@ -1,0 +1,265 @@
+"""Classification on a prepared cache: a linear layer on the encoder, frozen or fine-tuned (section IV-B)."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EvalPrediction
+from transformers.trainer_utils import set_seed
+
+from .data.cache import Cache, load_cache
+from .finetuning import (
+    SPLITS,
+    DataArguments,
+    FinetuningArguments,
+    ModelArguments,
+    check_splits,
+    describe,
+    load_config,
+    load_model,
+    parse_arguments,
+    score_subgroups,
+    select_training,
+    start_run,
+    train,
+)
+from .image_processing_mlvicx import MLVICXImageProcessor
+from .linear_probe import LinearProbe, prepare_probe
+from .metrics import Accuracy, MultiLabelAUROC, youden_thresholds
+from .modeling_mlvicx import MLVICXForImageClassification
+from .provenance import write_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ClassifierArguments(ModelArguments):
+    """Which classifier, and what of it is trained."""
+
+    cache_features: bool = field(
+        default=True, metadata={"help": "Frozen: encode every image once instead of once an epoch."}
+    )
+    positive_weights: str = field(
+        default="none", metadata={"help": "none, or balanced: negatives over positives of each label in training."}
+    )
+
+
+@dataclass
+class ClassificationArguments(FinetuningArguments):
+    """How a classifier is trained."""
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Peak of AdamW; by default 1e-3 for a frozen encoder, 1e-4 for fine-tuning."}
+    )
+
+    def __post_init__(self) -> None:
+        self.metric_for_best_model = "auroc_macro"
+        super().__post_init__()
+
+
+class LabelledImages(Dataset[dict[str, Tensor]]):
+    """Images of one split as model input, with their labels; nothing random.
+
+    Args:
+        images: split of a cache.
+        processor: of the model.
+        exclusive: labels are one class an image: its index instead of the vector.
+    """
+
+    def __init__(self, images: Any, processor: MLVICXImageProcessor, exclusive: bool) -> None:
+        self.images, self.processor, self.exclusive = images, processor, exclusive
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.images[index]
+        image: Image.Image = row["image"]
+        labels = torch.tensor(row["labels"], dtype=torch.float32)
+        pixels: Tensor = self.processor(image)["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": labels.argmax() if self.exclusive else labels}
+
+
+def load_classifier(
+    arguments: ClassifierArguments, cache: Cache
+) -> tuple[MLVICXForImageClassification, MLVICXImageProcessor]:
+    """Classifier for the labels of a cache, and its image processor.
+
+    Raises:
+        ValueError: a model of another kind, or whose encoder lacks weights.
+    """
+    config = load_config(arguments)
+    names = dict(enumerate(cache.label_names))
+    config.id2label, config.label2id = names, {name: i for i, name in names.items()}
+    config.problem_type = "single_label_classification" if cache.exclusive else "multi_label_classification"
+    config.positive_weights = config.decision_thresholds = None
+    if arguments.positive_weights == "balanced" and not cache.exclusive:
+        config.positive_weights = balanced_weights(np.array(cache.datasets["train"]["labels"], dtype=np.float64))
+    return load_model(MLVICXForImageClassification, config, arguments, cache.manifest["fit"])
+
+
+def balanced_weights(labels: np.ndarray) -> list[float]:
+    """Negatives over positives of each label [N, L], unknown ones (NaN) left out; 1 where either is missing."""
+    positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)
+    return [float(n / p) if n and p else 1.0 for p, n in zip(positives, negatives, strict=True)]
+
+
+def load_labelled_cache(path: str) -> Cache:
+    """A cache that can be fine-tuned on; of exclusive classes only the images whose class is known.
+
+    Raises:
+        ValueError: no labels, a split that is missing, or a validation split on which nothing can be scored.
+    """
+    cache = load_cache(path)
+    if not cache.label_names:
+        raise ValueError(f"{path} has no labels; expected some: prepare it with --metadata that has label columns")
+    check_splits(cache)
+    if cache.exclusive:
+        for split, images in cache.datasets.items():
+            known = [i for i, labels in enumerate(images["labels"]) if not math.isnan(labels[0])]
+            if len(known) < len(images):
+                logger.warning("%d images of %s have no class and are left out", len(images) - len(known), split)
+                cache.datasets[split] = images.select(known)
+            if not known:
+                raise ValueError(f"{path}: no image of {split} has a known class")
+    labels = np.array(cache.datasets["validation"]["labels"], dtype=np.float64)
+    if not any(len(np.unique(column[~np.isnan(column)])) > 1 for column in labels.T):
+        raise ValueError(f"{path}: no label has both values in the validation split, so no epoch can be chosen by it")
+    return cache
+
+
+class Scorer:
+    """Metrics of a split from logits and labels, for the Trainer and for the results.
+
+    Args:
+        label_names: one a column.
+        exclusive: labels arrive as class indices.
+    """
+
+    def __init__(self, label_names: tuple[str, ...], exclusive: bool) -> None:
+        self.names, self.exclusive = list(label_names), exclusive
+        self.auroc, self.accuracy = MultiLabelAUROC(), Accuracy()
+
+    def __call__(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """`auroc_macro`, `auroc` by label, `num_scored_labels`, `accuracy`."""
+        table = np.eye(len(self.names))[labels.astype(int)] if self.exclusive else labels
+        rows = {"predictions": logits.astype(np.float64), "references": table.astype(np.float64)}
+        return self.auroc.compute(**rows, label_names=self.names) | self.accuracy.compute(
+            **rows, label_names=self.names, exclusive=self.exclusive
+        )
+
+    def for_trainer(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The scalars alone."""
+        scores = self(prediction.predictions, prediction.label_ids)  # type: ignore[arg-type]
+        return {k: v for k, v in scores.items() if isinstance(v, (int, float))}
+
+
+def choose_thresholds(cache: Cache, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any] | None:
+    """Decision thresholds from the validation split, as they are saved with the model; None for exclusive classes."""
+    if cache.exclusive:
+        return None
+    probabilities = torch.from_numpy(np.asarray(logits)).double().sigmoid().numpy()
+    return {
+        "values": youden_thresholds(probabilities, labels, cache.label_names),
+        "criterion": "youden",
+        "split": "validation",
+        "split_hash": cache.manifest["split_hash"],
+        "data_hash": cache.manifest["data_hash"],
+    }
+
+
+def finetune(
+    model_arguments: ClassifierArguments, data_arguments: DataArguments, arguments: ClassificationArguments
+) -> dict[str, Any]:
+    """Train a classifier, restore its best epoch, test it once, and write model and `results.json`.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        FileExistsError: an output folder that is not empty.
+        ValueError: a cache without labels or splits, or a model that does not fit.
+    """
+    output = start_run(arguments)
+    if model_arguments.positive_weights not in ("none", "balanced"):
+        raise ValueError(f"positive_weights={model_arguments.positive_weights!r} found; expected none or balanced")
+    frozen = model_arguments.freeze_backbone
+    if arguments.learning_rate is None:
+        arguments.learning_rate = 1e-3 if frozen else 1e-4
+    cache = load_labelled_cache(data_arguments.dataset)
+    select_training(cache, data_arguments, arguments.seed)
+    set_seed(arguments.seed)
+    model, processor = load_classifier(model_arguments, cache)
+    splits: Mapping[str, Dataset[Any]] = {
+        split: LabelledImages(cache.datasets[split], processor, cache.exclusive) for split in SPLITS
+    }
+    trained: nn.Module = model
+    if frozen:
+        batch = arguments.per_device_eval_batch_size
+        trained, splits = prepare_probe(model, splits, model_arguments.cache_features, batch, arguments.device)
+    scorer = Scorer(cache.label_names, cache.exclusive)
+    arguments.output_dir = str(output / "trainer")
+    trainer = train(trained, splits, arguments, scorer.for_trainer)
+    (chosen, chosen_labels), (logits, labels) = (
+        (np.asarray(done.predictions), np.asarray(done.label_ids))
+        for done in (trainer.predict(splits[split]) for split in ("validation", "test"))
+    )
+    if isinstance(trained, LinearProbe):
+        trained.fold()
+    thresholds = choose_thresholds(cache, chosen, chosen_labels)
+    model.config.decision_thresholds = thresholds
+    views = score_subgroups(cache.datasets["test"], lambda rows: scorer(logits[rows], labels[rows]))
+    results = {
+        "task": "classification",
+        "labels": list(cache.label_names),
+        "validation": scorer(chosen, chosen_labels),
+        "test": scorer(logits, labels) | {"subgroups": views},
+        "thresholds": thresholds,
+    } | describe(cache, model_arguments, data_arguments, arguments, trainer)
+    results["hyperparameters"] |= {
+        "positive_weights": model_arguments.positive_weights,
+        "cache_features": frozen and model_arguments.cache_features,
+    }
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+        write_predictions(output / "test_predictions.csv", cache, logits)
+        write_json(output / "results.json", results)
+        shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    return results
+
+
+def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:
+    """One row a test image: source, patient, and for every label its truth and its probability."""
+    scores = torch.from_numpy(np.asarray(logits)).float()
+    probabilities = scores.softmax(1) if cache.exclusive else scores.sigmoid()
+    test = cache.datasets["test"]
+    columns = [f"{kind}:{name}" for kind in ("label", "probability") for name in cache.label_names]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["source", "patient_id", *columns])
+        rows = zip(test["source"], test["patient_id"], test["labels"], probabilities.tolist(), strict=True)
+        for source, patient, labels, row in rows:
+            known = ["" if value != value else int(value) for value in labels]
+            writer.writerow([source, patient, *known, *(f"{value:.6f}" for value in row)])
+
+
+def main() -> None:
+    """The command `scripts/finetune_classification.py`."""
+    sections = (ClassifierArguments, DataArguments, ClassificationArguments)
+    results = finetune(*parse_arguments("classification", sections))
+    test = results["test"]
+    for name, value in [("macro", test["auroc_macro"]), *test["auroc"].items()]:
+        print(f"test AUROC {name:24s} {value if isinstance(value, str) else f'{value:.4f}'}")

@@ -1,0 +1,75 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tables of metadata: .csv, .jsonl and .parquet, by column and all as text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .base import check_fields, read_csv, some
+
+Columns = dict[str, list[str]]  # a table by column, all text
+
+
+def read_columns(table: Path) -> Columns:
+    """A .csv, .jsonl or .parquet table by column, all as text; what is absent is empty."""
+    suffix = table.suffix.lower()
+    if suffix == ".csv":
+        header, rows = read_csv(table)
+        check_fields(table, header, rows)
+        repeated = [name for name, count in Counter(header).items() if count > 1]
+        if repeated:
+            raise ValueError(f"{table}: column(s) {some(repeated)} found twice; expected each name once")
+        columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
+    elif suffix == ".jsonl":
+        columns = _read_jsonl(table)
+    elif suffix == ".parquet":
+        columns = _read_parquet(table)
+    else:
+        raise ValueError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .jsonl or .parquet file")
+    if not any(columns.values()):
+        raise ValueError(f"{table}: no rows found; expected one row an image")
+    return columns
+
+
+def _read_jsonl(table: Path) -> Columns:
+    rows = []
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{table}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{table}: line {number} is a {type(row).__name__}; expected an object")
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [_text(row.get(name)) for row in rows] for name in names}
+
+
+def _read_parquet(table: Path) -> Columns:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        columns = pyarrow.parquet.read_table(table).to_pydict()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{table}: not a readable parquet file: {error}") from error
+    return {name: [_text(value) for value in values] for name, values in columns.items()}
+
+
+def _text(value: Any) -> str:
+    """A cell of a typed table as a CSV file would hold it."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, list):
+        return "|".join(_text(item) for item in value)
+    return str(value).strip()

@@ -1,0 +1,249 @@
+"""Segmentation on a prepared cache with masks: a U-Net decoder on the encoder, frozen or fine-tuned (section IV-B)."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from transformers import EvalPrediction
+from transformers.trainer_utils import set_seed
+
+from .data.cache import Cache, load_cache
+from .finetuning import (
+    SPLITS,
+    DataArguments,
+    FinetuningArguments,
+    ModelArguments,
+    check_splits,
+    describe,
+    load_config,
+    load_model,
+    parse_arguments,
+    score_subgroups,
+    select_training,
+    start_run,
+    train,
+)
+from .image_processing_mlvicx import MLVICXImageProcessor
+from .metrics import EMPTY_MASKS, overlap_counts, score_overlap
+from .modeling_mlvicx import MLVICXForSemanticSegmentation
+from .provenance import write_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SegmentationDataArguments(DataArguments):
+    """Which images and masks."""
+
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the input in pixels; by default the model's."}
+    )
+    augment: bool = field(
+        default=True, metadata={"help": "Flip, rotate, shift and scale training images and masks together."}
+    )
+
+
+@dataclass
+class SegmentationArguments(FinetuningArguments):
+    """How a segmenter is trained."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak of AdamW."})
+
+    def __post_init__(self) -> None:
+        self.metric_for_best_model = "dice"
+        self.batch_eval_metrics = True  # masks of a whole split would not fit into memory
+        super().__post_init__()
+
+
+class MaskedImages(Dataset[dict[str, Tensor]]):
+    """Images of one split as model input, with masks through the same geometry.
+
+    Args:
+        images: split of a cache, every mask known.
+        processor: of the model.
+        augment: flip (half of the images), rotate (±10°), shift (5 %) and scale (10 %) at random.
+    """
+
+    def __init__(self, images: Any, processor: MLVICXImageProcessor, augment: bool = False) -> None:
+        self.images, self.processor = images, processor
+        geometry = [
+            v2.RandomHorizontalFlip(),
+            v2.RandomAffine(10, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
+        ]
+        self.transform = v2.Compose(geometry) if augment else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.images[index]
+        image, mask = row["image"], tv_tensors.Mask(np.array(row["mask"])[None])
+        if self.transform is not None:
+            image, mask = self.transform(image, mask)
+        made = self.processor.preprocess(image, mask[0].as_subclass(Tensor))
+        return {"pixel_values": made["pixel_values"][0], "labels": made["labels"][0]}
+
+
+def load_masked_cache(path: str) -> Cache:
+    """A cache to segment, without the images whose mask is unknown.
+
+    Raises:
+        ValueError: no masks, a split that is missing or without known masks, or a validation split without a structure.
+    """
+    cache = load_cache(path)
+    if not cache.mask_names:
+        raise ValueError(f"{path} has no masks; expected some: prepare it with a table that has mask_file_name")
+    check_splits(cache)
+    for split, images in cache.datasets.items():
+        # Asked of the table itself: decoding every mask would take its time.
+        known = np.flatnonzero([mask is not None for mask in images.with_format("arrow")["mask"].to_pylist()])
+        if not len(known):
+            raise ValueError(f"{path}: no image of {split} has a known mask")
+        if len(known) < len(images):
+            logger.warning("%d images of %s have no known mask and are left out", len(images) - len(known), split)
+            cache.datasets[split] = images.select(known)
+    if not any(cache.manifest["splits"]["validation"]["masks"]["images_with"].values()):
+        raise ValueError(f"{path}: every mask of the validation split is empty, so no epoch can be chosen by it")
+    return cache
+
+
+def load_segmenter(
+    arguments: ModelArguments, cache: Cache
+) -> tuple[MLVICXForSemanticSegmentation, MLVICXImageProcessor]:
+    """Segmenter for the masks of a cache, and its image processor.
+
+    A single structure becomes two classes, background and structure: softmax over two logits is the sigmoid of their
+    difference, and pipelines find a name for both.
+
+    Raises:
+        ValueError: a model of another kind, or whose encoder lacks weights.
+    """
+    config = load_config(arguments)
+    names = cache.mask_names if len(cache.mask_names) > 1 else ("background", *cache.mask_names)
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    config.positive_weights = config.decision_thresholds = None
+    return load_model(MLVICXForSemanticSegmentation, config, arguments, cache.manifest["fit"])
+
+
+class OverlapScorer:
+    """Overlap with the true masks, image by image: what the Trainer calls after every batch.
+
+    Args:
+        names: of the classes behind the background.
+        ignore_index: value of pixels that do not count.
+    """
+
+    def __init__(self, names: Sequence[str], ignore_index: int) -> None:
+        self.names, self.ignore_index = list(names), ignore_index
+        self.batches: list[np.ndarray] = []
+        self.counts = np.zeros((0, len(self.names), 3), dtype=np.int64)  # of the last split that was finished
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        """Count a batch of class maps; after the last one the scalar scores of the split."""
+        classes, truth = (
+            np.asarray(torch.as_tensor(maps).cpu()) for maps in (prediction.predictions, prediction.label_ids)
+        )
+        self.batches.append(overlap_counts(classes, truth, len(self.names) + 1, self.ignore_index))
+        if not compute_result:
+            return {}
+        self.counts, self.batches = np.concatenate(self.batches), []
+        return {k: v for k, v in self.scores().items() if isinstance(v, (int, float))}
+
+    def scores(self, rows: np.ndarray | slice = slice(None)) -> dict[str, Any]:
+        """Scores of some images of the last split."""
+        return score_overlap(self.counts[rows], self.names)
+
+
+def decide(logits: Tensor, labels: Tensor) -> Tensor:
+    """Class map [B, H, W] of logits [B, K, H, W]: all that is kept of them."""
+    return logits.argmax(1)
+
+
+def finetune(
+    model_arguments: ModelArguments, data_arguments: SegmentationDataArguments, arguments: SegmentationArguments
+) -> dict[str, Any]:
+    """Train a segmenter, restore its best epoch, test it once, and write model and `results.json`.
+
+    Masks are compared at the resolution of the model's input.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        FileExistsError: an output folder that is not empty.
+        ValueError: a cache without masks or splits, or a model that does not fit.
+    """
+    output = start_run(arguments)
+    cache = load_masked_cache(data_arguments.dataset)
+    select_training(cache, data_arguments, arguments.seed)
+    set_seed(arguments.seed)
+    model, processor = load_segmenter(model_arguments, cache)
+    if data_arguments.image_size is not None:
+        processor.image_size = model.config.image_size = data_arguments.image_size
+    if model_arguments.freeze_backbone:
+        model.freeze_backbone()
+    splits = {
+        split: MaskedImages(cache.datasets[split], processor, data_arguments.augment and split == "train")
+        for split in SPLITS
+    }
+    names = cache.mask_names[1:] or cache.mask_names
+    scorer = OverlapScorer(names, model.config.semantic_loss_ignore_index)
+    arguments.output_dir = str(output / "trainer")
+    trainer = train(model, splits, arguments, scorer, preprocess_logits_for_metrics=decide)
+    scores: dict[str, dict[str, Any]] = {}
+    for split in ("validation", "test"):
+        trainer.evaluate(splits[split], metric_key_prefix=split)
+        scores[split] = scorer.scores()
+    scores["test"] |= {"subgroups": score_subgroups(cache.datasets["test"], scorer.scores)}
+    results: dict[str, Any] = {
+        "task": "segmentation",
+        "labels": list(names),
+        "image_size": processor.image_size,
+        "empty_mask_convention": EMPTY_MASKS,
+        **scores,
+    } | describe(cache, model_arguments, data_arguments, arguments, trainer)
+    results["hyperparameters"] |= {"augment": data_arguments.augment}
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+        write_overlaps(output / "test_overlaps.csv", cache, scorer)
+        write_json(output / "results.json", results)
+        shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    return results
+
+
+def write_overlaps(path: Path, cache: Cache, scorer: OverlapScorer) -> None:
+    """One row a test image: source, patient, and for every structure the pixels of overlap, prediction and truth."""
+    test = cache.datasets["test"]
+    columns = [f"{kind}:{name}" for name in scorer.names for kind in ("overlap", "predicted", "true")]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["source", "patient_id", *columns])
+        for source, patient, row in zip(test["source"], test["patient_id"], scorer.counts, strict=True):
+            writer.writerow([source, patient, *row.flatten().tolist()])
+
+
+def main() -> None:
+    """The command `scripts/finetune_segmentation.py`."""
+    sections = (ModelArguments, SegmentationDataArguments, SegmentationArguments)
+    results = finetune(*parse_arguments("segmentation", sections))
+    test = results["test"]
+    for name, scores in [("macro", test), *test["per_label"].items()]:
+        listed = ", ".join(
+            f"{key} {value if isinstance(value, str) else f'{value:.4f}'}"
+            for key, value in scores.items()
+            if key in ("dice", "dice_positive", "iou", "iou_positive")
+        )
+        print(f"test {name}: {listed}")
