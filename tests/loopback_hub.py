@@ -368,9 +368,8 @@ class HubRequest(BaseHTTPRequestHandler):
 
     def _repository(self, name: str) -> Repository:
         repository = self.hub.repositories.get(name)
-        if repository is None or (
-            repository.private and not self._signed_in()
-        ):  # nor that a private one exists is told
+        hidden = repository is not None and repository.private and not self._signed_in()
+        if repository is None or hidden:
             raise HubError(404 if self._signed_in() else 401, "Repository not found", "RepoNotFound")
         return repository
 

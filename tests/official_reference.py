@@ -182,6 +182,20 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 module.running_var.copy_((1 + 0.5 * torch.tanh(draw(module.running_var))).float())
 
 
+def calibrate(model: OfficialReference, *views: Tensor) -> None:
+    """Running statistics near the true ones, so that embeddings vary in evaluation too; exact in float32."""
+    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()
+    with torch.no_grad():
+        model(*views)
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.running_mean.copy_(norm.running_mean.float())
+        norm.running_var.copy_(norm.running_var.float())
+
+
 def converted_gradient(model: nn.Module, key: str) -> Tensor | None:
     """Gradient, in a converted `MLVICXForPreTraining`, of the parameter that has this key in the authors' checkpoint.
 

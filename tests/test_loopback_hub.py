@@ -7,6 +7,7 @@ that is cut resumes from the last whole 10 MiB.
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -260,7 +261,7 @@ def test_the_client_does_not_notice_content_of_the_right_length(published: Publi
     path = Path(run(published.hub, tmp_path, DOWNLOAD))
     content, expected = path.read_bytes(), sha256(published.weights).hexdigest()
     assert len(content) == len(published.weights)
-    assert sum(a != b for a, b in zip(content, published.weights, strict=True)) == 16
+    assert np.count_nonzero(np.frombuffer(content, np.uint8) != np.frombuffer(published.weights, np.uint8)) == 16
     assert path.resolve().name == expected  # the cache calls it by the hash that it has not
 
     published.hub.heal()
@@ -304,6 +305,16 @@ def test_uploads_need_the_user_and_the_announced_content(published: Published):
     verify = json.dumps({"oid": announced, "size": 9}).encode()
     assert ask(hub, "POST", f"/lfs-objects/{announced}/verify", verify, **user)[0].status == 404
     assert hub.repositories["org/model"].at("main").sha == published.second
+
+
+def test_weights_large_files_and_binary_files_are_lfs_files(published: Published):
+    sizes = {"small.safetensors": 3, "large.txt": 11 * MIB, "image.png": 3, "config.json": 3}
+    samples = {name: b"\0\1\2" if name == "image.png" else b"abc" for name in sizes}
+    files = [{"path": name, "size": size, "sample": b64encode(samples[name]).decode()} for name, size in sizes.items()]
+    address, body = "/api/models/org/model/preupload/main", json.dumps({"files": files}).encode()
+    _, content = ask(published.hub, "POST", address, body, Authorization="Bearer hf_secret")
+    modes = {file["path"]: file["uploadMode"] for file in json.loads(content)["files"]}
+    assert modes == dict.fromkeys(sizes, "lfs") | {"config.json": "regular"}
 
 
 def test_an_unknown_request_is_kept():

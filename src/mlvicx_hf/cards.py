@@ -1,6 +1,7 @@
 """Model cards: a template and the files that runs wrote become the README of a published model.
 
-Every figure comes from a file; a placeholder without a source is an error. What results say is in `card_results`.
+Every figure comes from a file; a placeholder without a source is an error. The files are checked in `card_results`,
+and what results say is put together in `card_tables`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from huggingface_hub.utils import validate_repo_id
 from .card_results import (
     NUMBER,
     Result,
-    build_tables,
     describe_code,
     describe_machine,
-    evaluation_results,
     field,
     last_part,
     markdown_table,
     read_json,
     read_results,
 )
+from .card_tables import build_tables, evaluation_results
 from .data.cache import MANIFEST
 
 RESULTS, RUN = "results.json", "run.json"
@@ -129,7 +129,7 @@ def render_card(
     context["synthetic"] = any(r.content["data"]["synthetic"] for r in found_results) or (
         "pretraining" in context and context["pretraining"]["synthetic"]
     )
-    evaluations = evaluation_results(tables, own, repo_id)
+    evaluations = evaluation_results(tables, repo_id)
     data = ModelCardData(
         base_model=base_model,
         datasets=list(datasets) or None,
@@ -186,11 +186,12 @@ def _run_file(model: Path, pretraining: Path | None) -> Path:
 def _read_run(file: Path, config_file: Path, config: dict[str, Any], every_field: bool) -> dict[str, Any]:
     """`run.json`, whose model is that of the card."""
     run = read_json(file)
-    for name, kind in {
+    fields: dict[str, type | tuple[type, ...]] = {
         "model": dict, "data.dataset": str, "data.images": int, "data.data_hash": str, "training.output_dir": str,
         "training.epochs": int, "training.batch_size": int, "training.base_learning_rate": NUMBER, "synthetic": bool,
         "code.mlvicx_hf": str, "code.commit": str,
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, kind in fields.items():
         field(run, name, kind, file, f"the {RUN} of a pretraining run")
     checked = run["model"] if every_field else ("backbone", "num_channels", "use_context", "context_reduction")
     for name in checked:
@@ -220,9 +221,9 @@ def _read_cache(file: Path, run: dict[str, Any], run_file: Path) -> dict[str, An
     """Collection, splits and patients of the images of pretraining."""
     manifest, split = read_json(file), run["data"]["split"]
     expected = f"the {MANIFEST} of a prepared cache"
-    if field(manifest, "data_hash", str, file, expected) != run["data"]["data_hash"]:
-        found = f"{manifest['data_hash'][:12]}…"
-        raise ValueError(f"{file}: data_hash {found} found; expected {run['data']['data_hash'][:12]}…, as of {run_file}")
+    found, wanted = field(manifest, "data_hash", str, file, expected), run["data"]["data_hash"]
+    if found != wanted:
+        raise ValueError(f"{file}: data_hash {found[:12]}… found; expected {wanted[:12]}…, as of {run_file}")
     counts = field(manifest, "splits", dict, file, expected)
     rows = [[name, f"{c['images']:,}", f"{c['patients']:,}"] for name, c in counts.items()]
     return {
@@ -286,7 +287,9 @@ def _check_results(
                 known = ", ".join(sorted(encoder))
                 raise ValueError(f"{result.path}: model {found!r} found; expected 'random' or this one ({known})")
         elif content["task"] != kind.task:
-            raise ValueError(f"{result.path}: task {content['task']!r} found; expected {kind.task!r} for {template.name}")
+            raise ValueError(
+                f"{result.path}: task {content['task']!r} found; expected {kind.task!r} for {template.name}"
+            )
         else:
             names = list(field(config, "id2label", dict, config_file).values())
             names = names[1:] if kind.task == "segmentation" else names  # the background is not scored

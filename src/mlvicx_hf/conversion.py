@@ -256,7 +256,7 @@ def _backbone_name(keys: Iterable[str], stages: Sequence[str]) -> str:
     """Name of the ResNet by the blocks below the stages' prefixes."""
     keys = list(keys)
     blocks = tuple(len({k.removeprefix(s).split(".")[0] for k in keys if k.startswith(s)}) for s in stages)
-    bottleneck = f"{stages[0]}0.conv3.weight" in keys
+    bottleneck = any(key.startswith(tuple(stages)) and ".conv3." in key for key in keys)
     if (blocks, bottleneck) not in BACKBONES:
         kind = "bottleneck" if bottleneck else "basic"
         raise ValueError(f"stages of {blocks} {kind} blocks found; expected one of {', '.join(BACKBONES.values())}")

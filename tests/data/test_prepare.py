@@ -115,7 +115,7 @@ def test_two_workers_make_the_same_cache_as_none(root: Path, tmp_path: Path, mas
     one = make(root, tmp_path / "one")
     two = prepare(FolderCollection(root), tmp_path / "two", size=32, num_workers=2, progress=False)
     assert one == two
-    assert one["rejected"] == 1 + masks
+    assert one["rejected"] == (3 if masks else 1)  # 4_0.png no longer has the size of its mask
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     first, second = load_cache(tmp_path / "one"), load_cache(tmp_path / "two")
     for split in first.datasets:
@@ -321,6 +321,18 @@ def test_masks_are_part_of_what_identifies_a_cache(root: Path, tmp_path: Path):
     assert len({summary["split_hash"] for summary in (without, known, other, fewer)}) == 1
     first, second = (load_cache(tmp_path / path).datasets["train"]._fingerprint for path in ("known", "other"))
     assert first != second
+
+
+def test_the_same_masks_with_other_meanings_have_another_fingerprint(root: Path, tmp_path: Path):
+    add_masks(root)
+    found = []
+    for number, names in enumerate((("dark",), ("bright", "dark"))):
+        collection = FolderCollection(root, mask_names=names)
+        summary = prepare(collection, tmp_path / str(number), size=32, progress=False)
+        fingerprint = load_cache(tmp_path / str(number)).datasets["train"]._fingerprint
+        found.append((summary["data_hash"], fingerprint))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_masks_alone_divide_a_collection_and_every_split_gets_known_ones(root: Path, tmp_path: Path):

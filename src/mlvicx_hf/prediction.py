@@ -1,0 +1,447 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""A saved model on image files: probabilities, masks or embeddings, with a record of what made them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration_mlvicx import MLVICXConfig
+from .data.masks import MAX_CLASSES, foreground
+from .data.pixels import IMAGE_SUFFIXES, UnreadableImageError, read_gray
+from .hub import check_source
+from .image_processing_mlvicx import MLVICXImageProcessor
+from .integrity_mlvicx import sha256
+from .machine import describe_hardware
+from .modeling_mlvicx import (
+    MLVICXForImageClassification,
+    MLVICXForSemanticSegmentation,
+    MLVICXModel,
+    MLVICXPreTrainedModel,
+)
+from .progress import progress_bar
+from .provenance import code_version, new_folder, write_json
+
+NOTICE = "Research use only. Not a medical device; not for clinical decisions."
+MASK_SUFFIX = ".mask.png"
+EMBEDDING_SUFFIXES = (".safetensors", ".parquet")
+# What `config.architectures` may name, and the class that predicts with it.
+CLASSES: dict[str, type[MLVICXPreTrainedModel]] = {
+    "MLVICXModel": MLVICXModel,
+    "MLVICXForPreTraining": MLVICXModel,
+    "MLVICXBackbone": MLVICXModel,
+    "MLVICXForImageClassification": MLVICXForImageClassification,
+    "MLVICXForSemanticSegmentation": MLVICXForSemanticSegmentation,
+}
+
+
+# The model
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, and where it came from.
+
+    Attributes:
+        source: folder or Hub name.
+        revision: commit on the Hub; None for a folder.
+        model: in float32.
+        processor: its image processor.
+        weights: SHA-256 hash of every weights file by name.
+    """
+
+    source: str
+    revision: str | None
+    model: MLVICXPreTrainedModel
+    processor: MLVICXImageProcessor
+    weights: dict[str, str]
+
+    @property
+    def config(self) -> MLVICXConfig:
+        """Of the model."""
+        return self.model.config
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the head's outputs, in their order."""
+        id2label = self.config.id2label or {}
+        return [id2label[i] for i in range(len(id2label))]
+
+
+def load(source: str, revision: str | None = None, device: str | torch.device = "cpu") -> LoadedModel:
+    """Load a saved model by the installed classes, whatever code its repository holds.
+
+    Args:
+        source: folder or Hub name.
+        revision: branch, tag or commit on the Hub.
+        device: where the model goes.
+
+    Raises:
+        ValueError: a model of another type, whose weights do not fit its configuration, or whose labels repeat.
+        OSError: files that are absent, damaged or not reachable.
+    """
+    if revision is not None and Path(source).is_dir():
+        raise ValueError(f"revision={revision!r} and the folder {source} found; only models on the Hub have revisions")
+    config_file = cached_file(check_source(source), "config.json", revision=revision)
+    if not Path(source).is_dir() and config_file is not None:
+        revision = Path(config_file).parent.name  # of the cache: snapshots/COMMIT/, so that all files are one commit's
+    content, _ = MLVICXConfig.get_config_dict(source, revision=revision)
+    if content.get("model_type") != MLVICXConfig.model_type:
+        raise ValueError(f"{source} holds a model of type {content.get('model_type')!r}; expected 'mlvicx'")
+    architectures = content.get("architectures") or []
+    if len(architectures) != 1 or architectures[0] not in CLASSES:
+        raise ValueError(f"{source}: architectures={architectures} found; expected one of {', '.join(CLASSES)}")
+    processor = _load_processor(source, revision)
+    loaded: Any = CLASSES[architectures[0]].from_pretrained(
+        source,
+        revision=revision,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # and refused here, by name
+    )
+    model, report = loaded
+    wrong = {*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if wrong:
+        raise ValueError(
+            f"{source}: {len(wrong)} weights found that are absent, unknown or of another shape, such as {min(wrong)}; "
+            f"expected those of its configuration ({architectures[0]})"
+        )
+    weights = {path.name: sha256(path) for path in _weight_files(source, revision)}
+    result = LoadedModel(source, revision, model.to(device).eval(), processor, weights)
+    if len(set(result.labels)) < len(result.labels):
+        raise ValueError(f"{source}: labels {', '.join(result.labels)} found; expected each name once")
+    return result
+
+
+def _load_processor(source: str, revision: str | None) -> MLVICXImageProcessor:
+    if Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file():
+        raise FileNotFoundError(
+            f"{source} holds no preprocessor_config.json; expected the image processor saved beside the model"
+        )
+    content, _ = MLVICXImageProcessor.get_image_processor_dict(source, revision=revision)
+    found, expected = content.get("image_processor_type"), MLVICXImageProcessor.__name__
+    if found != expected:
+        raise ValueError(f"{source}: image_processor_type={found!r} found in its processor; expected {expected!r}")
+    return MLVICXImageProcessor.from_pretrained(source, revision=revision)
+
+
+def _weight_files(source: str, revision: str | None) -> list[Path]:
+    """The file, or the shards, that `from_pretrained` has just read."""
+    whole = cached_file(source, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if whole is not None:
+        return [Path(whole)]
+    index = Path(str(cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision)))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [Path(str(cached_file(source, name, revision=revision))) for name in names]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; by default a GPU where there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    gpus = torch.cuda.device_count()
+    try:
+        device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} found; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"device={name!r} found; this machine has {gpus} usable GPU(s)")
+    return device
+
+
+# The images
+
+
+class InputImage(NamedTuple):
+    """A file, and its place below the folder that all inputs share."""
+
+    path: Path
+    place: Path
+
+
+def find_images(inputs: Iterable[str | Path]) -> list[InputImage]:
+    """Image files in the order of the inputs, each once.
+
+    Args:
+        inputs: files, taken whatever they are called; folders, searched recursively and in sorted order for names that
+            end as images do. Hidden ones are skipped and links to folders not followed.
+
+    Raises:
+        FileNotFoundError: an input that does not exist.
+        ValueError: no images.
+    """
+    places: dict[Path, Path] = {}
+    bases, given = [], [Path(item) for item in inputs]
+    for item in given:
+        if not item.exists():
+            raise FileNotFoundError(f"input {str(item)!r} does not exist; expected an image or a folder of images")
+        bases.append(item.resolve() if item.is_dir() else item.parent.resolve())
+        for file in _scan(item) if item.is_dir() else [item]:
+            places.setdefault(bases[-1] / (file.relative_to(item) if item.is_dir() else file.name), file)
+    if not places:
+        raise ValueError(
+            f"no images found in {', '.join(map(str, given)) or 'no inputs'}; expected files, or folders with files "
+            f"ending in {', '.join(IMAGE_SUFFIXES)}"
+        )
+    root = os.path.commonpath(bases)
+    return [InputImage(file, place.relative_to(root)) for place, file in places.items()]
+
+
+def _scan(folder: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would skip what it may not list
+
+    for parent, subfolders, files in os.walk(folder, onerror=fail):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                yield Path(parent) / name
+
+
+class Batch(NamedTuple):
+    """Some images in order.
+
+    Attributes:
+        pixels: [R, C, S, S] of those that could be read.
+        sizes: height and width of each, None for one that could not be read.
+        errors: why not, "" for one that could.
+    """
+
+    pixels: Tensor
+    sizes: list[tuple[int, int] | None]
+    errors: list[str]
+
+
+class ImageFiles(Dataset[tuple[Tensor | None, tuple[int, int] | None, str]]):
+    """Files as model input; one that cannot be read is its reason.
+
+    Args:
+        paths: of the files.
+        processor: of the model.
+    """
+
+    def __init__(self, paths: Sequence[Path], processor: MLVICXImageProcessor) -> None:
+        self.paths, self.processor = paths, processor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, tuple[int, int] | None, str]:
+        try:
+            image = read_gray(self.paths[index])
+        except UnreadableImageError as error:
+            return None, None, error.reason
+        except OSError as error:
+            return None, None, f"cannot be read: {error.strerror or error}"
+        return self.processor(image)["pixel_values"][0], (image.height, image.width), ""
+
+
+def _collate(items: Sequence[tuple[Tensor | None, tuple[int, int] | None, str]]) -> Batch:
+    pixels = [item[0] for item in items if item[0] is not None]
+    stacked = torch.stack(pixels) if pixels else torch.empty(0)
+    return Batch(stacked, [item[1] for item in items], [item[2] for item in items])
+
+
+def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
+    """What the model's head says about an image."""
+    if isinstance(loaded.model, MLVICXForSemanticSegmentation):
+        return SegmentationHead(loaded.labels, loaded.processor, masks)
+    if not isinstance(loaded.model, MLVICXForImageClassification):
+        return NoHead()
+    if loaded.config.problem_type == "single_label_classification":
+        return SingleLabelHead(loaded.labels)
+    return MultiLabelHead(loaded.labels, loaded.config.decision_thresholds)
+
+
+# All together
+
+
+def encode(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Tensor]:
+    """One forward pass in float32.
+
+    Args:
+        loaded: the model.
+        pixels: [R, C, S, S].
+        embed: embeddings are wanted.
+
+    Returns:
+        Logits [R, …] of the head and embeddings [R, C] on the CPU; an empty tensor [R, 0] for what there is not.
+
+    Raises:
+        FloatingPointError: results that are not finite.
+    """
+    nothing = torch.empty(len(pixels), 0)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        output = loaded.model(pixels.to(loaded.model.device), output_hidden_states=embed)
+        logits = nothing if isinstance(loaded.model, MLVICXModel) else output.logits
+        # what `pooler_output` is, which the heads do not pass on
+        embeddings = output.hidden_states[-1].mean((2, 3)).cpu() if embed else nothing
+    if not (logits.isfinite().all() and embeddings.isfinite().all()):
+        raise FloatingPointError(f"{loaded.source} gives values that are not finite; expected a trained model")
+    return logits, embeddings
+
+
+def write_rows(
+    loaded: LoadedModel, head: Head, images: Sequence[InputImage], loader: Iterable[Batch], table: Path, **options: bool
+) -> tuple[list[str], list[Tensor]]:
+    """Predict batch by batch, one row an image.
+
+    Args:
+        loaded: the model.
+        head: what is said about an image.
+        images: in the order in which the loader gives them.
+        loader: of the images.
+        table: CSV file.
+        options: `embed` and `progress`.
+
+    Returns:
+        The files that could be read, and their embeddings in batches, the first of them empty.
+    """
+    readable: list[str] = []
+    batches = [torch.empty(0, loaded.model.base_model.channels[-1])]
+    remaining = iter(images)
+    bar = progress_bar(len(images), "predicting", "image", show=options["progress"])
+    with table.open("w", newline="", encoding="utf-8") as file, bar:
+        writer = csv.writer(file)
+        writer.writerow(["file", "error", *head.columns])
+        for batch in loader:
+            if len(batch.pixels):
+                logits, embeddings = encode(loaded, batch.pixels, options["embed"])
+                batches += [embeddings] if options["embed"] else []
+                scores = iter(logits)
+            for size, reason in zip(batch.sizes, batch.errors, strict=True):
+                image = next(remaining)
+                name = printable(image.path)
+                if size is None:
+                    writer.writerow([name, reason, *[""] * len(head.columns)])
+                    continue
+                writer.writerow([name, "", *head.cells(next(scores), size, image.place)])
+                readable.append(name)
+            bar.update(len(batch.sizes))
+    return readable, batches
+
+
+def predict(
+    model_source: str,
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    embeddings: str | Path | None = None,
+    masks: str | Path | None = None,
+    batch_size: int = 32,
+    num_workers: int = 2,
+    device: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run a saved model on image files and write a table, a record of what made it, and what else is asked for.
+
+    The model's architecture decides: a classifier gives probabilities, with decisions by the thresholds saved with it;
+    a segmenter areas and masks in the geometry of the files; any model embeddings. A file that cannot be read is a row
+    with the reason. Every output is whole or absent; the record `OUTPUT.json` comes last.
+
+    Args:
+        model_source: folder or Hub name.
+        inputs: images and folders, see `find_images`.
+        output: table, a .csv file.
+        embeddings: .safetensors or .parquet file for `pooler_output` of the images that could be read.
+        masks: folder for the masks of a segmenter, one PNG an image: 0 and 255 for one structure, else class indices.
+        batch_size: images a forward pass.
+        num_workers: processes that read files; 0 reads them in this one.
+        device: of torch; by default a GPU where there is one.
+        revision: branch, tag or commit of a model on the Hub.
+        overwrite: replace earlier outputs once the new ones are complete.
+        progress: show a bar.
+
+    Returns:
+        The content of the record.
+
+    Raises:
+        FileExistsError: outputs that exist already.
+        ValueError: arguments or a model that do not fit, no images, or (with everything written) none that can be read.
+        OSError: a model or inputs that are absent, damaged or not reachable.
+        FloatingPointError: a model whose results are not finite.
+    """
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
+    given = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    outputs = Outputs(Path(output), embeddings and Path(embeddings), masks and Path(masks))
+    outputs.check(overwrite)
+    images = find_images(given)
+    if outputs.masks is not None:
+        check_mask_names(images, given, outputs.masks)
+    loaded = load(model_source, revision, choose_device(device))
+    _check_task(loaded, outputs)
+    loader = DataLoader(
+        ImageFiles([image.path for image in images], loaded.processor),
+        batch_size,
+        num_workers=min(num_workers, math.ceil(len(images) / batch_size)),
+        collate_fn=_collate,
+    )
+    for path in (outputs.table, outputs.embeddings, outputs.masks):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:  # left in reverse: masks, embeddings, table
+        table = stack.enter_context(new_file(outputs.table))
+        vectors = outputs.embeddings and stack.enter_context(new_file(outputs.embeddings))
+        head = make_head(loaded, outputs.masks and stack.enter_context(new_folder(outputs.masks)))
+        options = {"embed": vectors is not None, "progress": progress}
+        readable, batches = write_rows(loaded, head, images, loader, table, **options)
+        if outputs.embeddings is not None and vectors is not None:
+            write_embeddings(vectors, outputs.embeddings.suffix, readable, batches)
+        outputs.sidecar.unlink(missing_ok=True)  # an old one beside new results would be wrong
+    record = _describe(loaded, head, given, outputs) | {
+        "images": len(images),
+        "errors": len(images) - len(readable),
+        "settings": {"batch_size": batch_size, "num_workers": num_workers},
+    }
+    write_json(outputs.sidecar, record)
+    if not readable:
+        raise ValueError(f"none of {len(images)} images could be read; column error of {outputs.table} says why")
+    return record
+
+
+def _check_task(loaded: LoadedModel, outputs: Outputs) -> None:
+    name = type(loaded.model).__name__
+    if outputs.masks is not None and not isinstance(loaded.model, MLVICXForSemanticSegmentation):
+        raise ValueError(f"--masks and {loaded.source} ({name}) found; expected a MLVICXForSemanticSegmentation")
+    if outputs.embeddings is None and isinstance(loaded.model, MLVICXModel):
+        raise ValueError(f"{loaded.source} has no head, so it gives embeddings only; expected --embeddings FILE")
+
+
+def _describe(loaded: LoadedModel, head: Head, inputs: list[str | Path], outputs: Outputs) -> dict[str, Any]:
+    """Which model, code and machine made the results."""
+    return {
+        "notice": NOTICE,
+        "model": loaded.source,
+        "revision": loaded.revision,
+        "architectures": loaded.config.architectures,
+        "weights_sha256": loaded.weights,
+        "labels": [] if isinstance(head, NoHead) else loaded.labels,
+        "decision_thresholds": loaded.config.decision_thresholds if isinstance(head, MultiLabelHead) else None,
+        "mask_values": head.mask_values if isinstance(head, SegmentationHead) else None,
+        "inputs": [printable(Path(item)) for item in inputs],
+        "embeddings": None if outputs.embeddings is None else str(outputs.embeddings),
+        "masks": None if outputs.masks is None else str(outputs.masks),
+        "hardware": describe_hardware(loaded.model.device),
+        "code": code_version(),
+    }
