@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import EvalPrediction
@@ -137,6 +138,20 @@ def load_segmenter(
     return load_model(MLVICXForSemanticSegmentation, config, arguments, cache.manifest["fit"])
 
 
+def calibrate(
+    model: MLVICXForSemanticSegmentation, images: Any, processor: MLVICXImageProcessor, arguments: SegmentationArguments
+) -> None:
+    """Set the batch normalisation statistics of a random encoder from the training images.
+
+    Without it a frozen random encoder shrinks its maps by a factor of 10,000, no decoder can use them, and the
+    comparison would say nothing of the weights.
+    """
+    encoder: nn.Module = model.mlvicx
+    encoder.to(arguments.device)
+    loader = DataLoader(MaskedImages(images, processor), arguments.per_device_eval_batch_size)
+    update_bn((batch["pixel_values"] for batch in loader), encoder, arguments.device)
+
+
 class OverlapScorer:
     """Overlap with the true masks, image by image: what the Trainer calls after every batch.
 
@@ -192,12 +207,14 @@ def finetune(
     model, processor = load_segmenter(model_arguments, cache)
     if data_arguments.image_size is not None:
         processor.image_size = model.config.image_size = data_arguments.image_size
-    if model_arguments.freeze_backbone:
-        model.freeze_backbone()
     splits = {
         split: MaskedImages(cache.datasets[split], processor, data_arguments.augment and split == "train")
         for split in SPLITS
     }
+    if model_arguments.freeze_backbone:
+        if model_arguments.model == "random":
+            calibrate(model, cache.datasets["train"], processor, arguments)
+        model.freeze_backbone()
     names = cache.mask_names[1:] or cache.mask_names
     scorer = OverlapScorer(names, model.config.semantic_loss_ignore_index)
     arguments.output_dir = str(output / "trainer")
