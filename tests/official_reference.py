@@ -162,28 +162,34 @@ def covariance(z: Tensor) -> Tensor:
     return (matrix * (1 - torch.eye(r, dtype=z.dtype))).pow(2).sum() / r
 
 
+def on_grid(values: Tensor, steps: int) -> Tensor:
+    """Multiples of 1/steps: sums of products of few bits are exact in float32, so a fold of biases loses nothing."""
+    return (values * steps).round() / steps
+
+
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Weights, biases and running statistics of no special value, all exact in float32."""
+    """Weights, biases and running statistics of no special value, on a grid."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like.dtype)
+    def draw(target: Tensor, mean: float, deviation: float, steps: int = 256) -> None:
+        target.copy_(on_grid(mean + deviation * torch.randn(target.shape, generator=generator), steps))
 
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.weight.copy_((draw(module.weight) * module.weight[0].numel() ** -0.5).float())
+                draw(module.weight, 0, module.weight[0].numel() ** -0.5)
                 if module.bias is not None:
-                    module.bias.copy_((draw(module.bias) * 0.5).float())
+                    draw(module.bias, 0, 0.5, steps=16)
             elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                module.weight.copy_((1 + 0.2 * draw(module.weight)).float())
-                module.bias.copy_((0.3 * draw(module.bias)).float())
-                module.running_mean.copy_((0.3 * draw(module.running_mean)).float())
-                module.running_var.copy_((1 + 0.5 * torch.tanh(draw(module.running_var))).float())
+                draw(module.weight, 1, 0.2)
+                draw(module.bias, 0, 0.3)
+                draw(module.running_mean, 0, 0.3)
+                draw(module.running_var, 0, 0.5)
+                module.running_var.square_().add_(0.5)
 
 
 def calibrate(model: OfficialReference, *views: Tensor) -> None:
-    """Running statistics near the true ones, so that embeddings vary in evaluation too; exact in float32."""
+    """Running statistics near the true ones, so that embeddings vary in evaluation too."""
     norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
     for norm in norms:
         norm.momentum = 1.0
@@ -192,7 +198,7 @@ def calibrate(model: OfficialReference, *views: Tensor) -> None:
         model(*views)
     for norm in norms:
         norm.momentum = 0.1
-        norm.running_mean.copy_(norm.running_mean.float())
+        norm.running_mean.copy_(on_grid(norm.running_mean, 256))
         norm.running_var.copy_(norm.running_var.float())
 
 
@@ -200,11 +206,15 @@ def converted_gradient(model: nn.Module, key: str) -> Tensor | None:
     """Gradient, in a converted `MLVICXForPreTraining`, of the parameter that has this key in the authors' checkpoint.
 
     Returns:
-        The gradient, a slice of it for a level's convolution; None for a bias before a batch normalisation.
+        The gradient, a slice of it for a level's convolution; None for what cancels in training and so has none: a bias
+        before a batch normalisation, which ours lacks, and that of an expander's last one, which ours does not train.
     """
     ours = dict(model.named_parameters())
-    words = key.split(".")
-    match words:
+    match key.split("."):
+        case ["projetion", _, "0", "bias"] | ["projetion", "l3", "1", "bias"] | ["resize_project", "convs", _, "bias"]:
+            return None
+        case ["resize_project", "conv_head", "projection", "2" | "5" | "8" | "9", "bias"]:
+            return None
         case ["encoder", "0" | "1" as index, leaf]:
             name = f"mlvicx.backbone.{'conv1' if index == '0' else 'bn1'}.{leaf}"
         case ["encoder", index, *rest]:
@@ -222,8 +232,6 @@ def converted_gradient(model: nn.Module, key: str) -> Tensor | None:
             name = f"global_expander.{({'l1': 0, 'l2': 3, 'l3': 6}[layer]) + int(index)}.{leaf}"
         case ["resize_project", "conv_head", "projection", index, leaf]:
             name = f"multi_level_expander.{ {'2': 0, '3': 1, '5': 3, '6': 4, '8': 6, '9': 7}[index] }.{leaf}"
-        case ["resize_project", "convs", _, "bias"]:
-            return None
         case _:
             raise KeyError(key)
-    return ours[name].grad if name in ours else None
+    return ours[name].grad

@@ -1,5 +1,6 @@
 """Converted weights against the networks they come from: embeddings, losses and gradients in float64."""
 
+import copy
 import os
 import pickle
 import sys
@@ -88,39 +89,38 @@ def converted(request: pytest.FixtureRequest, reference: OfficialReference, tmp_
     return folder / "ours"
 
 
-def test_the_same_embeddings_losses_and_gradients(converted: Path, reference: OfficialReference):
-    """In evaluation, in training, and in evaluation again with the statistics that the training passes left."""
-    start = {key: value.clone() for key, value in reference.state_dict().items()}
-    model = MLVICXForPreTraining.from_pretrained(converted).double()
-    one, other = views()
+@pytest.fixture(scope="module")
+def expected(reference: OfficialReference) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Outputs in evaluation, in training, and in evaluation with the statistics that training left; gradients."""
+    model, passes = copy.deepcopy(reference), []
     for training in (False, True, False):
-        reference.train(training)
         model.train(training)
         with torch.set_grad_enabled(training):
-            expected, found = reference(one, other), our_outputs(model, one, other)
-        assert expected.keys() == found.keys()
-        errors = {name: relative(found[name], expected[name]) for name in expected}
-        print(training, max(errors.values()), {k: v.item() for k, v in expected.items() if k in SCALARS})
-        assert max(errors.values()) < 1e-6, errors
-        assert min(expected[name].item() for name in SCALARS) > 1e-3  # each takes part
-        if training:
-            expected["loss"].backward()
-            found["loss"].backward()
-    skipped, compared = {}, {}
-    for key, parameter in reference.named_parameters():
-        gradient = converted_gradient(model, key)
-        if gradient is None:
-            skipped[key] = parameter.grad.norm().item()
-        else:
-            compared[key] = parameter.grad.norm().item()
-            assert relative(gradient, parameter.grad) < 1e-6, key
-    names = [f"projetion.l{i}.0.bias" for i in (1, 2, 3)] + ["projetion.l3.1.bias"]
-    names += [f"resize_project.conv_head.projection.{i}.bias" for i in (2, 5, 8, 9)]
-    names += [f"resize_project.convs.{i}.bias" for i in range(5)]
-    assert skipped.keys() == set(names)  # folded, or a constant shift of the embeddings
-    assert max(skipped.values()) < 1e-9 * min(compared.values())
-    reference.zero_grad(set_to_none=True)
-    reference.load_state_dict(start)
+            passes.append(model(*views()))
+    passes[1]["loss"].backward()
+    assert min(output[name].item() for output in passes for name in SCALARS) > 1e-3  # each takes part
+    return passes, {key: parameter.grad for key, parameter in model.named_parameters()}
+
+
+def test_the_same_embeddings_and_losses(converted: Path, expected: tuple[list[dict[str, Tensor]], Any]):
+    model = MLVICXForPreTraining.from_pretrained(converted).double()
+    with torch.no_grad():
+        for training, wanted in zip((False, True, False), expected[0], strict=True):
+            found = our_outputs(model.train(training), *views())
+            errors = {name: relative(found[name], wanted[name]) for name in wanted}
+            assert errors.keys() == {*EMBEDDINGS, *SCALARS}
+            assert max(errors.values()) < 1e-6, (training, errors)
+
+
+def test_the_same_gradients(converted: Path, expected: tuple[Any, dict[str, Tensor]]):
+    model = MLVICXForPreTraining.from_pretrained(converted).double().train()
+    model(*views()).loss.backward()
+    gradients = {key: (converted_gradient(model, key), wanted) for key, wanted in expected[1].items()}
+    errors = {key: relative(found, wanted) for key, (found, wanted) in gradients.items() if found is not None}
+    assert len(errors) == 60 + 15 + 5 + 16  # backbone, context, levels, expanders
+    assert max(errors.values()) < 1e-6, errors
+    cancelled = max(wanted.norm() for found, wanted in gradients.values() if found is None)
+    assert cancelled < 1e-9 * min(wanted.norm() for found, wanted in gradients.values() if found is not None)
 
 
 def test_the_folder_opens_by_the_auto_classes(converted: Path):
@@ -521,36 +521,32 @@ def test_golden_values(tmp_path: Path):
     expected = load_file(golden / "official_outputs.safetensors")
     convert_checkpoint(golden / "official_online.pth", tmp_path / "ours")
     ours = MLVICXForPreTraining.from_pretrained(tmp_path / "ours").double()
-    with_sizes = OfficialReference(aggregation_channels=512, width=32)
-    with_sizes.load_state_dict(read_checkpoint(golden / "official_online.pth")["online"])
-    one, other = expected["view_1"].double(), expected["view_2"].double()
-    for title, model in (("converted", ours), ("reference of these tests", with_sizes)):
-        run = (lambda m=model: our_outputs(m, one, other)) if model is ours else (lambda m=model: m(one, other))
-        errors: dict[str, dict[str, float]] = {}
-        model.eval()
-        with torch.no_grad():
-            found = run()
-        errors["eval embeddings"] = {name: relative(found[name], expected[f"eval.{name}"]) for name in EMBEDDINGS}
-        model.train()
-        found = run()
-        found["loss"].backward()
-        errors["train embeddings"] = {name: relative(found[name], expected[f"train.{name}"]) for name in EMBEDDINGS}
-        errors["train terms and losses"] = {name: relative(found[name], expected[f"train.{name}"]) for name in SCALARS}
-        errors["train gradients"], skipped = {}, {}
-        prefix = "train.grad.encoder."
-        gradients = {k.removeprefix(prefix): v for k, v in expected.items() if k.startswith(prefix)}
-        own = {key: parameter.grad for key, parameter in model.named_parameters()}
-        for key, value in gradients.items():
-            gradient = converted_gradient(model, key) if model is ours else own[key]
-            if gradient is None:
-                skipped[key] = value.norm().item()
-            else:
-                errors["train gradients"][key] = relative(gradient, value)
-        compared = [gradients[key].norm().item() for key in errors["train gradients"]]
-        assert len(compared) >= 7
-        assert max(skipped.values(), default=0) < 1e-9 * min(compared)
-        print(f"\n{title}; gradients without counterpart: {', '.join(skipped) or 'none'}")
-        for group, values in errors.items():
-            worst = max(values, key=lambda name: values[name])
-            print(f"  {group}: worst of {len(values)} {values[worst]:.1e} ({worst})")
-            assert values[worst] < 1e-6, (title, worst)
+    oracle = OfficialReference(aggregation_channels=512, width=32)
+    oracle.load_state_dict(read_checkpoint(golden / "official_online.pth")["online"])
+    pair = expected["view_1"].double(), expected["view_2"].double()
+    errors: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        runs = {"eval": our_outputs(ours.eval(), *pair), "eval of the oracle": oracle.eval()(*pair)}
+        runs["train of the oracle"] = oracle.train()(*pair)
+    runs["train"] = our_outputs(ours.train(), *pair)
+    runs["train"]["loss"].backward()
+    for run, found in runs.items():
+        mode = run.split()[0]
+        errors[f"{run}: embeddings"] = {name: relative(found[name], expected[f"{mode}.{name}"]) for name in EMBEDDINGS}
+        if mode == "train":
+            errors[f"{run}: losses and terms"] = {
+                name: relative(found[name], expected[f"train.{name}"]) for name in SCALARS
+            }
+    prefix = "train.grad.encoder."
+    gradients = {key.removeprefix(prefix): value for key, value in expected.items() if key.startswith(prefix)}
+    found = {key: converted_gradient(ours, key) for key in gradients}
+    skipped = [key for key, gradient in found.items() if gradient is None]
+    errors["train: gradients"] = {k: relative(v, gradients[k]) for k, v in found.items() if v is not None}
+    assert len(errors["train: gradients"]) >= 7
+    least = min(gradients[key].norm() for key in errors["train: gradients"])
+    assert all(gradients[key].norm() < 1e-9 * least for key in skipped)
+    print(f"\ngradients that have no counterpart: {', '.join(skipped) or 'none'}")
+    for group, values in errors.items():
+        worst = max(values, key=lambda name: values[name])
+        print(f"{group}: worst of {len(values)} {values[worst]:.1e} ({worst})")
+    assert max(error for values in errors.values() for error in values.values()) < 1e-6

@@ -50,7 +50,11 @@ def saved(folder: Path, model_class: type[MLVICXPreTrainedModel], **values: Any)
     encoder = model.base_model.train()
     for seed in range(3):
         encoder(noise(8, encoder.config.num_channels, 32, 32, seed=seed))
-    model.eval().save_pretrained(folder)
+    model.eval()
+    if isinstance(model, MLVICXForSemanticSegmentation):  # every class somewhere
+        with torch.no_grad():
+            model.decoder.classifier.bias -= model(noise(8, 1, 32, 32)).logits.mean((0, 2, 3))
+    model.save_pretrained(folder)
     processor = MLVICXImageProcessor(image_size=32, image_mean=0.45, num_channels=encoder.config.num_channels)
     processor.save_pretrained(folder)
     return folder
@@ -138,9 +142,8 @@ def test_no_path_of_the_machine_is_published(sources: dict[str, Path], folders: 
     for folder in (*folders.values(), twice):
         for file in folder.iterdir():
             content = file.read_bytes()
-            assert b"name_or_path" not in content, file
-            found = [path for path in private if path in content]
-            assert not found, file
+            assert not [path for path in private if path in content], file
+            assert file.suffix == ".py" or b"name_or_path" not in content, file
 
 
 def test_an_export_of_an_export_is_the_same(folders: dict[str, Path], tmp_path: Path):
@@ -233,7 +236,7 @@ with torch.no_grad():
         AutoImageProcessor.from_pretrained(scratch, **trust)
     again = ours(AutoModelForImageClassification.from_pretrained(scratch, **trust))
     assert torch.equal(again(x).logits, found["labels"])
-save_file({name: tensor.contiguous() for name, tensor in found.items()}, outputs)
+save_file({name: tensor.contiguous().clone() for name, tensor in found.items()}, outputs)
 assert (mode == "package") == any(name.startswith("mlvicx_hf.") for name in sys.modules)
 print("done")
 """
@@ -473,31 +476,36 @@ def test_a_segmenter_with_one_logit_in_the_pipeline(tmp_path: Path, picture: Pat
     "backbone", ["resnet18", "resnet34", "resnet50", "densenet121", "convnext_atto", "regnety_002"]
 )
 def test_backbones_from_pretraining_to_segmentation(tmp_path: Path, backbone: str):
-    """One step, saved, loaded, exported, loaded, and a segmentation decoder on top."""
+    """One step, saved, loaded, exported, loaded, and a segmentation decoder on top.
+
+    Outputs are compared in float64: loaded weights lie at other addresses in memory, which moves the last bit.
+    """
     torch.manual_seed(0)
     model = MLVICXForPreTraining(tiny_config(backbone=backbone, image_size=64))
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    loss = model(noise(2, 1, 64, 64), noise(2, 1, 64, 64, seed=1)).loss
+    loss = model(noise(4, 1, 64, 64), noise(4, 1, 64, 64, seed=1)).loss
     loss.backward()
     optimizer.step()
-    moved = sum(not torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
     assert loss.isfinite()
-    assert moved > 0.7 * len(before)  # residual branches with a last scale of 0 wait for the second step
+    first, last = "mlvicx.backbone", "multi_level_expander"
+    for part in (first, last):
+        assert any(not torch.equal(before[n], t) for n, t in model.named_parameters() if n.startswith(part)), part
     model.eval().save_pretrained(tmp_path / "run")
     MLVICXImageProcessor(image_size=64).save_pretrained(tmp_path / "run")
     folder = hub.export(tmp_path / "run", tmp_path / "out")
-    x = noise(2, 1, 64, 64, seed=2)
+    assert equal(tensors(tmp_path / "run"), model.state_dict())
+    x = noise(2, 1, 64, 64, seed=2).double()
+    close = {"rtol": 1e-10, "atol": 1e-12}
     with torch.no_grad():
-        z, m = model.embed(x)
-        loaded = AutoModelForPreTraining.from_pretrained(tmp_path / "run").embed(x)
-        assert torch.equal(loaded[0], z)
-        assert torch.equal(loaded[1], m)
-        pooled = model.mlvicx(x).pooler_output
-        assert torch.equal(AutoModel.from_pretrained(folder)(x).pooler_output, pooled)
-        sizes = [8] * len(model.mlvicx.channels)
+        pooled, expected = model.double().mlvicx(x).pooler_output, model.embed(x)
+        again = AutoModelForPreTraining.from_pretrained(tmp_path / "run").double()
+        torch.testing.assert_close(again.embed(x), expected, **close)
+        encoder = AutoModel.from_pretrained(folder).double()
+        torch.testing.assert_close(encoder(x).pooler_output, pooled, **close)
+        sizes = [8] * len(encoder.channels)
         segmenter = AutoModelForSemanticSegmentation.from_pretrained(folder, num_labels=1, decoder_hidden_sizes=sizes)
-        logits = segmenter(x).logits
+        logits = segmenter.double()(x).logits
         assert logits.shape == (2, 1, 64, 64)
         assert logits.isfinite().all()
-        assert torch.equal(segmenter.mlvicx(x).pooler_output, pooled)
+        torch.testing.assert_close(segmenter.mlvicx(x).pooler_output, pooled, **close)

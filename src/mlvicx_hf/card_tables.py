@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 from typing import Any, TypeVar
 
@@ -30,11 +30,13 @@ class Row:
 
     Attributes:
         name: of the encoder and of how it was trained.
+        training: how it was trained.
         results: of the runs, by seed.
         mine: whether the card's model is the encoder (backbone) or among the runs (head).
     """
 
     name: str
+    training: str
     results: tuple[Result, ...]
     mine: bool
 
@@ -133,9 +135,10 @@ def _table(results: Sequence[Result], encoder: Collection[str], own: Result | No
 
 def _rows(results: Sequence[Result], encoder: Collection[str], own: Result | None) -> list[Row]:
     """One row a setting, or a run where a seed of the setting occurs twice; this model's first."""
-    varying = _varying([result.content["hyperparameters"] for result in results])
     rows = []
     for group in _grouped(results, lambda result: result.setting()):
+        rivals = [r.content for r in results if r.content["protocol"] == group[0].content["protocol"]]
+        training = _training_name(group[0], _varying([content["hyperparameters"] for content in rivals]))
         seeds = [result.content["seed"] for result in group]
         for runs in [group] if len(set(seeds)) == len(seeds) else [[run] for run in group]:
             ordered = tuple(sorted(runs, key=lambda result: int(result.content["seed"])))
@@ -143,9 +146,10 @@ def _rows(results: Sequence[Result], encoder: Collection[str], own: Result | Non
                 mine = last_part(runs[0].content["model"]) in encoder
             else:
                 mine = any(run.content == own.content for run in runs)
-            rows.append(Row(_row_name(ordered[0], own, encoder, varying), ordered, mine))
+            name = f"{_encoder_name(ordered[0], own, encoder)}, {training}"
+            rows.append(Row(name, training, ordered, mine))
     often = Counter(row.name for row in rows)
-    named = [Row(r.name + (_run_names(r) if often[r.name] > 1 else ""), r.results, r.mine) for r in rows]
+    named = [replace(row, name=row.name + _run_names(row)) if often[row.name] > 1 else row for row in rows]
     return sorted(named, key=lambda row: not row.mine)
 
 
@@ -154,29 +158,30 @@ def _own_first(rows: Sequence[Row], own: Result) -> list[Row]:
     shown = []
     for row in rows:
         if row.mine:
-            shown.append(Row(f"**this model** ({row.name})", (own,), True))
+            shown.append(Row(f"**this model** ({row.name})", row.training, (own,), True))
         if not row.mine or len(row.results) > 1:
-            shown.append(Row(row.name, row.results, False))
+            shown.append(replace(row, mine=False))
     return shown
 
 
 def _varying(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Hyper-parameters that are not the same in all runs of a table."""
+    """Names of the hyper-parameters that are not the same in all runs."""
     names = dict.fromkeys(name for setting in settings for name in setting)
     return [name for name in names if len({canonical(setting.get(name)) for setting in settings}) > 1]
 
 
-def _row_name(result: Result, own: Result | None, encoder: Collection[str], varying: Sequence[str]) -> str:
+def _training_name(result: Result, varying: Sequence[str]) -> str:
     content = result.content
-    if content["model"] == "random":
-        name = "random weights" + ("" if _same_architecture(result, encoder) else f" of {_architecture(result)}")
-    elif own is None:
-        name = "pretrained"
-    else:
-        name = f"`{last_part(content['model'])}`"
-    name += f", {PROTOCOLS[content['protocol']]}"
-    name += "" if content["label_fraction"] == 1 else f", {100 * content['label_fraction']:g} % of the labels"
-    return name + "".join(f", `{key}={content['hyperparameters'].get(key)}`" for key in varying)
+    share = "" if content["label_fraction"] == 1 else f", {100 * content['label_fraction']:g} % of the labels"
+    settings = [f", `{name}={content['hyperparameters'].get(name)}`" for name in varying]
+    return PROTOCOLS[content["protocol"]] + share + "".join(settings)
+
+
+def _encoder_name(result: Result, own: Result | None, encoder: Collection[str]) -> str:
+    model = result.content["model"]
+    if model == "random":
+        return "random weights" + ("" if _same_architecture(result, encoder) else f" of {_architecture(result)}")
+    return "pretrained" if own is None else f"`{last_part(model)}`"
 
 
 def _run_names(row: Row) -> str:
@@ -197,33 +202,37 @@ def _same_architecture(result: Result, encoder: Collection[str]) -> bool:
 
 
 def _differences(rows: Sequence[Row], encoder: Collection[str]) -> list[str]:
-    """A sentence for every setting that this model and random weights share."""
-    baselines = [
-        r for r in rows if r.results[0].content["model"] == "random" and _same_architecture(r.results[0], encoder)
-    ]
+    """A sentence for every training that this model and random weights share."""
+    fair = [row for row in rows if _is_random(row) and _same_architecture(row.results[0], encoder)]
+    pretrained = [row for row in rows if row.mine and not _is_random(row)]
     sentences = []
-    for row in (row for row in rows if row.mine and row not in baselines):
-        content, task = row.results[0].content, row.results[0].task
-        setting = row.results[0].setting(model=False)
-        same = [b for b in baselines if b.results[0].setting(model=False) == setting]
-        alike = [b for b in same if b.seeds == row.seeds]
-        what = f"{PROTOCOLS[content['protocol']]}, {100 * content['label_fraction']:g} % of the labels"
-        if len(alike) == 1:
-            (baseline,) = alike
-            parts = []
-            for name, title in task.scores.items():
-                pairs = list(zip(row.scores(name), baseline.scores(name), strict=True))
-                scored = [a - b for a, b in pairs if not isinstance(a, str) and not isinstance(b, str)]
-                parts.append(f"{title} {_mean(scored, signed=True) if len(scored) == len(pairs) else NOT_SCORED}")
-            seeds = f"{'mean over the seeds' if len(row.seeds) > 1 else 'seed'} {row.list_seeds()}"
-            sentences.append(f"Pretrained minus random weights ({what}): {', '.join(parts)}; {seeds}.")
-        elif same:
-            theirs = " and ".join(b.list_seeds() for b in same)
-            sentences.append(
-                f"Pretrained against random weights ({what}): no difference is given, because the seeds do not match: "
-                f"{row.list_seeds()} against {theirs}."
-            )
+    for ours in _grouped(pretrained, lambda row: row.results[0].setting(model=False)):
+        theirs = [row for row in fair if row.results[0].setting(model=False) == ours[0].results[0].setting(model=False)]
+        if not theirs:
+            continue
+        if len(ours) == len(theirs) == 1 and ours[0].seeds == theirs[0].seeds:
+            sentences.append(_difference(ours[0], theirs[0]))
+            continue
+        seeds = " against ".join(" and ".join(row.list_seeds() for row in group) for group in (ours, theirs))
+        sentences.append(
+            f"Pretrained against random weights ({ours[0].training}): no difference is given, because the seeds do not "
+            f"match or occur twice: {seeds}."
+        )
     return sentences
+
+
+def _difference(row: Row, baseline: Row) -> str:
+    parts = []
+    for name, title in row.results[0].task.scores.items():
+        pairs = list(zip(row.scores(name), baseline.scores(name), strict=True))
+        scored = [a - b for a, b in pairs if not isinstance(a, str) and not isinstance(b, str)]
+        parts.append(f"{title} {_mean(scored, signed=True) if len(scored) == len(pairs) else NOT_SCORED}")
+    seeds = f"{'mean over the seeds' if len(row.seeds) > 1 else 'seed'} {row.list_seeds()}"
+    return f"Pretrained minus random weights ({row.training}): {', '.join(parts)}; {seeds}."
+
+
+def _is_random(row: Row) -> bool:
+    return bool(row.results[0].content["model"] == "random")
 
 
 def _class_tables(rows: Sequence[Row], first: Result) -> list[str]:
@@ -249,7 +258,7 @@ def _subgroup_table(rows: Sequence[Row], kind: str, task: Task) -> str:
     lines = []
     for row in rows:
         known = [result for result in row.results if kind in result.subgroups]
-        part = Row(row.name, tuple(known), row.mine)
+        part = replace(row, results=tuple(known))
         for name in dict.fromkeys(name for result in known for name in result.subgroups[kind]):
             groups = [result.subgroups[kind][name] for result in known if name in result.subgroups[kind]]
             counts = [_range([group[what] for group in groups]) for what in ("images", "patients")]

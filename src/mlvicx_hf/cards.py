@@ -150,10 +150,17 @@ def _kind(template: Path) -> Kind:
     return KINDS[template.stem]
 
 
+class _Missing(jinja2.StrictUndefined):
+    """A placeholder without a source: an error even where it is formatted as a number."""
+
+    def __format__(self, specification: str) -> str:
+        return str(self)  # raises UndefinedError
+
+
 def _fill(template: Path, context: dict[str, Any], looked_at: Sequence[Path]) -> str:
     """The template's text with its placeholders filled; `ModelCard.from_template` alone leaves unknown ones empty."""
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=_Missing, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"thousands": "{:,}".format, "short": "{:g}".format}
     text = template.read_text(encoding="utf-8")
@@ -161,12 +168,12 @@ def _fill(template: Path, context: dict[str, Any], looked_at: Sequence[Path]) ->
         return environment.from_string(text).render(context)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"{template}, line {error.lineno}: {error.message}") from error
-    except jinja2.UndefinedError as error:
+    except (jinja2.UndefinedError, TypeError, ValueError) as error:  # no value, or one that is not a number
         frames = traceback.extract_tb(error.__traceback__)
         number = next(frame.lineno for frame in reversed(frames) if frame.filename == "<template>") or 1
         line = text.splitlines()[number - 1].strip()
         files = ", ".join(map(str, looked_at))
-        raise ValueError(f"{template}, line {number}, {line!r}: {error.message}; looked at {files}") from error
+        raise ValueError(f"{template}, line {number}, {line!r}: {error}; looked at {files}") from error
 
 
 # -- what the files say ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.special import softmax
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
@@ -153,9 +154,13 @@ class Scorer:
         self.auroc, self.accuracy = MultiLabelAUROC(), Accuracy()
 
     def __call__(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """`auroc_macro`, `auroc` by label, `num_scored_labels`, `accuracy`."""
+        """`auroc_macro`, `auroc` by label, `num_scored_labels`, `accuracy`.
+
+        Exclusive classes are scored one against the rest by their probability, as `write_predictions` writes it.
+        """
         table = np.eye(len(self.names))[labels.astype(int)] if self.exclusive else labels
-        rows = {"predictions": logits.astype(np.float64), "references": table.astype(np.float64)}
+        scores = softmax(logits.astype(np.float64), axis=1) if self.exclusive else logits.astype(np.float64)
+        rows = {"predictions": scores, "references": table.astype(np.float64)}
         return self.auroc.compute(**rows, label_names=self.names) | self.accuracy.compute(
             **rows, label_names=self.names, exclusive=self.exclusive
         )

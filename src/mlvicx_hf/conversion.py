@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([(_nothing, name) for name in OPTIMIZER_FUNCTIONS]):
+        allowed = torch.serialization.safe_globals([(_nothing, name) for name in OPTIMIZER_FUNCTIONS])
+        with allowed, warnings.catch_warnings(action="ignore"):  # about odd pickles, which end in an error anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))

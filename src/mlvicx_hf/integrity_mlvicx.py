@@ -13,6 +13,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HTTPError  # of the HTTP library that the client uses
 from transformers.utils import cached_file
 
 SUMS = "SHA256SUMS"
@@ -41,7 +42,7 @@ def read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def check_weights(source: str | Path, **hub_arguments: Any) -> None:
+def check_weights(source: str | Path, **hub_arguments: Any) -> bool:
     """Compare the weights of a folder or repository with its published hashes, where it has any.
 
     A file of the Hub's cache that does not fit is removed, so that the next attempt downloads it anew.
@@ -50,8 +51,11 @@ def check_weights(source: str | Path, **hub_arguments: Any) -> None:
         source: folder, or name on the Hub; weights not there yet are downloaded.
         hub_arguments: those of `from_pretrained` that say where on the Hub, and which cache.
 
+    Returns:
+        Whether there are published hashes.
+
     Raises:
-        OSError: weights whose content is not what was published.
+        OSError: weights whose content is not what was published, or a download that broke off.
     """
     where = {name: value for name, value in hub_arguments.items() if name in HUB_ARGUMENTS and value is not None}
     quiet = {
@@ -61,13 +65,17 @@ def check_weights(source: str | Path, **hub_arguments: Any) -> None:
     }
     listing = cached_file(str(source), SUMS, **where, **quiet)
     if listing is None:
-        return
+        return False
     for name, expected in read_sums(Path(listing)).items():
         if not name.endswith(WEIGHTS):
             continue
-        found = cached_file(str(source), name, **where, **quiet)
+        try:
+            found = cached_file(str(source), name, **where, **quiet)
+        except HTTPError as error:
+            raise OSError(f"{source}: the download of {name} broke off ({error}); try again") from error
         if found is not None and sha256(Path(found)) != expected:
             raise OSError(f"{source}: {name} is damaged: {_discard(Path(found))} ({SUMS} says {expected[:12]}…)")
+    return True
 
 
 def _discard(path: Path) -> str:

@@ -171,8 +171,8 @@ class MLVICXPreTrainedModel(PreTrainedModel):
             ValueError: a model of another type.
         """
         source = pretrained_model_name_or_path
-        if source is not None and kwargs.get("state_dict") is None:
-            check_weights(source, **kwargs)
+        if source is not None and kwargs.get("state_dict") is None and check_weights(source, **kwargs):
+            kwargs.pop("force_download", None)  # what was just downloaded and checked is what is loaded
         try:
             return super().from_pretrained(source, *args, **kwargs)
         except SafetensorError as error:

@@ -4,50 +4,43 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
-from safetensors.torch import save_file
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers.modeling_outputs import SemanticSegmenterOutput
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .configuration_mlvicx import MLVICXConfig
-from .data.masks import MAX_CLASSES, foreground
 from .data.pixels import IMAGE_SUFFIXES, UnreadableImageError, read_gray
-from .hub import check_source
+from .hub import check_source, load_model, saved_class
 from .image_processing_mlvicx import MLVICXImageProcessor
-from .integrity_mlvicx import sha256
+from .integrity_mlvicx import SUMS, sha256
 from .machine import describe_hardware
-from .modeling_mlvicx import (
-    MLVICXForImageClassification,
-    MLVICXForSemanticSegmentation,
-    MLVICXModel,
-    MLVICXPreTrainedModel,
+from .modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXModel
+from .prediction_outputs import (
+    Head,
+    MultiLabelHead,
+    NoHead,
+    Outputs,
+    SegmentationHead,
+    SingleLabelHead,
+    check_mask_names,
+    new_file,
+    printable,
+    write_embeddings,
 )
 from .progress import progress_bar
 from .provenance import code_version, new_folder, write_json
 
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
-MASK_SUFFIX = ".mask.png"
-EMBEDDING_SUFFIXES = (".safetensors", ".parquet")
-# What `config.architectures` may name, and the class that predicts with it.
-CLASSES: dict[str, type[MLVICXPreTrainedModel]] = {
-    "MLVICXModel": MLVICXModel,
-    "MLVICXForPreTraining": MLVICXModel,
-    "MLVICXBackbone": MLVICXModel,
-    "MLVICXForImageClassification": MLVICXForImageClassification,
-    "MLVICXForSemanticSegmentation": MLVICXForSemanticSegmentation,
-}
+WEIGHTS = "model*.safetensors"  # one file, or shards
+FILES = ["*.json", WEIGHTS, SUMS]  # of a repository; no code
 
 
 # The model
@@ -60,27 +53,18 @@ class LoadedModel:
     Attributes:
         source: folder or Hub name.
         revision: commit on the Hub; None for a folder.
-        model: in float32.
+        model: in float32; an encoder alone is a `MLVICXModel`.
         processor: its image processor.
         weights: SHA-256 hash of every weights file by name.
+        labels: names of the head's outputs, in their order.
     """
 
     source: str
     revision: str | None
-    model: MLVICXPreTrainedModel
+    model: Any
     processor: MLVICXImageProcessor
     weights: dict[str, str]
-
-    @property
-    def config(self) -> MLVICXConfig:
-        """Of the model."""
-        return self.model.config
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of the head's outputs, in their order."""
-        id2label = self.config.id2label or {}
-        return [id2label[i] for i in range(len(id2label))]
+    labels: list[str]
 
 
 def load(source: str, revision: str | None = None, device: str | torch.device = "cpu") -> LoadedModel:
@@ -95,60 +79,31 @@ def load(source: str, revision: str | None = None, device: str | torch.device = 
         ValueError: a model of another type, whose weights do not fit its configuration, or whose labels repeat.
         OSError: files that are absent, damaged or not reachable.
     """
-    if revision is not None and Path(source).is_dir():
-        raise ValueError(f"revision={revision!r} and the folder {source} found; only models on the Hub have revisions")
-    config_file = cached_file(check_source(source), "config.json", revision=revision)
-    if not Path(source).is_dir() and config_file is not None:
-        revision = Path(config_file).parent.name  # of the cache: snapshots/COMMIT/, so that all files are one commit's
-    content, _ = MLVICXConfig.get_config_dict(source, revision=revision)
-    if content.get("model_type") != MLVICXConfig.model_type:
-        raise ValueError(f"{source} holds a model of type {content.get('model_type')!r}; expected 'mlvicx'")
-    architectures = content.get("architectures") or []
-    if len(architectures) != 1 or architectures[0] not in CLASSES:
-        raise ValueError(f"{source}: architectures={architectures} found; expected one of {', '.join(CLASSES)}")
-    processor = _load_processor(source, revision)
-    loaded: Any = CLASSES[architectures[0]].from_pretrained(
-        source,
-        revision=revision,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # and refused here, by name
-    )
-    model, report = loaded
-    wrong = {*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if wrong:
-        raise ValueError(
-            f"{source}: {len(wrong)} weights found that are absent, unknown or of another shape, such as {min(wrong)}; "
-            f"expected those of its configuration ({architectures[0]})"
-        )
-    weights = {path.name: sha256(path) for path in _weight_files(source, revision)}
-    result = LoadedModel(source, revision, model.to(device).eval(), processor, weights)
-    if len(set(result.labels)) < len(result.labels):
-        raise ValueError(f"{source}: labels {', '.join(result.labels)} found; expected each name once")
-    return result
+    folder = _folder(check_source(source), revision)
+    saved = saved_class(folder)
+    headless = saved not in (MLVICXForImageClassification, MLVICXForSemanticSegmentation)
+    loaded: Any = load_model(folder, MLVICXModel if headless else saved)
+    model, processor = loaded
+    labels = [] if headless else [model.config.id2label[i] for i in range(model.num_labels)]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{source}: labels {', '.join(labels)} found; expected each name once")
+    weights = {path.name: sha256(path) for path in sorted(folder.glob(WEIGHTS))}
+    commit = None if Path(source).is_dir() else folder.name
+    return LoadedModel(source, commit, model.to(device, torch.float32).eval(), processor, weights, labels)
 
 
-def _load_processor(source: str, revision: str | None) -> MLVICXImageProcessor:
-    if Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file():
-        raise FileNotFoundError(
-            f"{source} holds no preprocessor_config.json; expected the image processor saved beside the model"
-        )
-    content, _ = MLVICXImageProcessor.get_image_processor_dict(source, revision=revision)
-    found, expected = content.get("image_processor_type"), MLVICXImageProcessor.__name__
-    if found != expected:
-        raise ValueError(f"{source}: image_processor_type={found!r} found in its processor; expected {expected!r}")
-    return MLVICXImageProcessor.from_pretrained(source, revision=revision)
-
-
-def _weight_files(source: str, revision: str | None) -> list[Path]:
-    """The file, or the shards, that `from_pretrained` has just read."""
-    whole = cached_file(source, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if whole is not None:
-        return [Path(whole)]
-    index = Path(str(cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision)))
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [Path(str(cached_file(source, name, revision=revision))) for name in names]
+def _folder(source: str, revision: str | None) -> Path:
+    """Where a model's files lie: its own folder, or the Hub's cache of one commit."""
+    if not Path(source).is_dir():
+        try:
+            return Path(snapshot_download(source, revision=revision, allow_patterns=FILES, ignore_patterns="*/*"))
+        except OSError as error:
+            raise OSError(f"{source}: not found here, nor on the Hub: {error}") from error
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} of the folder {source} found; only models on the Hub have revisions")
+    if not any(Path(source).glob(WEIGHTS)):
+        raise FileNotFoundError(f"{source} holds no {WEIGHTS}; expected the weights of a saved model")
+    return Path(source)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -162,6 +117,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if gpus else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device={name!r} found; expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} found; expected cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"device={name!r} found; this machine has {gpus} usable GPU(s)")
     return device
@@ -177,7 +134,7 @@ class InputImage(NamedTuple):
     place: Path
 
 
-def find_images(inputs: Iterable[str | Path]) -> list[InputImage]:
+def find_images(inputs: Sequence[Path]) -> list[InputImage]:
     """Image files in the order of the inputs, each once.
 
     Args:
@@ -189,49 +146,54 @@ def find_images(inputs: Iterable[str | Path]) -> list[InputImage]:
         ValueError: no images.
     """
     places: dict[Path, Path] = {}
-    bases, given = [], [Path(item) for item in inputs]
-    for item in given:
+    bases = []
+    for item in inputs:
         if not item.exists():
             raise FileNotFoundError(f"input {str(item)!r} does not exist; expected an image or a folder of images")
-        bases.append(item.resolve() if item.is_dir() else item.parent.resolve())
-        for file in _scan(item) if item.is_dir() else [item]:
-            places.setdefault(bases[-1] / (file.relative_to(item) if item.is_dir() else file.name), file)
+        folder, files = (item, _scan(item)) if item.is_dir() else (item.parent, [item])
+        bases.append(folder.resolve())
+        for file in files:
+            places.setdefault(bases[-1] / file.relative_to(folder), file)
     if not places:
         raise ValueError(
-            f"no images found in {', '.join(map(str, given)) or 'no inputs'}; expected files, or folders with files "
+            f"no images found in {', '.join(map(str, inputs)) or 'no inputs'}; expected files, or folders with files "
             f"ending in {', '.join(IMAGE_SUFFIXES)}"
         )
     root = os.path.commonpath(bases)
     return [InputImage(file, place.relative_to(root)) for place, file in places.items()]
 
 
-def _scan(folder: Path) -> Iterator[Path]:
+def _scan(folder: Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise error  # os.walk would skip what it may not list
 
+    found = []
     for parent, subfolders, files in os.walk(folder, onerror=fail):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                yield Path(parent) / name
+                found.append(Path(parent) / name)
+    return found
+
+
+class Item(NamedTuple):
+    """An image as model input [C, S, S] with its own height and width, or the error why not."""
+
+    pixels: Tensor | None
+    size: tuple[int, int] | None
+    error: str
 
 
 class Batch(NamedTuple):
-    """Some images in order.
-
-    Attributes:
-        pixels: [R, C, S, S] of those that could be read.
-        sizes: height and width of each, None for one that could not be read.
-        errors: why not, "" for one that could.
-    """
+    """Some images in order; `pixels` [R, C, S, S] are those that could be read."""
 
     pixels: Tensor
     sizes: list[tuple[int, int] | None]
     errors: list[str]
 
 
-class ImageFiles(Dataset[tuple[Tensor | None, tuple[int, int] | None, str]]):
-    """Files as model input; one that cannot be read is its reason.
+class ImageFiles(Dataset[Item]):
+    """Files as model input.
 
     Args:
         paths: of the files.
@@ -244,20 +206,24 @@ class ImageFiles(Dataset[tuple[Tensor | None, tuple[int, int] | None, str]]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, tuple[int, int] | None, str]:
+    def __getitem__(self, index: int) -> Item:
         try:
             image = read_gray(self.paths[index])
         except UnreadableImageError as error:
-            return None, None, error.reason
+            return Item(None, None, error.reason)
         except OSError as error:
-            return None, None, f"cannot be read: {error.strerror or error}"
-        return self.processor(image)["pixel_values"][0], (image.height, image.width), ""
+            return Item(None, None, f"cannot be read: {error.strerror or error}")
+        return Item(self.processor(image)["pixel_values"][0], (image.height, image.width), "")
 
 
-def _collate(items: Sequence[tuple[Tensor | None, tuple[int, int] | None, str]]) -> Batch:
-    pixels = [item[0] for item in items if item[0] is not None]
+def collate(items: Sequence[Item]) -> Batch:
+    """One tensor a batch, so that a worker hands over one piece of shared memory."""
+    pixels = [item.pixels for item in items if item.pixels is not None]
     stacked = torch.stack(pixels) if pixels else torch.empty(0)
-    return Batch(stacked, [item[1] for item in items], [item[2] for item in items])
+    return Batch(stacked, [item.size for item in items], [item.error for item in items])
+
+
+# The results
 
 
 def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
@@ -266,12 +232,9 @@ def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
         return SegmentationHead(loaded.labels, loaded.processor, masks)
     if not isinstance(loaded.model, MLVICXForImageClassification):
         return NoHead()
-    if loaded.config.problem_type == "single_label_classification":
+    if loaded.model.config.problem_type == "single_label_classification":
         return SingleLabelHead(loaded.labels)
-    return MultiLabelHead(loaded.labels, loaded.config.decision_thresholds)
-
-
-# All together
+    return MultiLabelHead(loaded.labels, loaded.model.config.decision_thresholds)
 
 
 def encode(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Tensor]:
@@ -283,7 +246,7 @@ def encode(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Te
         embed: embeddings are wanted.
 
     Returns:
-        Logits [R, …] of the head and embeddings [R, C] on the CPU; an empty tensor [R, 0] for what there is not.
+        Logits [R, …] of the head, and embeddings [R, C] on the CPU; an empty tensor [R, 0] for what there is not.
 
     Raises:
         FloatingPointError: results that are not finite.
@@ -300,7 +263,14 @@ def encode(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Te
 
 
 def write_rows(
-    loaded: LoadedModel, head: Head, images: Sequence[InputImage], loader: Iterable[Batch], table: Path, **options: bool
+    loaded: LoadedModel,
+    head: Head,
+    images: Sequence[InputImage],
+    loader: Iterable[Batch],
+    table: Path,
+    *,
+    embed: bool,
+    progress: bool,
 ) -> tuple[list[str], list[Tensor]]:
     """Predict batch by batch, one row an image.
 
@@ -310,7 +280,8 @@ def write_rows(
         images: in the order in which the loader gives them.
         loader: of the images.
         table: CSV file.
-        options: `embed` and `progress`.
+        embed: embeddings are wanted.
+        progress: show a bar.
 
     Returns:
         The files that could be read, and their embeddings in batches, the first of them empty.
@@ -318,14 +289,14 @@ def write_rows(
     readable: list[str] = []
     batches = [torch.empty(0, loaded.model.base_model.channels[-1])]
     remaining = iter(images)
-    bar = progress_bar(len(images), "predicting", "image", show=options["progress"])
+    bar = progress_bar(len(images), "predicting", "image", show=progress)
     with table.open("w", newline="", encoding="utf-8") as file, bar:
         writer = csv.writer(file)
         writer.writerow(["file", "error", *head.columns])
         for batch in loader:
             if len(batch.pixels):
-                logits, embeddings = encode(loaded, batch.pixels, options["embed"])
-                batches += [embeddings] if options["embed"] else []
+                logits, embeddings = encode(loaded, batch.pixels, embed)
+                batches += [embeddings] if embed else []
                 scores = iter(logits)
             for size, reason in zip(batch.sizes, batch.errors, strict=True):
                 image = next(remaining)
@@ -383,19 +354,23 @@ def predict(
     """
     if batch_size < 1 or num_workers < 0:
         raise ValueError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
-    given = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    outputs = Outputs(Path(output), embeddings and Path(embeddings), masks and Path(masks))
+    given = [Path(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    outputs = Outputs(
+        Path(output),
+        embeddings=None if embeddings is None else Path(embeddings),
+        masks=None if masks is None else Path(masks),
+    )
     outputs.check(overwrite)
     images = find_images(given)
     if outputs.masks is not None:
-        check_mask_names(images, given, outputs.masks)
+        check_mask_names((image.place for image in images), given, outputs.masks)
     loaded = load(model_source, revision, choose_device(device))
     _check_task(loaded, outputs)
     loader = DataLoader(
         ImageFiles([image.path for image in images], loaded.processor),
         batch_size,
         num_workers=min(num_workers, math.ceil(len(images) / batch_size)),
-        collate_fn=_collate,
+        collate_fn=collate,
     )
     for path in (outputs.table, outputs.embeddings, outputs.masks):
         if path is not None:
@@ -404,10 +379,11 @@ def predict(
         table = stack.enter_context(new_file(outputs.table))
         vectors = outputs.embeddings and stack.enter_context(new_file(outputs.embeddings))
         head = make_head(loaded, outputs.masks and stack.enter_context(new_folder(outputs.masks)))
-        options = {"embed": vectors is not None, "progress": progress}
-        readable, batches = write_rows(loaded, head, images, loader, table, **options)
+        embed = vectors is not None
+        readable, batches = write_rows(loaded, head, images, loader, table, embed=embed, progress=progress)
         if outputs.embeddings is not None and vectors is not None:
             write_embeddings(vectors, outputs.embeddings.suffix, readable, batches)
+        outputs.check(overwrite)  # again, for what came up meanwhile
         outputs.sidecar.unlink(missing_ok=True)  # an old one beside new results would be wrong
     record = _describe(loaded, head, given, outputs) | {
         "images": len(images),
@@ -428,18 +404,18 @@ def _check_task(loaded: LoadedModel, outputs: Outputs) -> None:
         raise ValueError(f"{loaded.source} has no head, so it gives embeddings only; expected --embeddings FILE")
 
 
-def _describe(loaded: LoadedModel, head: Head, inputs: list[str | Path], outputs: Outputs) -> dict[str, Any]:
+def _describe(loaded: LoadedModel, head: Head, inputs: Sequence[Path], outputs: Outputs) -> dict[str, Any]:
     """Which model, code and machine made the results."""
     return {
         "notice": NOTICE,
         "model": loaded.source,
         "revision": loaded.revision,
-        "architectures": loaded.config.architectures,
+        "architectures": loaded.model.config.architectures,
         "weights_sha256": loaded.weights,
-        "labels": [] if isinstance(head, NoHead) else loaded.labels,
-        "decision_thresholds": loaded.config.decision_thresholds if isinstance(head, MultiLabelHead) else None,
+        "labels": loaded.labels,
+        "decision_thresholds": loaded.model.config.decision_thresholds if isinstance(head, MultiLabelHead) else None,
         "mask_values": head.mask_values if isinstance(head, SegmentationHead) else None,
-        "inputs": [printable(Path(item)) for item in inputs],
+        "inputs": [printable(item) for item in inputs],
         "embeddings": None if outputs.embeddings is None else str(outputs.embeddings),
         "masks": None if outputs.masks is None else str(outputs.masks),
         "hardware": describe_hardware(loaded.model.device),

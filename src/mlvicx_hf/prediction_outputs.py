@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ class SegmentationHead:
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
         """Of logits [K, S, S]."""
-        output = SemanticSegmenterOutput(logits=logits[None])  # type: ignore[arg-type]
+        output = SemanticSegmenterOutput(logits=logits[None])
         classes = self.processor.post_process_semantic_segmentation(output, [size])[0]  # [H, W]
         counts = classes.flatten().bincount(minlength=MAX_CLASSES).tolist()
         cells = [f"{counts[value] / classes.numel():.6f}" for value in self.structures.values()]

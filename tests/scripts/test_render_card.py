@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
 from helpers import ROOT, assert_users_error, run_script, tiny_config
 from huggingface_hub import ModelCard
 
 from mlvicx_hf import MLVICXImageProcessor
+from mlvicx_hf.cards import main, render_card
 
 TEMPLATE = ROOT / "model_cards" / "segmenter.md"
 
@@ -46,7 +48,7 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def test_a_card_is_written_whole_or_printed(tmp_path: Path):
+def test_a_card_is_written_whole(tmp_path: Path):
     words = ("--template", TEMPLATE, "--model", write_model(tmp_path / "run"), "--repo_id", "org/lungs")
     output = tmp_path / "README.md"
     done = run_script("render_card.py", *words, "--output", output)
@@ -55,9 +57,16 @@ def test_a_card_is_written_whole_or_printed(tmp_path: Path):
     card = ModelCard.load(output)
     assert "| **this model** (random weights of the default architecture, fine-tuned) | 12 | 3 | 0.910 |" in card.text
     assert "**The labelled images are synthetic" in card.text
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    printed = run_script("render_card.py", *words)
-    assert printed.stdout == output.read_text() + "\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "run"]
+
+
+def test_without_an_output_the_card_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    model = write_model(tmp_path / "run")
+    monkeypatch.setattr("sys.argv", ["render_card.py", "--template", str(TEMPLATE), "--model", str(model)])
+    main()
+    assert capsys.readouterr().out == f"{render_card(TEMPLATE, model, [])}\n"
 
 
 def test_a_missing_result_is_a_users_error_and_leaves_no_card(tmp_path: Path):

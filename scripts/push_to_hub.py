@@ -1,0 +1,17 @@
+#!/usr/bin/env python
+"""Publish a model on the Hub: weights, code, hashes and a card whose figures come from the runs' files.
+
+    python scripts/push_to_hub.py --model runs/mine --repo_id org/mlvicx-resnet18 --results runs/*/results.json \
+        --private --dry_run
+
+Needs a token that may write: `hf auth login`, or the variable HF_TOKEN.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from mlvicx_hf.cli import run
+from mlvicx_hf.publishing import main
+
+if __name__ == "__main__":
+    run(partial(main, Path(__file__).parents[1] / "model_cards"))
