@@ -43,8 +43,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Predict."""
     arguments = parse()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what does not fit is an error here, not a table of warnings
+    transformers.utils.logging.disable_progress_bar()  # of loading a file
     if choose_device(arguments.device).type == "cpu":
         use_cpu_threads()
     record = predict(

@@ -90,3 +90,17 @@ def test_values_outside_their_range_are_refused(values: dict[str, Any], message:
 def test_values_of_another_type_are_refused_by_name(name: str, value: Any):
     with pytest.raises((ValueError, TypeError, StrictDataclassError), match=name):
         MLVICXConfig(**{name: value})
+
+
+def test_a_configuration_of_another_model_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "hidden_size": 8}')
+    with pytest.raises(ValueError, match="configuration of a 'vit' model found; expected one of 'mlvicx'"):
+        MLVICXConfig.from_pretrained(tmp_path)
+
+
+def test_segmentation_fields_are_checked():
+    for sizes in ([], [8, 0]):
+        with pytest.raises((ValueError, StrictDataclassError), match="decoder_hidden_sizes="):
+            MLVICXConfig(decoder_hidden_sizes=sizes)
+    with pytest.raises(StrictDataclassError, match="semantic_loss_ignore_index"):
+        MLVICXConfig(semantic_loss_ignore_index="255")

@@ -42,7 +42,7 @@ def test_weights_that_were_changed_or_cut_are_refused(tmp_path: Path):
     assert weights.is_file()  # a user's own file is left alone
     weights.write_bytes(content[: len(content) // 2])
     (tmp_path / SUMS).unlink()
-    with pytest.raises(OSError, match="damaged weights.*expected a whole safetensors file"):
+    with pytest.raises(OSError, match=r"damaged weights.*expected a whole safetensors file"):
         MLVICXModel.from_pretrained(tmp_path)
 
 

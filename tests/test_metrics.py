@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from mlvicx_hf.metrics import Accuracy, MultiLabelAUROC
+from mlvicx_hf.metrics import (
+    Accuracy,
+    MultiLabelAUROC,
+    SegmentationOverlap,
+    overlap_counts,
+    score_overlap,
+    youden_thresholds,
+)
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -88,3 +95,70 @@ def test_accuracy_of_exclusive_classes_takes_the_highest_score():
     labels = np.eye(3)[[1, 2, 2]]
     result = Accuracy().compute(predictions=scores, references=labels, label_names=["a", "b", "c"], exclusive=True)
     assert result["accuracy"] == pytest.approx(2 / 3)
+
+
+# -- thresholds --------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**31))
+def test_no_other_threshold_has_a_larger_youden_index(seed: int):
+    scores, labels = random_table(seed)
+    probabilities = 1 / (1 + np.exp(-scores))
+    chosen = youden_thresholds(probabilities, labels, NAMES)
+    for i, name in enumerate(NAMES):
+        known = ~np.isnan(labels[:, i])
+        truth, values = labels[known, i] == 1, probabilities[known, i]
+
+        def youden(threshold: float, truth: np.ndarray = truth, values: np.ndarray = values) -> float:
+            present = values >= threshold
+            return float(present[truth].mean() - present[~truth].mean())
+
+        assert youden(chosen[name]) == pytest.approx(max(youden(v) for v in np.unique(values)))
+
+
+def test_a_label_with_one_value_has_no_threshold():
+    labels = np.array([[1, 1], [0, 1], [1, np.nan]])
+    chosen = youden_thresholds(np.array([[0.9, 0.5], [0.2, 0.4], [0.8, 0.1]]), labels, ["a", "b"])
+    assert chosen == {"a": 0.8, "b": None}
+
+
+# -- overlap -----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.integers(1, 3))
+def test_overlap_equals_sets_of_pixels(seed: int, labels: int):
+    generator = np.random.default_rng(seed)
+    truth = generator.integers(0, labels + 1, (5, 6, 4))
+    truth[0] = 0
+    found = np.where(generator.random(truth.shape) < 0.6, truth, generator.integers(0, labels + 1, truth.shape))
+    truth[generator.random(truth.shape) < 0.1] = 255
+    names = [f"class {i}" for i in range(1, labels + 1)]
+    result = SegmentationOverlap().compute(predictions=found, references=truth, label_names=names)
+    for index, name in enumerate(names, start=1):
+        dice, iou, positive = [], [], []
+        for p, t in zip(found, truth, strict=True):
+            ours = {tuple(x) for x in np.argwhere((p == index) & (t != 255)).tolist()}
+            theirs = {tuple(x) for x in np.argwhere(t == index).tolist()}
+            both = len(ours) + len(theirs)
+            dice.append(2 * len(ours & theirs) / both if both else 1)
+            iou.append(len(ours & theirs) / len(ours | theirs) if both else 1)
+            positive.append(bool(theirs))
+        scores = result["per_label"][name]
+        assert scores["dice"] == result["dice_per_class"][name] == pytest.approx(np.mean(dice))
+        assert scores["iou"] == pytest.approx(np.mean(iou))
+        assert scores["images_positive"] == sum(positive)
+        expected = np.mean(np.array(dice)[positive]) if any(positive) else None
+        assert scores["dice_positive"] == ("n/a" if expected is None else pytest.approx(expected))
+    assert result["images"] == 5
+
+
+def test_empty_masks():
+    empty, full = np.zeros((1, 2, 2), int), np.ones((1, 2, 2), int)
+    for predicted, true, expected in ((empty, empty, 1), (full, empty, 0), (empty, full, 0), (full, full, 1)):
+        scores = score_overlap(overlap_counts(predicted, true, 2), ["a"])
+        assert scores["dice"] == scores["iou"] == expected
+    assert score_overlap(overlap_counts(empty, empty, 2), ["a"])["dice_positive"] == "n/a"
+    with pytest.raises(ValueError, match=r"class maps of shapes \(1, 2, 2\) and \(1, 2, 3\) found"):
+        overlap_counts(empty, np.zeros((1, 2, 3)), 2)

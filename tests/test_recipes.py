@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from mlvicx_hf import classification, finetuning, segmentation
 from mlvicx_hf.pretraining import parse_arguments
 from mlvicx_hf.recipes import load_recipe, recipe_names
 
@@ -93,3 +94,28 @@ def test_an_absent_file(tmp_path: Path):
 def test_an_abbreviated_flag_is_refused():
     with pytest.raises((ValueError, SystemExit)):
         parse_arguments(["--recipe", "smoke", "--epoch", "3", *REQUIRED])
+
+
+@pytest.mark.parametrize("name", recipe_names("segmentation"))
+def test_every_recipe_for_segmentation_parses(name: str):
+    sections = (finetuning.ModelArguments, segmentation.SegmentationDataArguments, segmentation.SegmentationArguments)
+    words = ["--recipe", name, "--model", "random", *REQUIRED]
+    _, _, training = finetuning.parse_arguments("segmentation", sections, words)
+    assert training.metric_for_best_model == "dice"
+    if name == "paper":
+        batch = training.per_device_train_batch_size
+        assert (batch, training.learning_rate, training.patience) == (32, 3e-4, 10)
+
+
+@pytest.mark.parametrize("name", recipe_names("classification"))
+def test_every_recipe_for_classification_parses(name: str):
+    sections = (
+        classification.ClassifierArguments,
+        finetuning.DataArguments,
+        classification.ClassificationArguments,
+    )
+    words = ["--recipe", name, "--model", "random", *REQUIRED]
+    _, _, training = finetuning.parse_arguments("classification", sections, words)
+    expected = {"default": (64, None), "paper_nih": (64, 1e-5), "paper_vinbig": (16, 1e-3)}
+    assert (training.per_device_train_batch_size, training.learning_rate) == expected[name]
+    assert training.patience == 10

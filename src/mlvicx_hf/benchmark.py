@@ -80,7 +80,7 @@ def benchmark_inference(
             "eager": lambda x=pixels: ours(x),
             "compiled": lambda x=pixels: compiled(x),
         }
-        seconds = compare(candidates, max(5, rounds // batch), device, f"inference, batch {batch}")  # type: ignore[arg-type]
+        seconds = compare(candidates, max(5, rounds // batch), device, f"inference, batch {batch}")
         ratios = {f"{name}_ratio": seconds[name] / seconds["timm"] for name in ("eager", "compiled")}
         rows.append({"batch_size": batch, "seconds": seconds} | ratios)
     return rows

@@ -54,6 +54,10 @@ The context bottlenecks between its levels are left out, as the paper's authors 
 from those of the MLVICX model that it was taken from.** Fine-tune it, or take the MLVICX model itself."""
 NO_CONTEXT = "The model was trained without context bottlenecks, so its features are the model's own."
 TIMM_CODE = 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or features_only=True, num_classes=5'
+TIMM_REST = """\
+With `features_only=True` it gives the maps of the levels. A whole timm model may put a last norm, layer or activation
+behind them{initial}."""
+TIMM_INITIAL = "; these tensors were not pretrained and have initial values: {names}"
 TORCHVISION_CODE = f"""\
 model = torchvision.models.{{backbone}}(weights=None)
 model.load_state_dict(safetensors.torch.load_file("{SAFE_WEIGHTS_NAME}"), strict=False)  # lacks fc alone"""
@@ -117,6 +121,8 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
 
     Its features differ from the model's, see the module's docstring. It loads as
     `timm.create_model("local-dir:OUTPUT", pretrained=True)`, also with `features_only=True` or another `num_classes`.
+    What timm puts behind the last level (of a ConvNeXt a norm, of a ResNet nothing) was not pretrained and keeps its
+    initial values; the README.md names it.
 
     Args:
         source: folder or Hub name of a saved model of any class.
@@ -144,7 +150,7 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
         "crop_pct": 1.0,
         "crop_mode": TIMM_CROP_MODES[processor.fit],
     }
-    rest = f"No level of the backbone, so not pretrained but initial values: {', '.join(initial)}." if initial else ""
+    rest = TIMM_REST.format(initial=TIMM_INITIAL.format(names=", ".join(initial)) if initial else "")
     note = trunk_note(encoder, processor, f"{config.num_channels} channel(s)", TIMM_CODE, rest)
     with new_folder(output) as folder:
         save_for_hf(full, str(folder), safe_serialization=True, data_config=data)

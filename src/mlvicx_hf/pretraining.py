@@ -31,7 +31,7 @@ from .augmentation import TwoViewAugmentation, view_draws
 from .data.cache import load_cache
 from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
-from .machine import use_cpu_threads
+from .machine import describe_hardware, use_cpu_threads
 from .modeling_mlvicx import MLVICXForPreTraining, MLVICXForPreTrainingOutput
 from .monitors import rankme
 from .pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
@@ -369,9 +369,11 @@ class Pretrainer:
             "model": asdict(self.model_arguments),
             "data": asdict(self.data_arguments)
             | {"images": self.batches.num_images, "data_hash": self.manifest["data_hash"]},
+            "source": {name: self.manifest[name] for name in ("collection", "split_hash", "splits")},
             "training": asdict(self.arguments),
             "num_processes": self.accelerator.num_processes,
             "device": str(self.device),
+            "hardware": describe_hardware(self.device, self.accelerator.num_processes),
             "synthetic": self.manifest["synthetic"],
             "code": code_version(),
         }

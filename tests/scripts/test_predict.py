@@ -64,7 +64,7 @@ def test_nothing_readable_is_an_error_after_the_table(model: Path, images: Path,
     assert "content is none of PNG" in (tmp_path / "out.csv").read_text()
 
 
-def test_weights_that_do_not_fit_are_one_line(model: Path, images: Path, tmp_path: Path):
+def test_weights_that_do_not_fit_are_a_users_error(model: Path, images: Path, tmp_path: Path):
     torch.manual_seed(0)
     source = tmp_path / "model"
     MLVICXForImageClassification(tiny_config(num_labels=2)).mlvicx.save_pretrained(source)
@@ -73,7 +73,6 @@ def test_weights_that_do_not_fit_are_one_line(model: Path, images: Path, tmp_pat
     MLVICXImageProcessor(image_size=32).save_pretrained(source)
     done = run_script("predict.py", "--model", source, "--input", images, "--output", tmp_path / "out.csv")
     assert_users_error(done, str(source), "classifier")
-    assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
