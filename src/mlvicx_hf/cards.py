@@ -7,7 +7,6 @@ and what results say is put together in `card_tables`.
 from __future__ import annotations
 
 import argparse
-import os
 import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from .card_results import (
 )
 from .card_tables import build_tables, evaluation_results
 from .data.cache import MANIFEST
+from .provenance import new_file
 
 RESULTS, RUN = "results.json", "run.json"
 TAGS = ["mlvicx", "chest-x-ray", "radiology", "medical-imaging", "self-supervised-learning", "not-a-medical-device"]
@@ -325,7 +325,6 @@ def main() -> None:
     if output is None:
         print(card)
         return
-    temporary = output.with_name(f".{output.name}.tmp")
-    card.save(temporary)
-    os.replace(temporary, output)
+    with new_file(output) as temporary:
+        card.save(temporary)
     print(f"card written to {output}")

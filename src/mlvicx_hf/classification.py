@@ -40,7 +40,7 @@ from .image_processing_mlvicx import MLVICXImageProcessor
 from .linear_probe import LinearProbe, prepare_probe
 from .metrics import Accuracy, MultiLabelAUROC, youden_thresholds
 from .modeling_mlvicx import MLVICXForImageClassification
-from .provenance import write_json
+from .provenance import new_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:
     probabilities = scores.softmax(1) if cache.exclusive else scores.sigmoid()
     test = cache.datasets["test"]
     columns = [f"{kind}:{name}" for kind in ("label", "probability") for name in cache.label_names]
-    with path.open("w", newline="") as file:
+    with new_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["source", "patient_id", *columns])
         rows = zip(test["source"], test["patient_id"], test["labels"], probabilities.tolist(), strict=True)

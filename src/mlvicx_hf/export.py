@@ -57,6 +57,7 @@ TIMM_CODE = 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # o
 TIMM_REST = """\
 With `features_only=True` it gives the maps of the levels. A whole timm model may put a last norm, layer or activation
 behind them{initial}."""
+TIMM_BORDERS = " For images that are not square timm's own transform has borders of the mean, MLVICX black ones."
 TIMM_INITIAL = "; these tensors were not pretrained and have initial values: {names}"
 TORCHVISION_CODE = f"""\
 model = torchvision.models.{{backbone}}(weights=None)
@@ -151,6 +152,7 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
         "crop_mode": TIMM_CROP_MODES[processor.fit],
     }
     rest = TIMM_REST.format(initial=TIMM_INITIAL.format(names=", ".join(initial)) if initial else "")
+    rest += TIMM_BORDERS if processor.fit == "pad" else ""
     note = trunk_note(encoder, processor, f"{config.num_channels} channel(s)", TIMM_CODE, rest)
     with new_folder(output) as folder:
         save_for_hf(full, str(folder), safe_serialization=True, data_config=data)

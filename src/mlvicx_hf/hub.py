@@ -23,7 +23,7 @@ AUTO_MAP = {
     "AutoModelForSemanticSegmentation": "modeling_mlvicx.MLVICXForSemanticSegmentation",
     "AutoBackbone": "modeling_mlvicx.MLVICXBackbone",
 }
-# By backend: given a plain name, pipelines look for a video processor of a similar one and ask whether to trust its code.
+# By backend: from a plain name, pipelines guess that of a video processor and ask the user whether to trust its code.
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": {"torchvision": "image_processing_mlvicx.MLVICXImageProcessor"}}
 CODE = tuple(f"{name}_mlvicx.py" for name in ("configuration", "image_processing", "integrity", "loss", "modeling"))
 

@@ -31,12 +31,11 @@ from .prediction_outputs import (
     SegmentationHead,
     SingleLabelHead,
     check_mask_names,
-    new_file,
     printable,
     write_embeddings,
 )
 from .progress import progress_bar
-from .provenance import code_version, new_folder, write_json
+from .provenance import code_version, new_file, new_folder, write_json
 
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
 WEIGHTS = "model*.safetensors"  # one file, or shards

@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -212,18 +211,6 @@ def check_mask_names(places: Iterable[Path], inputs: Iterable[Path], masks: Path
             raise ValueError(f"{name.name[:40]}…: name of {len(os.fsencode(name.name))} bytes; expected at most 255")
         if not names.isdisjoint(name.parents):
             raise ValueError(f"mask {printable(name)} lies in a folder that is called as another mask; rename it")
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file that appears at `path` only when it is complete; yields the temporary one beside it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_embeddings(path: Path, suffix: str, files: list[str], batches: list[Tensor]) -> None:

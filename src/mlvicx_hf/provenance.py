@@ -41,11 +41,22 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file beside its place and rename it there."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file that appears at `path` only when it is complete; yields the temporary one beside it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager

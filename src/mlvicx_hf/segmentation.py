@@ -39,7 +39,7 @@ from .finetuning import (
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .metrics import EMPTY_MASKS, overlap_counts, score_overlap
 from .modeling_mlvicx import MLVICXForSemanticSegmentation
-from .provenance import write_json
+from .provenance import new_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ def write_overlaps(path: Path, cache: Cache, scorer: OverlapScorer) -> None:
     """One row a test image: source, patient, and for every structure the pixels of overlap, prediction and truth."""
     test = cache.datasets["test"]
     columns = [f"{kind}:{name}" for name in scorer.names for kind in ("overlap", "predicted", "true")]
-    with path.open("w", newline="") as file:
+    with new_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["source", "patient_id", *columns])
         for source, patient, row in zip(test["source"], test["patient_id"], scorer.counts, strict=True):
