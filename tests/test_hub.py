@@ -361,6 +361,8 @@ def broken(kind: str, sources: dict[str, Path], folder: Path) -> Path:
         return edited(sources["run"], folder, "config.json", architectures=None)
     if kind == "no head":
         return edited(sources["run"], folder, "config.json", architectures=["MLVICXForImageClassification"])
+    if kind == "other labels":
+        return edited(sources["classifier"], folder, "config.json", id2label={str(i): str(i) for i in range(5)})
     if kind == "another processor":
         name = {"image_processor_type": "ViTImageProcessor"}
         return edited(sources["run"], folder, "preprocessor_config.json", **name)
@@ -379,6 +381,7 @@ def broken(kind: str, sources: dict[str, Path], folder: Path) -> Path:
         ("unknown class", ValueError, ["source: ", "['MLVICXForDetection'] found", "expected one of MLVICXModel, "]),
         ("no class", ValueError, ["source: ", "architectures=[] found"]),
         ("no head", ValueError, ["source: ", "without 2 of ", "classifier.bias", "all of a MLVICXForImageClassificat"]),
+        ("other labels", ValueError, ["classifier.bias of shape (3,) found, not (5,)", "with 5 label(s)"]),
         ("no processor", FileNotFoundError, ["source holds no preprocessor_config.json"]),
         ("another processor", ValueError, ["source: ", "ViTImageProcessor found", "expected MLVICXImageProcessor"]),
         ("colour processor", ValueError, ["source: ", "num_channels=3 found", "expected 1"]),

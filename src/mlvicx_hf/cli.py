@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from huggingface_hub.errors import StrictDataclassError
 
-# What the package raises for input that does not fit: arguments and files, configurations, a loss that is not finite.
-USER_ERRORS = (ValueError, OSError, StrictDataclassError, FloatingPointError)
+# What the package raises for input that does not fit: arguments and files, a missing extra, a loss that is not finite.
+USER_ERRORS = (ValueError, OSError, ImportError, StrictDataclassError, FloatingPointError)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -96,12 +96,19 @@ def load_model(
     saved = saved_class(source)
     if model_class is None:
         model_class = MLVICXModel if saved is modeling_mlvicx.MLVICXForPreTraining else saved
-    model, loading = model_class.from_pretrained(source, output_loading_info=True)
-    missing = sorted(loading["missing_keys"])
+    model, loading = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
+    expected = f"expected all of a {model_class.__name__} with {len(model.config.id2label)} label(s)"
+    mismatched = sorted(loading["mismatched_keys"])
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise ValueError(f"{source}: weight {name} of shape {tuple(found)} found, not {tuple(wanted)}; {expected}")
+    missing, unknown = loading["missing_keys"], loading["unexpected_keys"]
     if missing:
+        count = f"{len(missing)} of {len(model.state_dict())}"
+        raise ValueError(f"{source}: weights without {count} tensors found, such as {min(missing)}; {expected}")
+    if unknown:
         raise ValueError(
-            f"{source}: weights without {len(missing)} of {len(model.state_dict())} tensors found, such as "
-            f"{missing[0]}; expected all of a {model_class.__name__}"
+            f"{source}: weights with {len(unknown)} more tensors found, such as {min(unknown)}; {expected}"
         )
     return model, load_image_processor(source, model.config)
 
