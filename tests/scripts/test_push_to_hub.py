@@ -64,6 +64,17 @@ for thing in (model, processor, config, pretraining, classifier, segmenter, back
 save_file({name: tensor.contiguous().clone() for name, tensor in found.items()}, outputs)
 """
 
+PUSH_MORE = """
+import sys
+from mlvicx_hf.publishing import push
+
+pretraining, classifier, segmenter = sys.argv[1:]
+card = "Research use only. Not a medical device."
+push(pretraining, "org/mlvicx-pretraining", card, with_expanders=True)
+push(classifier, "org/mlvicx-classifier", card, private=True)
+push(segmenter, "org/mlvicx-segmenter", card, revision="main")
+"""
+
 LOAD = """
 import sys
 from mlvicx_hf.cli import run
@@ -109,17 +120,13 @@ def load(
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
     """A Hub to which the script published four repositories."""
     root = tmp_path_factory.mktemp("sources")
+    folders = {kind: save(root / kind, kind) for kind in ("pretraining", "classifier", "segmenter")}
     with LoopbackHub() as loopback:
-        for name, kind, words in (
-            (NAME, "pretraining", ("--tag", "v1")),
-            (PRETRAINING, "pretraining", ("--with_expanders",)),
-            (CLASSIFIER, "classifier", ("--private",)),
-            (SEGMENTER, "segmenter", ("--revision", "main")),
-        ):
-            folder = root / kind
-            done = push(loopback, root / "cache", folder if folder.exists() else save(folder, kind), name, *words)
-            assert done.returncode == 0, done.stderr
-            assert f"published as {name} at " in done.stdout
+        done = push(loopback, root / "cache", folders["pretraining"], NAME, "--tag", "v1")
+        assert done.returncode == 0, done.stderr
+        assert f"published as {NAME} at " in done.stdout
+        done = run_python("-c", PUSH_MORE, *folders.values(), **loopback.environment(root / "cache"))
+        assert done.returncode == 0, done.stderr
         yield loopback
         assert loopback.unexpected == []
 
