@@ -191,5 +191,7 @@ def test_arguments_that_do_not_fit(cache: Path, frozen: Path, pretrained: Path, 
         run(frozen, "--model", pretrained, "--dataset", cache)
     with pytest.raises(FileNotFoundError, match="absent"):
         run(tmp_path / "run", "--model", tmp_path / "absent", "--dataset", cache)
+    with pytest.raises(ValueError, match="metric_for_best_model='loss' found; expected one of dice, dice_positive"):
+        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, "--metric_for_best_model", "loss")
     with pytest.raises(ValueError, match="recipe 'nothing' found; expected default, paper"):
         run(tmp_path / "run", "--model", pretrained, "--dataset", cache, "--recipe", "nothing")

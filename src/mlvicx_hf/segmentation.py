@@ -43,6 +43,8 @@ from .provenance import new_file, write_json
 
 logger = logging.getLogger(__name__)
 
+SCORES = ("dice", "dice_positive", "iou", "iou_positive")
+
 
 @dataclass
 class SegmentationDataArguments(DataArguments):
@@ -62,8 +64,16 @@ class SegmentationArguments(FinetuningArguments):
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak of AdamW."})
 
+    metric_for_best_model: str = field(
+        default="dice",
+        metadata={"help": f"Validation score that chooses the epoch, of {', '.join(SCORES)}."},
+    )
+
     def __post_init__(self) -> None:
-        self.metric_for_best_model = "dice"
+        if self.metric_for_best_model not in SCORES:
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r} found; expected one of {', '.join(SCORES)}"
+            )
         self.batch_eval_metrics = True  # masks of a whole split would not fit into memory
         super().__post_init__()
 
@@ -231,7 +241,10 @@ def finetune(
         "empty_mask_convention": EMPTY_MASKS,
         **scores,
     } | describe(cache, model_arguments, data_arguments, arguments, trainer)
-    results["hyperparameters"] |= {"augment": data_arguments.augment}
+    results["hyperparameters"] |= {
+        "augment": data_arguments.augment,
+        "metric_for_best_model": arguments.metric_for_best_model,
+    }
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
         processor.save_pretrained(output)
@@ -261,6 +274,6 @@ def main() -> None:
         listed = ", ".join(
             f"{key} {value if isinstance(value, str) else f'{value:.4f}'}"
             for key, value in scores.items()
-            if key in ("dice", "dice_positive", "iou", "iou_positive")
+            if key in SCORES
         )
         print(f"test {name}: {listed}")
