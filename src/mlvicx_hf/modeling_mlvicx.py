@@ -123,8 +123,10 @@ class Expander(nn.Sequential):
             if not last:
                 layers.append(nn.ReLU(inplace=True))
             in_features = width
-        if final_norm:  # a constant shift of every embedding cancels in the loss
-            layers[-1].bias.requires_grad_(False)
+        if final_norm:  # a constant shift of every embedding cancels in the loss: kept, not trained
+            norm = layers[-1]
+            del norm.bias
+            norm.register_buffer("bias", torch.zeros(width))
         super().__init__(*layers)
 
 
