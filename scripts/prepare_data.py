@@ -10,6 +10,8 @@ python scripts/prepare_data.py --collection nih14 --root ChestX-ray14 --output c
 from __future__ import annotations
 
 import argparse
+import csv
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,11 @@ def print_summary(summary: dict[str, Any], output: Path, seconds: float) -> None
     print(f"labels: {', '.join(summary['label_names']) or 'none'}{' (one class each)' if summary['exclusive'] else ''}")
     print(f"rejected: {summary['rejected']}{f' (see {output / REJECTED})' if summary['rejected'] else ''}")
     print(f"missing: {summary['missing']}")
+    if 10 * summary["rejected"] > images + summary["rejected"]:
+        with (output / REJECTED).open(newline="", encoding="utf-8") as file:
+            first = next(csv.DictReader(file))
+        share = f"{summary['rejected']} of {images + summary['rejected']} images were rejected"
+        print(f"warning: {share}, such as {first['file']}: {first['reason']}", file=sys.stderr)
 
 
 def main() -> None:

@@ -461,13 +461,22 @@ def test_a_figure_missing_from_the_files_is_an_error(render: Render, saved: dict
     ):
         render("backbone", pretraining=run)
     alone = write_model(saved["backbone"], tmp_path / "alone")
-    with pytest.raises(ValueError, match=rf"'pretraining' is undefined; looked at .*{alone}/run\.json"):
+    with pytest.raises(FileNotFoundError, match=rf"{alone}/run\.json: no such file; expected .*or a card of your own"):
         render_card(TEMPLATES["backbone"], alone, [])
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such file; expected the run\.json"):
         render("backbone", pretraining=tmp_path / "nowhere")
     headless = write_model(saved["classifier"], tmp_path / "headless")
     with pytest.raises(FileNotFoundError, match=r"headless/results\.json: no such file"):
         render_card(TEMPLATES["classifier"], headless, [])
+
+
+def test_a_run_that_recorded_its_patients_needs_no_cache(render: Render, tmp_path: Path):
+    splits = {"train": {"images": 4321, "patients": 1234}, "test": {"images": 99, "patients": 77}}
+    source = {"collection": "nih14", "split_hash": "5" * 64, "splits": splits}
+    text = str(render("backbone", pretraining=write_run(tmp_path / "mine", source=source)))
+    assert "1,234" in text
+    assert "nih14" in text
+    assert "did not record" not in text
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,12 @@ def test_a_validation_split_of_empty_masks(tmp_path: Path):
         load_masked_cache(str(path))
 
 
+def test_a_structure_that_no_mask_shows(tmp_path: Path):
+    path = segmentation_cache(tmp_path, 20, names=("background", "disc", "stripes", "heart"))
+    with pytest.raises(ValueError, match="no mask of train shows heart; expected names of what the masks hold"):
+        load_masked_cache(str(path))
+
+
 def test_arguments_that_do_not_fit(cache: Path, frozen: Path, pretrained: Path, tmp_path: Path):
     with pytest.raises(FileExistsError, match="holds files of another run"):
         run(frozen, "--model", pretrained, "--dataset", cache)

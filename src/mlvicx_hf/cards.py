@@ -100,6 +100,10 @@ def render_card(
     encoder = {model.resolve().name, last_part(repo_id)}  # names that results may call the encoder by
     run_file = _run_file(model, pretraining)
     looked_at.append(run_file)
+    if kind.task is None and not run_file.is_file():
+        raise FileNotFoundError(
+            f"{run_file}: no such file; expected the {RUN} of a pretraining run (--pretraining), or a card of your own"
+        )
     if run_file.is_file():
         run = _read_run(run_file, config_file, config, every_field=kind.task is None)
         encoder |= {last_part(run["training"]["output_dir"]), run_file.resolve().parent.name}
@@ -107,6 +111,8 @@ def render_card(
         if cache is not None:
             looked_at.append(cache / MANIFEST if cache.is_dir() else cache)
             context["pretraining"]["cache"] = _read_cache(looked_at[-1], run, run_file)
+        elif "source" in run:
+            context["pretraining"]["cache"] = _cache_facts(run["source"], run, run_file)
     elif pretraining is not None:
         raise FileNotFoundError(f"{run_file}: no such file; expected the {RUN} of a pretraining run")
     own = None
@@ -226,11 +232,17 @@ def _pretraining_facts(run: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _read_cache(file: Path, run: dict[str, Any], run_file: Path) -> dict[str, Any]:
     """Collection, splits and patients of the images of pretraining."""
-    manifest, split = read_json(file), run["data"]["split"]
+    manifest = read_json(file)
     expected = f"the {MANIFEST} of a prepared cache"
     found, wanted = field(manifest, "data_hash", str, file, expected), run["data"]["data_hash"]
     if found != wanted:
         raise ValueError(f"{file}: data_hash {found[:12]}… found; expected {wanted[:12]}…, as of {run_file}")
+    return _cache_facts(manifest, run, file)
+
+
+def _cache_facts(manifest: dict[str, Any], run: dict[str, Any], file: Path) -> dict[str, Any]:
+    """What a card says of the cache of pretraining, from its manifest or from what the run wrote down of it."""
+    split, expected = run["data"]["split"], f"the {MANIFEST} of a prepared cache, or the source of a run"
     counts = field(manifest, "splits", dict, file, expected)
     rows = [[name, f"{c['images']:,}", f"{c['patients']:,}"] for name, c in counts.items()]
     return {

@@ -111,7 +111,8 @@ def load_masked_cache(path: str) -> Cache:
     """A cache to segment, without the images whose mask is unknown.
 
     Raises:
-        ValueError: no masks, a split that is missing or without known masks, or a validation split without a structure.
+        ValueError: no masks, a split that is missing or without known masks, a structure that no mask of train shows,
+            or a validation split without any.
     """
     cache = load_cache(path)
     if not cache.mask_names:
@@ -125,6 +126,10 @@ def load_masked_cache(path: str) -> Cache:
         if len(known) < len(images):
             logger.warning("%d images of %s have no known mask and are left out", len(images) - len(known), split)
             cache.datasets[split] = images.select(known)
+    shown = cache.manifest["splits"]["train"]["masks"]["images_with"]
+    absent = [name for name, count in shown.items() if not count]
+    if absent:  # it would count as found wherever it is not, and raise every mean
+        raise ValueError(f"{path}: no mask of train shows {', '.join(absent)}; expected names of what the masks hold")
     if not any(cache.manifest["splits"]["validation"]["masks"]["images_with"].values()):
         raise ValueError(f"{path}: every mask of the validation split is empty, so no epoch can be chosen by it")
     return cache
