@@ -355,7 +355,7 @@ def test_an_output_that_holds_something_is_refused_and_kept(tmp_path: Path):
     (tmp_path / "full" / "notes.txt").write_text("mine")
     for output in (tmp_path / "full", tmp_path / "full" / "notes.txt"):
         with pytest.raises(
-            FileExistsError, match="not an empty folder; expected one that is absent or empty"
+            FileExistsError, match="is there already; expected a new or an empty folder"
         ) as caught:
             convert_checkpoint(tmp_path / "absent.pth", output)  # before the file is read
         assert str(output) in str(caught.value)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .configuration_mlvicx import MLVICXConfig
 from .data.collections.base import some
+from .hub import check_output
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .modeling_mlvicx import MLVICXForPreTraining, MLVICXModel, MLVICXPreTrainedModel
 from .provenance import new_folder
@@ -310,8 +311,7 @@ def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None
         FileExistsError: an output that is a file or a folder that is not empty.
         ValueError: a file that does not fit, named with its keys.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder; expected one that is absent or empty")
+    check_output(output)
     content = read_checkpoint(path)
     model_class: type[MLVICXPreTrainedModel]
     try:

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import (
     SemanticSegmenterOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mlvicx import MLVICXConfig
 from .integrity_mlvicx import SUMS, check_weights
@@ -253,11 +253,11 @@ class MLVICXModel(MLVICXPreTrainedModel):
                 maps.append(x)
         return tuple(maps)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[Any, ...]:
         """Encode a batch of images.
@@ -265,7 +265,7 @@ class MLVICXModel(MLVICXPreTrainedModel):
         Args:
             pixel_values: [B, num_channels, H, W], from `MLVICXImageProcessor`.
             output_hidden_states: also return the refined maps of all levels.
-            return_dict: a named output (the default) or a plain tuple.
+            kwargs: `return_dict=False` gives a plain tuple.
 
         Returns:
             `last_hidden_state` [B, C, h, w], `pooler_output` [B, C], `hidden_states` (refined maps, finest first).
@@ -276,12 +276,11 @@ class MLVICXModel(MLVICXPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         maps = self.refined_maps(pixel_values)
-        output = BaseModelOutputWithPoolingAndNoAttention(
+        return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=maps[-1],
             pooler_output=maps[-1].mean((2, 3)),
             hidden_states=maps if output_hidden_states else None,
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 @dataclass
@@ -438,12 +437,12 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         self.classifier = nn.Linear(self.mlvicx.channels[-1], self.num_labels)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutputWithNoAttention | tuple[Any, ...]:
         """Classify a batch of images.
@@ -452,7 +451,7 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
             pixel_values: [B, num_channels, H, W], from `MLVICXImageProcessor`.
             labels: multi-label [B, L] of 1, 0 and NaN (unknown); single-label [B] of class indices.
             output_hidden_states: also return the refined maps of all levels.
-            return_dict: a named output (the default) or a plain tuple.
+            kwargs: `return_dict=False` gives a plain tuple.
 
         Returns:
             `loss` (when labels are given), `logits` [B, L], `hidden_states`.
@@ -460,8 +459,7 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         encoded = self.mlvicx(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         logits = self.classifier(encoded.pooler_output)
         loss = None if labels is None else self.compute_loss(logits, labels)
-        output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of the configuration's problem type, at least float32: masked BCE, or cross-entropy."""
@@ -536,12 +534,12 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
         self.decoder = UNetDecoder(config, self.mlvicx.channels)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SemanticSegmenterOutput | tuple[Any, ...]:
         """Segment a batch of images of any size.
@@ -550,7 +548,7 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
             pixel_values: [B, num_channels, H, W], from `MLVICXImageProcessor`.
             labels: [B, H, W] class indices, or `semantic_loss_ignore_index` for pixels that do not count.
             output_hidden_states: also return the refined maps of all levels.
-            return_dict: a named output (the default) or a plain tuple.
+            kwargs: `return_dict=False` gives a plain tuple.
 
         Returns:
             `loss` (when labels are given, see `segmentation_loss`), `logits` [B, num_labels, H, W] at the resolution
@@ -566,8 +564,7 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
         loss = None
         if labels is not None:
             loss = segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index)
-        output = SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None)
 
 
 class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
@@ -587,12 +584,12 @@ class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
         self.num_features = self.mlvicx.channels
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple[Any, ...]:
         """Refined maps of the chosen levels.
@@ -601,7 +598,7 @@ class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
             pixel_values: [B, num_channels, H, W].
             output_hidden_states: also return the refined maps of all levels.
             output_attentions: there are none.
-            return_dict: a named output (the default) or a plain tuple.
+            kwargs: `return_dict=False` gives a plain tuple.
 
         Returns:
             `feature_maps`, finest first, each [B, C_p, H_p, W_p]; `hidden_states`.
@@ -609,11 +606,10 @@ class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         maps = self.mlvicx.refined_maps(pixel_values)
-        output = BackboneOutput(
+        return BackboneOutput(
             feature_maps=tuple(maps[level] for level in self.out_indices),
             hidden_states=maps if output_hidden_states else None,
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 __all__ = [

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .data.pixels import IMAGE_SUFFIXES, UnreadableImageError, read_gray
+from .data.pixels import IMAGE_SUFFIXES, UnreadableImageError, image_files, read_gray
 from .hub import check_source, load_model, saved_class
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .integrity_mlvicx import SUMS, sha256
@@ -149,7 +149,7 @@ def find_images(inputs: Sequence[Path]) -> list[InputImage]:
     for item in inputs:
         if not item.exists():
             raise FileNotFoundError(f"input {str(item)!r} does not exist; expected an image or a folder of images")
-        folder, files = (item, _scan(item)) if item.is_dir() else (item.parent, [item])
+        folder, files = (item, list(image_files(item, _fail))) if item.is_dir() else (item.parent, [item])
         bases.append(folder.resolve())
         for file in files:
             places.setdefault(bases[-1] / file.relative_to(folder), file)
@@ -162,17 +162,8 @@ def find_images(inputs: Sequence[Path]) -> list[InputImage]:
     return [InputImage(file, place.relative_to(root)) for place, file in places.items()]
 
 
-def _scan(folder: Path) -> list[Path]:
-    def fail(error: OSError) -> None:
-        raise error  # os.walk would skip what it may not list
-
-    found = []
-    for parent, subfolders, files in os.walk(folder, onerror=fail):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                found.append(Path(parent) / name)
-    return found
+def _fail(error: OSError) -> None:
+    raise error
 
 
 class Item(NamedTuple):

@@ -21,6 +21,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import set_seed
 
 from .data.cache import Cache, load_cache
+from .data.masks import foreground
 from .finetuning import (
     SPLITS,
     DataArguments,
@@ -230,7 +231,7 @@ def finetune(
         if model_arguments.model == "random":
             calibrate(model, cache.datasets["train"], processor, arguments)
         model.freeze_backbone()
-    names = cache.mask_names[1:] or cache.mask_names
+    names = list(foreground(cache.mask_names))
     scorer = OverlapScorer(names, model.config.semantic_loss_ignore_index)
     arguments.output_dir = str(output / "trainer")
     trainer = train(model, splits, arguments, scorer, preprocess_logits_for_metrics=decide)
@@ -241,7 +242,7 @@ def finetune(
     scores["test"] |= {"subgroups": score_subgroups(cache.datasets["test"], scorer.scores)}
     results: dict[str, Any] = {
         "task": "segmentation",
-        "labels": list(names),
+        "labels": names,
         "image_size": processor.image_size,
         "empty_mask_convention": EMPTY_MASKS,
         **scores,

@@ -7,9 +7,11 @@ Only Pillow and NumPy are imported at the top: worker processes read ordinary fi
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,20 @@ class UnreadableImageError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}"
+
+
+def image_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """Files below a folder that are called like images, in sorted order; hidden ones are skipped.
+
+    Args:
+        folder: links to folders in it are not followed.
+        onerror: told of folders that cannot be listed, which are skipped otherwise.
+    """
+    for parent, subfolders, files in os.walk(folder, onerror=onerror):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                yield Path(parent) / name
 
 
 def read_gray(path: str | Path) -> Image.Image:

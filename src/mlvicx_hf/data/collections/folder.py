@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pixels import IMAGE_SUFFIXES
+from ..pixels import IMAGE_SUFFIXES, image_files
 from .base import SPLITS, Collection, Listing, Record, file_below, normalize_view, some
 from .tables import Columns, read_columns
 
@@ -103,18 +103,14 @@ class FolderCollection(Collection):
     def _scan(self) -> Listing:
         """Every image below the root, sorted; hidden files and links that lead outside are left alone."""
         names, outside = [], 0
-        for folder, subfolders, files in os.walk(self.root):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for file in sorted(files):
-                if file.startswith(".") or not file.lower().endswith(IMAGE_SUFFIXES):
-                    continue
-                name = (Path(folder) / file).relative_to(self.root).as_posix()
-                try:
-                    file_below(self.root, name)
-                except ValueError:
-                    outside += 1
-                    continue
-                names.append(name)
+        for file in image_files(self.root):
+            name = file.relative_to(self.root).as_posix()
+            try:
+                file_below(self.root, name)
+            except ValueError:
+                outside += 1
+                continue
+            names.append(name)
         skipped = f" ({outside} links that lead outside were skipped)" if outside else ""
         if not names:
             raise ValueError(
