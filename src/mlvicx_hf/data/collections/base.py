@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import math
 import os
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -19,6 +23,24 @@ from ..masks import check_mask_names
 SPLITS = ("train", "validation", "test")
 VIEWS = {"PA": "PA", "AP": "AP", "L": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL"}
 UNKNOWN_VIEWS = ("", "UNKNOWN")
+
+
+class Box(NamedTuple):
+    """Where a finding is, in pixels of the record's `frame`; the lower right corner is exclusive.
+
+    Attributes:
+        label: name of the finding, as the collection spells its labels.
+        x_min: left edge.
+        y_min: upper edge.
+        x_max: right edge.
+        y_max: lower edge.
+    """
+
+    label: str
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
 
 
 class Drawing(NamedTuple):
@@ -33,7 +55,7 @@ class Drawing(NamedTuple):
     mask: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One radiograph: where its pixels come from (a file, or a drawing) and what is known of it.
 
@@ -45,7 +67,14 @@ class Record:
         split: train, validation or test where the collection says so.
         path: file to read.
         draw: where there is no file, draws the pixels and perhaps their mask; it must pickle.
+        load: where the file is inside another one, gives its content; it must pickle.
         mask_path: file of the mask; None where it is unknown or drawn.
+        draw_mask: where the mask is in no file but in a table, draws its values [H, W] as a mask file holds them, with
+            the aspect ratio of the image; it must pickle.
+        boxes: None where they are unknown; empty where somebody looked and drew none.
+        frame: width and height in pixels that the boxes are measured in; None for the image's own.
+        sex: F, M, or empty for unknown.
+        age: years; NaN for unknown.
     """
 
     name: str
@@ -55,7 +84,13 @@ class Record:
     split: str | None = None
     path: Path | None = None
     draw: Callable[[], Drawing] | None = None
+    load: Callable[[], bytes] | None = None
     mask_path: Path | None = None
+    draw_mask: Callable[[], np.ndarray] | None = None
+    boxes: tuple[Box, ...] | None = None
+    frame: tuple[int, int] | None = None
+    sex: str = ""
+    age: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -70,6 +105,11 @@ class Listing:
         notes: what the user should know, one line each.
         mask_names: empty without masks. One name: binary masks of that structure. Several: classes by pixel value, of
             which 0 is the background.
+        policy: choices that made the labels, such as {"readers": "any"}; every result names them.
+        patients_known: false where each image counts as a patient of its own, for lack of anything better.
+        patient_source: whose patient numbers these are, where it is not the collection itself: caches with the same
+            one can be compared patient by patient.
+        contents: for collections that can only be read in order: the content of every record from a given one on.
 
     Raises:
         ValueError: mask names that are empty or repeated.
@@ -81,6 +121,10 @@ class Listing:
     missing: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     mask_names: tuple[str, ...] = ()
+    policy: dict[str, str] = field(default_factory=dict)
+    patients_known: bool = True
+    patient_source: str | None = None
+    contents: Callable[[int], Iterator[bytes]] | None = None
 
     def __post_init__(self) -> None:
         check_mask_names(self.mask_names)
@@ -104,6 +148,47 @@ class Collection(ABC):
         """List the radiographs; raises ValueError or OSError for files that do not look as expected."""
 
 
+class ReleasedCollection(Collection):
+    """A collection whose release brings tables of its own."""
+
+    @abstractmethod
+    def list_all(self) -> Listing:
+        """Everything that the tables list, whether or not its files are there."""
+
+    def read(self) -> Listing:
+        """List the radiographs whose files are there; the others are `missing`."""
+        listing = self.list_all()
+        records, missing = keep_present(listing.records)
+        return replace(listing, records=records, missing=missing)
+
+
+def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ...]]:
+    """Records whose image, and mask where there is one, are on the disk; and the names of the others.
+
+    Folders are listed once each, which is faster than to ask for every file.
+    """
+    files: dict[str, set[str]] = {}
+
+    def there(path: Path) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in files:
+            with suppress(OSError), os.scandir(folder) as entries:
+                files[folder] = {entry.name for entry in entries if entry.is_file()}
+        return name in files.setdefault(folder, set())
+
+    present, missing = [], []
+    for record in records:
+        if record.path is None and record.draw is None and record.load is None:
+            missing.append(record.name)
+        elif record.path is not None and not there(record.path):
+            missing.append(record.name)
+        elif record.mask_path is not None and not there(record.mask_path):
+            missing.append(f"{record.mask_path.name} (mask of {record.name})")
+        else:
+            present.append(record)
+    return present, tuple(missing)
+
+
 def normalize_view(view: str) -> str | None:
     """PA, AP, LATERAL or UNKNOWN; None for a view that is not understood. `AP Supine` counts as AP."""
     word = view.strip().upper()
@@ -119,14 +204,15 @@ def some(items: Iterable[str], limit: int = 5) -> str:
 
 
 def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a comma-separated file, all text, without surrounding blanks.
+    """Header and rows of a comma-separated file (perhaps .gz), all text, without surrounding blanks.
 
     Empty lines are skipped. Rows may have fewer or more fields than the header: `check_fields` judges.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        opened = gzip.open(path, "rt", newline="", encoding="utf-8-sig") if path.suffix.lower() == ".gz" else None
+        with opened or path.open(newline="", encoding="utf-8-sig") as file:
             rows = [[field.strip() for field in row] for row in csv.reader(file) if row]
-    except (csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a readable CSV file in UTF-8: {error}") from error
     if not rows:
         raise ValueError(f"{path}: empty file found; expected a header line")

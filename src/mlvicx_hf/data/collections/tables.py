@@ -1,22 +1,24 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tables of metadata: .csv, .jsonl and .parquet, by column and all as text."""
+"""Tables of metadata: .csv (perhaps .gz), .jsonl and .parquet, by column and all as text."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .base import check_fields, read_csv, some
 
 Columns = dict[str, list[str]]  # a table by column, all text
+UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # what a label of -1 becomes, by policy
 
 
 def read_columns(table: Path) -> Columns:
-    """A .csv, .jsonl or .parquet table by column, all as text; what is absent is empty."""
-    suffix = table.suffix.lower()
+    """A .csv (or .csv.gz), .jsonl or .parquet table by column, all as text; what is absent is empty."""
+    suffix = (table.with_suffix("") if table.suffix.lower() == ".gz" else table).suffix.lower()
     if suffix == ".csv":
         header, rows = read_csv(table)
         check_fields(table, header, rows)
@@ -29,10 +31,21 @@ def read_columns(table: Path) -> Columns:
     elif suffix == ".parquet":
         columns = _read_parquet(table)
     else:
-        raise ValueError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .jsonl or .parquet file")
+        raise ValueError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .csv.gz, .jsonl or .parquet file")
     if not any(columns.values()):
         raise ValueError(f"{table}: no rows found; expected one row an image")
     return columns
+
+
+def require_columns(table: Path, columns: Columns, names: Iterable[str]) -> None:
+    """Refuse a table that lacks one of these columns; further ones are ignored."""
+    names = list(names)
+    absent = [name for name in names if name not in columns]
+    if absent:
+        raise ValueError(
+            f"{table}: columns {some(columns, 30)} found; expected {some(absent, 30)} as well (all of "
+            f"{some(names, 30)})"
+        )
 
 
 def _read_jsonl(table: Path) -> Columns:
