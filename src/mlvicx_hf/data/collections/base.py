@@ -178,9 +178,7 @@ def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ..
 
     present, missing = [], []
     for record in records:
-        if record.path is None and record.draw is None and record.load is None:
-            missing.append(record.name)
-        elif record.path is not None and not there(record.path):
+        if not (there(record.path) if record.path is not None else record.draw or record.load):
             missing.append(record.name)
         elif record.mask_path is not None and not there(record.mask_path):
             missing.append(f"{record.mask_path.name} (mask of {record.name})")
@@ -209,8 +207,8 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     Empty lines are skipped. Rows may have fewer or more fields than the header: `check_fields` judges.
     """
     try:
-        opened = gzip.open(path, "rt", newline="", encoding="utf-8-sig") if path.suffix.lower() == ".gz" else None
-        with opened or path.open(newline="", encoding="utf-8-sig") as file:
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
             rows = [[field.strip() for field in row] for row in csv.reader(file) if row]
     except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a readable CSV file in UTF-8: {error}") from error

@@ -31,7 +31,7 @@ def read_columns(table: Path) -> Columns:
     elif suffix == ".parquet":
         columns = _read_parquet(table)
     else:
-        raise ValueError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .csv.gz, .jsonl or .parquet file")
+        raise ValueError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .jsonl or .parquet file")
     if not any(columns.values()):
         raise ValueError(f"{table}: no rows found; expected one row an image")
     return columns
