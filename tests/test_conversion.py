@@ -354,9 +354,7 @@ def test_an_output_that_holds_something_is_refused_and_kept(tmp_path: Path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     for output in (tmp_path / "full", tmp_path / "full" / "notes.txt"):
-        with pytest.raises(
-            FileExistsError, match="is there already; expected a new or an empty folder"
-        ) as caught:
+        with pytest.raises(FileExistsError, match="is there already; expected a new or an empty folder") as caught:
             convert_checkpoint(tmp_path / "absent.pth", output)  # before the file is read
         assert str(output) in str(caught.value)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import tiny_config, unlabelled_cache
+from helpers import make_cache, tiny_config, unlabelled_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,12 +21,11 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXModel
 from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.data.sampling import EpochBatches, PretrainingImages
 from mlvicx_hf.pretraining import (
-    EpochBatches,
     ModelArguments,
     Pretrainer,
     PretrainingArguments,
-    PretrainingImages,
     create_model,
     create_optimizer,
     learning_rate,
@@ -470,6 +469,69 @@ def test_resume_from_a_moved_cache_goes_on(finished: Path, cache: Path, tmp_path
     assert_same_bits(output, finished)
 
 
+# -- which images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images, 8 of them lateral; half of them of one patient."""
+    rows = [
+        {"patient_id": "many" if i < 20 else f"p{i}", "view": "LATERAL" if i % 5 == 0 else "PA", "_draw": {}}
+        for i in range(40)
+    ]
+    return make_cache(tmp_path_factory.mktemp("mixed"), rows)
+
+
+def test_lateral_images_are_left_out_and_counted(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    frontal = pretrain(mixed, tmp_path / "frontal")
+    assert "8 lateral images are left out (--views all takes them)" in capsys.readouterr().out
+    assert frontal.batches.num_images == 32
+    everything = pretrain(mixed, tmp_path / "all", "--views", "all")
+    assert "left out" not in capsys.readouterr().out
+    assert everything.batches.num_images == 40
+
+
+def test_patients_are_drawn_equally_often(mixed: Path, tmp_path: Path):
+    pretrainer = pretrain(mixed, tmp_path / "run", "--patient_balanced", "--checkpoint_steps", 1)
+    patients = load_cache(mixed).datasets["train"].filter(lambda row: row["view"] == "PA")["patient_id"]
+    drawn = [patients[index] for batch in pretrainer.batches for index in batch]
+    assert len(drawn) == 32
+    assert 1 <= drawn.count("many") <= 2  # of 16 images, and 17 patients
+    pretrainer.train()
+    plain = pretrain(mixed, tmp_path / "plain").train()
+    assert (
+        weights(plain)["mlvicx.backbone.conv1.0.weight"]
+        .ne(weights(tmp_path / "run")["mlvicx.backbone.conv1.0.weight"])
+        .any()
+    )
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_cache_can_be_resumed_inside_an_epoch(mixed: Path, tmp_path: Path):
+    flags = ("--streaming", "--shuffle_buffer", 8, "--checkpoint_steps", 1, "--save_total_limit", 20)
+    whole = pretrain(mixed, tmp_path / "whole", *flags)
+    assert (whole.total_steps, whole.description()["data"]["images"]) == (8, 32)
+    assert whole.processor.fit == load_cache(mixed).manifest["fit"]
+    whole.train()
+    for step in (2, 4, 7):
+        output = tmp_path / f"from-{step}"
+        output.mkdir()
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", output / f"checkpoint-{step}")
+        shutil.copy(tmp_path / "whole" / "metrics.jsonl", output)
+        pretrain(mixed, output, *flags, "--resume").train()
+        assert_same_bits(output, tmp_path / "whole")
+        assert lines(output) == lines(tmp_path / "whole")
+
+
+def test_the_readers_of_a_stream_must_stay_the_same(mixed: Path, tmp_path: Path):
+    flags = ("--streaming", "--epochs", 1)
+    pretrain(mixed, tmp_path / "run", *flags).train()
+    with pytest.raises(ValueError, match=r"data\.num_workers was 0, now 1; data\.shuffle_buffer was 4096, now 9"):
+        pretrain(mixed, tmp_path / "run", *flags, "--resume", "--num_workers", 1, "--shuffle_buffer", 9)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -494,6 +556,12 @@ def test_the_folder_of_another_run_is_refused(finished: Path, cache: Path):
         (["--blur", "0.5"], "blur"),
         (["--max_train_samples", "-1"], "max_train_samples=-1 found"),
         (["--warmup_epochs", "-1"], "warmup_epochs=-1"),
+        (["--views", "side"], "views='side' found; expected one of frontal, all"),
+        (["--num_images", 9], "num_images=9 found without streaming"),
+        (["--image_column", "scan"], "image_column=scan found without streaming"),
+        (["--streaming", "--patient_balanced"], "patient_balanced found with streaming"),
+        (["--streaming", "--max_train_samples", 9], "max_train_samples=9 found with streaming"),
+        (["--streaming", "--split", "test"], "split='test' found; .* has train"),
         (["--seed", "-1"], "seed=-1"),
     ],
 )

@@ -248,7 +248,7 @@ def finetune(
 
 def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:
     """One row a test image: source, patient, and for every label its truth and its probability."""
-    scores = torch.from_numpy(np.asarray(logits)).float()
+    scores = torch.from_numpy(np.asarray(logits)).double()
     probabilities = scores.softmax(1) if cache.exclusive else scores.sigmoid()
     test = cache.datasets["test"]
     columns = [f"{kind}:{name}" for kind in ("label", "probability") for name in cache.label_names]
@@ -258,7 +258,7 @@ def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:
         rows = zip(test["source"], test["patient_id"], test["labels"], probabilities.tolist(), strict=True)
         for source, patient, labels, row in rows:
             known = ["" if value != value else int(value) for value in labels]
-            writer.writerow([source, patient, *known, *(f"{value:.6f}" for value in row)])
+            writer.writerow([source, patient, *known, *(f"{value:.10g}" for value in row)])
 
 
 def main() -> None:

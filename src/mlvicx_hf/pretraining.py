@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,15 @@ import timm
 import torch
 import transformers
 from accelerate import Accelerator
-from PIL import Image
 from safetensors.torch import load_file
 from timm.optim import Lars
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from .augmentation import TwoViewAugmentation, view_draws
 from .data.cache import load_cache
+from .data.sampling import EpochBatches, PretrainingImages, choose_views
+from .data.streaming import Stream, StreamBatches, open_stream
 from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .machine import describe_hardware, use_cpu_threads
@@ -39,61 +39,6 @@ from .progress import progress_bar
 from .provenance import code_version, new_folder, write_json
 
 logger = logging.getLogger(__name__)
-
-
-class PretrainingImages(Dataset[tuple[Tensor, int]]):
-    """The images of a cache as uint8 [1, S, S], each with its index."""
-
-    def __init__(self, images: Any) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image: Image.Image = self.images[index]["image"]
-        return torch.from_numpy(np.array(image, dtype=np.uint8))[None], index
-
-
-class EpochBatches(Sampler[list[int]]):
-    """This process's share of every global batch of an epoch, in an order given by (seed, epoch) alone.
-
-    Args:
-        num_images: images in the data set; those that do not fill the last batch wait for another epoch.
-        batch_size: images of a global batch.
-        seed: of the run.
-        rank: of this process.
-        num_processes: that share a batch.
-
-    Raises:
-        ValueError: a batch larger than the data, or one that the processes cannot share evenly.
-    """
-
-    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, num_processes: int = 1) -> None:
-        if batch_size > num_images:
-            raise ValueError(f"batch_size={batch_size} found; expected at most {num_images}, the images there are")
-        if batch_size % num_processes:
-            raise ValueError(f"batch_size={batch_size} found; expected a multiple of the {num_processes} processes")
-        if batch_size < 2:
-            raise ValueError(f"batch_size={batch_size} found; variance and covariance need at least 2")
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.rank, self.share = rank, batch_size // num_processes
-        self.epoch = self.first_step = 0
-
-    def start_at(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, and the step in it to begin with."""
-        self.epoch, self.first_step = epoch, first_step
-
-    def __len__(self) -> int:
-        return self.num_images // self.batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        # Not a stream of the views: theirs have 0 in the third word.
-        bits = np.random.Philox(key=[self.seed, self.epoch], counter=[0, 0, 1, 0])
-        order = np.random.Generator(bits).permutation(self.num_images)
-        for step in range(self.first_step, len(self)):
-            start = step * self.batch_size + self.rank * self.share
-            yield order[start : start + self.share].tolist()
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int, final_ratio: float) -> float:
@@ -174,6 +119,47 @@ def _check_timm_file(source: str, backbone: str) -> Path:
     return path
 
 
+def load_images(data: DataArguments) -> tuple[Any, dict[str, Any], int]:
+    """Rows of a cache to pretrain on, its manifest, and how many lateral images are left out.
+
+    Raises:
+        ValueError: a split that is not there, or options that only a stream takes.
+    """
+    for name in ("num_images", "image_column"):
+        if getattr(data, name) is not None:
+            raise ValueError(f"{name}={getattr(data, name)} found without streaming; expected --streaming as well")
+    cache = load_cache(data.dataset)
+    if data.split not in cache.datasets:
+        raise ValueError(f"split={data.split!r} found; {data.dataset} has {', '.join(cache.datasets)}")
+    images, left_out = choose_views(cache.datasets[data.split], data.views)
+    limit = data.max_train_samples
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"max_train_samples={limit} found; expected 1 or more")
+        images = images.select(range(min(limit, len(images))))
+    return images, cache.manifest, left_out
+
+
+def load_stream(data: DataArguments) -> Stream:
+    """The stream to pretrain on.
+
+    Raises:
+        ValueError: options that a stream cannot follow, or that do not fit the data.
+    """
+    if data.patient_balanced:
+        raise ValueError("patient_balanced found with streaming; a stream is read in order, so expected one of them")
+    if data.max_train_samples is not None:
+        raise ValueError(f"max_train_samples={data.max_train_samples} found with streaming; expected --num_images")
+    return open_stream(
+        data.dataset,
+        data.split,
+        views=data.views,
+        num_images=data.num_images,
+        size=data.cache_size,
+        image_column=data.image_column,
+    )
+
+
 class Pretrainer:
     """One run of pretraining.
 
@@ -222,32 +208,30 @@ class Pretrainer:
                 raise ValueError(f"{name}={value} found; expected two values")
 
     def _load_data(self) -> None:
-        data, limit = self.data_arguments, self.data_arguments.max_train_samples
-        cache = load_cache(data.dataset)
-        if data.split not in cache.datasets:
-            raise ValueError(f"split={data.split!r} found; {data.dataset} has {', '.join(cache.datasets)}")
-        images = cache.datasets[data.split].select_columns("image")
-        if limit is not None:
-            if limit < 1:
-                raise ValueError(f"max_train_samples={limit} found; expected 1 or more")
-            images = images.select(range(min(limit, len(images))))
-        self.manifest = cache.manifest
-        self.batches = EpochBatches(
-            len(images),
-            self.arguments.batch_size,
-            self.arguments.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        workers = data.num_workers
-        self.loader = DataLoader(
-            PretrainingImages(images),
-            batch_sampler=self.batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.device.type == "cuda",
-        )
-        self.total_steps = self.arguments.epochs * len(self.batches)
+        data, arguments = self.data_arguments, self.arguments
+        place = (arguments.seed, self.accelerator.process_index, self.accelerator.num_processes)
+        self.batches: EpochBatches | StreamBatches
+        self.loader: DataLoader[Any] | StreamBatches
+        if data.streaming:
+            stream = load_stream(data)
+            self.manifest, left_out = stream.manifest, stream.left_out
+            options = {"num_workers": data.num_workers, "shuffle_buffer": data.shuffle_buffer}
+            self.batches = self.loader = StreamBatches(stream, arguments.batch_size, *place, **options)
+        else:
+            images, self.manifest, left_out = load_images(data)
+            patients = images["patient_id"][:] if data.patient_balanced else None
+            self.batches = EpochBatches(len(images), arguments.batch_size, *place, patients)
+            self.loader = DataLoader(
+                PretrainingImages(images.select_columns("image")),
+                batch_sampler=self.batches,
+                num_workers=data.num_workers,
+                persistent_workers=data.num_workers > 0,
+                pin_memory=self.device.type == "cuda",
+            )
+        self.total_steps = arguments.epochs * len(self.batches)
+        if left_out != 0 and self.accelerator.is_main_process:
+            number = "lateral images are" if left_out is None else f"{left_out} lateral images are"
+            print(f"{number} left out (--views all takes them)", flush=True)
 
     def _build(self) -> None:
         arguments, data = self.arguments, self.data_arguments
@@ -381,7 +365,9 @@ class Pretrainer:
     def _fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resume."""
         free = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps", "save_total_limit"}
-        free |= {"dataset", "num_workers", "cpu_threads", "torch_compile"}
+        free |= {"dataset", "cpu_threads", "torch_compile"}
+        if not self.data_arguments.streaming:  # a stream's order depends on its readers
+            free.add("num_workers")
         description = self.description()
         sections = {k: description[k] for k in ("model", "data", "training")} | {
             "run": {"num_processes": self.accelerator.num_processes}

@@ -49,9 +49,23 @@ class ModelArguments:
 class DataArguments:
     """Which images, and how their two views are made."""
 
-    dataset: str = field(metadata={"help": "Cache written by prepare_data.py."})
+    dataset: str = field(
+        metadata={
+            "help": "Cache written by prepare_data.py; with --streaming also parquet or Arrow files, a folder or "
+            "pattern of them, or a dataset on the Hub."
+        }
+    )
     split: str = field(default="train", metadata={"help": "Split to pretrain on; labels are never read."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first images of the split."})
+    views: str = field(default="frontal", metadata={"help": "frontal leaves out lateral images; all takes them."})
+    patient_balanced: bool = field(default=False, metadata={"help": "Draw all patients equally often."})
+    streaming: bool = field(default=False, metadata={"help": "Read the dataset in order, never all of it at hand."})
+    shuffle_buffer: int = field(default=4096, metadata={"help": "Streaming: undecoded images to draw from."})
+    num_images: int | None = field(
+        default=None, metadata={"help": "Streaming: images of an epoch, where the dataset does not say it."}
+    )
+    cache_size: int = field(default=256, metadata={"help": "Streaming: side of the squares of what is no cache."})
+    image_column: str | None = field(default=None, metadata={"help": "Streaming: column of the images."})
     num_workers: int = field(default=2, metadata={"help": "Processes that decode images."})
     crop_area: list[float] = field(default_factory=lambda: [0.2, 1.0], metadata={"help": "Share of area of a crop."})
     rotation: float = field(default=10.0, metadata={"help": "Largest angle in degrees."})

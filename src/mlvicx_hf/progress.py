@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -45,3 +47,17 @@ def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, s
         maxinterval=10 if terminal else 60,
         file=sys.stderr if terminal else _Lines(sys.stderr),
     )
+
+
+@contextmanager
+def no_datasets_bars() -> Iterator[None]:
+    """Keep `datasets` from drawing bars of its own."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -13,6 +13,7 @@ from PIL import Image
 from mlvicx_hf.data.collections import FolderCollection, Listing, NIH14Collection, PhantomCollection
 from mlvicx_hf.data.collections.base import normalize_view
 from mlvicx_hf.data.collections.nih14 import FINDINGS
+from mlvicx_hf.data.collections.tables import parse_age, parse_sex
 from mlvicx_hf.data.phantom import draw_phantom
 
 NAMES = ("a.png", "b.png", "sub/c.png", "sub/d.png")
@@ -116,7 +117,7 @@ def test_views_are_normalised(view: str, expected: str | None):
 def test_views_not_understood_are_unknown_and_noted(root: Path):
     listing = read_table(root, table("patient_id,view", "1,odd", "2,odd", "3,PA", "4,AP"))
     assert listing.records[0].view == "UNKNOWN"
-    assert listing.notes == ["views not understood, kept as UNKNOWN: 'odd' (2)"]
+    assert listing.notes == ["views not understood, kept as unknown: 2, such as 'odd' (2)"]
 
 
 def test_metadata_without_patients_warns(root: Path):
@@ -252,7 +253,7 @@ def test_columns_of_zeros_and_ones_are_labels_and_the_others_are_named(root: Pat
     columns = "patient_id,sex,age,mask_file_name,Edema,score,empty,Mass"
     listing = read_table(
         root,
-        table(columns, "1,0,1,m.png,1,0.5,,0", "2,1,1,m.png,0,0.25,,", "3,0,0,m.png,,0,,1.0", "4,0,0,m.png,0,1,,0"),
+        table(columns, "1,F,1,m.png,1,0.5,,0", "2,M,1,m.png,0,0.25,,", "3,F,0,m.png,,0,,1.0", "4,F,0,m.png,0,1,,0"),
     )
     assert listing.label_names == ("Edema", "Mass")
     assert not listing.exclusive
@@ -283,9 +284,88 @@ def test_unknown_label_values_are_refused_with_their_place(root: Path, value: st
 
 
 @pytest.mark.parametrize("options", [{}, {"label_columns": ["Edema"]}])
-def test_uncertain_labels_are_refused_and_never_taken_for_something_else(root: Path, options: dict[str, list[str]]):
-    with pytest.raises(ValueError, match=r"row 2, column Edema: '-1' found; .*-1 often means uncertain"):
-        read_table(root, table("patient_id,Edema", "1,0", "2,-1", "3,1", "4,"), **options)
+def test_uncertain_labels_need_a_policy(root: Path, options: dict[str, list[str]]):
+    text = table("patient_id,Edema", "1,0", "2,-1", "3,1", "4,")
+    with pytest.raises(ValueError, match=r"row 2, column Edema: '-1' found; .* \(--uncertain ignore\|ones\|zeros says"):
+        read_table(root, text, **options)
+    for uncertain, value in (("ignore", math.nan), ("ones", 1.0), ("zeros", 0.0)):
+        listing = read_table(root, text, uncertain=uncertain, **options)
+        assert listing.policy == {"uncertain": uncertain}
+        labels = [record.labels[0] for record in listing.records]
+        assert np.array_equal(labels, [0, value, 1, math.nan], equal_nan=True)
+    assert read_table(root, text.replace("-1", "1"), **options).policy == {}
+
+
+def test_a_policy_for_uncertain_labels_does_not_accept_other_values(root: Path):
+    text = table("patient_id,Edema", "1,0", "2,-1.0", "3,-2", "4,1")
+    with pytest.raises(
+        ValueError, match=r"row 3, column Edema: '-2' found; expected 0, 1, -1, or empty for unknown; --l"
+    ):
+        read_table(root, text, label_columns=["Edema"], uncertain="ones")
+
+
+def test_a_policy_for_uncertain_labels_is_refused_where_there_can_be_none(root: Path):
+    with pytest.raises(ValueError, match="uncertain='maybe' found; expected one of ignore, ones, zeros"):
+        FolderCollection(root, uncertain="maybe")
+    with pytest.raises(ValueError, match=r"metadata\.csv: column label holds names, .*--uncertain does not fit"):
+        read_table(root, table("patient_id,label", "1,a", "2,b", "3,a", "4,b"), uncertain="ones")
+    (root / "metadata.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"none of metadata\.csv, .* found; --uncertain expects a table"):
+        FolderCollection(root, uncertain="ones").read()
+
+
+# Metadata: persons
+
+
+def test_sex_and_age(root: Path):
+    listing = read_table(root, table("patient_id,sex,age", "1,F,45", "2, Male ,045Y", "3,woman,018M", "4,,"))
+    assert [record.sex for record in listing.records] == ["F", "M", "F", ""]
+    assert np.array_equal([record.age for record in listing.records], [45, 45, 1.5, math.nan], equal_nan=True)
+    assert listing.notes == []
+    assert listing.label_names == ()
+
+
+def test_persons_not_understood_are_unknown_and_counted(root: Path):
+    listing = read_table(root, table("patient_id,sex,age", "1,2,121", "2,x,old", "3,2,-3", "4,man,120"))
+    assert [record.sex for record in listing.records] == ["", "", "", "M"]
+    ages = [record.age for record in listing.records]
+    assert np.array_equal(ages, [math.nan, math.nan, math.nan, 120], equal_nan=True)
+    assert listing.notes == [
+        "sexes not understood, kept as unknown: 3, such as '2' (2), 'x' (1)",
+        "ages not understood, kept as unknown: 3, such as '121' (1), 'old' (1), '-3' (1)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sex"),
+    [("f", "F"), ("FEMALE", "F"), ("Woman", "F"), ("m", "M"), ("male", "M"), ("man", "M"), ("", ""), ("0", None)],
+)
+def test_sexes_are_normalised(text: str, sex: str | None):
+    assert parse_sex(text) == sex
+
+
+@pytest.mark.parametrize(
+    ("text", "age"),
+    [
+        *[("45", 45), ("45.5", 45.5), ("045Y", 45), ("006m", 0.5), ("0", 0), ("120", 120), ("1440M", 120)],
+        *[("121", None), ("45 years", None), ("-1", None), ("nan", None), ("Y", None), ("9e9", None)],
+    ],
+)
+def test_ages_are_years(text: str, age: float | None):
+    assert parse_age(text) == age
+
+
+def test_ages_may_be_unknown_or_in_weeks_and_days():
+    assert all(math.isnan(parse_age(text)) for text in ("", " ", "Unknown"))
+    assert parse_age("052W") == pytest.approx(1, abs=0.01)
+    assert parse_age("365D") == pytest.approx(1, abs=0.01)
+
+
+def test_patients_are_known_where_a_column_names_them(root: Path):
+    assert not FolderCollection(root).read().patients_known
+    assert read_table(root, table("patient_id", *"1234")).patients_known
+    assert read_table(root, table("subject", *"1234"), patient_column="subject").patients_known
+    assert not read_table(root, table("view", *"1234")).patients_known
 
 
 def test_class_names_become_one_column_each(root: Path):

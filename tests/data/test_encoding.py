@@ -6,31 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlvicx_hf.data.collections import PhantomCollection
 from mlvicx_hf.data.collections.base import Drawing, Record
-from mlvicx_hf.data.encoding import make_picture, stream_pictures
+from mlvicx_hf.data.encoding import make_picture
 
 UPRIGHT = np.zeros((20, 30), np.uint8)  # of the mask
 UPRIGHT[:5, 10:] = 1
-
-
-def test_workers_are_not_given_everything_at_once():
-    taken = 0
-
-    class Counted(list):
-        """Tells how far it has been read."""
-
-        def __getitem__(self, key: object) -> object:
-            nonlocal taken
-            if isinstance(key, slice):
-                taken = max(taken, key.stop)
-            return super().__getitem__(key)
-
-    records = Counted(PhantomCollection(10, 100, size=32).read().records)
-    pictures = stream_pictures(records, 32, "pad", num_workers=2)
-    assert next(pictures).png
-    pictures.close()
-    assert 0 < taken <= 200
 
 
 def save_turned(path: Path) -> Path:

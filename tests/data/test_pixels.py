@@ -161,7 +161,7 @@ def test_truncated_files_are_refused_with_their_name(tmp_path: Path, suffix: str
         (b"", "empty file"),
         (b"patient,label\n1,0\n", "content is none of PNG, JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "content is none of PNG, JPEG"),
-        (bytes(128) + b"DICM" + bytes(64), "DICOM is not supported in this version"),
+        (bytes(128) + b"DICM" + bytes(64), "no PixelData found; expected an image"),
     ],
 )
 def test_files_that_are_no_images_are_refused_with_the_reason(tmp_path: Path, content: bytes, reason: str):
@@ -171,10 +171,10 @@ def test_files_that_are_no_images_are_refused_with_the_reason(tmp_path: Path, co
         read_gray(path)
 
 
-def test_dicom_is_refused_by_suffix_unless_the_content_is_an_image(tmp_path: Path):
-    old = tmp_path / "scan.DCM"  # an old one has no preamble
+def test_dicom_is_known_by_its_content_and_not_by_its_name(tmp_path: Path):
+    old = tmp_path / "scan.png"  # an old one has no preamble
     old.write_bytes(b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" * 20)
-    with pytest.raises(UnreadableImageError, match=r"scan\.DCM: DICOM is not supported"):
+    with pytest.raises(UnreadableImageError, match=r"scan\.png: no PixelData found"):
         read_gray(old)
     assert read_gray(save(tmp_path / "png.dcm", ramp(255), "PNG")).mode == "L"
     assert set(DICOM_SUFFIXES) < set(IMAGE_SUFFIXES)

@@ -1,4 +1,5 @@
 import csv
+import fcntl
 import hashlib
 import json
 import shutil
@@ -10,12 +11,12 @@ import pytest
 from helpers import segmentation_cache
 from PIL import Image
 
-from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.data.cache import FORMAT, cache_features, load_cache
 from mlvicx_hf.data.collections import FolderCollection, PhantomCollection
 from mlvicx_hf.data.collections.base import Collection, Drawing, Listing, Record
 from mlvicx_hf.data.phantom import draw_phantom
 from mlvicx_hf.data.pixels import fit_square_gray, read_gray
-from mlvicx_hf.data.prepare import prepare
+from mlvicx_hf.data.prepare import partial_folder, prepare
 
 NUM_PATIENTS = 20
 
@@ -68,7 +69,7 @@ def test_cache_holds_the_images_with_what_is_known_of_them(root: Path, tmp_path:
     assert cache.datasets["train"].info.description == "labels: Edema"
     seen = 0
     for dataset in cache.datasets.values():
-        assert dataset.column_names == ["image", "patient_id", "view", "labels", "source", "sha256"]
+        assert dataset.column_names == list(cache_features())
         assert dataset.features["labels"] == datasets.List(datasets.Value("float32"))
         for row in dataset:
             seen += 1
@@ -90,7 +91,7 @@ def test_manifest_counts_what_is_in_the_cache(root: Path, tmp_path: Path):
     manifest = json.loads((tmp_path / "cache" / "cache.json").read_text())
     assert manifest == {key: value for key, value in summary.items() if key != "notes"}
     assert manifest == load_cache(tmp_path / "cache").manifest
-    fixed = {"format": 1, "collection": "folder", "synthetic": False, "label_names": ["Edema"], "exclusive": False}
+    fixed = {"format": FORMAT, "collection": "folder", "synthetic": False, "label_names": ["Edema"], "exclusive": False}
     assert fixed.items() <= manifest.items()
     assert {"size": 32, "fit": "pad", "seed": 3, "rejected": 1, "missing": 0}.items() <= manifest.items()
     for split, dataset in load_cache(tmp_path / "cache").datasets.items():
@@ -98,6 +99,8 @@ def test_manifest_counts_what_is_in_the_cache(root: Path, tmp_path: Path):
         assert manifest["splits"][split] == {
             "images": len(dataset),
             "patients": len(set(dataset["patient_id"])),
+            "views": {"PA": len(dataset)},
+            "sexes": {"unknown": len(dataset)},
             "positives": {"Edema": (labels == 1).sum()},
             "unknown": {"Edema": np.isnan(labels).sum()},
         }
@@ -260,9 +263,9 @@ def test_cache_holds_masks_that_lie_on_their_images(root: Path, tmp_path: Path):
     cache = load_cache(tmp_path / "cache")
     assert cache.mask_names == names
     assert summary["mask_names"] == list(names)
-    assert cache.manifest["format"] == 1
+    assert cache.manifest["format"] == FORMAT
     for split, dataset in cache.datasets.items():
-        assert dataset.column_names == ["image", "mask", "patient_id", "view", "labels", "source", "sha256"]
+        assert dataset.column_names == list(cache_features(masks=True))
         assert dataset.features["mask"] == datasets.Image(mode="L")
         masks = {row["source"].removeprefix("folder:"): row["mask"] for row in dataset}
         for name, mask in masks.items():
@@ -442,17 +445,20 @@ def test_an_empty_folder_is_used_and_a_file_is_not(root: Path, tmp_path: Path):
         make(root, tmp_path / "file", overwrite=True)
 
 
-def test_what_a_killed_run_left_is_removed_and_nothing_else(root: Path, tmp_path: Path):
-    for name in ("cache[1].tmp-123", "cache1.tmp-123", "cache[1].temporary"):
-        (tmp_path / name / "parts").mkdir(parents=True)
-    make(root, tmp_path / "cache[1]")
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"cache[1]", "cache[1].temporary", "cache1.tmp-123", "images"}
+def test_two_runs_into_one_output_are_refused(root: Path, tmp_path: Path):
+    partial = partial_folder(tmp_path / "cache")
+    partial.mkdir()
+    with (partial / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match=r"another run is writing .*cache; expected one at a time"):
+            make(root, tmp_path / "cache")
+    make(root, tmp_path / "cache")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "images"]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"size": 0}, {"fit": "stretch"}, {"splits": "random"}, {"max_images": 0}, {"num_workers": -1}],
+    [{"size": 0}, {"fit": "stretch"}, {"drop_duplicates": "all"}, {"max_images": 0}, {"num_workers": -1}],
 )
 def test_arguments_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, object]):
     name, value = next(iter(options.items()))
@@ -525,8 +531,8 @@ def test_damaged_caches_are_refused(root: Path, tmp_path: Path):
     make(root, tmp_path / "cache")
     manifest = tmp_path / "cache" / "cache.json"
     good = manifest.read_text()
-    manifest.write_text(good.replace('"format": 1', '"format": 99'))
-    with pytest.raises(ValueError, match="format 99 found; expected 1"):
+    manifest.write_text(good.replace(f'"format": {FORMAT}', '"format": 99'))
+    with pytest.raises(ValueError, match=f"format 99 found; expected {FORMAT}"):
         load_cache(tmp_path / "cache")
     manifest.write_text(good.replace('"images": 28', '"images": 29'))
     with pytest.raises(ValueError, match="28 images of train found; expected 29"):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mlvicx_hf import cli
 from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.data.prepare import partial_folder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
@@ -56,8 +57,8 @@ def test_masks_are_summed_up(tmp_path: Path):
     options = ("--collection", "folder", "--root", tmp_path / "cache-images", "--output", tmp_path / "again")
     code, out, err = run(*options, "--size", 32, "--mask_names", "background, disc,stripes", "--quiet")
     assert code == 0, err
-    assert "train: 12 images, 6 patients\n    masks: 11 known of 12; disc in 5, stripes in 6\n" in out
-    assert "test: 4 images, 2 patients\n    masks: 4 known of 4; disc in 2, stripes in 2\n" in out
+    assert "train: 12 images, 6 patients; UNKNOWN 12\n    masks: 11 known of 12; disc in 5, stripes in 6\n" in out
+    assert "test: 4 images, 2 patients; UNKNOWN 4\n    masks: 4 known of 4; disc in 2, stripes in 2\n" in out
     again = load_cache(tmp_path / "again")
     assert again.mask_names == ("background", "disc", "stripes")
     assert again.manifest["data_hash"] == load_cache(cache).manifest["data_hash"]
@@ -81,25 +82,28 @@ def test_a_users_error_is_one_line_and_code_2(tmp_path: Path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_killed_run_leaves_no_cache_and_the_next_one_cleans_up(tmp_path: Path):
+def test_the_workers_of_a_killed_run_end_and_the_next_one_goes_on(tmp_path: Path):
     output = tmp_path / "cache"
     options = ("--collection", "phantom", "--size", 32, "--output", output, "--quiet", "--num_workers", 2)
-    process = start(*options, "--num_patients", 50, "--images_per_patient", 200)
+    options = (*options, "--num_patients", 10, "--images_per_patient", 100)
+    process = start(*options)
     deadline = time.monotonic() + 90
     workers: list[int] = []
-    while time.monotonic() < deadline and not (list(tmp_path.glob("cache.tmp-*/parts/*.arrow")) and len(workers) >= 2):
+    finished = partial_folder(output) / "shards"
+    while time.monotonic() < deadline and not (list(finished.glob("*/*.json")) and len(workers) >= 2):
         assert process.poll() is None, process.communicate()[1]
         workers = descendants(process.pid)
         time.sleep(0.1)
-    assert list(tmp_path.glob("cache.tmp-*/parts/*.arrow"))
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert not output.exists()
+    assert list(finished.glob("*/*.json"))
     while time.monotonic() < deadline and any(map(is_alive, workers)):
         time.sleep(0.1)
     assert not any(map(is_alive, workers))  # workers end with their parent
-    code, _, err = run(*options[:-2], "--num_patients", 3)
+    code, out, err = run(*options)
     assert code == 0, err
+    assert "shards were finished before" in out
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     assert load_cache(output).manifest["synthetic"]
 

@@ -1,7 +1,9 @@
-"""A prepared cache as training reads it."""
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""A prepared cache: its columns, and how training reads it."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +12,36 @@ from typing import Any
 
 import datasets
 
+from ..progress import no_datasets_bars
 from .splits import check_no_patient_overlap
 
-FORMAT = 1  # of the cache; another one is refused
+FORMAT = 2  # of the cache; another one is refused
 MANIFEST = "cache.json"
+DUPLICATES = "duplicates.csv"
 HINT = "make one with scripts/prepare_data.py"
+
+
+def cache_features(masks: bool = False, boxes: bool = False) -> datasets.Features:
+    """Columns of a cache."""
+    text, real = datasets.Value("string"), datasets.Value("float32")
+    box = {"label": text} | dict.fromkeys(("x_min", "y_min", "x_max", "y_max"), real)
+    return datasets.Features(
+        {
+            "image": datasets.Image(mode="L"),
+            **({"mask": datasets.Image(mode="L")} if masks else {}),
+            "patient_id": text,
+            "view": text,
+            "sex": text,
+            "age": real,
+            "labels": datasets.List(real),
+            **({"boxes": datasets.List(box)} if boxes else {}),
+            "source": text,
+            "sha256": text,
+            "phash": text,
+            "width": datasets.Value("int32"),
+            "height": datasets.Value("int32"),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -22,8 +49,9 @@ class Cache:
     """A prepared cache.
 
     Attributes:
-        datasets: splits with the columns image, patient_id, view, labels, source and sha256; with masks also mask,
-            the class indices, None where they are unknown.
+        datasets: splits with the columns of `cache_features`. `image` is 8-bit grey, square; `mask` the class indices,
+            None where they are unknown; `boxes` are in pixels of the square; `sha256` is the original file's, `phash`
+            a perceptual hash of the square, `width` and `height` the original's.
         label_names: names of the labels.
         manifest: content of `cache.json`.
         path: its folder.
@@ -44,13 +72,19 @@ class Cache:
         """Empty without masks; one structure (pixels 0 and 1), or the classes by pixel value, the background first."""
         return tuple(self.manifest.get("mask_names", ()))
 
+    def duplicates(self) -> list[dict[str, str]]:
+        """Identical and nearly identical images that were found when the cache was made: rows of `duplicates.csv`."""
+        with (self.path / DUPLICATES).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
 
-def load_cache(path: str | Path, splits: Sequence[str] | None = None) -> Cache:
+
+def load_cache(path: str | Path, splits: Sequence[str] | None = None, check: bool = True) -> Cache:
     """Open a prepared cache and check that no patient is in two of its splits.
 
     Args:
         path: folder that `prepare` wrote.
         splits: only these; by default all.
+        check: false to open one whose patients cross, as an audit must.
 
     Raises:
         FileNotFoundError: the folder is no cache.
@@ -65,14 +99,16 @@ def load_cache(path: str | Path, splits: Sequence[str] | None = None) -> Cache:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{folder}: format {manifest.get('format')} found; expected {FORMAT} ({HINT} anew)")
-    loaded = datasets.DatasetDict.load_from_disk(str(folder))
+    with no_datasets_bars():
+        loaded = datasets.DatasetDict.load_from_disk(str(folder))
     for split, counts in manifest["splits"].items():
         if split not in loaded or len(loaded[split]) != counts["images"]:
             found = len(loaded[split]) if split in loaded else 0
             raise ValueError(f"{folder}: {found} images of {split} found; expected {counts['images']} ({HINT} anew)")
-    check_no_patient_overlap(
-        {split: dataset.data.column("patient_id").to_pylist() for split, dataset in loaded.items()}
-    )
+    if check:
+        check_no_patient_overlap(
+            {split: dataset.data.column("patient_id").to_pylist() for split, dataset in loaded.items()}
+        )
     absent = [split for split in splits or () if split not in loaded]
     if absent:
         raise ValueError(f"{folder}: splits {', '.join(loaded)} found; expected {', '.join(absent)} as well")

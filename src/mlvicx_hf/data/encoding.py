@@ -1,52 +1,58 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""From records to the PNGs of a cache, in worker processes where that pays."""
+"""From a record to what a cache holds of it: a square PNG, hashes, mask and boxes."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
-import os
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 
 import numpy as np
 from PIL import Image
 
-from ..machine import available_cores
-from .collections.base import Record
+from .collections.base import Box, Record
+from .duplicates import perceptual_hash
 from .masks import Mask, class_indices, decode_mask, encode_mask
-from .pixels import UnreadableImageError, decode_gray, fit_square_gray
-
-CHUNK = 16  # images a worker is handed at a time
+from .pixels import UnreadableImageError, decode_gray, fit_square_gray, read_content
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What a worker makes of a record: PNG, hash and mask (None: unknown), or the reason why not."""
+    """What is made of a record, or the reason why nothing is.
+
+    Attributes:
+        png: 8-bit grey square.
+        sha256: of the file, or of the drawn pixels.
+        phash: perceptual hash of the square.
+        width: of the original, upright.
+        height: of the original, upright.
+        mask: None where it is unknown.
+        boxes: in pixels of the square; None where they are unknown.
+        reason: why there is no picture; empty where there is one.
+    """
 
     png: bytes = b""
     sha256: str = ""
-    reason: str = ""
+    phash: str = ""
+    width: int = 0
+    height: int = 0
     mask: Mask | None = None
+    boxes: tuple[Box, ...] | None = None
+    reason: str = ""
 
 
-def make_picture(record: Record, size: int, fit: str, mask_names: Sequence[str] = ()) -> Picture:
+def make_picture(
+    record: Record, size: int, fit: str, mask_names: Sequence[str] = (), content: bytes | None = None
+) -> Picture:
     """Read or draw one image and its mask, make them square, encode them.
-
-    The hashes are those of the files, or of the drawn pixels.
 
     Args:
         record: where the pixels are.
         size: side of the square in pixels.
         fit: "pad", "squash" or "crop".
         mask_names: see `Listing`; without them no mask is read.
+        content: of the file, where it is at hand already.
     """
     drawn = None
     try:
@@ -54,20 +60,34 @@ def make_picture(record: Record, size: int, fit: str, mask_names: Sequence[str] 
             drawing = record.draw()
             pixels, drawn = np.ascontiguousarray(drawing.pixels), drawing.mask
             content, gray = pixels.tobytes(), Image.fromarray(pixels)
-        elif record.path is not None:
-            content = record.path.read_bytes()
-            gray = decode_gray(content, record.name)
         else:
-            raise ValueError(f"{record.name}: neither a file nor a drawing found; expected one of them")
+            content = _read(record) if content is None else content
+            gray = decode_gray(content, record.name)
     except (UnreadableImageError, OSError) as error:
         return Picture(reason=_reason(error))
+    except MemoryError:
+        return Picture(reason="needs more memory than there is")
     try:
         mask = _make_mask(record, drawn, gray.size, size, fit, mask_names) if mask_names else None
     except (UnreadableImageError, OSError) as error:
         return Picture(reason=f"mask {record.mask_path.name if record.mask_path else 'drawn'}: {_reason(error)}")
+    square = fit_square_gray(gray, size, fit)
     buffer = io.BytesIO()
-    fit_square_gray(gray, size, fit).save(buffer, "PNG", compress_level=1)  # 4 times faster than 6, 17 % larger
-    return Picture(buffer.getvalue(), hashlib.sha256(content).hexdigest(), mask=mask)
+    square.save(buffer, "PNG", compress_level=1)  # 4 times faster than 6, 17 % larger
+    boxes = None
+    if record.boxes is not None:
+        fitted = (fit_box(box, record.frame or gray.size, size, fit) for box in record.boxes)
+        boxes = tuple(box for box in fitted if box is not None)
+    digest = hashlib.sha256(content).hexdigest()
+    return Picture(buffer.getvalue(), digest, perceptual_hash(square), *gray.size, mask, boxes)
+
+
+def _read(record: Record) -> bytes:
+    if record.path is not None:
+        return read_content(record.path)
+    if record.load is not None:
+        return record.load()
+    raise ValueError(f"{record.name}: neither a file nor a drawing found; expected one of them")
 
 
 def _make_mask(
@@ -78,11 +98,13 @@ def _make_mask(
     fit: str,
     mask_names: Sequence[str],
 ) -> Mask | None:
-    """The mask that came with the drawing, or else the file's; None where there is neither."""
+    """The mask that came with the drawing, or else the table's or the file's; None where there is none."""
+    if drawn is None and record.draw_mask is not None:
+        drawn = _scaled(record.draw_mask(), image_size)
     if drawn is not None:
         pixels, content = drawn, np.ascontiguousarray(drawn).tobytes()
     elif record.mask_path is not None:
-        content = record.mask_path.read_bytes()
+        content = read_content(record.mask_path)
         pixels = decode_mask(content, record.mask_path)
     else:
         return None
@@ -90,54 +112,45 @@ def _make_mask(
     return encode_mask(indices, content, size, fit)
 
 
+def _scaled(mask: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """A mask that a table describes at another resolution than the image has, by nearest pixels."""
+    height, width = mask.shape
+    if (width, height) == image_size or width * image_size[1] != height * image_size[0]:
+        return mask  # `class_indices` judges
+    return np.asarray(Image.fromarray(mask).resize(image_size, Image.Resampling.NEAREST))
+
+
+def fit_box(box: Box, frame: tuple[int, int], size: int, fit: str) -> Box | None:
+    """A box through the geometry of `fit_square_gray`.
+
+    Args:
+        box: in pixels of the frame.
+        frame: its width and height; the image's own, or proportional to them.
+        size: side of the square in pixels.
+        fit: "pad", "squash" or "crop".
+
+    Returns:
+        The box in pixels of the square, cut at its edges; None where nothing of it is left.
+    """
+    width, height = frame
+    left = top = 0.0
+    if fit == "pad":
+        scale = size / max(frame)
+        inner = [max(1, round(side * scale)) for side in frame]
+        scale_x, scale_y = inner[0] / width, inner[1] / height
+        left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
+    elif fit == "crop":
+        side = min(frame)
+        scale_x = scale_y = size / side
+        left, top = -round((width - side) / 2) * scale_x, -round((height - side) / 2) * scale_y
+    else:
+        scale_x, scale_y = size / width, size / height
+    x_min, x_max = (min(max(x * scale_x + left, 0), size) for x in (box.x_min, box.x_max))
+    y_min, y_max = (min(max(y * scale_y + top, 0), size) for y in (box.y_min, box.y_max))
+    return Box(box.label, x_min, y_min, x_max, y_max) if x_min < x_max and y_min < y_max else None
+
+
 def _reason(error: UnreadableImageError | OSError) -> str:
     if isinstance(error, UnreadableImageError):
         return error.reason
     return f"cannot be read: {error.strerror or error}"
-
-
-def make_pictures(records: Sequence[Record], size: int, fit: str, mask_names: Sequence[str] = ()) -> list[Picture]:
-    """`make_picture` for a chunk, so that workers are not asked for every single image."""
-    return [make_picture(record, size, fit, mask_names) for record in records]
-
-
-def start_worker() -> None:
-    """End this worker with its parent: without this a killed run would leave its workers waiting for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def stream_pictures(
-    records: Sequence[Record], size: int, fit: str, mask_names: Sequence[str] = (), *, num_workers: int | None = None
-) -> Iterator[Picture]:
-    """Pictures in the order of the records, whatever the number of workers; only a few are held in memory."""
-    if num_workers is None:
-        drawn = any(record.draw is not None for record in records)
-        num_workers = min(available_cores(), len(records) // (128 if drawn else 1024))  # starting takes seconds
-    if num_workers <= 1:
-        yield from (make_picture(record, size, fit, mask_names) for record in records)
-        return
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["__main__", __name__])  # imported once, not once a worker
-    make = partial(make_pictures, size=size, fit=fit, mask_names=mask_names)
-    chunks = (records[start : start + CHUNK] for start in range(0, len(records), CHUNK))
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as pool:
-        pending: deque[Future[list[Picture]]] = deque()
-        try:
-            pending.extend(pool.submit(make, chunk) for chunk in islice(chunks, 4 * num_workers))
-            while pending:
-                yield from pending.popleft().result()
-                pending.extend(pool.submit(make, chunk) for chunk in islice(chunks, 1))
-        except BrokenProcessPool:
-            raise ChildProcessError("a worker process died (out of memory?); fewer --num_workers may help") from None
-        finally:
-            pool.shutdown(cancel_futures=True)

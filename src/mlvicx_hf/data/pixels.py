@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import warnings
 import zlib
@@ -22,6 +23,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".
 # The only formats tried: Pillow also opens formats that start other programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 
+MAX_BYTES = 2**30  # of a file; three times what the largest uncompressed image takes that Pillow accepts
 PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
 # What Pillow raises for damaged content, over all formats; mutated files raise mostly the first three.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
@@ -53,29 +55,64 @@ def image_files(folder: Path, onerror: Callable[[OSError], None] | None = None) 
 
 
 def read_gray(path: str | Path) -> Image.Image:
-    """Read a PNG, JPEG, TIFF, WebP, BMP or JPEG 2000 file of any mode as 8-bit grey.
+    """Read a PNG, JPEG, TIFF, WebP, BMP, JPEG 2000 or DICOM file of any mode as 8-bit grey.
 
     The content decides, not the file's name. 16-bit files are rescaled, never saturated (see `full_scale`); float
     files in [0, 1] are taken as they are, others from their minimum to their maximum. An EXIF orientation is applied,
-    transparency is dropped. Of several frames the first is read.
+    transparency is dropped. Of several frames the first is read. Of DICOM see `dicom.decode_dicom`.
 
     Returns:
         Picture of mode "L".
 
     Raises:
-        UnreadableImageError: truncated, empty, no image, suspiciously large, or DICOM (not supported in this version).
+        UnreadableImageError: truncated, empty, no image, or suspiciously large.
         FileNotFoundError: no such file.
+        ImportError: a DICOM file, and pydicom is not installed.
     """
-    return decode_gray(Path(path).read_bytes(), path)
+    return decode_gray(read_content(path), path)
+
+
+def read_content(path: str | Path) -> bytes:
+    """Content of an image file, which is never larger than `MAX_BYTES`, nor a pipe that would be waited for.
+
+    Raises:
+        UnreadableImageError: it is.
+        OSError: it cannot be read.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableImageError(path, "no regular file")
+    if status.st_size > MAX_BYTES:
+        raise UnreadableImageError(path, f"{status.st_size} bytes found; expected at most {MAX_BYTES}")
+    return Path(path).read_bytes()
 
 
 def decode_gray(data: bytes, file: str | Path) -> Image.Image:
     """`read_gray` for a file's content; `file` is only what errors call it."""
+    if is_dicom(data):
+        from .dicom import decode_dicom  # pydicom is an extra
+
+        return decode_dicom(data, file)
     image = decode(data, file)
     try:
         return _gray(image)
     except ValueError as error:  # a depth or range that the image processor refuses too
         raise UnreadableImageError(file, str(error)) from error
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether a file's content looks like DICOM.
+
+    It has the prefix after the preamble, or else starts like old exports without either: with an attribute of group 2
+    or 8, of a known type in capitals, or of a short even length where types are implicit. No format of Pillow's does.
+    """
+    if data[128:132] == b"DICM":
+        return True
+    explicit = data[4:6].isalpha() and data[4:6].isupper()
+    if data[:1] == b"\0":  # big endian
+        return data[1:2] in (b"\2", b"\x08") and explicit
+    length = int.from_bytes(data[4:8], "little")
+    return data[:2] in (b"\2\0", b"\x08\0") and len(data) > 8 and (explicit or (length < 1024 and length % 2 == 0))
 
 
 def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -91,8 +128,6 @@ def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) ->
     """
     if not data:
         raise UnreadableImageError(file, "empty file")
-    if data[128:132] == b"DICM":
-        raise UnreadableImageError(file, "DICOM is not supported in this version")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata in a file is no concern of the user's
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -101,8 +136,6 @@ def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) ->
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UnreadableImageError(file, f"suspiciously large (decompression bomb?): {error}") from error
         except UnidentifiedImageError as error:
-            if Path(file).suffix.lower() in DICOM_SUFFIXES:
-                raise UnreadableImageError(file, "DICOM is not supported in this version") from error
             raise UnreadableImageError(file, f"content is none of {', '.join(formats)}") from error
         except DAMAGED as error:
             raise UnreadableImageError(file, f"damaged or unsupported: {' '.join(str(error).split())}") from error

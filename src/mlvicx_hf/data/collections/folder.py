@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ..pixels import IMAGE_SUFFIXES, image_files
 from .base import SPLITS, Collection, Listing, Record, file_below, normalize_view, some
-from .tables import Columns, read_columns
+from .tables import UNCERTAIN, Columns, parse_age, parse_sex, read_columns
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "file", "image", "path")
@@ -21,6 +22,9 @@ RESERVED_COLUMNS = (*FILE_COLUMNS, "patient_id", "view", "split", "sex", "age", 
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
 NO_FINDING = "no finding"
 BINARY = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": math.nan}
+MINUS_ONE = ("-1", "-1.0")  # a label's text for "uncertain"
+
+Cell = TypeVar("Cell")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class FolderCollection(Collection):
     the file given) the listed images count. Labels are, in this order: the columns named by `label_columns` (0, 1,
     or empty for unknown); a column `label` with one class name a row; a column `labels` with names joined by `|`
     (`No Finding` for none, empty for unknown); every other column that holds mostly 0 and 1, or nothing else but
-    empty cells.
+    empty cells. Columns `sex` (F, M, female, male and the like) and `age` (years) are read where they are there.
 
     Args:
         root: the folder. Nothing outside it is read, not through a link either.
@@ -51,6 +55,7 @@ class FolderCollection(Collection):
         mask_column: column of the mask's file, relative to the root, empty where the mask is unknown; by default
             `mask_file_name` where there is one.
         mask_names: one structure (masks of 0 and 1, or 0 and 255), or the classes by pixel value, the background first.
+        uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
     """
 
     name = "folder"
@@ -66,7 +71,9 @@ class FolderCollection(Collection):
         label_columns: Sequence[str] | None = None,
         mask_column: str | None = None,
         mask_names: Sequence[str] | None = None,
+        uncertain: str | None = None,
     ) -> None:
+        label_values(uncertain)  # refuses what is no policy before anything is read
         self.root = Path(root)
         self.metadata = metadata
         self.file_column = file_column
@@ -74,6 +81,7 @@ class FolderCollection(Collection):
         self.label_columns = label_columns
         self.mask_column = mask_column
         self.mask_names = mask_names
+        self.uncertain = uncertain
 
     def read(self) -> Listing:
         """List the images of the metadata, or those found."""
@@ -86,6 +94,10 @@ class FolderCollection(Collection):
             raise FileNotFoundError(
                 f"{self.root}: none of {', '.join(METADATA_NAMES)} found; expected a table with the masks in column "
                 f"{self.mask_column or MASK_COLUMN}"
+            )
+        if self.uncertain is not None:
+            raise FileNotFoundError(
+                f"{self.root}: none of {', '.join(METADATA_NAMES)} found; --uncertain expects a table with labels"
             )
         return self._scan()
 
@@ -120,20 +132,23 @@ class FolderCollection(Collection):
         if outside:
             notes.append(f"{outside} links that lead out of {self.root} were skipped")
         records = [Record(name, patient_id=name, path=self.root / name) for name in names]
-        return Listing(records, notes=notes)
+        return Listing(records, notes=notes, patients_known=False)
 
     def _read_table(self, table: Path) -> Listing:
         columns = read_columns(table)
         file_column = self._choose_file_column(table, columns)
         names = columns[file_column]
         _check_files(table, file_column, names)
+        empty = [""] * len(names)
         patients, notes = self._patients(table, columns, names)
-        views, view_notes = _views(columns.get("view", [""] * len(names)))
-        splits = _splits(table, columns.get("split", [""] * len(names)))
+        views = read_views(columns.get("view", empty), notes)
+        splits = _splits(table, columns.get("split", empty))
+        sexes = _understood("sexes", columns.get("sex", empty), parse_sex, "", notes)
+        ages = _understood("ages", columns.get("age", empty), parse_age, math.nan, notes)
         mask_column = self._choose_mask_column(table, columns)
-        masks = [""] * len(names) if mask_column is None else columns[mask_column]
+        masks = empty if mask_column is None else columns[mask_column]
         skip = (file_column, self.patient_column, mask_column)
-        labels = read_labels(table, columns, self.label_columns, skip=[name for name in skip if name])
+        labels = read_labels(table, columns, self.label_columns, [name for name in skip if name], self.uncertain)
         records, missing = [], []
         for number, (name, mask) in enumerate(zip(names, masks, strict=True)):
             where = f"{table}: row {number + 1}: "
@@ -144,10 +159,14 @@ class FolderCollection(Collection):
                 missing.append(f"{mask} (mask of {name})")
             else:
                 row = (patients[number], views[number], labels.rows[number], splits[number])
-                records.append(Record(name, *row, path, mask_path=mask_path))
-        notes = [*notes, *view_notes, *labels.notes]
+                records.append(Record(name, *row, path, mask_path=mask_path, sex=sexes[number], age=ages[number]))
         mask_names = () if mask_column is None else tuple(("mask",) if self.mask_names is None else self.mask_names)
-        return Listing(records, labels.names, labels.exclusive, tuple(missing), notes, mask_names)
+        policy = {} if self.uncertain is None else {"uncertain": self.uncertain}
+        known = (self.patient_column or "patient_id") in columns
+        notes = [*notes, *labels.notes]
+        return Listing(
+            records, labels.names, labels.exclusive, tuple(missing), notes, mask_names, policy, patients_known=known
+        )
 
     def _choose_file_column(self, table: Path, columns: Columns) -> str:
         candidates = FILE_COLUMNS if self.file_column is None else (self.file_column,)
@@ -195,13 +214,21 @@ def _check_files(table: Path, column: str, names: list[str]) -> None:
         )
 
 
-def _views(values: list[str]) -> tuple[list[str], list[str]]:
-    views = [normalize_view(value) for value in values]
-    strange = Counter(value for value, view in zip(values, views, strict=True) if view is None)
-    listed = ", ".join(f"{value!r} ({count})" for value, count in strange.most_common(5))
-    return [view or "UNKNOWN" for view in views], [
-        f"views not understood, kept as UNKNOWN: {listed}"
-    ] if strange else []
+def read_views(values: list[str], notes: list[str]) -> list[str]:
+    """Views by their common names; those not understood are UNKNOWN and counted in a note that is appended."""
+    return _understood("views", values, normalize_view, "UNKNOWN", notes)
+
+
+def _understood(
+    what: str, values: list[str], parse: Callable[[str], Cell | None], unknown: Cell, notes: list[str]
+) -> list[Cell]:
+    """Parse a column; what `parse` makes None of is kept as unknown and counted in a note."""
+    parsed = [parse(value) for value in values]
+    strange = Counter(value for value, cell in zip(values, parsed, strict=True) if cell is None)
+    if strange:
+        listed = ", ".join(f"{value!r} ({count})" for value, count in strange.most_common(5))
+        notes.append(f"{what} not understood, kept as unknown: {strange.total()}, such as {listed}")
+    return [unknown if cell is None else cell for cell in parsed]
 
 
 def _splits(table: Path, values: list[str]) -> list[str | None]:
@@ -216,52 +243,100 @@ def _splits(table: Path, values: list[str]) -> list[str | None]:
     return [SPLIT_NAMES[value.lower()] for value in values]
 
 
+def label_values(uncertain: str | None) -> dict[str, float]:
+    """What the text of a label means.
+
+    Args:
+        uncertain: what -1 becomes: "ignore" (unknown), "ones" or "zeros"; with None it is no label.
+
+    Raises:
+        ValueError: another policy.
+    """
+    if uncertain is None:
+        return BINARY
+    if uncertain not in UNCERTAIN:
+        raise ValueError(f"uncertain={uncertain!r} found; expected one of {', '.join(UNCERTAIN)}")
+    return BINARY | dict.fromkeys(MINUS_ONE, UNCERTAIN[uncertain])
+
+
 def read_labels(
-    table: Path, columns: Columns, explicit: Sequence[str] | None = None, skip: Sequence[str] = ()
+    table: Path,
+    columns: Columns,
+    explicit: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    uncertain: str | None = None,
 ) -> LabelTable:
     """Labels of a table, see `FolderCollection` for where they are looked for.
 
     Raises:
         ValueError: naming file, row, column and value found, and what was expected.
     """
+    values = label_values(uncertain)
+    hint = "" if uncertain else f" (--uncertain {'|'.join(UNCERTAIN)} says what -1 means)"
+    hint += "; --label_columns names the label columns if this is none"
     if explicit is not None:
         absent = [name for name in explicit if name not in columns]
         if absent:
             raise ValueError(
                 f"{table}: columns {some(columns, 30)} found; expected the label(s) {some(absent)} as well"
             )
-        return _binary_labels(table, columns, list(explicit), ())
+        return LabelTable(binary_labels(table, columns, explicit, values, hint), tuple(explicit))
     if "label" in columns and "labels" in columns:
         raise ValueError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
     rest = [name for name in columns if name not in (*RESERVED_COLUMNS, *skip) and not name.endswith("_file_name")]
     for lone, reader in (("label", _class_labels), ("labels", _joined_labels)):
         if lone in columns:
+            if uncertain is not None:
+                raise ValueError(f"{table}: column {lone} holds names, where no -1 can be; --uncertain does not fit")
             ignored = [name for name in rest if name != lone]
             return reader(table, columns[lone], (f"columns ignored: {some(ignored, 30)}",) if ignored else ())
+    chosen, notes = _label_columns(columns, rest)
+    return LabelTable(binary_labels(table, columns, chosen, values, hint), tuple(chosen), notes=notes)
+
+
+def _label_columns(columns: Columns, candidates: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Columns that hold mostly labels, and a note of the others."""
     ignored, chosen = [], []
-    for name in rest:
-        strange = [value for value in columns[name] if value not in BINARY and value not in ("-1", "-1.0")]
+    for name in candidates:
+        strange = [value for value in columns[name] if value not in BINARY and value not in MINUS_ONE]
         other = strange[0] if strange else None
         # Mostly labels: the few other values are mistakes to report, not a reason to lose the column.
         if any(columns[name]) and 2 * len(strange) < sum(map(bool, columns[name])):
             chosen.append(name)
         else:
             ignored.append(f"{name} ({'empty' if other is None else f'holds {other[:40]!r}'})")
-    return _binary_labels(table, columns, chosen, (f"columns ignored: {some(ignored, 30)}",) if ignored else ())
+    return chosen, (f"columns ignored: {some(ignored, 30)}",) if ignored else ()
 
 
-def _binary_labels(table: Path, columns: Columns, names: list[str], notes: tuple[str, ...]) -> LabelTable:
+def binary_labels(
+    table: Path, columns: Columns, names: Sequence[str], values: Mapping[str, float], hint: str = ""
+) -> list[tuple[float, ...]]:
+    """Labels of all rows, [N][L], from one column each.
+
+    Args:
+        table: what errors call the file.
+        columns: of the table.
+        names: of the label columns.
+        values: what each text means.
+        hint: how the error message ends for a text that is not among them.
+
+    Raises:
+        ValueError: naming file, row, column and value found, and what was expected.
+    """
+    if not names:
+        return [()] * len(next(iter(columns.values())))
+    expected = "0, 1, -1" if "-1" in values else "0, 1"
+    decoded = []
     for name in names:
-        for number, value in enumerate(columns[name], start=1):
-            if value in BINARY:
-                continue
-            uncertain = " (-1 often means uncertain, which is not supported yet)" if value in ("-1", "-1.0") else ""
-            hint = f"{uncertain}; --label_columns names the label columns if this is none"
+        try:
+            decoded.append([values[text] for text in columns[name]])
+        except KeyError as error:
+            number = columns[name].index(error.args[0]) + 1
             raise ValueError(
-                f"{table}: row {number}, column {name}: {value!r} found; expected 0, 1, or empty for unknown{hint}"
-            )
-    rows = [tuple(BINARY[columns[name][row]] for name in names) for row in range(len(next(iter(columns.values()))))]
-    return LabelTable(rows, tuple(names), notes=notes)
+                f"{table}: row {number}, column {name}: {error.args[0]!r} found; expected {expected}, or empty for "
+                f"unknown{hint}"
+            ) from None
+    return list(zip(*decoded, strict=True))
 
 
 def _class_labels(table: Path, values: list[str], notes: tuple[str, ...]) -> LabelTable:

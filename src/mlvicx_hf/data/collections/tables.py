@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,10 @@ from .base import check_fields, read_csv, some
 
 Columns = dict[str, list[str]]  # a table by column, all text
 UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # what a label of -1 becomes, by policy
+SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
+AGE = re.compile(r"(\d+(?:\.\d+)?)([YMWD]?)", re.IGNORECASE)
+UNITS_PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
+OLDEST = 120  # years; more is a mistake of the table
 
 
 def read_columns(table: Path) -> Columns:
@@ -46,6 +51,23 @@ def require_columns(table: Path, columns: Columns, names: Iterable[str]) -> None
             f"{table}: columns {some(columns, 30)} found; expected {some(absent, 30)} as well (all of "
             f"{some(names, 30)})"
         )
+
+
+def parse_sex(text: str) -> str | None:
+    """F, M, or empty for unknown; None for what is not understood."""
+    return SEXES.get(text.strip().lower())
+
+
+def parse_age(text: str) -> float | None:
+    """Years of `45`, `045Y` or `018M` (Y, M, W, D as in DICOM); NaN for unknown; None where unreadable or above 120."""
+    text = text.strip()
+    if text.lower() in ("", "unknown"):
+        return math.nan
+    found = AGE.fullmatch(text)
+    if found is None:
+        return None
+    years = float(found[1]) / UNITS_PER_YEAR[found[2].upper()]
+    return years if years <= OLDEST else None
 
 
 def _read_jsonl(table: Path) -> Columns:

@@ -1,0 +1,313 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Any `datasets` dataset: a name on the Hub, a folder, parquet or Arrow files, what `save_to_disk` wrote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute  # type: ignore[import-untyped]
+
+from ..masks import decode_mask
+from ..pixels import UnreadableImageError
+from .base import Collection, Listing, Record, some
+from .folder import NO_FINDING, RESERVED_COLUMNS, SPLIT_NAMES, LabelTable, _splits, _understood, read_labels, read_views
+from .opening import ROWS, TABLE_ROWS, Opened, find_image_column, kind, open_dataset, read_content
+from .tables import Columns, _text, parse_age, parse_sex
+
+
+@cache
+def _open_column(file: str, column: str) -> Any:
+    """A column of images of an Arrow file, opened once a process."""
+    return _undecoded(datasets.Dataset.from_file(file), column)
+
+
+def load_row(file: str, column: str, row: int, folder: str | None = None) -> bytes:
+    """The image of one row of an Arrow file: `Record.load`, which small as it is can be sent to a worker."""
+    return read_content(_open_column(file, column)[row][column], folder)
+
+
+def load_mask(file: str, column: str, row: int, folder: str | None = None) -> np.ndarray:
+    """The values [H, W] of the mask in one row of an Arrow file: `Record.draw_mask`."""
+    return decode_mask(load_row(file, column, row, folder), f"{column} of row {row + 1}")
+
+
+class HFCollection(Collection):
+    """A dataset that `datasets` reads.
+
+    The splits train, validation (val, valid, dev) and test are taken as they are; a dataset with nothing but train has
+    no split. The 16-bit images that `datasets` would saturate are safe: their files are read as anybody else's.
+    `patient_id`, `view`, `sex` and `age` are the columns of a folder's metadata, and so are labels, besides columns of
+    class labels: one of them is one class each, a list of them several findings.
+
+    Args:
+        path: name on the Hub, folder, parquet or Arrow files, or a folder of `save_to_disk`.
+        name: of the configuration, where there are several.
+        revision: branch, tag or commit on the Hub.
+        streaming: read it in order without downloading it first; masks cannot be.
+        image_column: by default the only Image column.
+        patient_column: by default `patient_id`.
+        label_columns: columns that are labels.
+        mask_column: Image column of masks, empty where they are unknown.
+        mask_names: one structure, or the classes by pixel value, the background first.
+        uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
+        splits: the splits to read, and which of ours each is, such as {"images_2020": "train"}.
+    """
+
+    name = "hf"
+    source = "hf"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        streaming: bool = False,
+        image_column: str | None = None,
+        patient_column: str | None = None,
+        label_columns: Sequence[str] | None = None,
+        mask_column: str | None = None,
+        mask_names: Sequence[str] | None = None,
+        uncertain: str | None = None,
+        splits: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = str(path)
+        self.open = partial(open_dataset, path, name, revision, streaming=streaming)
+        self.streaming = streaming
+        self.image_column = image_column
+        self.patient_column = patient_column
+        self.label_columns = label_columns
+        self.mask_column = mask_column
+        self.mask_names = mask_names
+        self.uncertain = uncertain
+        self.splits = splits
+
+    def read(self) -> Listing:
+        """List the rows of all splits, without their pixels."""
+        if self.mask_names is not None and self.mask_column is None:
+            raise ValueError(f"mask_names={','.join(self.mask_names)} found; expected --mask_column to name the masks")
+        if self.mask_column is not None and self.streaming:
+            raise ValueError(f"mask_column={self.mask_column} found with streaming; a stream has no masks")
+        opened = self.open()
+        splits = self._choose_splits(opened)
+        features = next(iter(opened.splits.values())).features
+        self._check_mask_column(features)
+        image = find_image_column(self.path, features, self.image_column, self.mask_column)
+        table = [name for name, feature in features.items() if _is_text(feature)]
+        columns, counts = self._read_table(opened, splits, table, image)
+        names = [f"{split}/{row}" for split, count in counts.items() for row in range(count)]
+        notes = [f"columns ignored: {some(ignored, 30)}"] if (ignored := self._ignored(features, table, image)) else []
+        empty = [""] * len(names)
+        text = {column: _as_text(features[column], values) for column, values in columns.items()}
+        patients, known = self._patients(text, names, notes)
+        views = read_views(text.get("view", empty), notes)
+        sexes = _understood("sex", text.get("sex", empty), parse_sex, "", notes)
+        ages = _understood("age", text.get("age", empty), parse_age, math.nan, notes)
+        labels = self._labels(features, columns, text, len(names))
+        given = [splits[split] for split, count in counts.items() for _ in range(count)]
+        if not any(given):
+            given = _splits(Path(self.path), text.get("split", empty))
+        loaders = [None] * len(names) if self.streaming else self._loaders(opened, counts, image)
+        masks = self._masks(opened, counts, self.mask_column) if self.mask_column else [None] * len(names)
+        records = [
+            Record(*row, load=loaders[i], draw_mask=masks[i], sex=sexes[i], age=ages[i])
+            for i, row in enumerate(zip(names, patients, views, labels.rows, given, strict=True))
+        ]
+        return Listing(
+            records,
+            labels.names,
+            labels.exclusive,
+            notes=[*notes, *labels.notes],
+            mask_names=tuple(self.mask_names or ("mask",)) if self.mask_column else (),
+            policy={} if self.uncertain is None else {"uncertain": self.uncertain},
+            patients_known=known,
+            contents=partial(self._contents, counts, image) if self.streaming else None,
+        )
+
+    def _choose_splits(self, opened: Opened) -> dict[str, str | None]:
+        """Splits to read, and which of ours each is; None where the dataset has no split to speak of."""
+        found = list(opened.splits)
+        if self.splits is not None:
+            strange = [split for split in self.splits if split not in found]
+            if strange or not set(self.splits.values()) <= set(SPLIT_NAMES):
+                given = ", ".join(f"{theirs}={ours}" for theirs, ours in self.splits.items())
+                raise ValueError(
+                    f"{self.path}: splits {given} found; expected some of {some(found, 30)}, each as train, "
+                    "validation or test"
+                )
+            return {theirs: SPLIT_NAMES[ours] for theirs, ours in self.splits.items()}
+        if found == ["train"]:
+            return {"train": None}
+        strange = [split for split in found if split not in SPLIT_NAMES]
+        if strange:
+            raise ValueError(
+                f"{self.path}: splits {some(strange)} found; expected train, validation (val, valid, dev) and test, or "
+                "`splits` to say which is which"
+            )
+        return {split: SPLIT_NAMES[split] for split in found}
+
+    def _check_mask_column(self, features: Any) -> None:
+        if self.mask_column is not None and not isinstance(features.get(self.mask_column), datasets.Image):
+            images = some((n for n, feature in features.items() if isinstance(feature, datasets.Image)), 30)
+            raise ValueError(f"{self.path}: Image columns {images} found; expected the masks in {self.mask_column}")
+
+    def _ignored(self, features: Any, table: Sequence[str], image: str) -> list[str]:
+        return [f"{n} ({kind(f)})" for n, f in features.items() if n not in (*table, image, self.mask_column)]
+
+    def _read_table(
+        self, opened: Opened, splits: Mapping[str, str | None], table: list[str], image: str
+    ) -> tuple[dict[str, list[Any]], dict[str, int]]:
+        """Columns without the pixels, of all splits one behind the other, and how many rows each split has."""
+        columns: dict[str, list[Any]] = {name: [] for name in table}
+        counts: dict[str, int] = {}
+        if self.streaming and table:
+            opened = self.open(columns=table, rows=TABLE_ROWS)
+        for split in splits:
+            dataset, count = opened.splits[split], opened.counts[split]
+            if table or count is None:  # a stream of nothing but pixels may have to be read to be counted
+                count = 0
+                dataset = dataset.select_columns(table) if table else _undecoded(dataset, image)
+                for batch in dataset.iter(batch_size=TABLE_ROWS if table else ROWS):
+                    count += len(next(iter(batch.values())))
+                    for name in table:
+                        columns[name] += batch[name]
+            counts[split] = count
+        if not sum(counts.values()):
+            raise ValueError(f"{self.path}: no rows found; expected one row an image")
+        return columns, counts
+
+    def _patients(self, text: Columns, names: list[str], notes: list[str]) -> tuple[list[str], bool]:
+        column = self.patient_column or "patient_id"
+        if column in text:
+            if "" in text[column]:
+                row = names[text[column].index("")]
+                raise ValueError(f"{self.path}: row {row}: empty {column} found; expected a patient")
+            return text[column], True
+        if self.patient_column is not None:
+            raise ValueError(f"{self.path}: columns {some(text, 30)} found; expected the patient in {column}")
+        notes.append(
+            "no column patient_id: each image is counted as a patient of its own, so one patient's images may fall "
+            "into two splits (--patient_column names the column)"
+        )
+        return names, False
+
+    def _labels(self, features: Any, columns: Mapping[str, list[Any]], text: Columns, count: int) -> LabelTable:
+        """Columns of class labels, or else what a folder's table would have."""
+        skip = (self.patient_column, "patient_id")
+        typed = [n for n in columns if _class_names(features[n]) and n not in (*RESERVED_COLUMNS, *skip)]
+        chosen = typed if self.label_columns is None else [n for n in self.label_columns if n in typed]
+        chosen = [name for name in chosen if name in ("label", "labels")] or chosen
+        alone = self.label_columns is None or list(self.label_columns) == chosen
+        if len(chosen) == 1 and alone:
+            if self.uncertain is not None:
+                raise ValueError(f"{self.path}: column {chosen[0]} holds classes; --uncertain does not fit")
+            rest = [n for n in columns if n not in (chosen[0], *RESERVED_COLUMNS, *skip)]
+            note = (f"columns ignored: {some(rest, 30)}",) if rest and self.label_columns is None else ()
+            return _typed_labels(features[chosen[0]], columns[chosen[0]], note)
+        if len(chosen) > 1 and self.label_columns is None:
+            raise ValueError(
+                f"{self.path}: columns of classes {some(chosen)} found; expected --label_columns to choose"
+            )
+        if not text:
+            return LabelTable([()] * count)
+        numbers = {name: [_text(value) for value in columns[name]] for name in chosen}  # 0 and 1 instead of the names
+        return read_labels(
+            Path(self.path), text | numbers, self.label_columns, [name for name in skip if name], self.uncertain
+        )
+
+    def _folder(self) -> str | None:
+        """Where files that rows name by their path may lie."""
+        path = Path(self.path)
+        return str(path if path.is_dir() else path.parent) if path.exists() else None
+
+    def _rows(self, opened: Opened, counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+        """Arrow file and row in it, of every record."""
+        for split in counts:
+            for file in (entry["filename"] for entry in opened.splits[split].cache_files):
+                yield from ((file, row) for row in range(len(datasets.Dataset.from_file(file))))
+
+    def _loaders(self, opened: Opened, counts: Mapping[str, int], image: str) -> list[Any]:
+        folder = self._folder()
+        return [partial(load_row, file, image, row, folder) for file, row in self._rows(opened, counts)]
+
+    def _masks(self, opened: Opened, counts: Mapping[str, int], column: str) -> list[Any]:
+        """What reads each mask; None where there is none."""
+        folder, known = self._folder(), []
+        for split in counts:
+            cells = opened.splits[split].data.column(column)
+            content, path = (pyarrow.compute.struct_field(cells, name) for name in ("bytes", "path"))
+            known += pyarrow.compute.or_(content.is_valid(), path.is_valid()).to_pylist()
+        rows = zip(self._rows(opened, counts), known, strict=True)
+        return [partial(load_mask, file, column, row, folder) if there else None for (file, row), there in rows]
+
+    def _contents(self, counts: Mapping[str, int], image: str, start: int) -> Iterator[bytes]:
+        """Files of the rows from one on, in order. What comes before it in its split is read as well, and dropped."""
+        opened, folder = self.open(columns=[image]), self._folder()
+        for split, count in counts.items():
+            if start < count:
+                for batch in _undecoded(opened.splits[split], image).skip(start).iter(batch_size=ROWS):
+                    for cell in batch[image]:
+                        yield _content_or_empty(cell, folder)
+            start = max(0, start - count)
+
+
+def _undecoded(dataset: Any, column: str) -> Any:
+    """A column of images alone, as files."""
+    return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _content_or_empty(cell: Mapping[str, Any] | None, folder: str | None) -> bytes:
+    """A stream goes on behind a file that cannot be read, which the cache then rejects as empty."""
+    try:
+        return read_content(cell, folder)
+    except (UnreadableImageError, OSError):
+        return b""
+
+
+def _class_names(feature: Any) -> list[str]:
+    """Names of a class label, or of a list of them; else none."""
+    inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+    return list(inner.names) if isinstance(inner, datasets.ClassLabel) else []
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a column belongs to the table: numbers, text, classes, lists of text or classes, but not vectors."""
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        inner = feature.feature
+        return isinstance(inner, datasets.ClassLabel) or (isinstance(inner, datasets.Value) and inner.dtype == "string")
+    return isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value) and "binary" not in feature.dtype
+    )
+
+
+def _as_text(feature: Any, values: list[Any]) -> list[str]:
+    """A column as a CSV file would hold it, classes by their names."""
+    names = _class_names(feature)
+    if not names:
+        return [_text(value) for value in values]
+
+    def name(value: Any) -> str:
+        return "" if value is None or value < 0 else names[value]
+
+    return ["|".join(map(name, value)) if isinstance(value, list) else name(value) for value in values]
+
+
+def _typed_labels(feature: Any, values: list[Any], notes: tuple[str, ...]) -> LabelTable:
+    """Labels of one column of classes, or of lists of classes; -1 and empty cells are unknown."""
+    names = _class_names(feature)
+    if isinstance(feature, datasets.ClassLabel):
+        unknown = (math.nan,) * len(names)
+        rows = [
+            unknown if value is None or value < 0 else tuple(float(value == i) for i in range(len(names)))
+            for value in values
+        ]
+        return LabelTable(rows, tuple(names), exclusive=True, notes=notes)
+    kept = [i for i, name in enumerate(names) if name.lower() != NO_FINDING]
+    rows = [tuple(math.nan if value is None else float(i in value) for i in kept) for value in values]
+    return LabelTable(rows, tuple(names[i] for i in kept), notes=notes)

@@ -1,0 +1,223 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""`datasets` datasets as they are found: on the Hub, in a folder, in parquet or Arrow files; whole or as a stream."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec  # type: ignore[import-untyped]
+import huggingface_hub
+import pyarrow.parquet  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.arrow.arrow import ArrowConfig
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
+from ...progress import no_datasets_bars
+from ..pixels import UnreadableImageError
+from .base import some
+
+SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+ROWS = 16  # images that are read at a time; a parquet file may hold a thousand in one piece
+TABLE_ROWS = 1000  # the same without the pixels
+SHARDS = 240  # pieces that a dataset on the disk is streamed in: many processes can share as many evenly
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A dataset, its pixels not read yet.
+
+    Attributes:
+        splits: a `datasets.Dataset` of each split, or an `IterableDataset` where it is streamed.
+        files: of each split: paths, or addresses with the commit.
+        counts: rows of each split; None where only reading all of it would tell.
+        local: nothing comes over the network.
+    """
+
+    splits: dict[str, Any]
+    files: dict[str, list[str]]
+    counts: dict[str, int | None] = field(default_factory=dict)
+    local: bool = True
+
+
+def open_dataset(
+    path: str | Path,
+    name: str | None = None,
+    revision: str | None = None,
+    *,
+    streaming: bool = False,
+    columns: Sequence[str] | None = None,
+    rows: int = ROWS,
+) -> Opened:
+    """Open a dataset; no code that comes with it is run.
+
+    Args:
+        path: name on the Hub, folder, parquet or Arrow file, pattern of such files, or a folder of `save_to_disk`.
+        name: of the configuration, where there are several.
+        revision: branch, tag or commit on the Hub.
+        streaming: do not download or convert anything.
+        columns: only these; of a parquet file nothing else is read.
+        rows: that a stream of parquet files reads at a time.
+
+    Raises:
+        OSError: nothing there, or the Hub cannot be reached.
+        ValueError: files that `datasets` cannot read.
+    """
+    saved = _saved_files(Path(path))
+    if saved is not None:
+        return _open_mapped(saved, streaming, columns)
+    try:
+        with no_datasets_bars():
+            return _build(_location(path, name, revision), streaming, columns, rows)
+    except (RuntimeError, DatasetGenerationError, pyarrow.ArrowException) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{path}: `datasets` cannot read it: {cause}") from error
+
+
+def as_stream(dataset: Any) -> Any:
+    """A dataset on the disk as a stream of pieces, always the same ones."""
+    return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset)))
+
+
+def _saved_files(path: Path) -> dict[str, list[str]] | None:
+    """Arrow files by split in a folder of `save_to_disk`; None for anything else."""
+    if not any((path / name).is_file() for name in SAVED):
+        return None
+    with no_datasets_bars():
+        saved = datasets.load_from_disk(str(path))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return {split: [row["filename"] for row in dataset.cache_files] for split, dataset in splits.items()}
+
+
+def _open_mapped(files: dict[str, list[str]], streaming: bool, columns: Sequence[str] | None) -> Opened:
+    """Arrow files on the disk, which are mapped into memory: what is not asked for is not read."""
+    loaded = {split: _map_files(found) for split, found in files.items()}
+    counts: dict[str, int | None] = {split: len(dataset) for split, dataset in loaded.items()}
+    if columns is not None:
+        loaded = {split: dataset.select_columns(list(columns)) for split, dataset in loaded.items()}
+    if streaming:
+        loaded = {split: as_stream(dataset) for split, dataset in loaded.items()}
+    return Opened(loaded, files, counts)
+
+
+def _matching(path: Path) -> list[str]:
+    found = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
+    if not found:
+        raise FileNotFoundError(f"{path}: no such file; expected a file or a pattern of files")
+    return found
+
+
+def _map_files(files: Sequence[str]) -> Any:
+    try:
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{some(files, 3)}: not readable as Arrow files of one kind: {error}") from error
+
+
+def _location(path: str | Path, name: str | None, revision: str | None) -> dict[str, Any]:
+    """Arguments of `load_dataset`."""
+    text = str(path)
+    kind_of_file = Path(text).suffix.removeprefix(".")
+    if kind_of_file in ("parquet", "arrow"):
+        return {"path": kind_of_file, "data_files": {"train": _matching(Path(text))}}
+    if not Path(text).exists() and (text.startswith(("/", ".", "~")) or text.count("/") > 1 or not text):
+        raise FileNotFoundError(
+            f"{text!r} found; expected a folder or file that exists, or the name of a dataset on the Hub"
+        )
+    return {"path": text, "name": name, "revision": revision}
+
+
+def _build(location: dict[str, Any], streaming: bool, columns: Sequence[str] | None, rows: int) -> Opened:
+    builder = datasets.load_dataset_builder(**location)
+    parquet = isinstance(builder.config, ParquetConfig)
+    files = {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
+    local = all(os.path.exists(file) for found in files.values() for file in found) and bool(files)
+    if local and isinstance(builder.config, ArrowConfig):
+        return _open_mapped(files, streaming, columns)
+    if not streaming:
+        loaded = dict(datasets.load_dataset(**location, keep_in_memory=False))
+    elif parquet:  # so that columns which are not wanted are not read, and not a thousand images at a time
+        wanted = {} if columns is None else {"columns": list(columns)}
+        loaded = dict(datasets.load_dataset_builder(**location, **wanted, batch_size=rows).as_streaming_dataset())
+    else:
+        loaded = dict(builder.as_streaming_dataset())
+    loaded = {str(split): dataset for split, dataset in loaded.items()}
+    if columns is not None:
+        loaded = {split: dataset.select_columns(list(columns)) for split, dataset in loaded.items()}
+    counts: dict[str, int | None] = {}
+    for split, dataset in loaded.items():
+        if not streaming:
+            counts[split] = len(dataset)
+        elif parquet and local:
+            counts[split] = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files[split])
+        else:
+            known = (builder.info.splits or {}).get(split)
+            counts[split] = known.num_examples if known else None
+    return Opened(loaded, files, counts, local)
+
+
+def find_image_column(
+    where: str | Path, features: Any, wanted: str | None = None, mask_column: str | None = None
+) -> str:
+    """The column of the pixels.
+
+    Args:
+        where: how the error message begins.
+        features: of the dataset.
+        wanted: name it must have; by default it is the only Image column, or a binary column called `image`.
+        mask_column: an Image column that is not it.
+
+    Raises:
+        ValueError: none, or several.
+    """
+    if features is None:
+        raise ValueError(f"{where}: columns of unknown types found; expected a dataset that declares an Image column")
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and name != mask_column]
+    listed = some((f"{name}: {kind(feature)}" for name, feature in features.items()), 30)
+    raw = wanted or "image"
+    if (
+        not (wanted is None and images)
+        and raw in features
+        and kind(features[raw]) in ("Image", "binary", "large_binary")
+    ):
+        return raw
+    if wanted is not None or not images:
+        raise ValueError(f"{where}: columns {listed} found; expected the pixels in {wanted or 'an Image column'}")
+    if len(images) > 1:
+        raise ValueError(f"{where}: Image columns {some(images)} found; expected one, or --image_column to name it")
+    return images[0]
+
+
+def kind(feature: Any) -> str:
+    """Type of a column in a word."""
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def read_content(cell: Mapping[str, Any] | None, folder: str | None = None) -> bytes:
+    """The file of an undecoded Image cell.
+
+    Args:
+        cell: `bytes`, or `path` of a file of the dataset: on the Hub, in the caches, or in `folder`.
+        folder: of the dataset, where it is a local one.
+
+    Raises:
+        UnreadableImageError: an empty cell, or a path that leads elsewhere.
+        OSError: the file cannot be read.
+    """
+    if cell is not None and cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    path = (cell or {}).get("path")
+    if not path:
+        raise UnreadableImageError("image", "empty cell")
+    source = path.rpartition("::")[2]  # of zip://inside.png::archive.zip
+    homes = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE, folder]
+    inside = any(Path(os.path.realpath(source)).is_relative_to(os.path.realpath(home)) for home in homes if home)
+    if not (inside or source.startswith("hf://")):
+        raise UnreadableImageError(path, "lies outside the dataset")
+    with fsspec.open(path, "rb") as file:
+        return bytes(file.read())

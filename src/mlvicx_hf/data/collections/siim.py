@@ -1,0 +1,174 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""SIIM-ACR pneumothorax segmentation as released: 12,047 radiographs, 2,669 with masks in a table of run lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ..pixels import UnreadableImageError, image_files
+from .base import Listing, Record, ReleasedCollection
+from .tables import read_columns, require_columns
+
+TABLES = ("stage_2_train.csv", "train-rle.csv")
+COLUMNS = ("ImageId", "EncodedPixels")
+FINDING = "Pneumothorax"
+NO_MASK = "-1"
+SIDE = 1024  # pixels of all images of the release, and of the masks
+MASKS_FOLDER = "masks"
+
+Codes = tuple[tuple[int, str], ...]  # row of the table, run-length code
+
+
+class SIIMCollection(ReleasedCollection):
+    """The release's folder: its table, and the images `<ImageId>.dcm` (or .png, .jpg) in any folders below.
+
+    The mask of an image is the union of its rows, empty where the table says -1. Files below a folder `masks` are
+    masks. No official split.
+
+    Args:
+        root: folder of the release, or of a mirror with converted images.
+        masks: "table" draws them from the run lengths; "files" takes `masks/<ImageId>.png`, anywhere below the root.
+            An image with -1 needs no file.
+
+    Raises:
+        ValueError: other `masks`.
+    """
+
+    name = "siim"
+    source = "siim"
+
+    def __init__(self, root: str | Path, *, masks: str = "table") -> None:
+        if masks not in ("table", "files"):
+            raise ValueError(f"masks={masks!r} found; expected table or files")
+        self.root = Path(root)
+        self.masks = masks
+
+    def read(self) -> Listing:
+        """List the images of the table that are on disk."""
+        listing = super().read()
+        if not listing.records:
+            raise FileNotFoundError(
+                f"{self.root}: none of the {len(listing.missing)} images found, or none with its mask; expected "
+                "<ImageId>.dcm or .png in any folders below"
+            )
+        return listing
+
+    def list_all(self) -> Listing:
+        """List the images of the table."""
+        table = self._find_table()
+        codes = _read_codes(table)
+        images, masks = self._find_images(codes)
+        records = []
+        for image, rows in codes.items():
+            mask_path = masks.get(image)
+            if self.masks == "files" and rows and mask_path is None:
+                mask_path = self.root / MASKS_FOLDER / f"{image}.png"  # not there, and so reported as missing
+            draw_mask = partial(union_of_runs, rows, str(table)) if mask_path is None else None
+            label = float(bool(rows))
+            records.append(
+                Record(image, image, labels=(label,), path=images.get(image), mask_path=mask_path, draw_mask=draw_mask)
+            )
+        notes = [
+            f"labels and masks of {table.name}",
+            "ImageId names an image: each counts as a patient of its own, so one patient's images may fall into two "
+            "splits",
+            "SIIM's images come from NIH ChestX-ray14: an encoder pretrained on NIH may have seen them",
+        ]
+        return Listing(
+            records,
+            (FINDING,),
+            notes=notes,
+            mask_names=(FINDING,),
+            policy={"masks": self.masks},
+            patients_known=False,
+        )
+
+    def _find_table(self) -> Path:
+        for name in TABLES:
+            if (self.root / name).is_file():
+                return self.root / name
+        raise FileNotFoundError(f"{self.root}: none of {', '.join(TABLES)} found; expected SIIM's table")
+
+    def _find_images(self, names: Iterable[str]) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Files of the images, and of their masks where these count, in one walk through the folders."""
+        files: dict[bool, list[Path]] = {False: [], True: []}
+        for file in image_files(self.root):
+            files[MASKS_FOLDER in file.relative_to(self.root).parts[:-1]].append(file)
+        return files_by_name(files[False], names), files_by_name(files[True] if self.masks == "files" else (), names)
+
+
+def files_by_name(files: Iterable[Path], names: Iterable[str]) -> dict[str, Path]:
+    """Files by their name without suffix; those that are not among `names` are left alone.
+
+    Raises:
+        ValueError: two files of one name, such as a DICOM file and its conversion.
+    """
+    wanted = set(names)
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.stem in wanted and found.setdefault(file.stem, file) is not file:
+            raise ValueError(f"{found[file.stem]} and {file} found; expected one file an image")
+    return found
+
+
+def _read_codes(table: Path) -> dict[str, Codes]:
+    """Run-length codes by image, none for an image with -1."""
+    columns = read_columns(table)
+    require_columns(table, columns, COLUMNS)
+    codes: dict[str, Codes] = {}
+    for number, (image, code) in enumerate(zip(*(columns[name] for name in COLUMNS), strict=True), start=1):
+        if not image or not code:
+            column = COLUMNS[0] if not image else COLUMNS[1]
+            raise ValueError(
+                f"{table}: row {number}, column {column}: empty cell found; expected an image and its code"
+            )
+        others = codes.get(image)
+        if code == NO_MASK and others is None:
+            codes[image] = ()
+        elif code == NO_MASK or others == () or code in (other for _, other in others or ()):
+            raise ValueError(
+                f"{table}: row {number}, column {COLUMNS[1]}: {code[:40]!r} found for {image}, which an earlier row "
+                "lists; expected -1 in its only row, or codes that differ"
+            )
+        else:
+            codes[image] = (*(others or ()), (number, code))
+    return codes
+
+
+def union_of_runs(codes: Codes, table: str) -> np.ndarray:
+    """Mask of all pixels that any of the codes marks.
+
+    A code is pairs of a gap and a run, in pixels, counted down the first column, then the second and so on; each gap
+    begins where the run before it ended.
+
+    Args:
+        codes: row of the table and code; none for an empty mask.
+        table: what errors call the file.
+
+    Returns:
+        0 and 1, uint8 [SIDE, SIDE].
+
+    Raises:
+        UnreadableImageError: a code that is no such pairs, or leaves the image.
+    """
+    columns = np.zeros((SIDE, SIDE), dtype=np.uint8)  # [x, y]
+    pixels = columns.reshape(-1)
+    for row, code in codes:
+        where = f"row {row}, column {COLUMNS[1]}: "
+        try:
+            lengths = [int(word) for word in code.split()]
+        except ValueError as error:
+            raise UnreadableImageError(table, f"{where}{error}; expected pairs of whole numbers") from error
+        if len(lengths) % 2 or min(lengths) < 0 or not min(lengths[1::2]) or sum(lengths) > SIDE * SIDE:
+            raise UnreadableImageError(
+                table,
+                f"{where}{len(lengths)} numbers from {min(lengths)} that add up to {sum(lengths)} found; expected "
+                f"pairs of a gap and a run, not empty, that add up to {SIDE * SIDE} pixels at most",
+            )
+        marked = np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2, lengths)
+        pixels[: len(marked)] |= marked
+    return np.ascontiguousarray(columns.T)

@@ -1,0 +1,355 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""One vocabulary: which labels of different collections mean the same finding, and what is lost where not quite.
+
+The labels are spelled as the releases do. The counts are of VinBigData's and CheXpert's training tables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A common name, and what is lost when a collection's label takes it (empty: nothing)."""
+
+    name: str
+    lost: str = ""
+
+
+@dataclass(frozen=True)
+class NoCommonName:
+    """Why a collection's label has none."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """A finding that a model and a collection have in common.
+
+    Attributes:
+        name: common name, or the label itself where there is none.
+        model_columns: outputs of the model; of several the finding is the union.
+        data_columns: labels of the collection; likewise.
+        lost: in what the two sides differ, one line each.
+    """
+
+    name: str
+    model_columns: tuple[int, ...]
+    data_columns: tuple[int, ...]
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What a model and a collection have in common, in the order of the collection's labels, and what not.
+
+    Attributes:
+        matches: the common findings.
+        model_only: the model's labels without a counterpart, and why (empty: the collection lacks them).
+        data_only: the collection's, likewise.
+    """
+
+    matches: tuple[Match, ...]
+    model_only: Mapping[str, str] = field(default_factory=dict)
+    data_only: Mapping[str, str] = field(default_factory=dict)
+
+
+# Findings that are present where one of their parts is, and what is lost when the parts are taken for the whole.
+UNIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "Nodule or mass": (("Nodule", "Mass"), ""),
+    "Fracture": (("Rib fracture", "Clavicle fracture"), "fractures of other bones than ribs and clavicles"),
+}
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+_FROM_IMAGE = "seen in the image alone, without what the clinician knew"
+_OTHER_KINDS = NoCommonName("whatever else the readers found, of any kind")
+
+_NIH14: dict[str, Finding | NoCommonName] = {
+    "Atelectasis": Finding("Atelectasis"),
+    "Cardiomegaly": Finding("Cardiomegaly"),
+    "Effusion": Finding("Pleural effusion"),
+    "Infiltration": Finding(
+        "Infiltration", "the report's word for any infiltrate, much of it what others call consolidation or opacity"
+    ),
+    "Mass": Finding("Mass"),
+    "Nodule": Finding("Nodule"),
+    "Pneumonia": Finding("Pneumonia"),
+    "Pneumothorax": Finding("Pneumothorax"),
+    "Consolidation": Finding("Consolidation"),
+    "Edema": Finding("Edema"),
+    "Emphysema": Finding("Emphysema"),
+    "Fibrosis": Finding("Fibrosis"),
+    "Pleural_Thickening": Finding("Pleural thickening"),
+    "Hernia": Finding("Hernia"),
+}
+
+_VINBIGDATA: dict[str, Finding | NoCommonName] = {
+    "Aortic enlargement": Finding("Aortic enlargement"),
+    "Atelectasis": Finding("Atelectasis"),
+    "Calcification": Finding("Calcification"),
+    "Cardiomegaly": Finding("Cardiomegaly"),
+    "Consolidation": Finding("Consolidation"),
+    "ILD": Finding("Interstitial lung disease"),
+    "Infiltration": Finding("Infiltration", "a reader's box, apart from consolidation and opacity"),
+    "Lung Opacity": Finding(  # drawn on 297 of 353 images with consolidation, but 128 of 386 with ILD
+        "Lung opacity", "any opacity by its definition, but often not drawn where a box names the opacity's kind"
+    ),
+    "Nodule/Mass": Finding("Nodule or mass"),
+    "Other lesion": _OTHER_KINDS,
+    "Pleural effusion": Finding("Pleural effusion"),
+    "Pleural thickening": Finding("Pleural thickening"),
+    "Pneumothorax": Finding("Pneumothorax"),
+    "Pulmonary fibrosis": Finding("Fibrosis"),
+    "No finding": Finding("No finding", "none of its findings, lesions of other kinds among them"),
+}
+
+_VINDR = _VINBIGDATA | {
+    "Clavicle fracture": Finding("Clavicle fracture"),
+    "Edema": Finding("Edema"),
+    "Emphysema": Finding("Emphysema"),
+    "Enlarged PA": Finding("Enlarged pulmonary artery"),
+    "Lung cavity": Finding("Lung cavity"),
+    "Lung cyst": Finding("Lung cyst"),
+    "Mediastinal shift": Finding("Mediastinal shift"),
+    "Rib fracture": Finding("Rib fracture"),
+    "COPD": Finding("COPD", _FROM_IMAGE),
+    "Lung tumor": Finding("Lung tumor", _FROM_IMAGE),
+    "Pneumonia": Finding("Pneumonia", _FROM_IMAGE),
+    "Tuberculosis": Finding("Tuberculosis", _FROM_IMAGE),
+    "Other diseases": _OTHER_KINDS,
+    "Other disease": _OTHER_KINDS,  # the test tables' spelling
+}
+
+_RSNA: dict[str, Finding | NoCommonName] = {
+    "Lung Opacity": Finding(
+        "Pneumonia", f"opacity suspicious for pneumonia, {_FROM_IMAGE}; not any opacity, as others' Lung Opacity"
+    ),
+    "No Lung Opacity / Not Normal": NoCommonName("any finding but opacity suspicious for pneumonia"),
+    "Normal": Finding("No finding", "normal altogether, whatever a collection's list of findings"),
+}
+
+_SIIM: dict[str, Finding | NoCommonName] = {"Pneumothorax": Finding("Pneumothorax")}
+
+_CHEXPERT: dict[str, Finding | NoCommonName] = {
+    "No Finding": Finding(  # 8,808 of 22,381 with support devices
+        "No finding", "none of the labeller's 12 findings, but perhaps support devices"
+    ),
+    "Enlarged Cardiomediastinum": Finding("Enlarged cardiomediastinum"),
+    "Cardiomegaly": Finding("Cardiomegaly"),
+    "Lung Opacity": Finding(  # blank for 23,439 of 52,246 images with edema
+        "Lung opacity", "any opacity, but often unknown where the report names the opacity's kind alone"
+    ),
+    "Lung Lesion": Finding("Nodule or mass", "other focal lesions of the lung, such as cavities"),
+    "Edema": Finding("Edema"),
+    "Consolidation": Finding("Consolidation"),
+    "Pneumonia": Finding("Pneumonia"),
+    "Atelectasis": Finding("Atelectasis"),
+    "Pneumothorax": Finding("Pneumothorax"),
+    "Pleural Effusion": Finding("Pleural effusion"),
+    "Pleural Other": NoCommonName("pleural thickening together with plaques, scars and fibrothorax"),
+    "Fracture": Finding("Fracture"),
+    "Support Devices": Finding("Support devices"),
+}
+
+COLLECTIONS: Mapping[str, Mapping[str, Finding | NoCommonName]] = MappingProxyType(
+    {
+        "nih14": _NIH14,
+        "vinbigdata": _VINBIGDATA,
+        "vindr": _VINDR,
+        "rsna": _RSNA,
+        "siim": _SIIM,
+        "chexpert": _CHEXPERT,
+        "mimic_cxr_jpg": _CHEXPERT,  # the same labeller on other reports
+    }
+)
+
+# Collections that hold some of the same images.
+SHARED_IMAGES = (frozenset({"nih14", "rsna", "siim"}), frozenset({"vinbigdata", "vindr"}))
+
+# What other tables call a finding, beside the spellings of the collections above.
+_FURTHER_SPELLINGS = {
+    "Oedema": "Edema",
+    "Pulmonary edema": "Edema",
+    "Pulmonary oedema": "Edema",
+    "Hiatal hernia": "Hernia",
+    "Hiatus hernia": "Hernia",
+    "Lung nodule": "Nodule",
+    "Pulmonary nodule": "Nodule",
+    "Lung mass": "Mass",
+    "Pulmonary mass": "Mass",
+    "Airspace opacity": "Lung opacity",
+    "Lung tumour": "Lung tumor",
+}
+# Elsewhere Lung Opacity is any opacity, and nobody knows what is normal: what RSNA means by its names is RSNA's alone.
+_SPELLED_BY = [name for name in COLLECTIONS if name != "rsna"]
+
+# -- looking up --------------------------------------------------------------------------------------------------------
+
+
+def normalize(label: str) -> str:
+    """A label without differences of case, blanks, underscores, other signs and plural."""
+    return " ".join(_singular(word) for word in re.split(r"[\W_]+", label.casefold()) if word)
+
+
+def _singular(word: str) -> str:
+    if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "is", "us")):
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-2] if word.endswith("sses") else word[:-1]
+
+
+@cache
+def _spellings(collection: str | None) -> dict[str, Finding | NoCommonName]:
+    """Entries by normalised spelling: of a collection of the table, or (None) of all of them together."""
+    if collection is not None:
+        return {normalize(label): entry for label, entry in COLLECTIONS[collection].items()}
+    # What is lost is known of the collections alone: somebody's folder may mean anything by a name.
+    entries = [item for name in _SPELLED_BY for item in COLLECTIONS[name].items()]
+    names = {normalize(label): entry.name for label, entry in entries if isinstance(entry, Finding)}
+    names |= {normalize(label): name for label, name in _FURTHER_SPELLINGS.items()}
+    names |= {normalize(name): name for name in names.values()}
+    return {spelling: Finding(name) for spelling, name in names.items()}
+
+
+def _look_up(collection: str | None, label: str) -> Finding | NoCommonName | None:
+    spelling = normalize(label)
+    if collection in COLLECTIONS and spelling in _spellings(collection):
+        return _spellings(collection)[spelling]
+    return _spellings(None).get(spelling)
+
+
+def common_name(collection: str | None, label: str) -> Finding | None:
+    """The common name of a label.
+
+    Args:
+        collection: one of `COLLECTIONS`; labels of any other, and of None, are known by their spelling.
+        label: as the collection spells it.
+
+    Returns:
+        Name, and what is lost by it; None for a label that has no common name or is not known.
+    """
+    entry = _look_up(collection, label)
+    return entry if isinstance(entry, Finding) else None
+
+
+# -- matching ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Labels of a model or a collection of images, and what identifies each: a name, or a label of this collection."""
+
+    collection: str | None
+    labels: tuple[str, ...]
+
+    def key(self, column: int) -> tuple[str, str]:
+        entry = _look_up(self.collection, self.labels[column])
+        if isinstance(entry, Finding):
+            return "", entry.name
+        # Known to have no common name: the same wherever this table holds. Not known: the same wherever so spelled.
+        tables = [name for name, table in COLLECTIONS.items() if table is COLLECTIONS.get(self.collection or "")]
+        scope = tables[0] if entry is not None else ""
+        return scope, normalize(self.labels[column])
+
+    def keys(self) -> list[tuple[str, str]]:
+        return [self.key(column) for column in range(len(self.labels))]
+
+    def name(self, column: int) -> str:
+        entry = _look_up(self.collection, self.labels[column])
+        return entry.name if isinstance(entry, Finding) else self.labels[column]
+
+    def lost(self, column: int) -> tuple[str, ...]:
+        entry = common_name(self.collection, self.labels[column])
+        return (f"{self.collection}'s {self.labels[column]}: {entry.lost}",) if entry and entry.lost else ()
+
+    def parts(self, whole: str) -> list[int]:
+        """Columns of all the parts of a finding; empty if one is absent."""
+        keys, parts = self.keys(), UNIONS[whole][0]
+        columns = [column for column, key in enumerate(keys) if key in [("", part) for part in parts]]
+        return columns if len(columns) == len(parts) == len({keys[column] for column in columns}) else []
+
+    def without(self, used: set[int]) -> dict[str, str]:
+        """Labels of other columns than these, and why they have no common name."""
+        entries = {
+            label: _look_up(self.collection, label) for column, label in enumerate(self.labels) if column not in used
+        }
+        return {label: entry.reason if isinstance(entry, NoCommonName) else "" for label, entry in entries.items()}
+
+
+def match(
+    model_collection: str | None,
+    model_labels: Sequence[str],
+    data_collection: str | None,
+    data_labels: Sequence[str],
+) -> Matching:
+    """Pair the labels of a model with those of a collection.
+
+    Labels match that have the same common name; a finding of one side also matches its parts on the other (`UNIONS`),
+    if all of them are there. Labels without a common name match by their spelling, but those that the table knows
+    only where the same table holds.
+
+    Args:
+        model_collection: what the model was trained on; None if unknown.
+        model_labels: names of its outputs.
+        data_collection: of the images; None if unknown.
+        data_labels: names of their labels.
+
+    Raises:
+        ValueError: two labels of one side that mean the same, and neither is spelled as on the other side.
+    """
+    model, data = _Side(model_collection, tuple(model_labels)), _Side(data_collection, tuple(data_labels))
+    matches = _same(model, data)
+    matches += _unions(model, data, {found.name for found in matches})
+    matches.sort(key=lambda found: found.data_columns)
+    return Matching(
+        tuple(matches),
+        model.without({column for found in matches for column in found.model_columns}),
+        data.without({column for found in matches for column in found.data_columns}),
+    )
+
+
+def _same(model: _Side, data: _Side) -> list[Match]:
+    """One label of each side."""
+    model_keys, data_keys = model.keys(), data.keys()
+    matches = []
+    for key in dict.fromkeys(key for key in data_keys if key in model_keys):
+        ours = [column for column, found in enumerate(model_keys) if found == key]
+        theirs = [column for column, found in enumerate(data_keys) if found == key]
+        spelled = [(i, j) for i in ours for j in theirs if model.labels[i] == data.labels[j]]
+        if not spelled and len(ours) * len(theirs) > 1:
+            side, columns = (model, ours) if len(ours) > 1 else (data, theirs)
+            listed = ", ".join(side.labels[column] for column in columns)
+            raise ValueError(f"labels {listed} found, which all mean {key[1]}; expected one of them")
+        names = Counter(data.name(j) for _, j in spelled)
+        for i, j in spelled or [(ours[0], theirs[0])]:
+            alike = _look_up(model.collection, model.labels[i]) == _look_up(data.collection, data.labels[j])
+            name = data.name(j) if names[data.name(j)] < 2 else data.labels[j]
+            matches.append(Match(name, (i,), (j,), () if alike else model.lost(i) + data.lost(j)))
+    return matches
+
+
+def _unions(model: _Side, data: _Side, matched: set[str]) -> list[Match]:
+    """A finding of one side, all the parts of it on the other."""
+    matches = []
+    for whole in UNIONS.keys() - matched:
+        for side, other in ((model, data), (data, model)):
+            wholes = [column for column, key in enumerate(side.keys()) if key == ("", whole)]
+            parts = other.parts(whole)
+            if len(wholes) != 1 or not parts:
+                continue
+            pair = (tuple(wholes), tuple(parts)) if side is model else (tuple(parts), tuple(wholes))
+            taken = " or ".join(other.labels[column] for column in parts)
+            lost = [f"{whole} is {taken} of the {'images' if side is model else 'model'}"]
+            lost += [f"{taken} lack {UNIONS[whole][1]}"] if UNIONS[whole][1] else []
+            lost += [*side.lost(wholes[0]), *(note for column in parts for note in other.lost(column))]
+            matches.append(Match(whole, *pair, tuple(lost)))
+    return matches

@@ -1,0 +1,149 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Whether a classifier has seen the images that it is tested on, as far as its files and its training cache tell."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import try_to_load_from_cache
+
+from ..card_results import field, read_json
+from ..data.cache import MANIFEST, Cache, load_cache
+from ..data.duplicates import confirm, near_pairs
+from ..data.vocabulary import COLLECTIONS, SHARED_IMAGES
+from ..prediction import LoadedModel
+
+RESULTS = "results.json"
+SEEN = {  # of the cache that the model was trained on
+    "train": "the model was trained on these images: the scores say nothing about new ones",
+    "validation": "the model's epoch and thresholds were chosen on these images: the scores are too good",
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a classifier's files say of the images that it was trained on; None for what they do not say."""
+
+    collection: str | None = None
+    cache: str | None = None
+    data_hash: str | None = None
+    split_hash: str | None = None
+
+
+def read_training(loaded: LoadedModel) -> Training:
+    """From the `results.json` beside a classifier, or else the record of its decision thresholds.
+
+    Raises:
+        ValueError: a `results.json` that no fine-tuning wrote.
+    """
+    folder = Path(loaded.source)
+    file: Any = folder / RESULTS
+    if not folder.is_dir():  # `prediction.load` fetched what the repository has
+        file = try_to_load_from_cache(loaded.source, RESULTS, revision=loaded.revision)
+    if isinstance(file, (str, Path)) and Path(file).is_file():
+        content = read_json(Path(file))
+        names = ("collection", "cache", "data_hash", "split_hash")
+        return Training(**{name: field(content, f"data.{name}", str, Path(file)) for name in names})
+    thresholds = loaded.model.config.decision_thresholds or {}
+    return Training(data_hash=thresholds.get("data_hash"), split_hash=thresholds.get("split_hash"))
+
+
+def check_overlap(
+    training: Training, cache: Cache, split: str, allow: bool = False, progress: bool = False
+) -> dict[str, Any]:
+    """Compare a split with the images that a classifier was trained on or chosen by.
+
+    Copies of an image are found as `data.duplicates` finds them. Patients are compared where both caches number them
+    alike. Images that only pretraining has seen are not looked for.
+
+    Args:
+        training: of the classifier.
+        cache: with the split.
+        split: on which it is tested.
+        allow: go on, with a warning, when images or patients were seen.
+        progress: show a bar on stderr where there are many images.
+
+    Returns:
+        `compared` (with what), `images` and `patients` seen (None where they could not be compared), and `warnings`,
+        which are logged as well.
+
+    Raises:
+        ValueError: a split of another cache than the training's shows images or patients that were seen.
+    """
+    images: int | None = None
+    patients: int | None = None
+    warnings: list[str] = []
+    refused = False
+    where = f"{cache.path}, {split}"
+    trained = _open(training)
+    if training.split_hash == cache.manifest["split_hash"]:
+        compared = "the training's own division into splits"
+        if split in SEEN:
+            warnings = [f"{where}: {SEEN[split]}"]
+        else:
+            images = patients = 0
+    elif trained is not None:
+        compared = f"training and validation images of {training.cache}"
+        images, patients = _count_seen(trained, cache, split, progress)
+        if refused := bool(images or patients):
+            warnings = [
+                f"{where}: {images} image(s) and {patients or 0} patient(s) found that the model was trained on or "
+                f"chosen by ({training.cache})"
+            ]
+    elif training.data_hash == cache.manifest["data_hash"]:
+        compared, refused = "the training's own images, divided otherwise", True
+        warnings = [f"{where}: the images of the model's training found, divided otherwise"]
+    else:
+        compared = "nothing"
+        warnings = _doubts(training, cache, where)
+    if refused and not allow:
+        raise ValueError(f"{warnings[0]}; expected unseen ones (--allow_overlap goes on and records it)")
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return {"compared": compared, "images": images, "patients": patients, "warnings": warnings}
+
+
+def _open(training: Training) -> Cache | None:
+    """The cache that a classifier was trained on, if it is still where it was."""
+    if training.cache is None or not (Path(training.cache) / MANIFEST).is_file():
+        return None
+    manifest = json.loads((Path(training.cache) / MANIFEST).read_text(encoding="utf-8"))
+    if any(manifest.get(name) != getattr(training, name) for name in ("data_hash", "split_hash")):
+        return None  # another one in its place
+    return load_cache(training.cache)
+
+
+def _count_seen(trained: Cache, cache: Cache, split: str, progress: bool) -> tuple[int, int | None]:
+    """Images, and patients where they can be compared, of a split that are in another cache's first two splits."""
+    seen = datasets.concatenate_datasets([images for name, images in trained.datasets.items() if name in SEEN])
+    tested = cache.datasets[split]
+    known = set(seen["sha256"])
+    images = {row for row, file in enumerate(tested["sha256"]) if file in known}
+    near = near_pairs(list(tested["phash"]), others=list(seen["phash"]), progress=progress)
+    further = [pair for pair in near if pair[0] not in images]
+    images |= {row for row, _, _ in confirm(further, lambda row: tested[row]["image"], lambda row: seen[row]["image"])}
+    source = cache.manifest["patient_source"]
+    if source not in COLLECTIONS or trained.manifest["patient_source"] != source:
+        return len(images), None
+    return len(images), len(set(seen["patient_id"]) & set(tested["patient_id"]))
+
+
+def _doubts(training: Training, cache: Cache, where: str) -> list[str]:
+    """What could not be compared although there is reason to."""
+    here, there = cache.manifest["collection"], training.collection
+    if there is None:
+        return [f"{where}: the model does not say whether it was trained on these images"]
+    shared = any({here, there} <= group for group in SHARED_IMAGES)
+    if shared or (here == there and here in COLLECTIONS):
+        return [
+            f"{where}: {here} and {there} share images, and {training.cache} is not there to be compared "
+            "with: the model may have been trained on some of these"
+        ]
+    return []

@@ -1,0 +1,353 @@
+"""Streams of pretraining images: numbers, order, processes and workers, resume, and what cannot be read."""
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from helpers import make_cache
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from mlvicx_hf.data import streaming
+from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.data.streaming import PLACE_BITS, ROW_BITS, Row, Stream, StreamBatches, decode_chunk, open_stream
+
+SIDE = 8
+SHARDS = (30, 9, 41, 20)  # images of each
+
+
+def png(value: int, side: int = SIDE, dtype: Any = np.uint8) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side), value, dtype)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shards(folder: Path, shards: tuple[int, ...] = SHARDS, spoil: tuple[int, ...] = (), **columns: Any) -> Path:
+    """Parquet shards whose image i is of grey value i; further columns are a feature and a function of i."""
+    folder.mkdir()
+    features = Features({"image": datasets.Image()} | {name: feature for name, (feature, _) in columns.items()})
+    number = 0
+    for index, count in enumerate(shards):
+        rows = []
+        for i in range(number, number + count):
+            content = b"no image" if i in spoil else png(i)
+            further = {name: value(i) for name, (_, value) in columns.items()}
+            rows.append({"image": {"bytes": content, "path": None}} | further)
+        Dataset.from_list(rows, features=features).to_parquet(
+            folder / f"train-{index:05d}-of-{len(shards):05d}.parquet"
+        )
+        number += count
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("stream") / "data")
+
+
+@pytest.fixture(scope="module")
+def stream(shards: Path) -> Stream:
+    return open_stream(str(shards), size=SIDE)
+
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def run(batches: StreamBatches, epoch: int = 0, first_step: int = 0) -> Batches:
+    batches.start_at(epoch, first_step)
+    return list(batches)
+
+
+def same(one: Batches, other: Batches) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True)
+    )
+
+
+def numbers(batches: Batches) -> list[int]:
+    return torch.cat([batch for _, batch in batches]).tolist()
+
+
+def place(image: int) -> int:
+    """The number of an image, from its shard and row."""
+    for shard, count in enumerate(SHARDS):
+        if image < count:
+            return shard << ROW_BITS | image
+        image -= count
+    raise AssertionError
+
+
+# -- numbers and order -------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_every_image_once_under_its_own_number(stream: Stream):
+    assert stream.num_images == 100
+    found = run(StreamBatches(stream, 10, seed=3, shuffle_buffer=16))
+    assert len(found) == 10
+    for squares, samples in found:
+        assert (squares.dtype, tuple(squares.shape)) == (torch.uint8, (10, 1, SIDE, SIDE))
+        assert (samples.dtype, tuple(samples.shape)) == (torch.int64, (10,))
+        for square, number in zip(squares, samples.tolist(), strict=True):
+            value = int(square[0, 0, 0])
+            assert (square == value).all()
+            assert number == place(value)
+    assert sorted(numbers(found)) == sorted(map(place, range(100)))
+
+
+def test_order_depends_on_seed_and_epoch_alone(stream: Stream, shards: Path):
+    batches = StreamBatches(stream, 10, seed=3, shuffle_buffer=16)
+    first = run(batches)
+    again = StreamBatches(open_stream(str(shards), size=SIDE), 10, seed=3, shuffle_buffer=16)
+    run(again, 5)
+    assert same(run(again), first)
+    assert numbers(run(batches, 1)) != numbers(first)
+    assert numbers(run(StreamBatches(stream, 10, seed=4, shuffle_buffer=16))) != numbers(first)
+    # Shuffled over shards: the first thirty are of several, and not in the order of the files.
+    head = numbers(first)[:30]
+    assert len({number >> ROW_BITS for number in head}) > 1
+    assert head != sorted(head)
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 3), st.integers(0, 12), st.integers(1, 3), st.sampled_from([1, 7, 64]))
+def test_begun_anywhere_it_goes_on_in_the_same_bits(stream: Stream, epoch: int, first: int, ranks: int, buffer: int):
+    size = 6 * ranks
+    for rank in range(ranks):
+        batches = StreamBatches(stream, size, 0, rank, ranks, shuffle_buffer=buffer)
+        whole = run(batches, epoch)
+        assert len(whole) == len(batches) == 100 // size
+        assert same(run(batches, epoch, min(first, len(whole))), whole[first:])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_share_the_shards_and_resume(stream: Stream, workers: int):
+    batches = StreamBatches(stream, 10, seed=3, num_workers=workers, shuffle_buffer=16)
+    whole = run(batches, 1)
+    assert sorted(numbers(whole)) == sorted(map(place, range(100)))
+    assert same(run(batches, 1), whole)
+    for first in (4, 9, 10):
+        assert same(run(batches, 1, first), whole[first:])
+
+
+def test_rows_of_a_resumed_epoch_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Path):
+    decoded: list[int] = []
+
+    def count(rows: list[Row], *rest: Any) -> Any:
+        decoded.extend(row.number for row in rows)
+        return decode_chunk(rows, *rest)
+
+    monkeypatch.setattr(streaming, "decode_chunk", count)
+    monkeypatch.setattr(streaming, "CHUNK", 4)
+    batches = StreamBatches(open_stream(str(shards), size=SIDE), 10, seed=3)
+    whole = run(batches)
+    assert len(decoded) == 100
+    decoded.clear()
+    assert same(run(batches, first_step=7), whole[7:])
+    assert len(decoded) <= 30 + 2 * 4
+
+
+def test_more_workers_than_shards(stream: Stream):
+    batches = StreamBatches(stream, 10, seed=0, num_workers=9)
+    assert batches.num_workers == 4
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_see_disjoint_samples_that_cover_everything(tmp_path: Path, ranks: int):
+    """Four shards of one size: two processes share them by shards, three row by row."""
+    even = open_stream(str(write_shards(tmp_path / "even", (15, 15, 15, 15))), size=SIDE)
+    parts = [numbers(run(StreamBatches(even, 2 * ranks, 5, rank, ranks, shuffle_buffer=8))) for rank in range(ranks)]
+    assert [len(part) for part in parts] == [60 // ranks] * ranks
+    assert sorted(itertools.chain(*parts)) == [shard << ROW_BITS | row for shard in range(4) for row in range(15)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_with_unequal_shards_make_as_many_steps(stream: Stream, workers: int):
+    """The shards of one process hold more than half of the 100 images; those of the other are dealt out anew."""
+    for epoch in range(3):
+        parts = [
+            run(StreamBatches(stream, 10, 5, rank, 2, num_workers=workers, shuffle_buffer=8), epoch)
+            for rank in range(2)
+        ]
+        assert [len(part) for part in parts] == [10, 10]
+        seen = [number for part in parts for number in numbers(part)]
+        assert len(set(seen)) == 100  # no sample has the views of another one
+        first = [number for number in seen if number < 1 << PLACE_BITS]
+        assert 50 < len({number % (1 << PLACE_BITS) for number in seen}) <= 100
+        assert len(first) >= 50 + 39  # of the smaller half
+        assert set(first) <= set(map(place, range(100)))
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+def test_16_bit_images_keep_their_levels(tmp_path: Path):
+    ramp = (np.arange(64, dtype=np.uint16).reshape(8, 8) * 700 + 20_000).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "PNG")
+    features = Features({"image": datasets.Image()})
+    rows = [{"image": {"bytes": buffer.getvalue(), "path": None}}] * 4
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    ((squares, _),) = run(StreamBatches(open_stream(str(tmp_path / "a.parquet"), size=8), 4, 0))
+    for square in squares:
+        assert len(square.unique()) == 64
+        assert torch.equal(square[0], torch.from_numpy(np.round(ramp / 65535 * 255).astype(np.uint8)))
+
+
+def test_other_sizes_are_made_square(tmp_path: Path):
+    buffer = io.BytesIO()
+    Image.new("L", (40, 20), 200).save(buffer, "PNG")
+    rows = [{"image": {"bytes": buffer.getvalue(), "path": None}}] * 2
+    Dataset.from_list(rows, features=Features({"image": datasets.Image()})).to_parquet(tmp_path / "a.parquet")
+    ((squares, _),) = run(StreamBatches(open_stream(str(tmp_path / "a.parquet"), size=16), 2, 0))
+    assert tuple(squares.shape) == (2, 1, 16, 16)
+    assert squares[0, 0, :, 0].tolist() == [0] * 4 + [200] * 8 + [0] * 4
+
+
+@pytest.mark.parametrize("kind", ["text", "classes"])
+def test_lateral_views_are_left_out_and_counted(tmp_path: Path, kind: str):
+    names = ["PA", "Lateral", "", "AP"]
+    if kind == "text":
+        view: Any = (Value("string"), lambda i: names[i % 4])
+    else:
+        view = (ClassLabel(names=["PA", "LL", "unknown", "AP"]), lambda i: i % 4)
+    folder = write_shards(tmp_path / "data", view=view)
+    stream = open_stream(str(folder), size=SIDE)
+    assert (stream.num_images, stream.left_out) == (75, 25)
+    found = run(StreamBatches(stream, 5, 0))
+    values = [int(square[0, 0, 0]) for squares, _ in found for square in squares]
+    assert sorted(values) == [i for i in range(100) if i % 4 != 1]
+    assert numbers(found) == [place(value) for value in values]  # as they would be with all views
+    everything = open_stream(str(folder), size=SIDE, views="all")
+    assert (everything.num_images, everything.left_out) == (100, 0)
+
+
+def test_a_cache_is_streamed_as_it_is(tmp_path: Path):
+    rows = [{"patient_id": f"p{i}", "view": "LATERAL" if i % 5 == 0 else "PA", "_draw": {}} for i in range(30)]
+    folder = make_cache(tmp_path, rows, size=24)
+    cache = load_cache(folder)
+    stream = open_stream(str(folder), size=99)
+    assert (stream.num_images, stream.left_out, stream.size) == (24, 6, 24)
+    assert stream.manifest == cache.manifest
+    found = run(StreamBatches(stream, 4, 0))
+    images = {number: i for i, number in enumerate(sorted(numbers(found)))}  # in the order of the cache
+    frontal = [row for row in cache.datasets["train"] if row["view"] != "LATERAL"]
+    for squares, samples in found:
+        for square, number in zip(squares, samples.tolist(), strict=True):
+            assert np.array_equal(square[0].numpy(), np.asarray(frontal[images[number]]["image"]))
+    assert len(images) == 24
+
+
+@pytest.mark.parametrize("form", ["saved", "pattern", "arrow"])
+def test_every_form_of_shards(tmp_path: Path, shards: Path, form: str):
+    if form == "pattern":
+        path = str(shards / "*.parquet")
+    else:
+        whole = datasets.concatenate_datasets([Dataset.from_parquet(str(f)) for f in sorted(shards.glob("*.parquet"))])
+        whole.save_to_disk(tmp_path / "saved", num_shards=3)
+        path = str(tmp_path / "saved")
+        if form == "arrow":
+            for name in ("state.json", "dataset_info.json"):
+                (tmp_path / "saved" / name).unlink()
+    found = run(StreamBatches(open_stream(path, size=SIDE), 10, 0))
+    assert sorted(int(square[0, 0, 0]) for squares, _ in found for square in squares) == list(range(100))
+    assert len(set(numbers(found))) == 100
+
+
+# -- what cannot be read -----------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_cannot_be_read_is_named_once_and_another_takes_its_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folder = write_shards(tmp_path / "data", spoil=(17,))
+    batches = StreamBatches(open_stream(str(folder), size=SIDE), 10, 0, num_workers=2)
+    whole = run(batches)
+    assert caplog.messages == ["left out row 18 of shard 1: content is none of PNG, JPEG, TIFF, WEBP, BMP, JPEG2000"]
+    assert sorted(numbers(whole)) == sorted(map(place, range(100)))
+    shown = {number: int(s[0, 0, 0]) for squares, ns in whole for s, number in zip(squares, ns.tolist(), strict=True)}
+    assert shown[place(17)] != 17
+    assert all(shown[place(i)] == i for i in range(100) if i != 17)
+    assert same(run(batches, 0, 6), whole[6:])  # with the same one in its place
+    assert len(caplog.messages) == 1
+
+
+def test_too_many_that_cannot_be_read_are_an_error(tmp_path: Path):
+    folder = write_shards(tmp_path / "data", spoil=(17, 60))
+    with pytest.raises(ValueError, match=r"2 images of 100 cannot be read, such as row .*; expected at most 1%"):
+        run(StreamBatches(open_stream(str(folder), size=SIDE), 10, 0))
+    nothing = write_shards(tmp_path / "nothing", (30,), tuple(range(30)))
+    batches = StreamBatches(open_stream(str(nothing), num_images=5000, size=SIDE), 10, 0)
+    with pytest.raises(ValueError, match=r"30 images of 5000 cannot be read"):  # all of a chunk
+        run(batches)
+
+
+def test_what_takes_the_place_of_an_unreadable_one_is_the_next():
+    def row(number: int, content: bytes) -> Row:
+        return Row(number, f"n{number}", {"bytes": content, "path": None})
+
+    rows = [row(i, b"" if i in (1, 2, 5) else png(i)) for i in range(6)]
+    chunk = decode_chunk(rows, SIDE, "pad")
+    assert chunk.numbers.tolist() == list(range(6))
+    assert chunk.squares[:, 0, 0, 0].tolist() == [0, 3, 3, 3, 4, 0]
+    assert chunk.unreadable == [(1, "n1: empty file"), (2, "n2: empty file"), (5, "n5: empty file")]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_options_that_do_not_fit_are_refused(shards: Path, stream: Stream, tmp_path: Path):
+    for options, message in (
+        ({"split": "test"}, "split='test' found; .* has train"),
+        ({"views": "side"}, "views='side' found"),
+        ({"num_images": 0}, "num_images=0 found; expected 1 or more"),
+        ({"size": 0}, "cache_size=0 found"),
+        ({"image_column": "scan"}, "expected the pixels in scan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_stream(str(shards), **options)
+    for words, message in (
+        ((200, 0), "batch_size=200 found; expected at most 100"),
+        ((9, 0, 0, 2), "expected a multiple of the 2 processes"),
+        ((10, 0, 0, 1, 0, 0), "shuffle_buffer=0 found"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StreamBatches(stream, *words)
+    with pytest.raises(FileNotFoundError, match=r"'\./nowhere' found"):
+        open_stream("./nowhere")
+
+
+def test_an_epoch_of_another_length(shards: Path, tmp_path: Path):
+    short = StreamBatches(open_stream(str(shards), num_images=40, size=SIDE), 10, 0)
+    assert len(run(short)) == 4
+    long = StreamBatches(open_stream(str(shards), num_images=130, size=SIDE), 10, 0)
+    assert len(set(numbers(run(long)))) == 130
+    assert {number % (1 << PLACE_BITS) for number in numbers(run(long))} == set(map(place, range(100)))
+    assert same(run(long, 0, 11), run(long)[11:])
+    mistaken = StreamBatches(open_stream(str(shards), num_images=20_000, size=SIDE), 5000, 0)
+    with pytest.raises(ValueError, match="num_images=20000 found; process 0 reads far fewer"):
+        run(mistaken)
+    nothing = write_shards(tmp_path / "lateral", (30,), view=(Value("string"), lambda i: "LL"))
+    with pytest.raises(ValueError, match="num_images=10 found; process 0 reads far fewer, or none"):
+        run(StreamBatches(open_stream(str(nothing), num_images=10, size=SIDE), 5, 0))
+
+
+def test_a_length_that_nobody_knows_must_be_given(tmp_path: Path):
+    for i in range(3):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{i}.png").write_bytes(png(i))
+    with pytest.raises(ValueError, match=r"number of images of train not known .*; expected --num_images"):
+        open_stream(str(tmp_path / "images"))
+    stream = open_stream(str(tmp_path / "images"), num_images=3, size=SIDE)
+    found = run(StreamBatches(stream, 3, 0))
+    assert sorted(int(square[0, 0, 0]) for square in found[0][0]) == [0, 1, 2]
