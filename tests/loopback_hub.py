@@ -1,13 +1,14 @@
-"""A Hugging Face Hub on this machine: model repositories, their history, and the faults of a bad connection.
+"""A Hugging Face Hub on this machine: models, datasets, their history, and the faults of a bad connection.
 
-It speaks as much of the Hub's HTTP protocol as `huggingface_hub` 2.4 (without Xet) and transformers 5.23 use for
-models, so that tests run the real clients against it, in fresh processes (they read their environment when imported):
+It speaks as much of the Hub's HTTP protocol as `huggingface_hub` 2.4 (without Xet), transformers 5.23 and `datasets`
+5.2 use, so that tests run the real clients against it, in fresh processes (they read their environment when imported):
 
     with LoopbackHub(token="hf_secret") as hub:
         run_python("-c", code, **hub.environment(tmp_path))
 
-Not there: datasets, spaces, pull requests, deleting or changing repositories and references, `.gitignore` rules, pages
-of long listings, Xet. A request for what is not there is answered with 501 and kept in `hub.unexpected`.
+A dataset is known as `datasets/org/name`. Not there: spaces, pull requests, deleting or changing repositories and
+references, `.gitignore` rules, pages of long listings, Xet. A request for what is not there is answered with 501 and
+kept in `hub.unexpected`.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A model with its history; a new one holds what the Hub puts there."""
+    """A model or dataset with its history; a new one holds what the Hub puts there."""
 
     name: str
     private: bool
@@ -270,7 +271,8 @@ class HubError(Exception):
 Answer = Callable[..., Reply]
 ROUTES: list[tuple[str, re.Pattern[str], bool, Answer]] = []
 REPOSITORY = "(?P<repository>[^/]+/[^/]+)"
-MODEL = f"/api/models/{REPOSITORY}"
+DATASET = "(?:(?P<kind>datasets)/)?"  # models have nothing in front of their name
+API = f"/api/(?P<kind>models|datasets)/{REPOSITORY}"
 REVISION = "(?P<revision>[^/]+)"
 
 
@@ -285,7 +287,7 @@ def route(method: str, pattern: str, needs_user: bool = False) -> Callable[[Answ
 
 
 def front_matter(readme: str) -> Any:
-    """Metadata of a model card, {} without; YAML's own errors pass."""
+    """Metadata of a card, {} without; YAML's own errors pass."""
     block = re.match(r"---\r?\n(.*?)\r?\n---", readme, re.DOTALL)
     return (yaml.safe_load(block[1]) if block else None) or {}
 
@@ -345,7 +347,8 @@ class HubRequest(BaseHTTPRequestHandler):
                 raise HubError(401, "Invalid username or password.")
             groups: dict[str, Any] = {name: unquote(value or "") for name, value in match.groupdict().items()}
             if "repository" in groups:
-                groups["repository"] = self._repository(groups["repository"])
+                folder = "datasets/" if groups.pop("kind") == "datasets" else ""
+                groups["repository"] = self._repository(folder + groups["repository"])
             return answer(self, **groups)
         raise self._unexpected()
 
@@ -381,17 +384,18 @@ class HubRequest(BaseHTTPRequestHandler):
     @route("POST", "/api/repos/create", needs_user=True)
     def create_repository(self) -> Reply:
         wanted = json.loads(self.body)
-        if wanted.get("type", "model") != "model":
+        kind = wanted.get("type", "model")
+        if kind not in ("model", "dataset"):
             raise self._unexpected()
-        name = f"{wanted['organization'] or USER}/{wanted['name']}"
+        name = f"{'datasets/' if kind == 'dataset' else ''}{wanted['organization'] or USER}/{wanted['name']}"
         url = {"url": f"{self.hub.endpoint}/{name}"}
         if name in self.hub.repositories:
-            return Reply(url | {"error": "You already created this model repo"}, 409)
+            return Reply(url | {"error": f"You already created this {kind} repo"}, 409)
         self.hub.repositories[name] = Repository(name, private=wanted.get("visibility") == "private")
         return Reply(url)
 
     @route("POST", "/api/validate-yaml")
-    def validate_model_card(self) -> Reply:
+    def validate_card(self) -> Reply:
         """Only whether it is YAML; the Hub also checks what it says."""
         try:
             metadata = front_matter(json.loads(self.body)["content"])
@@ -399,7 +403,7 @@ class HubRequest(BaseHTTPRequestHandler):
             return Reply({"errors": [{"message": str(error)}]}, 400)
         return Reply({"warnings": [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]})
 
-    @route("POST", f"{MODEL}/preupload/{REVISION}", needs_user=True)
+    @route("POST", f"{API}/preupload/{REVISION}", needs_user=True)
     def choose_upload(self, repository: Repository, revision: str) -> Reply:
         stored = repository.at(revision).files
         files = []
@@ -410,7 +414,7 @@ class HubRequest(BaseHTTPRequestHandler):
             files.append({"path": path, "uploadMode": "lfs" if is_lfs else "regular", "shouldIgnore": False, **known})
         return Reply({"files": files})
 
-    @route("POST", rf"/{REPOSITORY}\.git/info/lfs/objects/batch", needs_user=True)
+    @route("POST", rf"/{DATASET}{REPOSITORY}\.git/info/lfs/objects/batch", needs_user=True)
     def announce_objects(self, repository: Repository) -> Reply:
         objects = []
         for wanted in json.loads(self.body)["objects"]:
@@ -434,7 +438,7 @@ class HubRequest(BaseHTTPRequestHandler):
             raise HubError(404, f"no object {oid} of {size} bytes")
         return Reply({})
 
-    @route("POST", f"{MODEL}/commit/{REVISION}", needs_user=True)
+    @route("POST", f"{API}/commit/{REVISION}", needs_user=True)
     def add_commit(self, repository: Repository, revision: str) -> Reply:
         if "create_pr" in self.query:
             raise self._unexpected()
@@ -466,7 +470,7 @@ class HubRequest(BaseHTTPRequestHandler):
         else:
             raise self._unexpected()
 
-    @route("GET", f"{MODEL}/refs")
+    @route("GET", f"{API}/refs")
     def list_references(self, repository: Repository) -> Reply:
         def listed(kind: str, names: dict[str, str]) -> list[dict[str, str]]:
             return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in names.items()]
@@ -474,11 +478,11 @@ class HubRequest(BaseHTTPRequestHandler):
         branches, tags = listed("heads", repository.branches), listed("tags", repository.tags)
         return Reply({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
 
-    @route("POST", f"{MODEL}/branch/(?P<name>[^/]+)", needs_user=True)
+    @route("POST", f"{API}/branch/(?P<name>[^/]+)", needs_user=True)
     def create_branch(self, repository: Repository, name: str) -> Reply:
         return self._refer(repository.branches, name, repository.at(json.loads(self.body).get("startingPoint", "main")))
 
-    @route("POST", f"{MODEL}/tag/{REVISION}", needs_user=True)
+    @route("POST", f"{API}/tag/{REVISION}", needs_user=True)
     def create_tag(self, repository: Repository, revision: str) -> Reply:
         return self._refer(repository.tags, json.loads(self.body)["tag"], repository.at(revision))
 
@@ -488,17 +492,22 @@ class HubRequest(BaseHTTPRequestHandler):
         references[name] = commit.sha
         return Reply({}, 201)
 
-    @route("GET", f"{MODEL}(?:/revision/{REVISION})?")
-    def describe_model(self, repository: Repository, revision: str) -> Reply:
+    @route("GET", f"{API}(?:/revision/{REVISION})?")
+    def describe_repository(self, repository: Repository, revision: str) -> Reply:
         commit = repository.at(revision or "main")
         readme = commit.files.get("README.md")
         card = front_matter(readme.content.decode()) if readme else {}
         derived = {name: card[name] for name in ("tags", "pipeline_tag", "library_name") if name in card}
-        identity = {"id": repository.name, "sha": commit.sha, "private": repository.private, "gated": repository.gated}
+        identity = {
+            "id": repository.name.removeprefix("datasets/"),
+            "sha": commit.sha,
+            "private": repository.private,
+            "gated": repository.gated,
+        }
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         return Reply({**identity, "siblings": siblings, **derived, "cardData": card})
 
-    @route("GET", f"{MODEL}/tree/{REVISION}(?:/(?P<folder>.+))?")
+    @route("GET", f"{API}/tree/{REVISION}(?:/(?P<folder>.+))?")
     def list_tree(self, repository: Repository, revision: str, folder: str) -> Reply:
         recursive = self.query.get("recursive", [""])[0].lower() == "true"
         entries = repository.at(revision).entries(folder, recursive)
@@ -506,13 +515,13 @@ class HubRequest(BaseHTTPRequestHandler):
             raise HubError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         return Reply(entries)
 
-    @route("POST", f"{MODEL}/paths-info/{REVISION}")
+    @route("POST", f"{API}/paths-info/{REVISION}")
     def describe_paths(self, repository: Repository, revision: str) -> Reply:
         wanted = parse_qs(self.body.decode())["paths"]
         entries = repository.at(revision).entries("", recursive=True)
         return Reply([entry for entry in entries if entry["path"] in wanted])
 
-    @route("GET", f"/{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)")
+    @route("GET", f"/{DATASET}{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)")
     def download(self, repository: Repository, revision: str, path: str) -> Reply:
         if repository.gated and not self._signed_in():
             raise HubError(401, f"Access to model {repository.name} is restricted.", "GatedRepo")

@@ -1,9 +1,11 @@
 """Classification: frozen and fine-tuned, what is written, label fractions, and what cannot be done."""
 
 import csv
+import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from mlvicx_hf.classification import (
     load_classifier,
 )
 from mlvicx_hf.data.cache import load_cache
-from mlvicx_hf.finetuning import DataArguments, select_training
+from mlvicx_hf.data.split_files import read_split_file
+from mlvicx_hf.finetuning import BalancedTrainer, DataArguments, select_training
 from mlvicx_hf.linear_probe import LinearProbe
 
 FROZEN = ("--freeze_backbone", "--num_train_epochs", 8, "--learning_rate", 1e-2)
@@ -126,7 +129,7 @@ def test_results_say_what_was_measured_on_what(kind: str, cache: Path, pretraine
         assert 0 <= results[split]["accuracy"] <= 1
     assert {file.name for file in output.iterdir()} == {
         *("config.json", "model.safetensors", "preprocessor_config.json"),
-        *("results.json", "test_predictions.csv"),
+        *("results.json", "splits.csv", "test_predictions.csv"),
     }
 
 
@@ -240,6 +243,32 @@ def test_a_label_fraction_in_a_run(cache: Path, pretrained: Path, tmp_path: Path
     assert results["label_fraction"] == 0.25
     assert results["counts"]["train"]["patients"] == pytest.approx(9, abs=1)
     assert results["counts"]["test"] == {"images": 24, "patients": 12}
+
+
+def test_a_run_lists_the_images_that_it_used(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
+    results = run(tmp_path / "run", "--model", pretrained, "--dataset", cache, *FROZEN, "--label_fraction", 0.3)
+    content = (tmp_path / "run" / "splits.csv").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == results["data"]["used_hash"]
+    used = read_split_file(tmp_path / "run" / "splits.csv")
+    assert Counter(used.values()) == {split: counts["images"] for split, counts in results["counts"].items()}
+    everything = json.loads((frozen / "results.json").read_text())["data"]
+    assert everything["used_hash"] == everything["split_hash"] != results["data"]["used_hash"]
+    assert read_split_file(frozen / "splits.csv").items() >= used.items()
+
+
+def test_patients_are_drawn_equally_often_on_request(cache: Path, frozen: Path, pretrained: Path, tmp_path: Path):
+    patients = ["many"] * 20 + [f"p{i}" for i in range(20)]
+    arguments = ClassificationArguments(output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=8)
+    rows = [{"x": torch.tensor(i)} for i in range(40)]
+    trainer = BalancedTrainer(torch.nn.Linear(1, 1), arguments, train_dataset=rows, eval_dataset=rows, patients=patients)
+    drawn = Counter(patients[i] for batch in trainer.get_train_dataloader() for i in batch["x"].tolist())
+    assert (drawn.total(), set(drawn.values()), len(drawn)) == (40, {1, 2}, 21)
+
+    words = ("--model", pretrained, "--dataset", cache, *FROZEN, "--patient_balanced", "true")
+    results = run(tmp_path / "run", *words)
+    assert results["hyperparameters"]["patient_balanced"]
+    assert not json.loads((frozen / "results.json").read_text())["hyperparameters"]["patient_balanced"]
+    assert rows_of(tmp_path / "run") != rows_of(frozen)  # another order of the images
 
 
 def test_early_stopping_restores_the_best_epoch(cache: Path, pretrained: Path, tmp_path: Path):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from .configuration_mlvicx import MLVICXConfig
-from .machine import describe_hardware, use_cpu_threads
+from .data.collections import FolderCollection
+from .data.pixels import image_files
+from .data.prepare import prepare
+from .machine import available_cores, describe_hardware, use_cpu_threads
 from .modeling_mlvicx import MLVICXForImageClassification
 from .progress import progress_bar
 from .provenance import code_version, write_json
@@ -86,6 +94,49 @@ def benchmark_inference(
     return rows
 
 
+def bare_square(path: Path, size: int) -> None:
+    """Decode a file and resize it, with Pillow alone."""
+    with Image.open(path) as image:
+        image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
+
+
+def bare_loop(files: Sequence[Path], size: int, num_workers: int) -> None:
+    """Decode and resize files, and keep nothing, in as many processes."""
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        for _ in pool.map(partial(bare_square, size=size), files, chunksize=16):
+            pass
+
+
+def benchmark_prepare(root: Path, size: int, num_workers: int, rounds: int) -> dict[str, Any]:
+    """Preparing a folder of images against a bare loop that decodes and resizes them, both from start to end.
+
+    Returns:
+        Images, median seconds of both, and the share of the bare loop's speed.
+    """
+    files = list(image_files(root))
+    seconds: dict[str, list[float]] = {"bare": [], "prepare": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            runs: dict[str, Callable[[], Any]] = {
+                "bare": partial(bare_loop, files, size, num_workers),
+                "prepare": partial(
+                    prepare,
+                    FolderCollection(root),
+                    Path(folder) / str(number),
+                    size=size,
+                    num_workers=num_workers,
+                    progress=False,
+                ),
+            }
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: median(values) for name, values in seconds.items()}
+    share = {"speed_ratio": medians["bare"] / medians["prepare"]}
+    return {"images": len(files), "size": size, "num_workers": num_workers, "seconds": medians} | share
+
+
 def main() -> None:
     """The command `scripts/benchmark.py`."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -94,26 +145,32 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=500, help="measurements at batch 1; fewer at larger ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prepare", type=Path, metavar="ROOT", help="measure preparing these images instead")
+    parser.add_argument("--prepare_rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu":
         use_cpu_threads()
-    rows = benchmark_inference(
-        arguments.backbone, arguments.batch_sizes, arguments.image_size, arguments.rounds, device
-    )
-    for row in rows:
-        timm_rate = row["batch_size"] / row["seconds"]["timm"]
+    report: dict[str, Any]
+    if arguments.prepare is not None:
+        row = benchmark_prepare(arguments.prepare, 256, available_cores(), arguments.prepare_rounds)
+        rates = {name: row["images"] / seconds for name, seconds in row["seconds"].items()}
         print(
-            f"inference, batch {row['batch_size']}: timm {timm_rate:.1f} img/s; our time over timm's: "
-            f"eager {row['eager_ratio']:.3f}, compiled {row['compiled_ratio']:.3f}"
+            f"prepare, {row['images']} images, {row['num_workers']} workers: {rates['prepare']:.1f} img/s, "
+            f"{row['speed_ratio']:.3f} of the bare loop's {rates['bare']:.1f}"
         )
+        report = {"prepare": row}
+    else:
+        rows = benchmark_inference(
+            arguments.backbone, arguments.batch_sizes, arguments.image_size, arguments.rounds, device
+        )
+        for row in rows:
+            timm_rate = row["batch_size"] / row["seconds"]["timm"]
+            print(
+                f"inference, batch {row['batch_size']}: timm {timm_rate:.1f} img/s; our time over timm's: "
+                f"eager {row['eager_ratio']:.3f}, compiled {row['compiled_ratio']:.3f}"
+            )
+        report = {"backbone": arguments.backbone, "image_size": arguments.image_size, "inference": rows}
     if arguments.json:
-        report = {
-            "backbone": arguments.backbone,
-            "image_size": arguments.image_size,
-            "inference": rows,
-            "hardware": describe_hardware(device),
-            "code": code_version(),
-        }
-        write_json(arguments.json, report)
+        write_json(arguments.json, report | {"hardware": describe_hardware(device), "code": code_version()})

@@ -21,6 +21,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import set_seed
 
 from .data.cache import Cache, load_cache
+from .data.split_files import SPLIT_FILE
 from .finetuning import (
     SPLITS,
     DataArguments,
@@ -35,6 +36,7 @@ from .finetuning import (
     select_training,
     start_run,
     train,
+    used_images,
 )
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .linear_probe import LinearProbe, prepare_probe
@@ -117,7 +119,7 @@ def balanced_weights(labels: np.ndarray) -> list[float]:
     return [float(n / p) if n and p else 1.0 for p, n in zip(positives, negatives, strict=True)]
 
 
-def load_labelled_cache(path: str) -> Cache:
+def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
     """A cache that can be fine-tuned on; of exclusive classes only the images whose class is known.
 
     Raises:
@@ -126,7 +128,7 @@ def load_labelled_cache(path: str) -> Cache:
     cache = load_cache(path)
     if not cache.label_names:
         raise ValueError(f"{path} has no labels; expected some: prepare it with --metadata that has label columns")
-    check_splits(cache)
+    check_splits(cache, allow_leak)
     if cache.exclusive:
         for split, images in cache.datasets.items():
             known = [i for i, labels in enumerate(images["labels"]) if not math.isnan(labels[0])]
@@ -203,7 +205,7 @@ def finetune(
     frozen = model_arguments.freeze_backbone
     if arguments.learning_rate is None:
         arguments.learning_rate = 1e-3 if frozen else 1e-4
-    cache = load_labelled_cache(data_arguments.dataset)
+    cache = load_labelled_cache(data_arguments.dataset, data_arguments.allow_leak)
     select_training(cache, data_arguments, arguments.seed)
     set_seed(arguments.seed)
     model, processor = load_classifier(model_arguments, cache)
@@ -216,7 +218,8 @@ def finetune(
         trained, splits = prepare_probe(model, splits, model_arguments.cache_features, batch, arguments.device)
     scorer = Scorer(cache.label_names, cache.exclusive)
     arguments.output_dir = str(output / "trainer")
-    trainer = train(trained, splits, arguments, scorer.for_trainer)
+    patients = cache.datasets["train"]["patient_id"][:] if data_arguments.patient_balanced else None
+    trainer = train(trained, splits, arguments, scorer.for_trainer, patients)
     (chosen, chosen_labels), (logits, labels) = (
         (np.asarray(done.predictions), np.asarray(done.label_ids))
         for done in (trainer.predict(splits[split]) for split in ("validation", "test"))
@@ -241,6 +244,7 @@ def finetune(
         model.save_pretrained(output)
         processor.save_pretrained(output)
         write_predictions(output / "test_predictions.csv", cache, logits)
+        (output / SPLIT_FILE).write_text(used_images(cache), encoding="utf-8")
         write_json(output / "results.json", results)
         shutil.rmtree(arguments.output_dir, ignore_errors=True)
     return results

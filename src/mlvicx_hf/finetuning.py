@@ -7,8 +7,11 @@ split is looked at once, at the end. `classification` and `segmentation` are the
 from __future__ import annotations
 
 import argparse
+import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ from transformers import (
 
 from .configuration_mlvicx import MLVICXConfig
 from .data.cache import Cache
+from .data.collections.base import some
+from .data.sampling import PatientBalancedSampler
+from .data.split_files import split_file
 from .data.splits import label_fraction
 from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
@@ -37,6 +43,8 @@ from .modeling_mlvicx import MLVICXPreTrainedModel
 from .progress import progress_bar
 from .provenance import code_version
 from .recipes import load_recipe, recipe_names
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
@@ -61,6 +69,10 @@ class DataArguments:
         default=1.0, metadata={"help": "Share of the training patients whose labels are used, stratified and nested."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training images."})
+    patient_balanced: bool = field(default=False, metadata={"help": "Draw all training patients equally often."})
+    allow_leak: bool = field(
+        default=False, metadata={"help": "Go on with copies of an image in two splits, and record it."}
+    )
 
 
 @dataclass
@@ -165,17 +177,34 @@ def load_model(
     return model, processor
 
 
-def check_splits(cache: Cache) -> None:
-    """Refuse a cache without the three splits.
+def check_splits(cache: Cache, allow_leak: bool = False) -> None:
+    """Refuse a cache without the three splits, or in which two of them share an image; `load_cache` refuses patients.
+
+    Args:
+        cache: to fine-tune on.
+        allow_leak: warn of shared images instead.
 
     Raises:
-        ValueError: naming those that are absent.
+        ValueError: naming splits that are absent, or images that are shared.
     """
     absent = [split for split in SPLITS if split not in cache.datasets]
     if absent:
         raise ValueError(
             f"{cache.path} has the splits {', '.join(cache.datasets)}; expected {', '.join(absent)} as well"
         )
+    shared = cache.manifest["duplicates"]["across_splits"]
+    if not shared:
+        return
+    left = {source for images in cache.datasets.values() for source in images["source"]}
+    pairs = (
+        f"{row['source']} ({row['split']}) = {row['other_source']} ({row['other_split']})"
+        for row in cache.duplicates()
+        if row["split"] != row["other_split"] and {row["source"], row["other_source"]} <= left
+    )
+    message = f"{cache.path}: {shared} pair(s) of copies of an image in two splits, such as {some(pairs, 3)}"
+    if not allow_leak:
+        raise ValueError(f"{message}; prepare it with --drop_duplicates near (--allow_leak goes on and records it)")
+    logger.warning("%s", message)
 
 
 def select_training(cache: Cache, arguments: DataArguments, seed: int) -> None:
@@ -191,11 +220,36 @@ def select_training(cache: Cache, arguments: DataArguments, seed: int) -> None:
     cache.datasets["train"] = train
 
 
+def used_images(cache: Cache) -> str:
+    """Text of a split file of the images that a run uses; its SHA-256 is the result's `used_hash`."""
+    return split_file(
+        (source, patient, str(split))
+        for split, images in cache.datasets.items()
+        for source, patient in zip(images["source"], images["patient_id"], strict=True)
+    )
+
+
+class BalancedTrainer(Trainer):
+    """A Trainer that draws all patients equally often.
+
+    Args:
+        patients: patient of each training image.
+    """
+
+    def __init__(self, *args: Any, patients: Sequence[str], **kwargs: Any) -> None:
+        self.patients = patients
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PatientBalancedSampler:
+        return PatientBalancedSampler(self.patients, self.args.seed)
+
+
 def train(
     model: nn.Module,
     splits: Mapping[str, Dataset[Any]],
     arguments: FinetuningArguments,
     compute_metrics: Callable[..., dict[str, float]],
+    patients: Sequence[str] | None = None,
     **options: Any,
 ) -> Trainer:
     """Train with early stopping and restore the best epoch.
@@ -205,9 +259,11 @@ def train(
         splits: "train" and "validation".
         arguments: of the Trainer.
         compute_metrics: scores of the validation split, `metric_for_best_model` among them.
+        patients: patient of each training image, to draw all of them equally often; None draws every image once.
         options: further ones of the Trainer.
     """
-    trainer = Trainer(
+    make = Trainer if patients is None else partial(BalancedTrainer, patients=patients)
+    trainer = make(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
@@ -248,8 +304,11 @@ def describe(
             "cache": data_arguments.dataset,
             "collection": cache.manifest["collection"],
             "synthetic": cache.manifest["synthetic"],
+            "policy": cache.manifest["policy"],
             "data_hash": cache.manifest["data_hash"],
             "split_hash": cache.manifest["split_hash"],
+            "used_hash": hashlib.sha256(used_images(cache).encode()).hexdigest(),
+            "copies_across_splits": cache.manifest["duplicates"]["across_splits"],
         },
         "hyperparameters": {
             "learning_rate": arguments.learning_rate,
@@ -257,6 +316,7 @@ def describe(
             "max_epochs": arguments.num_train_epochs,
             "weight_decay": arguments.weight_decay,
             "patience": arguments.patience,
+            "patient_balanced": data_arguments.patient_balanced,
         },
         "epochs_trained": trainer.state.epoch,
         "best_epoch": epochs.get(best or -1),

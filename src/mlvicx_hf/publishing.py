@@ -1,4 +1,4 @@
-"""Publish a model on the Hub: export, card, one commit, and a tag if wanted."""
+"""Publish on the Hub: a model (export, card, one commit, and a tag if wanted), or a prepared cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from .cards import KINDS, RESULTS, render_card
+from .data.sharing import push_cache
+from .data.summary import CARD
 from .hub import export, saved_class
 from .provenance import git_commit
+
+PUSH_OPTIONS = ("revision", "message", "dry_run")  # of models and of caches
 
 
 def push(
@@ -98,34 +102,57 @@ def main(templates: Path) -> None:
     Args:
         templates: folder of the card templates.
     """
-    parser = argparse.ArgumentParser(description="Publish a saved model on the Hub.")
-    parser.add_argument("--model", required=True, help="folder of a pretraining run, a classifier or a segmenter")
+    parser = argparse.ArgumentParser(description="Publish a saved model or a prepared cache on the Hub.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="folder of a pretraining run, a classifier or a segmenter")
+    what.add_argument("--dataset", help="cache that prepare_data.py wrote; it is private unless --public")
     parser.add_argument("--repo_id", required=True, help="organisation/name")
-    parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="branch (default main), made if it is not there")
-    parser.add_argument("--tag", help="name for the new commit, such as v1.0")
     parser.add_argument("--message", help="of the commit")
-    parser.add_argument("--with_expanders", action="store_true", help="publish what pretraining needs to go on, too")
     parser.add_argument("--dry_run", action="store_true", help="say what would be sent and print the card")
-    card = parser.add_argument_group("card")
+    parser.add_argument("--public", action="store_true", help="of --dataset: everybody may read it")
+    model = parser.add_argument_group("of --model")
+    model.add_argument("--private", action="store_true", help="make the repository private")
+    model.add_argument("--tag", help="name for the new commit, such as v1.0")
+    model.add_argument("--with_expanders", action="store_true", help="publish what pretraining needs to go on, too")
+    card = parser.add_argument_group("card of --model")
     card.add_argument("--card", help="a card that is ready; by default it is rendered from the files of the runs:")
     card.add_argument("--results", type=Path, nargs="*", default=[], help="results.json files of evaluations")
     card.add_argument("--pretraining", type=Path, help="run.json or folder of the pretraining run, if not --model")
     card.add_argument("--cache", type=Path, help="cache of pretraining, for collection and patients")
     card.add_argument("--base_model", help="Hub name of the encoder that a head was trained on")
     arguments = parser.parse_args()
-    text = make_card(arguments, templates)
-    options = ("private", "revision", "tag", "message", "with_expanders", "dry_run")
-    done = push(arguments.model, arguments.repo_id, text, **{name: getattr(arguments, name) for name in options})
+    _check_options(arguments)
+    if arguments.dataset is not None:
+        text = (Path(arguments.dataset) / CARD).read_text(encoding="utf-8")
+        done = push_cache(arguments.dataset, arguments.repo_id, **_chosen(arguments, *PUSH_OPTIONS, "public"))
+        kind = "public" if arguments.public else "private"
+    else:
+        text = make_card(arguments, templates)
+        options = (*PUSH_OPTIONS, "private", "tag", "with_expanders")
+        done = push(arguments.model, arguments.repo_id, text, **_chosen(arguments, *options))
+        kind = "private" if arguments.private else "public"
     megabytes = sum(done["files"].values()) / 1e6
     if arguments.dry_run:
         print(text)
         for name, size in done["files"].items():
             print(f"{size:12,} bytes  {name}")
-        kind = "private" if arguments.private else "public"
         tag = f", tag {arguments.tag}" if arguments.tag else ""
         where = f"{done['repo_id']} ({kind}, {done['revision']}{tag})"
         print(f"dry run: {len(done['files'])} files, {megabytes:.1f} MB, would go to {where}; nothing was sent")
     else:
         print(f"{len(done['files'])} files, {megabytes:.1f} MB, published as {done['repo_id']} at {done['commit']}")
         print(done["url"])
+
+
+def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options of a model for a data set, and the other way round."""
+    of_model = ("private", "tag", "with_expanders", "card", "results", "pretraining", "cache", "base_model")
+    kind, strange = ("dataset", of_model) if arguments.dataset is not None else ("model", ("public",))
+    given = [f"--{name}" for name in strange if getattr(arguments, name)]
+    if given:
+        raise ValueError(f"{', '.join(given)} found; --{kind} does not take it")

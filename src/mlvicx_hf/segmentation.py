@@ -22,6 +22,7 @@ from transformers.trainer_utils import set_seed
 
 from .data.cache import Cache, load_cache
 from .data.masks import foreground
+from .data.split_files import SPLIT_FILE
 from .finetuning import (
     SPLITS,
     DataArguments,
@@ -36,6 +37,7 @@ from .finetuning import (
     select_training,
     start_run,
     train,
+    used_images,
 )
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .metrics import EMPTY_MASKS, overlap_counts, score_overlap
@@ -108,7 +110,7 @@ class MaskedImages(Dataset[dict[str, Tensor]]):
         return {"pixel_values": made["pixel_values"][0], "labels": made["labels"][0]}
 
 
-def load_masked_cache(path: str) -> Cache:
+def load_masked_cache(path: str, allow_leak: bool = False) -> Cache:
     """A cache to segment, without the images whose mask is unknown.
 
     Raises:
@@ -118,7 +120,7 @@ def load_masked_cache(path: str) -> Cache:
     cache = load_cache(path)
     if not cache.mask_names:
         raise ValueError(f"{path} has no masks; expected some: prepare it with a table that has mask_file_name")
-    check_splits(cache)
+    check_splits(cache, allow_leak)
     for split, images in cache.datasets.items():
         # Asked of the table itself: decoding every mask would take its time.
         known = np.flatnonzero([mask is not None for mask in images.with_format("arrow")["mask"].to_pylist()])
@@ -217,7 +219,7 @@ def finetune(
         ValueError: a cache without masks or splits, or a model that does not fit.
     """
     output = start_run(arguments)
-    cache = load_masked_cache(data_arguments.dataset)
+    cache = load_masked_cache(data_arguments.dataset, data_arguments.allow_leak)
     select_training(cache, data_arguments, arguments.seed)
     set_seed(arguments.seed)
     model, processor = load_segmenter(model_arguments, cache)
@@ -234,7 +236,8 @@ def finetune(
     names = list(foreground(cache.mask_names))
     scorer = OverlapScorer(names, model.config.semantic_loss_ignore_index)
     arguments.output_dir = str(output / "trainer")
-    trainer = train(model, splits, arguments, scorer, preprocess_logits_for_metrics=decide)
+    patients = cache.datasets["train"]["patient_id"][:] if data_arguments.patient_balanced else None
+    trainer = train(model, splits, arguments, scorer, patients, preprocess_logits_for_metrics=decide)
     scores: dict[str, dict[str, Any]] = {}
     for split in ("validation", "test"):
         trainer.evaluate(splits[split], metric_key_prefix=split)
@@ -255,6 +258,7 @@ def finetune(
         model.save_pretrained(output)
         processor.save_pretrained(output)
         write_overlaps(output / "test_overlaps.csv", cache, scorer)
+        (output / SPLIT_FILE).write_text(used_images(cache), encoding="utf-8")
         write_json(output / "results.json", results)
         shutil.rmtree(arguments.output_dir, ignore_errors=True)
     return results

@@ -30,7 +30,7 @@ try:
     from pydicom.encaps import encapsulate, generate_fragments
     from pydicom.filereader import read_dataset, read_preamble
     from pydicom.multival import MultiValue
-    from pydicom.pixels import apply_color_lut, apply_windowing, get_decoder
+    from pydicom.pixels import apply_windowing, get_decoder
     from pydicom.tag import Tag
     from pydicom.uid import (
         JPEG2000,
@@ -54,9 +54,7 @@ except ModuleNotFoundError as error:
     raise ImportError('DICOM files need pydicom: pip install "mlvicx-hf[dicom]"') from error
 
 # Nothing else of a file is kept: names, dates and numbers of patients are never in memory as attributes.
-PALETTE = tuple(
-    f"{kind}{colour}PaletteColorLookupTableData" for kind in ("", "Segmented") for colour in ("Red", "Green", "Blue")
-)
+COLOURS = ("Red", "Green", "Blue")
 TAGS = tuple(
     int(Tag(keyword))
     for keyword in (
@@ -65,8 +63,7 @@ TAGS = tuple(
         *("PixelPaddingValue", "PixelPaddingRangeLimit"),
         *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
         *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
-        *(f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue")),
-        *PALETTE,
+        *(f"{colour}PaletteColorLookupTable{part}" for colour in COLOURS for part in ("Descriptor", "Data")),
         "PixelData",
     )
 )
@@ -88,6 +85,7 @@ PHOTOMETRIC = {
     3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
 }
 MAX_INFLATED = 256 * 2**20  # bytes of a deflated file: 16 bits for as many pixels as Pillow accepts, and half as much
+J2K_START = b"\xff\x4f\xff\x51"  # markers SOC and SIZ
 BLOCK = 2**16  # pixels looked up at a time, which the cache holds
 # What pydicom and its plug-ins raise for damaged content, as well as Pillow's.
 DAMAGED_DICOM = (*DAMAGED, AttributeError, RuntimeError, ArithmeticError, AssertionError, NameError)
@@ -135,8 +133,9 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
     (LINEAR, LINEAR_EXACT, SIGMOID), and the inversion of MONOCHROME1. The output range of the window, or from the least
     to the greatest entry of the VOI LUT, becomes 0 to 255. Without either it is the range of the image's own values. A
     window or VOI LUT is ignored if it is damaged, if its width is no number or too small (below 1 for LINEAR, 0 or
-    less for others), or if it leaves a single grey value of an image that has several. Pixels of the padding value or
-    range are black and outside of that range. Colours become luminance.
+    less for others), or if it leaves a single grey value of an image that has several; a rescale, if it is no numbers
+    or leaves a single value. Pixels of the padding value or range are black and outside of that range. Colours become
+    luminance.
 
     The grid is that of the file: pixels that are not square stay so, since boxes and masks refer to that grid.
     Overlays are not drawn. One frame only.
@@ -155,9 +154,10 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
         try:
             return Image.fromarray(_decode(data))
         except _RefusedError as refusal:
-            raise UnreadableImageError(file, str(refusal)) from None
+            reason = str(refusal)
         except DAMAGED_DICOM as damage:  # its message may quote the file
-            raise UnreadableImageError(file, f"damaged or unsupported DICOM: {type(damage).__name__}") from None
+            reason = f"damaged or unsupported DICOM: {type(damage).__name__}"
+    raise UnreadableImageError(file, reason)  # out here it does not carry the other one as its context
 
 
 @contextmanager
@@ -183,8 +183,7 @@ def _decode(data: bytes) -> np.ndarray:
         if syntax not in PLUGIN:
             known = ", ".join(uid.name for uid in PLUGIN)
             raise _RefusedError(f"transfer syntax {syntax.name} found; expected an uncompressed one, {known}")
-        frame = _frame(dataset)
-        header = _check_codestream(frame, header, syntax)
+        frame, header = _check_codestream(_frame(dataset), header, syntax)
         pixels, photometric = _decompress(frame, header, syntax)
     else:
         pixels, photometric = _uncompressed(dataset, header, syntax)
@@ -215,13 +214,14 @@ def _read(data: bytes) -> tuple[Dataset, UID]:
 
 
 def _inflate(deflated: bytes) -> bytes:
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    inflated = inflater.decompress(deflated, MAX_INFLATED)
-    if inflater.unconsumed_tail:
-        raise _RefusedError(f"suspiciously large (decompression bomb?): inflates to more than {MAX_INFLATED} bytes")
-    if not inflater.eof:
-        raise _RefusedError("deflated data end early")
-    return inflated
+    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    for start in range(0, len(deflated), 2**14):  # which become 16 MiB at most; kept is nothing before all are counted
+        size += len(inflater.decompress(deflated[start : start + 2**14]))
+        if size > MAX_INFLATED:
+            raise _RefusedError(f"suspiciously large (decompression bomb?): inflates to more than {MAX_INFLATED} bytes")
+        if inflater.eof:
+            return zlib.decompress(deflated, -zlib.MAX_WBITS, size)
+    raise _RefusedError("deflated data end early")
 
 
 def _integer(dataset: Dataset, keyword: str, default: int | None = None) -> int:
@@ -313,24 +313,31 @@ def _frame(dataset: Dataset) -> bytes:
     return b"".join(list(generate_fragments(dataset["PixelData"].value))[1:])
 
 
-def _check_codestream(frame: bytes, header: _Header, syntax: UID) -> _Header:
+def _check_codestream(frame: bytes, header: _Header, syntax: UID) -> tuple[bytes, _Header]:
     """Compare the size that a compressed frame declares itself with the file's, before a decoder believes it.
 
     Returns:
-        The header with the bits of the decoded values.
+        What is left to decode, and the header with the bits of the decoded values.
 
     Raises:
         _RefusedError: they differ, or there is no such frame.
     """
     if syntax == RLELossless:
-        expected = header.rows * header.columns * header.samples * header.allocated // 8
-        if len(frame) > 2 * expected + 64:  # a run of one is two bytes; the header has 64
-            raise _RefusedError(f"{len(frame)} bytes of RLE found; expected at most {2 * expected + 64}")
-        return header
-    found = _j2k_size(frame) if syntax in JPEG2000TransferSyntaxes else _jpeg_size(frame)
-    if found is None:
+        count, size = header.samples * header.allocated // 8, header.rows * header.columns
+        found = _rle_sizes(frame, 2 * size + 2)
+        if len(found) != count or not size <= min(found) <= max(found) < 2 * size + 2:  # some padding occurs
+            raise _RefusedError(f"RLE segments of {found} bytes or more found; expected {count} of {size}")
+        return frame, header
+    if syntax in JPEG2000TransferSyntaxes:
+        frame = frame[max(0, frame.find(J2K_START)) :]  # bare: JP2 boxes declare sizes, too
+        stream = _j2k_size(frame)
+    else:
+        stream = _jpeg_size(frame)
+        if syntax in JPEGTransferSyntaxes and PLUGIN[syntax] == "gdcm":
+            frame = _bare_jpeg(frame)
+    if stream is None:
         raise _RefusedError(f"no {syntax.name} codestream found in PixelData")
-    rows, columns, samples, bits = found
+    rows, columns, samples, bits = stream
     if (rows, columns, samples) != (header.rows, header.columns, header.samples) or bits > header.allocated:
         raise _RefusedError(
             f"codestream of {columns} × {rows} pixels of {samples} × {bits} bits found; expected {header.columns} × "
@@ -338,34 +345,78 @@ def _check_codestream(frame: bytes, header: _Header, syntax: UID) -> _Header:
         )
     allocated = 8 if bits <= 8 else 16
     stored = min(header.stored, allocated) if syntax in JPEGTransferSyntaxes else bits
-    return replace(header, allocated=allocated, stored=stored, high=stored - 1)  # decoders align right
+    return frame, replace(header, allocated=allocated, stored=stored, high=stored - 1)  # decoders align right
+
+
+def _rle_sizes(frame: bytes, limit: int) -> list[int]:
+    """Bytes that each segment of an RLE frame becomes, counted up to a limit: two may become 128 (PS3.5 G.3 to G.5)."""
+    count, *starts = struct.unpack_from("<16I", frame)
+    if not 0 < count <= 15:
+        raise _RefusedError("no RLE Lossless codestream found in PixelData")
+    sizes, ends = [], [*starts[1:count], len(frame)]
+    for position, end in zip(starts[:count], ends, strict=True):
+        end, size = min(end, len(frame)), 0
+        while position < end and size < limit:
+            run = frame[position]
+            position += 1
+            if run < 128:
+                size += min(run + 1, end - position)  # the last one may be cut
+                position += run + 1
+            elif run > 128 and position < end:
+                size += 257 - run
+                position += 1
+        sizes.append(size)
+    return sizes
+
+
+def _jpeg_segments(frame: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and all bytes of each segment of a JPEG or JPEG-LS codestream (ITU-T T.81 B.1); the image is the last.
+
+    Raises:
+        _RefusedError: damaged before the image.
+    """
+    position = 2
+    while frame[:2] == b"\xff\xd8" and len(frame) >= position + 4 and frame[position] == 0xFF:
+        marker = frame[position + 1]
+        end = position + 2 + int.from_bytes(frame[position + 2 : position + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            position += 1
+        elif marker == 0xDA:
+            yield marker, frame[position:]
+            return
+        else:
+            yield marker, frame[position:end]
+            position = end
+    raise _RefusedError("no JPEG codestream found in PixelData")
+
+
+def _is_frame_header(marker: int) -> bool:
+    return marker == 0xF7 or (marker & 0xF0 == 0xC0 and marker not in (0xC4, 0xC8, 0xCC))
 
 
 def _jpeg_size(frame: bytes) -> tuple[int, int, int, int] | None:
     """Rows, columns, samples and bits of the frame header of a JPEG or JPEG-LS codestream (ITU-T T.81 B.2.2)."""
-    position = 2
-    if frame[:2] != b"\xff\xd8":
+    headers = [segment for marker, segment in _jpeg_segments(frame) if _is_frame_header(marker)]
+    if len(headers) != 1:  # decoders differ in which of several they believe
         return None
-    while len(frame) >= position + 10 and frame[position] == 0xFF:
-        marker = frame[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif marker == 0xF7 or (marker & 0xF0 == 0xC0 and marker not in (0xC4, 0xC8, 0xCC)):
-            bits, rows, columns, samples = struct.unpack_from(">BHHB", frame, position + 4)
-            return rows, columns, samples, bits
-        else:
-            position += 2 + int.from_bytes(frame[position + 2 : position + 4], "big")
-    return None
+    bits, rows, columns, samples = struct.unpack_from(">BHHB", headers[0], 4)
+    return rows, columns, samples, bits
+
+
+def _bare_jpeg(frame: bytes) -> bytes:
+    """A JPEG codestream without comments and application data: what libjpeg only warns of there makes gdcm abort."""
+    needed = (0xC4, 0xCC, 0xDA, 0xDB, 0xDD)  # tables, restart interval and the image
+    segments = (part for marker, part in _jpeg_segments(frame) if marker in needed or _is_frame_header(marker))
+    return b"\xff\xd8" + b"".join(segments)
 
 
 def _j2k_size(frame: bytes) -> tuple[int, int, int, int] | None:
-    """Rows, columns, samples and bits of the SIZ marker of a JPEG 2000 codestream, bare or in JP2 boxes."""
-    start = frame.find(b"\xff\x4f\xff\x51")
-    if start < 0 or len(frame) < start + 43:
+    """Rows, columns, samples and bits of the SIZ marker that a JPEG 2000 codestream starts with."""
+    if not frame.startswith(J2K_START) or len(frame) < 43:
         return None
-    right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
-    (samples,) = struct.unpack_from(">H", frame, start + 40)
-    return bottom - top, right - left, samples, (frame[start + 42] & 0x7F) + 1
+    right, bottom, left, top = struct.unpack_from(">4I", frame, 8)
+    (samples,) = struct.unpack_from(">H", frame, 40)
+    return bottom - top, right - left, samples, (frame[42] & 0x7F) + 1
 
 
 def _decompress(frame: bytes, header: _Header, syntax: UID) -> tuple[np.ndarray, str]:
@@ -394,8 +445,16 @@ def _luminance(pixels: np.ndarray, photometric: str, bits: int) -> np.ndarray:
 
 def _palette(dataset: Dataset, header: _Header) -> np.ndarray:
     """Luminance of each stored value of a palette image: [2**container]."""
-    colours = apply_color_lut(header.stored_values(), dataset)[None, :, :3]
-    return _luminance(colours, "RGB", 16 if colours.dtype == np.uint16 and colours.max() > 255 else 8)[0]
+    if "RedPaletteColorLookupTableData" not in dataset:
+        raise _RefusedError("no palette found; segmented ones are not supported")
+    values, channels = header.stored_values(), []
+    for colour in COLOURS:
+        keyword = f"{colour}PaletteColorLookupTable"
+        channels.append(_apply_lut(values, *_entries(dataset, f"{keyword}Descriptor", f"{keyword}Data", dataset)))
+    colours = np.stack(channels, axis=-1)[None]
+    if colours.max() > 255:
+        return _luminance(colours, "RGB", 16)[0]
+    return _luminance(colours.astype(np.uint8), "RGB", 8)[0]
 
 
 def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> np.ndarray:
@@ -443,10 +502,11 @@ def _table(unit: np.ndarray, padding: np.ndarray, invert: bool) -> np.ndarray:
 def _padding(dataset: Dataset, values: np.ndarray) -> np.ndarray:
     """Which values mean that there is no image (PS3.3 C.7.5.1.1.2)."""
     first = dataset.get("PixelPaddingValue")
-    last = dataset.get("PixelPaddingRangeLimit", first)
-    if not isinstance(first, int) or not isinstance(last, int):
+    last = dataset.get("PixelPaddingRangeLimit")
+    if not isinstance(first, int):
         return np.zeros(len(values), bool)
-    return (values >= min(first, last)) & (values <= max(first, last))
+    ends = [_signed(end, values) for end in (first, last if isinstance(last, int) else first)]
+    return (values >= min(ends)) & (values <= max(ends))
 
 
 def _modality(dataset: Dataset, values: np.ndarray) -> np.ndarray:
@@ -455,9 +515,12 @@ def _modality(dataset: Dataset, values: np.ndarray) -> np.ndarray:
     if lut is not None:
         return _apply_lut(values, *lut)
     slope, intercept = _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
-    if not slope or intercept is None:
-        return values.astype(np.float64)
-    return values * np.float64(slope) + intercept
+    if slope is not None and intercept is not None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            rescaled = values * np.float64(slope) + intercept
+            if 0 < np.ptp(rescaled) < np.inf:  # else it is damaged
+                return rescaled
+    return values.astype(np.float64)
 
 
 def _lut(dataset: Dataset, keyword: str) -> tuple[int, np.ndarray] | None:
@@ -470,17 +533,23 @@ def _lut(dataset: Dataset, keyword: str) -> tuple[int, np.ndarray] | None:
         sequence = dataset.get(keyword)
         if not sequence:
             return None
-        count, first, _ = (int(number) for number in sequence[0].LUTDescriptor)
-        count, entries = count or 2**16, sequence[0].LUTData
-        if isinstance(entries, bytes):
-            wide = "<u2" if dataset.original_encoding[1] else ">u2"
-            entries = np.frombuffer(entries, wide if len(entries) >= 2 * count else "u1")
-        entries = np.atleast_1d(np.asarray(entries, np.float64))[:count]
-        if len(entries) < count:
-            raise _RefusedError(f"{keyword} with {len(entries)} of {count} entries found")
+        return _entries(sequence[0], "LUTDescriptor", "LUTData", dataset)
     except DAMAGED_DICOM:
         raise _RefusedError(f"{keyword} is damaged") from None
-    return first, entries
+
+
+def _entries(item: Dataset, descriptor: str, data: str, dataset: Dataset) -> tuple[int, np.ndarray]:
+    """The value that the first entry of a lookup table is for, and all entries."""
+    count, first, _ = (int(number) for number in item[descriptor].value)
+    count, content = count or 2**16, item[data].value
+    if isinstance(content, bytes):
+        wide = "<u2" if dataset.original_encoding[1] else ">u2"
+        content = np.frombuffer(content + bytes(len(content) % 2), wide)
+    words = np.atleast_1d(content).astype("<u2")
+    entries = words if len(words) >= count else words.view(np.uint8)  # two in a word
+    if len(entries) < count:
+        raise _RefusedError(f"{len(entries)} entries of a lookup table found; expected {count}")
+    return first, entries[:count].astype(np.float64)
 
 
 def _apply_lut(values: np.ndarray, first: int, entries: np.ndarray) -> np.ndarray:
@@ -488,7 +557,12 @@ def _apply_lut(values: np.ndarray, first: int, entries: np.ndarray) -> np.ndarra
 
     pydicom's own wraps values that the type of the entries does not hold, and knows no modality LUT of 10 to 15 bits.
     """
-    return entries[(values - np.float64(first)).clip(0, len(entries) - 1).astype(np.intp)]
+    return entries[(values - np.float64(_signed(first, values))).clip(0, len(entries) - 1).astype(np.intp)]
+
+
+def _signed(number: int, values: np.ndarray) -> int:
+    """An attribute in terms of values, which are signed at times where its own type (US) is not."""
+    return number - 2**16 if number >= 2**15 and values.min() < 0 else number
 
 
 def _number(dataset: Dataset, keyword: str) -> float | None:

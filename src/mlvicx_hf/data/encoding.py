@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ def make_picture(
         return Picture(reason=f"mask {record.mask_path.name if record.mask_path else 'drawn'}: {_reason(error)}")
     square = fit_square_gray(gray, size, fit)
     buffer = io.BytesIO()
-    square.save(buffer, "PNG", compress_level=1)  # 4 times faster than 6, 17 % larger
+    square.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # 4 times faster than level 6, no larger
     boxes = None
     if record.boxes is not None:
         fitted = (fit_box(box, record.frame or gray.size, size, fit) for box in record.boxes)

@@ -1,0 +1,51 @@
+"""The example in docs/data.md of a collection of one's own works as it stands there."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.data.collections import KINDS
+from mlvicx_hf.data.collections.base import Listing, Record, ReleasedCollection, file_below
+from mlvicx_hf.data.collections.folder import binary_labels, label_values
+from mlvicx_hf.data.collections.tables import read_columns, require_columns
+from mlvicx_hf.data.prepare import prepare
+
+PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+
+
+def test_the_documented_class_is_a_collection(tmp_path: Path):
+    (code,) = re.findall(r"```python\n(class .*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {
+        "FINDINGS": ("Edema",),
+        "Path": Path,
+        "Listing": Listing,
+        "Record": Record,
+        "ReleasedCollection": ReleasedCollection,
+        "binary_labels": binary_labels,
+        "file_below": file_below,
+        "label_values": label_values,
+        "read_columns": read_columns,
+        "require_columns": require_columns,
+    }
+    exec(code, names)
+    assert len(code.splitlines()) < 40
+    for number in range(3):
+        Image.fromarray(np.full((9, 9), 50 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "labels.csv").write_text("image,patient,Edema\n0.png,p0,1\n1.png,p1,0\n2.png,p2,\nabsent.png,p3,1\n")
+    summary = prepare(
+        names["MyCollection"](tmp_path), tmp_path / "cache", size=8, splits="none", allow_missing=True, progress=False
+    )
+    assert (summary["missing"], summary["collection"]) == (1, "mine")
+    labels = [row["labels"][0] for row in load_cache(tmp_path / "cache").datasets["train"]]
+    assert labels[:2] == [1, 0]
+    assert math.isnan(labels[2])
+
+
+def test_every_collection_is_documented():
+    rows = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
+    assert set(rows[: len(KINDS)]) == KINDS.keys()
