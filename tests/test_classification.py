@@ -260,7 +260,8 @@ def test_patients_are_drawn_equally_often_on_request(cache: Path, frozen: Path, 
     patients = ["many"] * 20 + [f"p{i}" for i in range(20)]
     arguments = ClassificationArguments(output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=8)
     rows = [{"x": torch.tensor(i)} for i in range(40)]
-    trainer = BalancedTrainer(torch.nn.Linear(1, 1), arguments, train_dataset=rows, eval_dataset=rows, patients=patients)
+    data = {"train_dataset": rows, "eval_dataset": rows}
+    trainer = BalancedTrainer(torch.nn.Linear(1, 1), arguments, **data, patients=patients)
     drawn = Counter(patients[i] for batch in trainer.get_train_dataloader() for i in batch["x"].tolist())
     assert (drawn.total(), set(drawn.values()), len(drawn)) == (40, {1, 2}, 21)
 

@@ -28,6 +28,7 @@ from .pixels import DAMAGED, UnreadableImageError
 try:
     from pydicom.dataset import Dataset
     from pydicom.encaps import encapsulate, generate_fragments
+    from pydicom.errors import BytesLengthException
     from pydicom.filereader import read_dataset, read_preamble
     from pydicom.multival import MultiValue
     from pydicom.pixels import apply_windowing, get_decoder
@@ -88,7 +89,15 @@ MAX_INFLATED = 256 * 2**20  # bytes of a deflated file: 16 bits for as many pixe
 J2K_START = b"\xff\x4f\xff\x51"  # markers SOC and SIZ
 BLOCK = 2**16  # pixels looked up at a time, which the cache holds
 # What pydicom and its plug-ins raise for damaged content, as well as Pillow's.
-DAMAGED_DICOM = (*DAMAGED, AttributeError, RuntimeError, ArithmeticError, AssertionError, NameError)
+DAMAGED_DICOM = (
+    *DAMAGED,
+    BytesLengthException,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    NameError,
+)
 
 
 class _RefusedError(ValueError):

@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 
 MAX_BYTES = 2**30  # of a file; three times what the largest uncompressed image takes that Pillow accepts
+BLOCK = 64  # rows that are converted at a time where float64 of all would need much memory
 PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
 # What Pillow raises for damaged content, over all formats; mutated files raise mostly the first three.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
@@ -167,7 +168,8 @@ def _gray(image: Image.Image) -> Image.Image:
     unit = to_unit_gray(_unit_float(image) if image.mode == "F" else image)[0].numpy()  # [H, W]
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0:
         unit = 1 - unit  # Pillow does this for 8 bits only
-    return Image.fromarray(np.round(unit * 255).astype(np.uint8))
+    unit *= 255  # in place: such an image may take 350 MB
+    return Image.fromarray(np.round(unit, out=unit).astype(np.uint8))
 
 
 def _unit_float(image: Image.Image) -> np.ndarray:
@@ -177,7 +179,10 @@ def _unit_float(image: Image.Image) -> np.ndarray:
     if not (np.isfinite(low) and np.isfinite(high)) or (low >= 0 and high <= 1):
         return array  # `to_unit_gray` refuses what is not finite
     span = float(high) - float(low)
-    return ((array - np.float64(low)) / span if span > 0 else np.zeros_like(array)).astype(np.float32)
+    unit = np.zeros_like(array)
+    for top in range(0, len(array) if span > 0 else 0, BLOCK):
+        unit[top : top + BLOCK] = (array[top : top + BLOCK] - np.float64(low)) / span
+    return unit
 
 
 def fit_square_gray(

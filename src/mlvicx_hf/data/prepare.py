@@ -24,6 +24,7 @@ from .splits import check_no_patient_overlap, patient_hash, split_by_patient
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 FITS = ("pad", "squash", "crop")
+USED = "used"  # the folder `shards` when the new cache is complete
 ROBUST = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")  # decoders that do not crash
 
 
@@ -77,7 +78,7 @@ def prepare(
     _check_arguments(size, fit, drop_duplicates, max_images, num_workers)
     output = Path(output).resolve()
     check_output(output, overwrite)
-    listing = collection.read()
+    listing = _spelled_out(collection.read())
     records, notes = _assign_splits(_present(listing, allow_missing), splits, seed, bool(listing.mask_names))
     if max_images is not None:
         records = _first_patients(records, max_images, seed)
@@ -86,6 +87,7 @@ def prepare(
     options = {"size": size, "fit": fit, "seed": seed, "max_images": max_images}
     with _replacing(output) as folder:
         shards = plan_shards(folder / "shards", records, SPLITS)
+        _take_back(folder, shards)
         resumed = _write_shards(shards, making, listing, num_workers, progress)
         whole = read_shards(shards)
         duplicates = find_duplicates(whole.parts, progress=progress)
@@ -113,7 +115,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Refuse to write over anything but an empty folder or, if the user says so, a cache."""
     if output.is_file():
         raise FileExistsError(f"{output}: a file found; expected a folder to write, absent or empty")
-    if not output.is_dir() or not any(output.iterdir()):
+    _put_right(output.resolve())
+    if _is_free(output):
         return
     if not overwrite:
         raise FileExistsError(f"{output}: exists and is not empty; --overwrite replaces a cache")
@@ -121,9 +124,31 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{output}: holds no {MANIFEST}, so it is no cache and is not overwritten")
 
 
+def _is_free(output: Path) -> bool:
+    return not output.is_dir() or not any(output.iterdir())
+
+
 def partial_folder(output: Path) -> Path:
     """Where a cache grows; a killed run leaves it, and the next one goes on there."""
     return output.with_name(f".{output.name}.partial")
+
+
+def _old_folder(output: Path) -> Path:
+    """Where the cache that is replaced is, for the moment in between."""
+    return output.with_name(f".{output.name}.old")
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[Path]:
+    """The folder in which a cache grows, for one run at a time."""
+    folder = partial_folder(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"{folder}: another run is writing {output}; expected one at a time") from None
+        yield folder
 
 
 @contextmanager
@@ -132,30 +157,68 @@ def _replacing(output: Path) -> Iterator[Path]:
 
     Input that does not fit removes it; what an interruption leaves is resumed.
     """
-    folder = partial_folder(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"{folder}: another run is writing {output}; expected one at a time") from None
+    with _locked(output) as folder:
         try:
             yield folder
         except ValueError:
             shutil.rmtree(folder)
             raise
-        _swap(folder / "cache", output)
-        shutil.rmtree(folder)
+        _swap(folder, output)
 
 
 def _swap(folder: Path, output: Path) -> None:
-    """Put the new cache in the place of the old one."""
-    old = output.with_name(f".{output.name}.old")
+    """Put the new cache in the place of the old one; `_put_right` knows where a kill came by what is there."""
+    old = _old_folder(output)
     shutil.rmtree(old, ignore_errors=True)
+    (folder / "shards").rename(folder / USED)
     if (output / MANIFEST).is_file():
         output.rename(old)
-    folder.rename(output)
+    (folder / "cache").rename(output)
     shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder)
+
+
+def _put_right(output: Path) -> None:
+    """After a run that was killed in `_swap`: bring the old cache back, or tidy up behind the new one."""
+    old = _old_folder(output)
+    if not (partial_folder(output).is_dir() or old.is_dir()):
+        return
+    with _locked(output) as folder:
+        if (old / MANIFEST).is_file() and _is_free(output):
+            old.rename(output)
+        if (folder / USED).is_dir():
+            if (folder / "cache").is_dir():
+                (folder / USED).rename(folder / "shards")
+            else:  # the new one is in its place
+                shutil.rmtree(old, ignore_errors=True)
+        if not (folder / "shards").is_dir():  # nothing to go on with
+            shutil.rmtree(folder)
+
+
+def _take_back(folder: Path, shards: Sequence[Shard]) -> None:
+    """Fetch the finished shards that a killed run had moved into its cache; a note without its shard goes."""
+    for shard in shards:
+        moved = folder / "cache" / shard.path.parent.name / shard.path.name
+        if shard.note.is_file() and moved.is_file() and not shard.path.exists():
+            moved.rename(shard.path)
+    for note in (folder / "shards").glob("*/*.json"):
+        if not note.with_suffix(".arrow").is_file():
+            note.unlink()
+
+
+def _spelled_out(listing: Listing) -> Listing:
+    """The same with names that UTF-8 cannot hold, as of files from old archives, made such as it can."""
+
+    def spell(text: str) -> str:
+        return text.encode("utf-8", "backslashreplace").decode()
+
+    records = [
+        record
+        if record.name.isascii() and record.patient_id.isascii()
+        else replace(record, name=spell(record.name), patient_id=spell(record.patient_id))
+        for record in listing.records
+    ]
+    return replace(listing, records=records)
 
 
 def _present(listing: Listing, allow_missing: bool) -> list[Record]:

@@ -33,6 +33,7 @@ from .encoding import Picture, make_picture
 ROWS = 100  # images held in memory by a worker before they are written
 IMAGES_PER_SHARD = 128  # at least
 SHARDS_PER_SPLIT = 256  # at most: every one is an open file for who reads the cache
+DIED = "a worker process died (out of memory?); fewer --num_workers may help"
 # How a decoder ends that a damaged file crashes; SIGKILL is the system short of memory, or a user.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
@@ -230,8 +231,10 @@ def write_shards(shards: Sequence[Shard], making: Making, num_workers: int) -> I
             yield from _make_in_pool(missing, making, num_workers, context)
             return
         except BrokenProcessPool:
-            missing = [shard for shard in missing if not shard.note.is_file()]
+            before, missing = missing, [shard for shard in missing if not is_finished(shard, making)]
         begun = [shard for shard in missing if shard.position.is_file()]
+        if not begun and len(missing) == len(before):  # else it would be tried for ever
+            raise ChildProcessError(DIED)
         for shard in begun:  # one of them holds what crashed its worker; the pool ended the others
             _make_alone(shard, making, context)
             yield shard
@@ -274,7 +277,7 @@ def _make_alone(shard: Shard, making: Making, context: Any) -> None:
         if code == 0:
             return
         if -code not in CRASHES:
-            raise ChildProcessError("a worker process died (out of memory?); fewer --num_workers may help")
+            raise ChildProcessError(DIED)
         refused[int(shard.position.read_text())] = f"crashes its decoder ({signal.Signals(-code).name})"
 
 
