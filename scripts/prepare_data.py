@@ -150,7 +150,8 @@ def print_summary(summary: dict[str, Any], output: Path, seconds: float) -> None
         if "boxes" in counts:
             print(f"    boxes: {counts['boxes']['boxes']} on {counts['boxes']['known']} images")
     print(f"labels: {', '.join(summary['label_names']) or 'none'}{' (one class each)' if summary['exclusive'] else ''}")
-    print(f"rejected: {summary['rejected']}{f' (see {output / REJECTED})' if summary['rejected'] else ''}")
+    unreadable = summary["rejected"] - summary["duplicates"]["dropped"]
+    print(f"rejected: {unreadable}{f' (see {output / REJECTED})' if unreadable else ''}")
     print(f"missing: {summary['missing']}")
     copies = summary["duplicates"]
     print(
@@ -160,14 +161,14 @@ def print_summary(summary: dict[str, Any], output: Path, seconds: float) -> None
     )
     if copies["across_splits"]:
         print(
-            f"warning: {copies['across_splits']} pairs of copies in two splits, on which no classifier or segmenter is "
-            "trained; --drop_duplicates near leaves one of each out",
+            f"warning: {copies['across_splits']} pairs of copies in two splits: fine-tuning will refuse this cache; "
+            "--drop_duplicates near leaves one of each out",
             file=sys.stderr,
         )
-    if 10 * summary["rejected"] > images + summary["rejected"]:
+    if 10 * unreadable > images + unreadable:
         with (output / REJECTED).open(newline="", encoding="utf-8") as file:
             first = next(csv.DictReader(file))
-        share = f"{summary['rejected']} of {images + summary['rejected']} images were rejected"
+        share = f"{unreadable} of {images + unreadable} images were rejected"
         print(f"warning: {share}, such as {first['file']}: {first['reason']}", file=sys.stderr)
 
 

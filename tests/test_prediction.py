@@ -171,7 +171,7 @@ def test_unreadable_files_are_rows_with_their_reason(classifier: Path, images: P
     assert set(reasons) == {"truncated.png", "text.png", "scan.dcm"}
     assert "damaged" in reasons["truncated.png"]
     assert "content is none of PNG" in reasons["text.png"]
-    assert "DICOM is not supported" in reasons["scan.dcm"]
+    assert "no PixelData found" in reasons["scan.dcm"]
 
 
 def test_the_record_names_weights_thresholds_and_code(classifier: Path, images: Path, tmp_path: Path):

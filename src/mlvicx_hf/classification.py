@@ -139,7 +139,10 @@ def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
                 raise ValueError(f"{path}: no image of {split} has a known class")
     labels = np.array(cache.datasets["validation"]["labels"], dtype=np.float64)
     if not any(len(np.unique(column[~np.isnan(column)])) > 1 for column in labels.T):
-        raise ValueError(f"{path}: no label has both values in the validation split, so no epoch can be chosen by it")
+        raise ValueError(
+            f"{path}: no label has both values in the validation split, so no epoch can be chosen by it; "
+            "expected more images (--max_images of prepare_data.py?), or another --seed there"
+        )
     return cache
 
 

@@ -139,6 +139,8 @@ def main(templates: Path) -> None:
             print(f"{size:12,} bytes  {name}")
         tag = f", tag {arguments.tag}" if arguments.tag else ""
         where = f"{done['repo_id']} ({kind}, {done['revision']}{tag})"
+        if arguments.dataset is not None:
+            print("note: patient ids and file names go along, in the columns of the images and in splits.csv")
         print(f"dry run: {len(done['files'])} files, {megabytes:.1f} MB, would go to {where}; nothing was sent")
     else:
         print(f"{len(done['files'])} files, {megabytes:.1f} MB, published as {done['repo_id']} at {done['commit']}")

@@ -225,6 +225,20 @@ def test_patients_that_cannot_be_compared_are_not(tmp_path: Path, one: dict, oth
     assert result["leaks"] == []
 
 
+def test_patients_of_one_name_who_may_be_the_same_are_counted(tmp_path: Path):
+    folder = {"patient_source": "folder"}
+    rows = [line | {"content": png(100 + n)} for n, line in enumerate(clean())]
+    caches = [write_cache(tmp_path / "one", clean(), **folder), write_cache(tmp_path / "other", rows, **folder)]
+    result = audit(caches)
+    assert result["leaks"] == []
+    pair = next(pair for pair in result["pairs"] if pair["one"]["cache"] != pair["other"]["cache"])
+    assert (pair["patients"]["count"], pair["patients"]["alike"]) == (None, 6)
+    assert (
+        f"- 6 patients have the same name in {tmp_path}/one train and {tmp_path}/other train, such as p0: if they are "
+        "the same, this is a leak"
+    ) in report(result)
+
+
 def test_squares_made_in_different_ways_are_noted(tmp_path: Path):
     caches = [write_cache(tmp_path / "a", clean()), write_cache(tmp_path / "b", clean(first=20), fit="squash")]
     assert len(audit(caches[:1])["notes"]) == 1

@@ -120,6 +120,29 @@ def test_views_not_understood_are_unknown_and_noted(root: Path):
     assert listing.notes == ["views not understood, kept as unknown: 2, such as 'odd' (2)"]
 
 
+def test_usual_columns_are_known_however_they_are_written(root: Path):
+    """A patient column that is not recognised would put one patient into two splits."""
+    listing = read_table(root, table("Patient ID,SPLIT,Patient-Age,Sex,Edema", *(f"{i},train,4,F,1" for i in "1122")))
+    assert [record.patient_id for record in listing.records] == ["1", "1", "2", "2"]
+    assert listing.patients_known
+    assert {(record.split, record.sex) for record in listing.records} == {("train", "F")}
+    assert listing.label_names == ("Edema",)
+    assert "column 'Patient ID' is taken for patient_id" in listing.notes
+    with pytest.raises(ValueError, match=r"columns patient_id, PatientID found; expected one of them as patient_id"):
+        read_table(root, table("patient_id,PatientID", *("1,1",) * 4))
+    listing = read_table(root, table("Patient ID,Sex", *(f"{i},1" for i in "1122")), label_columns=["Sex"])
+    assert listing.label_names == ("Sex",)  # what the user names stays as it is
+
+
+def test_prepared_caches_in_the_folder_are_no_radiographs(root: Path):
+    cache = root / "prepared"
+    (cache / "train").mkdir(parents=True)
+    (cache / "cache.json").write_text("{}")
+    for name in ("contact_sheet.png", "train/x.png"):
+        Image.new("L", (9, 9)).save(cache / name)
+    assert [record.name for record in FolderCollection(root).read().records] == list(NAMES)
+
+
 def test_metadata_without_patients_warns(root: Path):
     listing = read_table(root, table("view", "PA", "PA", "AP", "AP"))
     assert [record.patient_id for record in listing.records] == list(NAMES)

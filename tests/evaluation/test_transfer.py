@@ -278,7 +278,12 @@ def test_results_say_what_was_tested_on_what(abroad: Path, tuned: Path, home: Pa
     assert set(results["matching"]["model_only"]) == {"Hernia"}
     assert set(results["matching"]["data_only"]) == {"Lung Opacity"}
     assert results["overlap"]["compared"] == f"training and validation images of {home}"
-    assert (results["overlap"]["images"], results["overlap"]["warnings"]) == (0, [])
+    assert (results["overlap"]["images"], results["overlap"]["patients"]) == (0, None)
+    (warning,) = results["overlap"]["warnings"]
+    assert "patients are not compared, since folder here and folder in training may number them differently" in warning
+    alike = {p for s in ("train", "validation") for p in load_cache(home).datasets[s]["patient_id"]}
+    alike &= set(load_cache(away).datasets["test"]["patient_id"])
+    assert (f"{len(alike)} have the same name in both" if alike else "no two have one name") in warning
 
 
 def test_two_models_are_compared_on_another_collection(abroad: Path, frozen: Path, away: Path, tmp_path: Path):
@@ -447,7 +452,7 @@ def test_images_of_the_training_are_refused(tuned: Path, shuffled: Path, home: P
     seen = {f for split in ("train", "validation") for f in load_cache(home).datasets[split]["sha256"]}
     count = sum(file in seen for file in load_cache(shuffled).datasets["test"]["sha256"])
     assert count > 10
-    with pytest.raises(ValueError, match=rf"shuffled.*test: {count} image\(s\) .* found that the model was trained on"):
+    with pytest.raises(ValueError, match=rf"shuffled.*test: {count} image\(s\) found that the model was trained on"):
         evaluate_on(tuned, shuffled, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -455,7 +460,7 @@ def test_images_of_the_training_are_refused(tuned: Path, shuffled: Path, home: P
 def test_some_of_them_are_refused_too_unless_the_user_says_so(
     tuned: Path, partly: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    with pytest.raises(ValueError, match=r"16 image\(s\) and 0 patient\(s\) found .* \(--allow_overlap goes on"):
+    with pytest.raises(ValueError, match=r"16 image\(s\) found that .* \(--allow_overlap goes on"):
         evaluate_on(tuned, partly, tmp_path)
     found = evaluate_on(tuned, partly, tmp_path, allow_overlap=True)
     assert found["overlap"]["images"] == 16  # of the first twenty images four are in the training's test split

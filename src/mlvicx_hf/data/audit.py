@@ -199,9 +199,10 @@ def _shared_patients(one: Part, other: Part, examples: int) -> dict[str, Any]:
         reason = f"patients are numbered by {one.numbered_by} here, by {other.numbered_by} there"
     elif one.cache != other.cache and one.numbered_by not in COLLECTIONS:
         reason = f"two collections of kind {one.numbered_by} number their patients as they like"
-    if reason is not None:
-        return {"count": None, "reason": reason}
     shared = sorted(set(one.patients) & set(other.patients))
+    if reason is not None:
+        alike = len(shared) if not unknown and one.numbered_by == other.numbered_by else 0
+        return {"count": None, "reason": reason, "alike": alike, "examples": shared[:examples]}
     return {"count": len(shared), "examples": shared[:examples]}
 
 
@@ -312,10 +313,20 @@ def report(result: dict[str, Any]) -> str:
         ]
         lines += ["shared by two splits (images of the one with more of them)", *_table([header, *rows])]
         reasons = {pair["patients"]["reason"] for pair in result["pairs"] if pair["patients"]["count"] is None}
-        lines += [*(f"- patients not comparable: {reason}" for reason in sorted(reasons)), ""]
+        lines += [*(f"- patients not comparable: {reason}" for reason in sorted(reasons)), *_alike(result["pairs"]), ""]
     lines += [f"note: {note}" for note in result["notes"]]
     lines += [f"LEAK: {leak}" for leak in result["leaks"]]
     return "\n".join([*lines, f"{len(result['leaks'])} leak(s)" if result["leaks"] else "no leak found"])
+
+
+def _alike(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """Patients of the same name where nobody knows whether they are the same."""
+    return [
+        f"- {pair['patients']['alike']} patients have the same name in {_place(pair['one'])} and "
+        f"{_place(pair['other'])}, such as {pair['patients']['examples'][0]}: if they are the same, this is a leak"
+        for pair in pairs
+        if pair["patients"].get("alike")
+    ]
 
 
 def _cache_lines(cache: dict[str, Any]) -> list[str]:

@@ -13,10 +13,11 @@ from typing import Any
 import datasets
 
 from ..progress import no_datasets_bars
+from .pixels import CACHE_MARK
 from .splits import check_no_patient_overlap
 
 FORMAT = 2  # of the cache; another one is refused
-MANIFEST = "cache.json"
+MANIFEST = CACHE_MARK
 DUPLICATES = "duplicates.csv"
 HINT = "make one with scripts/prepare_data.py"
 

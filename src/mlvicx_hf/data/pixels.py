@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".
 # The only formats tried: Pillow also opens formats that start other programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 
+CACHE_MARK = "cache.json"  # what a prepared cache is known by
 MAX_BYTES = 2**30  # of a file; three times what the largest uncompressed image takes that Pillow accepts
 BLOCK = 64  # rows that are converted at a time where float64 of all would need much memory
 PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
@@ -42,13 +43,16 @@ class UnreadableImageError(ValueError):
 
 
 def image_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
-    """Files below a folder that are called like images, in sorted order; hidden ones are skipped.
+    """Files below a folder that are called like images, in sorted order; hidden ones and prepared caches are skipped.
 
     Args:
         folder: links to folders in it are not followed.
         onerror: told of folders that cannot be listed, which are skipped otherwise.
     """
     for parent, subfolders, files in os.walk(folder, onerror=onerror):
+        if CACHE_MARK in files:  # its pictures are no radiographs
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):

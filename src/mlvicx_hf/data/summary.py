@@ -21,6 +21,7 @@ HISTOGRAM = "histogram.png"
 SAMPLE = 512  # images of which the histogram is made
 SHEET = (8, 6)  # images in a row, rows
 TILE = 128  # pixels a side of an image on the sheet
+TITLE = 22  # characters of a file's name on it
 
 
 def column(part: Any, name: str) -> list[Any]:
@@ -84,8 +85,9 @@ def write_pictures(folder: Path, parts: Mapping[str, Any]) -> list[str]:
         What the user should know.
     """
     places = [(split, row) for split, part in parts.items() for row in range(len(part))]
-    tiles = [_shrink(parts[split][row]["image"]) for split, row in _spread(places, SHEET[0] * SHEET[1])]
-    contact_sheet(tiles, SHEET[0]).save(folder / CONTACT_SHEET)
+    shown = _spread(places, SHEET[0] * SHEET[1])
+    titles = [f"{split}\n{Path(parts[split][row]['source']).name[-TITLE:]}" for split, row in shown]
+    contact_sheet([_tile(parts[split][row]) for split, row in shown], SHEET[0], titles).save(folder / CONTACT_SHEET)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -110,8 +112,16 @@ def _spread(places: list[tuple[str, int]], count: int) -> list[tuple[str, int]]:
     return [places[index] for index in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int))]
 
 
-def _shrink(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.resize((TILE, TILE), Image.Resampling.BILINEAR))
+def _tile(row: Mapping[str, Any]) -> np.ndarray:
+    """An image as the sheet shows it, with the outline of its mask."""
+    tile = np.array(row["image"].resize((TILE, TILE), Image.Resampling.BILINEAR))
+    if row.get("mask") is not None:
+        mask = np.asarray(row["mask"].resize((TILE, TILE), Image.Resampling.NEAREST))
+        edge = np.zeros(mask.shape, bool)
+        edge[1:] |= mask[1:] != mask[:-1]
+        edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+        tile[edge] = 255
+    return tile
 
 
 def write_card(folder: Path, manifest: Mapping[str, Any], notes: Sequence[str]) -> None:
@@ -125,6 +135,7 @@ def write_card(folder: Path, manifest: Mapping[str, Any], notes: Sequence[str]) 
     tasks = ["image-classification"] if manifest["label_names"] else []
     tasks += ["image-segmentation"] if manifest.get("mask_names") else []
     data = DatasetCardData(
+        license="unknown",
         task_categories=tasks or ["image-feature-extraction"],
         tags=["chest-x-ray", "radiology", "mlvicx", *(["synthetic"] if manifest["synthetic"] else [])],
         pretty_name=f"{manifest['collection']}, {manifest['size']} px",
@@ -172,8 +183,9 @@ def _card_text(manifest: Mapping[str, Any], notes: Sequence[str]) -> str:
         "",
         "```python",
         "from mlvicx_hf.data.cache import load_cache",
+        "from mlvicx_hf.data.sharing import fetch_cache",
         "",
-        'cache = load_cache("this/folder")  # cache.datasets["train"], cache.label_names',
+        'cache = load_cache(fetch_cache("org/name"))  # or load_cache("folder"); cache.datasets["train"]',
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -93,10 +93,10 @@ def check_overlap(
         compared = f"training and validation images of {training.cache}"
         images, patients = _count_seen(trained, cache, split, progress)
         if refused := bool(images or patients):
-            warnings = [
-                f"{where}: {images} image(s) and {patients or 0} patient(s) found that the model was trained on or "
-                f"chosen by ({training.cache})"
-            ]
+            found = f"{images} image(s)" + ("" if patients is None else f" and {patients} patient(s)")
+            warnings = [f"{where}: {found} found that the model was trained on or chosen by ({training.cache})"]
+        if patients is None:
+            warnings.append(_patients_unknown(trained, cache, split, where))
     elif training.data_hash == cache.manifest["data_hash"]:
         compared, refused = "the training's own images, divided otherwise", True
         warnings = [f"{where}: the images of the model's training found, divided otherwise"]
@@ -133,6 +133,21 @@ def _count_seen(trained: Cache, cache: Cache, split: str, progress: bool) -> tup
     if source not in COLLECTIONS or trained.manifest["patient_source"] != source:
         return len(images), None
     return len(images), len(set(seen["patient_id"]) & set(tested["patient_id"]))
+
+
+def _patients_unknown(trained: Cache, cache: Cache, split: str, where: str) -> str:
+    """Why patients are not compared, and how many are called the same."""
+    seen = {patient for name, images in trained.datasets.items() if name in SEEN for patient in images["patient_id"]}
+    alike = sorted(seen & set(cache.datasets[split]["patient_id"]))
+    here, there = cache.manifest["patient_source"], trained.manifest["patient_source"]
+    reason = (
+        f"{where}: patients are not compared, since {here} here and {there} in training may number them differently"
+    )
+    if not alike:
+        return f"{reason}; no two have one name"
+    return (
+        f"{reason}; {len(alike)} have the same name in both, such as {alike[0]}: if they are the same, this is a leak"
+    )
 
 
 def _doubts(training: Training, cache: Cache, where: str) -> list[str]:

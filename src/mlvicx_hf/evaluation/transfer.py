@@ -315,6 +315,8 @@ def _report(results: dict[str, Any]) -> None:
             print(f"without a counterpart, of {side}: {', '.join(labels)}")
     for name, value in [("macro", test["auroc_macro"]), *test["auroc"].items()]:
         print(f"test AUROC {name:24s} {value if isinstance(value, str) else f'{value:.4f}'}")
+    if NOT_SCORED in test["auroc"].values():
+        print(f"{NOT_SCORED}: all known images of this split have one value")
 
 
 def main() -> None:

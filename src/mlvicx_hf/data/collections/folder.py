@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,12 +136,14 @@ class FolderCollection(Collection):
         return Listing(records, notes=notes, patients_known=False)
 
     def _read_table(self, table: Path) -> Listing:
-        columns = read_columns(table)
+        given = (self.file_column, self.patient_column, self.mask_column, *(self.label_columns or ()))
+        columns, renamed = _usual_names(table, read_columns(table), given)
         file_column = self._choose_file_column(table, columns)
         names = columns[file_column]
         _check_files(table, file_column, names)
         empty = [""] * len(names)
         patients, notes = self._patients(table, columns, names)
+        notes = [*renamed, *notes]
         views = read_views(columns.get("view", empty), notes)
         splits = _splits(table, columns.get("split", empty))
         sexes = _understood("sexes", columns.get("sex", empty), parse_sex, "", notes)
@@ -201,6 +204,34 @@ class FolderCollection(Collection):
             f"{table.name} has no column patient_id: each image is counted as a patient of its own, so one patient's "
             "images may fall into two splits (--patient_column names the column)"
         ]
+
+
+def _usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> tuple[Columns, list[str]]:
+    """`Patient ID` is `patient_id`, `Split` is `split` and so on: else a patient would silently be in two splits.
+
+    Args:
+        table: what errors call the file.
+        columns: of the table.
+        given: names that the user chose, which stay as they are.
+
+    Returns:
+        The columns, and notes of what was renamed.
+
+    Raises:
+        ValueError: two columns that would get one name.
+    """
+    usual = {_plain(name): name for name in (*RESERVED_COLUMNS, MASK_COLUMN)}
+    new = {name: name if name in given else usual.get(_plain(name), name) for name in columns}
+    twice = [name for name, count in Counter(new.values()).items() if count > 1]
+    if twice:
+        listed = some((name for name in columns if new[name] == twice[0]), 9)
+        raise ValueError(f"{table}: columns {listed} found; expected one of them as {twice[0]}")
+    notes = [f"column {old!r} is taken for {name}" for old, name in new.items() if old != name]
+    return {new[name]: cells for name, cells in columns.items()}, notes
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def _check_files(table: Path, column: str, names: list[str]) -> None:
