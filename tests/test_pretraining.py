@@ -15,6 +15,7 @@ import torch
 from helpers import make_cache, tiny_config, unlabelled_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
@@ -43,6 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pretrain(cache: Path, output: Path, *flags: object) -> Pretrainer:
     common = ("--recipe", "smoke", "--dataset", cache, "--output_dir", output, "--num_workers", 0, "--logging_steps", 1)
+    common += ("--cpu_threads", 1)  # other processes may have the rest of the cores
     return Pretrainer(*parse_arguments([str(word) for word in (*common, *flags)]))
 
 
@@ -467,6 +469,51 @@ def test_resume_from_a_moved_cache_goes_on(finished: Path, cache: Path, tmp_path
     output = interrupted(finished, tmp_path, 9)
     pretrain(moved, output, "--resume", "--logging_steps", 2, "--save_total_limit", 1).train()
     assert_same_bits(output, finished)
+
+
+# -- watching, and micro-batches ---------------------------------------------------------------------------------------
+
+
+def test_a_run_is_watched_and_the_best_checkpoint_kept(cache: Path, finished: Path, tmp_path: Path):
+    rows = [
+        {
+            "patient_id": f"p{i}",
+            "split": ("train", "validation", "test")[i % 3],
+            "disc": i % 2,
+            "_draw": {"disc": i % 2},
+        }
+        for i in range(60)
+    ]
+    probe = make_cache(tmp_path, rows, name="probe")
+    output = tmp_path / "run"
+    words = ("--checkpoint_steps", 2, "--probe_dataset", probe, "--probe_steps", 2, "--save_total_limit", 1)
+    run = pretrain(cache, output, *words)
+    run.train()
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    probed = {record["step"]: record["probe_linear_auroc"] for record in records if "probe_linear_auroc" in record}
+    assert set(probed) == {*range(2, run.total_steps, 2), run.total_steps}
+    best = json.loads((output / "best.json").read_text())
+    assert best["score"] == max(probed.values()) == probed[best["step"]]
+    assert (output / f"checkpoint-{best['step']}").is_dir()
+    assert (output / f"checkpoint-{run.total_steps}").is_dir()
+    assert {"level_0_rankme", "level_2_deviation", "global_embeddings_correlation"} <= records[-1].keys()
+    with Image.open(output / "curves.png") as picture:
+        assert picture.size[0] > 500
+    assert_same_weights(output, finished)  # who is watched is not changed
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_micro_batches_are_exact_but_for_batch_normalisation(cache: Path, tmp_path: Path):
+    output = pretrain(cache, tmp_path / "run", "--gradient_accumulation_steps", 2).train()
+    assert json.loads((output / "run.json").read_text())["training"]["gradient_accumulation_steps"] == 2
+    assert all(value.isfinite().all() for value in weights(output).values())
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=3 found for 8 images of a process"):
+        pretrain(cache, tmp_path / "odd", "--gradient_accumulation_steps", 3).train()
 
 
 # -- which images ------------------------------------------------------------------------------------------------------

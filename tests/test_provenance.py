@@ -1,5 +1,6 @@
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,46 @@ def test_what_a_killed_run_left_is_cleared_and_an_existing_folder_replaced(tmp_p
         (folder / "a").write_text("1")
     assert [p.name for p in path.iterdir()] == ["a"]
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_folder_that_was_being_replaced_at_a_kill_is_not_lost(tmp_path: Path):
+    path, old = tmp_path / "checkpoint", tmp_path / ".checkpoint.old"
+    with new_folder(path) as folder:
+        (folder / "a").write_text("old")
+    path.rename(old)  # killed between the two renames
+
+    def fail() -> None:
+        with new_folder(path):
+            assert (old / "a").read_text() == "old"
+            raise RuntimeError("again")
+
+    with pytest.raises(RuntimeError, match="again"):
+        fail()
+    assert (path / "a").read_text() == "old"
+    path.rename(old)
+    with new_folder(path) as folder:
+        (folder / "a").write_text("new")
+    assert (path / "a").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_an_old_folder_is_there_before_every_rename_and_removal(tmp_path: Path):
+    path, old, active = tmp_path / "checkpoint", tmp_path / ".checkpoint.old", [True]
+    with new_folder(path) as folder:
+        (folder / "a").write_text("old")
+    path.rename(old)  # an earlier kill
+    whole = []
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if active and event in ("os.rename", "os.rmdir", "shutil.rmtree") and str(tmp_path) in str(arguments[0]):
+            whole.append(any((place / "a").exists() for place in (path, old)))
+
+    sys.addaudithook(watch)
+    try:
+        for _ in range(2):
+            with new_folder(path) as folder:
+                (folder / "a").write_text("new")
+    finally:
+        active.clear()  # a hook cannot be removed
+    assert len(whole) >= 6
+    assert all(whole)

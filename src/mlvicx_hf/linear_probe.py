@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from .modeling_mlvicx import MLVICXForImageClassification
-from .progress import progress_bar
+from .probing import encode
 
 
 class LinearProbe(nn.Module):
@@ -62,23 +62,6 @@ class LinearProbe(nn.Module):
         self.classifier.bias.sub_(self.classifier.weight @ self.mean)
 
 
-@torch.no_grad()
-def extract_features(
-    model: MLVICXForImageClassification, images: Dataset[dict[str, Tensor]], batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Pooled features [N, C] of every image, once and in order, and the labels, on the CPU."""
-    encoder: nn.Module = model.mlvicx
-    encoder.to(device).eval()
-    features, labels = [], []
-    bar = progress_bar(len(images), "encoding", "img")  # type: ignore[arg-type]
-    with bar:
-        for batch in DataLoader(images, batch_size):
-            features.append(encoder(batch["pixel_values"].to(device)).pooler_output.float().cpu())
-            labels.append(batch["labels"])
-            bar.update(len(batch["labels"]))
-    return torch.cat(features), torch.cat(labels)
-
-
 def prepare_probe(
     model: MLVICXForImageClassification,
     splits: Mapping[str, Dataset[Any]],
@@ -96,11 +79,13 @@ def prepare_probe(
         device: on which they are.
     """
     wanted = splits if cache_features else ("train",)
-    encoded = {split: extract_features(model, splits[split], batch_size, device) for split in wanted}
-    probe = LinearProbe(model, encoded["train"][0], encode=not cache_features)
+    encoder: nn.Module = model.mlvicx
+    encoder.to(device)
+    encoded = {split: encode(encoder, splits[split], batch_size, device) for split in wanted}
+    probe = LinearProbe(model, encoded["train"]["features"], encode=not cache_features)
     if not cache_features:
         return probe, splits
-    return probe, {split: _Features(*tensors) for split, tensors in encoded.items()}
+    return probe, {split: _Features(columns["features"], columns["labels"]) for split, columns in encoded.items()}
 
 
 class _Features(Dataset[dict[str, Tensor]]):

@@ -1,7 +1,7 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Invariance, variance and covariance of a batch of embeddings: Eqs. 3-8 of MLVICX (arXiv 2403.11504).
 
-Pure functions of [batch, dimension] tensors, computed in at least float32 whatever autocast says. Each is named for
+Functions of [batch, dimension] tensors, computed in at least float32 whatever autocast says. Each is named for
 its equation; the weights and their sums are in `variance_covariance_loss`. `segmentation_loss` is what the
 segmentation head minimises.
 
@@ -75,14 +75,13 @@ def variance_loss(z: Tensor, target: float = 1.0, epsilon: float = 1e-4) -> Tens
     """
     _check_batch(z)
     with torch.autocast(z.device.type, enabled=False):
-        deviation = (_at_least_float32(z).var(0) + epsilon).sqrt()  # [r]
-        return (target - deviation).relu().mean()
+        return _hinge(_center(_at_least_float32(z)[None]), target, epsilon).squeeze(0)
 
 
 def covariance_loss(z: Tensor) -> Tensor:
     """Squares of the off-diagonal covariances, summed, over the dimension (Eq. 8).
 
-    With centred Z, ‖ZᵀZ‖ = ‖ZZᵀ‖ (Frobenius), so the smaller of the r×r covariance and the b×b Gram matrix serves.
+    With centred Z, ‖ZᵀZ‖ = ‖ZZᵀ‖ (Frobenius), so the smaller of the r×r covariance and the n×n Gram matrix serves.
 
     Args:
         z: embeddings, [b, r].
@@ -91,16 +90,61 @@ def covariance_loss(z: Tensor) -> Tensor:
         ValueError: fewer than two samples, or not two-dimensional.
     """
     _check_batch(z)
-    batch, dimension = z.shape
     with torch.autocast(z.device.type, enabled=False):
-        z = _at_least_float32(z)
-        z = (z - z.mean(0)) / (batch - 1) ** 0.5
-        if batch <= dimension:
-            off_diagonal = (z @ z.T).square().sum() - z.square().sum(0).square().sum()
+        return _off_diagonal(_center(_at_least_float32(z)[None])).squeeze(0)
+
+
+def _center(z: Tensor) -> Tensor:
+    """Centred over the global batch of n and divided by √(n-1), [V, b, r]: then squares add up to the variance."""
+    count = z.shape[1] * _world_size()
+    return (z - sum_over_ranks(z.sum(1, keepdim=True)) / count) / (count - 1) ** 0.5
+
+
+def _hinge(centered: Tensor, target: float, epsilon: float) -> Tensor:
+    """Eq. 7 of each view, [V]."""
+    deviation = (sum_over_ranks(centered.square().sum(1)) + epsilon).sqrt()  # [V, r]
+    return (target - deviation).relu().mean(1)
+
+
+def _off_diagonal(centered: Tensor) -> Tensor:
+    """Eq. 8 of each view, [V]."""
+    squares: Tensor = _OffDiagonalSquares.apply(centered)
+    return squares / centered.shape[2]
+
+
+class _OffDiagonalSquares(torch.autograd.Function):
+    """Squares of the off-diagonal covariances, summed: [V, b, r] of this rank to [V] of the global batch.
+
+    Every rank does its own rows, forward and backward. The gradient of ‖ZZᵀ‖² is 4 ZZᵀZ, so a rank needs no other
+    rank's gradient; autograd would compute it twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, centered: Tensor) -> Tensor:
+        count = centered.shape[1] * _world_size()
+        if count <= centered.shape[2]:
+            everyone = gather_batch(centered)  # [V, n, r]
+            products = centered @ everyone.mT  # [V, b, n], this rank's rows of the Gram matrix
+            variance = everyone.square().sum(1, keepdim=True)  # [V, 1, r], the diagonal of the covariance
+            squares = _all_reduce(products.square().sum((1, 2))) - variance.square().sum((1, 2))
+            ctx.save_for_backward(centered, products, everyone, variance)
         else:
-            covariance = z.T @ z  # [r, r]
-            off_diagonal = (covariance - covariance.diagonal().diag()).square().sum()
-        return off_diagonal / dimension
+            products = _all_reduce(centered.mT @ centered)  # [V, r, r]
+            products.diagonal(dim1=1, dim2=2).zero_()
+            squares = products.square().sum((1, 2))
+            ctx.save_for_backward(centered, products)
+        return squares
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        centered, products, *rest = ctx.saved_tensors
+        if rest:
+            everyone, variance = rest
+            slope = products @ everyone - centered * variance
+        else:
+            slope = centered @ products
+        # As if every rank's loss were added up, like `sum_over_ranks`.
+        return 4 * _world_size() * gradient[:, None, None] * slope
 
 
 def variance_covariance_loss(
@@ -117,10 +161,11 @@ def variance_covariance_loss(
     """L_G of Eq. 3 or L_L of Eq. 4: α·inv + β·var + γ·cov of the embeddings of two views.
 
     The variance term is the mean of the two views' (halved, as VICReg's code has it), the covariance term their sum.
+    Under torch.distributed all terms are those of the global batch, and every process does its share of them.
 
     Args:
-        z_1: embeddings of view 1, [b, r].
-        z_2: embeddings of view 2, [b, r].
+        z_1: this process's embeddings of view 1, [b, r]; all processes have equally many.
+        z_2: likewise of view 2.
         invariance_weight: α.
         variance_weight: β.
         covariance_weight: γ.
@@ -128,40 +173,59 @@ def variance_covariance_loss(
         variance_epsilon: ε.
         invariance_reduction: see `invariance_loss`.
     """
-    invariance = invariance_loss(z_1, z_2, invariance_reduction)
-    variance = (
-        variance_loss(z_1, variance_target, variance_epsilon) + variance_loss(z_2, variance_target, variance_epsilon)
-    ) / 2
-    covariance = covariance_loss(z_1) + covariance_loss(z_2)
+    invariance = sum_over_ranks(invariance_loss(z_1, z_2, invariance_reduction)) / _world_size()
+    _check_batch(z_1)
+    with torch.autocast(z_1.device.type, enabled=False):
+        centered = _center(torch.stack([_at_least_float32(z_1), _at_least_float32(z_2)]))  # [2, b, r]
+        variance = _hinge(centered, variance_target, variance_epsilon).mean()
+        covariance = _off_diagonal(centered).sum()
     loss = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
     return LossTerms(loss, invariance, variance, covariance)
 
 
-class _GatherBatch(torch.autograd.Function):
-    """All ranks' samples in rank order; backward sums every rank's gradient of this rank's samples."""
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
+
+def _all_reduce(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, without gradients."""
+    if _world_size() > 1:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local)
-        return torch.cat(parts)
+        return _all_reduce(local.clone())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+        return _all_reduce(gradient.clone())
+
+
+def sum_over_ranks(local: Tensor) -> Tensor:
+    """Sum over all processes, with gradients; itself in one process.
+
+    Every rank computes the loss of the global batch, and the gradient is that of the sum of all ranks' losses.
+    Distributed data parallel averages over the W ranks, so parameter gradients equal those of one process with the
+    whole batch.
+    """
+    return local if _world_size() == 1 else _SumOverRanks.apply(local)
 
 
 def gather_batch(local: Tensor) -> Tensor:
-    """Embeddings of the global batch [W·b, r] from this process's [b, r], with gradients; itself in one process.
+    """All ranks' samples in rank order, [V, W·b, r] from this process's [V, b, r]; without gradients.
 
-    Every rank computes the loss of the global batch. The gathered gradient is the sum over W ranks and distributed
-    data parallel averages over W, so parameter gradients equal those of one process with the whole batch.
+    All ranks have equally many samples.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _world_size() == 1:
         return local
-    return _GatherBatch.apply(local.contiguous())
+    local = local.contiguous()
+    parts = [torch.empty_like(local) for _ in range(_world_size())]
+    dist.all_gather(parts, local)
+    return torch.cat(parts, 1)
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:

@@ -33,7 +33,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mlvicx import MLVICXConfig
 from .integrity_mlvicx import SUMS, check_weights
-from .loss_mlvicx import LossTerms, gather_batch, segmentation_loss, variance_covariance_loss
+from .loss_mlvicx import LossTerms, segmentation_loss, variance_covariance_loss
 
 
 class ContextBottleneck(nn.Module):
@@ -342,7 +342,9 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         m = self.multi_level_expander(self.aggregator(maps).flatten(1)) if self.config.multi_level_weight > 0 else None
         return z, m
 
-    def forward(self, view_1: Tensor, view_2: Tensor, **kwargs: Any) -> MLVICXForPreTrainingOutput:
+    def forward(
+        self, view_1: Tensor, view_2: Tensor, return_loss: bool = True, **kwargs: Any
+    ) -> MLVICXForPreTrainingOutput:
         """Loss of two views of the same images; under torch.distributed that of the global batch.
 
         Each view has its own forward pass, hence its own batch normalisation statistics.
@@ -350,6 +352,8 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         Args:
             view_1: [B, num_channels, H, W].
             view_2: [B, num_channels, H, W].
+            return_loss: false gives the embeddings alone, of which `add_losses` makes the rest.
+            kwargs: ignored.
 
         Raises:
             ValueError: a batch of one, or views of different shapes.
@@ -362,18 +366,24 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
             raise ValueError(f"a batch of {view_1.shape[0]} found; variance and covariance need at least 2 images")
         (z_1, m_1), (z_2, m_2) = self.embed(view_1), self.embed(view_2)
         output = MLVICXForPreTrainingOutput()
-        total = []
         if z_1 is not None and z_2 is not None:
-            terms = self._loss(z_1, z_2)
+            output.global_embeddings = (z_1, z_2)
+        if m_1 is not None and m_2 is not None:
+            output.multi_level_embeddings = (m_1, m_2)
+        return self.add_losses(output) if return_loss else output
+
+    def add_losses(self, output: MLVICXForPreTrainingOutput) -> MLVICXForPreTrainingOutput:
+        """Fill in loss and terms from the embeddings of a batch."""
+        total = []
+        if output.global_embeddings is not None:
+            terms = self._loss(*output.global_embeddings)
             output.global_loss, *rest = terms
             output.global_invariance, output.global_variance, output.global_covariance = rest
-            output.global_embeddings = (z_1, z_2)
             total.append(self.config.global_weight * terms.loss)
-        if m_1 is not None and m_2 is not None:
-            terms = self._loss(m_1, m_2)
+        if output.multi_level_embeddings is not None:
+            terms = self._loss(*output.multi_level_embeddings)
             output.multi_level_loss, *rest = terms
             output.multi_level_invariance, output.multi_level_variance, output.multi_level_covariance = rest
-            output.multi_level_embeddings = (m_1, m_2)
             total.append(self.config.multi_level_weight * terms.loss)
         output.loss = torch.stack(total).sum()
         return output
@@ -381,8 +391,8 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
     def _loss(self, z_1: Tensor, z_2: Tensor) -> LossTerms:
         config = self.config
         return variance_covariance_loss(
-            gather_batch(z_1),
-            gather_batch(z_2),
+            z_1,
+            z_2,
             invariance_weight=config.invariance_weight,
             variance_weight=config.variance_weight,
             covariance_weight=config.covariance_weight,

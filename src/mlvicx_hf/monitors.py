@@ -1,21 +1,86 @@
-"""What tells learning from collapse without labels."""
+"""What tells learning from collapse without labels: figures of a set of embeddings [N, D], in float64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+MAX_DIMENSIONS = 512  # of which `mean_correlation` takes all pairs
+
 
 def rankme(embeddings: Tensor, epsilon: float = 1e-7) -> float:
     """Effective rank of a set of embeddings: RankMe (arXiv 2210.02885), Eq. 1 there.
 
+    The singular values come from the eigenvalues of the smaller Gram matrix, which is quicker than their decomposition
+    and blurs only those below 1e-7 of the largest, where epsilon rules anyway.
+
     Args:
-        embeddings: [N, D].
+        embeddings: [N, D], not centred.
         epsilon: added to the shares of the singular values, as in the paper.
 
     Returns:
         Between 1 (collapsed to a line, or to zero) and min(N, D).
     """
-    singular = torch.linalg.svdvals(embeddings.double())
+    values = embeddings.double()
+    values = values / values.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # so that no square overflows
+    gram = values @ values.T if values.shape[0] <= values.shape[1] else values.T @ values
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     shares = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny) + epsilon
     return float((-(shares * shares.log()).sum()).exp())
+
+
+def mean_deviation(embeddings: Tensor) -> float:
+    """Standard deviation over the samples, averaged over the dimensions: 0 when all samples are the same point.
+
+    Args:
+        embeddings: [N, D], N of 2 or more; the variance loss pulls the deviation of each dimension above its target.
+    """
+    values = embeddings.double()
+    squares = (values - values.mean(0)).square().sum(0)  # some five times faster than std
+    return float((squares / (len(values) - 1)).sqrt().mean())
+
+
+def mean_correlation(embeddings: Tensor) -> float:
+    """Absolute correlation of two dimensions, averaged over the pairs: 1 when all dimensions say the same.
+
+    Of more than 512 dimensions 512 evenly spaced ones stand for all: 130,816 pairs, at a sixteenth of the work for
+    2048. Dimensions that never vary have no correlation and are left out.
+
+    Args:
+        embeddings: [N, D].
+
+    Returns:
+        Between 0 and 1; independent dimensions give about 0.8 / sqrt(N), not 0. With fewer than two dimensions that
+        vary, 0.
+    """
+    values = embeddings.double()
+    if values.shape[1] > MAX_DIMENSIONS:
+        values = values[:, torch.linspace(0, values.shape[1] - 1, MAX_DIMENSIONS).round().long()]
+    centred = values - values.mean(0)
+    length = centred.norm(dim=0)
+    varying = length > 1e-6 * values.norm(dim=0)  # what is left of a constant is rounding
+    count = int(varying.sum())
+    if count < 2:
+        return 0.0
+    units = (centred[:, varying] / length[varying]).float()  # enough for values up to 1
+    return (float((units.T @ units).abs().sum()) - count) / (count * (count - 1))
+
+
+def describe_embeddings(name: str, embeddings: Tensor, centre: bool = False) -> dict[str, float]:
+    """`{name}_rankme`, `{name}_deviation` and `{name}_correlation` of embeddings; nothing of fewer than two.
+
+    And nothing of what is not finite: the loss of the next step says so.
+
+    Args:
+        name: of what they are.
+        embeddings: [N, D].
+        centre: RankMe of the differences from the mean, for features behind a ReLU, whose mean outweighs the rest.
+    """
+    values = embeddings.cpu().double()  # small; not every accelerator has float64
+    if values.shape[0] < 2 or not values.isfinite().all():
+        return {}
+    return {
+        f"{name}_rankme": rankme(values - values.mean(0) if centre else values),
+        f"{name}_deviation": mean_deviation(values),
+        f"{name}_correlation": mean_correlation(values),
+    }

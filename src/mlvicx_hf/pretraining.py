@@ -7,157 +7,59 @@ and resumed ends in the same weights as one that was not.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
+import signal
+import sys
+import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
-from timm.optim import Lars
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .accumulation import accumulate
 from .augmentation import TwoViewAugmentation, view_draws
-from .data.cache import load_cache
-from .data.sampling import EpochBatches, PretrainingImages, choose_views
-from .data.streaming import Stream, StreamBatches, open_stream
-from .hub import check_source
+from .checkpoints import Checkpoint, Checkpoints
+from .data.sampling import EpochBatches, PretrainingImages
+from .data.streaming import StreamBatches
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .machine import describe_hardware, use_cpu_threads
-from .modeling_mlvicx import MLVICXForPreTraining, MLVICXForPreTrainingOutput
-from .monitors import rankme
+from .modeling_mlvicx import MLVICXForPreTrainingOutput
 from .pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
+from .pretraining_parts import (
+    create_model,
+    create_optimizer,
+    flat,
+    keep_metrics_before,
+    learning_rate,
+    load_images,
+    load_stream,
+    use_deterministic_algorithms,
+)
 from .progress import progress_bar
-from .provenance import code_version, new_folder, write_json
+from .provenance import code_version, new_folder, sync, write_json
+from .report import plot_curves
+from .stopping import StoppedError, StopSignals, leave_signals_to_the_main_process
+from .watching import Watcher
 
 logger = logging.getLogger(__name__)
 
-
-def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int, final_ratio: float) -> float:
-    """Rate of a step, counted from 0: linear rise to the peak, then a cosine that ends on its floor."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return peak * (final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
-
-
-def create_optimizer(model: nn.Module, arguments: PretrainingArguments) -> Lars:
-    """LARS whose layer-wise rate and weight decay act on matrices and kernels; vectors follow plain momentum SGD."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in trained if p.ndim > 1],
-            "weight_decay": arguments.weight_decay,
-            "always_adapt": True,  # timm adapts only groups with decay otherwise
-        },
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "always_adapt": False},
-    ]
-    return Lars(groups, lr=0.0, momentum=arguments.momentum, trust_coeff=arguments.trust_coefficient)
-
-
-def create_model(arguments: ModelArguments) -> MLVICXForPreTraining:
-    """The model of a run, with the starting weights that `init_from` names.
-
-    Raises:
-        ValueError: an earlier model whose encoder does not fit.
-    """
-    config, source = arguments.config(), arguments.init_from
-    if source is None:
-        return MLVICXForPreTraining(config)
-    if source == "imagenet" or source.endswith((".safetensors", ".pth", ".bin")):
-        model = MLVICXForPreTraining(config)
-        overlay = {} if source == "imagenet" else {"file": str(_check_timm_file(source, config.backbone))}
-        weights = timm.create_model(
-            config.backbone,
-            pretrained=True,
-            features_only=True,
-            in_chans=config.num_channels,
-            pretrained_cfg_overlay=overlay,
-        )
-        model.mlvicx.backbone.load_state_dict(weights.state_dict())
-        return model
-    loaded: Any = MLVICXForPreTraining.from_pretrained(
-        check_source(source), config=config, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, report = loaded
-    lacking = sorted(key for key in report["missing_keys"] if key.startswith("mlvicx."))
-    if lacking:
-        raise ValueError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
-    wrong = sorted(str(row[0]) for row in report["mismatched_keys"])
-    if wrong:
-        raise ValueError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
-    return model
-
-
-def _check_timm_file(source: str, backbone: str) -> Path:
-    """Refuse a file that does not hold this backbone, since timm loads what fits and leaves the rest random.
-
-    Any number of input channels is right: timm folds or repeats the first convolution.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"init_from={source!r} found; expected a file that exists")
-    state = timm.models.load_state_dict(source)
-    wanted = timm.create_model(backbone, num_classes=0).state_dict()
-    first = next(iter(wanted))
-    wrong = [
-        key
-        for key, value in wanted.items()
-        if not key.endswith("num_batches_tracked")
-        and (key not in state or (state[key].shape != value.shape and key != first))
-    ]
-    if wrong:
-        raise ValueError(f"init_from={source} does not fit {backbone}: {len(wrong)} weights differ, such as {wrong[0]}")
-    return path
-
-
-def load_images(data: DataArguments) -> tuple[Any, dict[str, Any], int]:
-    """Rows of a cache to pretrain on, its manifest, and how many lateral images are left out.
-
-    Raises:
-        ValueError: a split that is not there, or options that only a stream takes.
-    """
-    for name in ("num_images", "image_column"):
-        if getattr(data, name) is not None:
-            raise ValueError(f"{name}={getattr(data, name)} found without streaming; expected --streaming as well")
-    cache = load_cache(data.dataset)
-    if data.split not in cache.datasets:
-        raise ValueError(f"split={data.split!r} found; {data.dataset} has {', '.join(cache.datasets)}")
-    images, left_out = choose_views(cache.datasets[data.split], data.views)
-    limit = data.max_train_samples
-    if limit is not None:
-        if limit < 1:
-            raise ValueError(f"max_train_samples={limit} found; expected 1 or more")
-        images = images.select(range(min(limit, len(images))))
-    return images, cache.manifest, left_out
-
-
-def load_stream(data: DataArguments) -> Stream:
-    """The stream to pretrain on.
-
-    Raises:
-        ValueError: options that a stream cannot follow, or that do not fit the data.
-    """
-    if data.patient_balanced:
-        raise ValueError("patient_balanced found with streaming; a stream is read in order, so expected one of them")
-    if data.max_train_samples is not None:
-        raise ValueError(f"max_train_samples={data.max_train_samples} found with streaming; expected --num_images")
-    return open_stream(
-        data.dataset,
-        data.split,
-        views=data.views,
-        num_images=data.num_images,
-        size=data.cache_size,
-        image_column=data.image_column,
-    )
+METRICS = "metrics.jsonl"
+PRECISIONS = ("no", "bf16", "fp16")
+TIMED_STEPS = 4  # of which the time of a run is estimated, after a first one that is slow
 
 
 class Pretrainer:
@@ -178,7 +80,10 @@ class Pretrainer:
     ) -> None:
         self.model_arguments, self.data_arguments, self.arguments = model_arguments, data_arguments, arguments
         self.output = Path(arguments.output_dir)
-        self._check_output()
+        self.checkpoints = Checkpoints(self.output, arguments.save_total_limit)
+        self._check_arguments()
+        if arguments.deterministic:
+            use_deterministic_algorithms()
         self.accelerator = Accelerator(
             mixed_precision=arguments.mixed_precision,
             log_with=None if arguments.report_to == "none" else arguments.report_to,
@@ -187,18 +92,23 @@ class Pretrainer:
         self.device = self.accelerator.device
         if self.device.type == "cpu":
             use_cpu_threads(arguments.cpu_threads)
+        self.hardware = describe_hardware(self.device, self.accelerator.num_processes)
         self._load_data()
         self._build()
         self.step = self._resume() if arguments.resume else 0
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
-    def _check_output(self) -> None:
+    def _check_arguments(self) -> None:
         if not self.arguments.resume and self.output.is_dir() and any(self.output.iterdir()):
             raise FileExistsError(
                 f"output_dir={self.output} holds files of another run; choose another folder, or --resume that run"
             )
-        least = dict.fromkeys(("epochs", "checkpoint_steps", "logging_steps", "save_total_limit"), 1)
+        if self.arguments.mixed_precision not in PRECISIONS:
+            found, known = self.arguments.mixed_precision, ", ".join(PRECISIONS)
+            raise ValueError(f"mixed_precision={found!r} found; expected one of {known}")
+        counts = ("epochs", "checkpoint_steps", "logging_steps", "save_total_limit", "probe_steps")
+        least = dict.fromkeys((*counts, "gradient_accumulation_steps"), 1)
         for name, smallest in (least | {"seed": 0, "warmup_epochs": 0}).items():
             if getattr(self.arguments, name) < smallest:
                 raise ValueError(f"{name}={getattr(self.arguments, name)} found; expected {smallest} or more")
@@ -226,9 +136,11 @@ class Pretrainer:
                 batch_sampler=self.batches,
                 num_workers=data.num_workers,
                 persistent_workers=data.num_workers > 0,
+                worker_init_fn=leave_signals_to_the_main_process,
                 pin_memory=self.device.type == "cuda",
             )
         self.total_steps = arguments.epochs * len(self.batches)
+        self.peak = arguments.base_learning_rate * arguments.batch_size / 256
         if left_out != 0 and self.accelerator.is_main_process:
             number = "lateral images are" if left_out is None else f"{left_out} lateral images are"
             print(f"{number} left out (--views all takes them)", flush=True)
@@ -253,11 +165,17 @@ class Pretrainer:
         )
         if self.accelerator.num_processes > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = model.to(self.device).to(memory_format=torch.channels_last)
+        self.layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
+        model = model.to(self.device).to(memory_format=self.layout)
         optimizer = create_optimizer(model, arguments)
         if arguments.torch_compile:
             model.compile()  # in place: the keys of the state stay as they are
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.score: float | None = None  # of a probe at this very step
+        self.watcher: Watcher | None = None
+        if self.accelerator.is_main_process:
+            plain = self.accelerator.unwrap_model(self.model)
+            self.watcher = Watcher(plain, self.processor, data.probe_dataset, arguments.probe_steps, device=self.device)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -269,78 +187,142 @@ class Pretrainer:
 
         Raises:
             FloatingPointError: a loss that is not finite.
+            OSError: a file that cannot be written; names the checkpoint that is still good.
+            StoppedError: after SIGTERM or SIGINT, when the step is finished and its checkpoint saved.
         """
-        main = self.accelerator.is_main_process
+        main, batch = self.accelerator.is_main_process, self.arguments.batch_size
         if main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_json(self.output / "run.json", self.description())
-            self._keep_metrics_before(self.step)
+            self._begin()
         if self.arguments.report_to != "none":
-            self.accelerator.init_trackers("mlvicx", config=_flat(self.description()))
+            self.accelerator.init_trackers("mlvicx", config=flat(self.description()))
         self.model.train()
-        batch = self.arguments.batch_size
         bar = progress_bar(self.total_steps * batch, "pretraining", "img", initial=self.step * batch, show=main)
-        first_epoch, first_step = divmod(self.step, len(self.batches))
-        with bar:
-            for epoch in range(first_epoch, self.arguments.epochs):
-                self.batches.start_at(epoch, first_step if epoch == first_epoch else 0)
-                for images, samples in self.loader:
-                    output, rate = self._train_step(images, samples.numpy(), epoch)
-                    self.step += 1
-                    bar.update(batch)
-                    self._report(output, rate, epoch, bar)
-                    if self.step % self.arguments.checkpoint_steps == 0 and self.step < self.total_steps:
-                        self.save_checkpoint()
-        self.save_checkpoint()
-        if main:
-            self._save_model()
-        self.accelerator.wait_for_everyone()
+        with StopSignals() as signals:
+            with bar:
+                self._run_epochs(bar, signals)
+            self.save_checkpoint()
+            if main:
+                self._save_model()
+                self._plot()
+            self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return self.output
 
-    def _train_step(self, images: Tensor, samples: np.ndarray, epoch: int) -> tuple[MLVICXForPreTrainingOutput, float]:
+    def _begin(self) -> None:
+        """Say what is about to be done, and leave no trace of what killed runs did after their last checkpoint."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.begin(self.step)
+        write_json(self.output / "run.json", self.description())
+        keep_metrics_before(self.output / METRICS, self.step)
+        if self.watcher is not None:
+            self.watcher.resume(self.output / METRICS)
+        rate, batch = self.arguments.base_learning_rate, self.arguments.batch_size
+        print(f"learning rate: peak {self.peak:.6g} = base_learning_rate {rate:g} × batch {batch} / 256", flush=True)
+
+    def _run_epochs(self, bar: Any, signals: StopSignals) -> None:
+        first_epoch, first_step = divmod(self.step, len(self.batches))
+        times: list[float] = []
+        for epoch in range(first_epoch, self.arguments.epochs):
+            self.batches.start_at(epoch, first_step if epoch == first_epoch else 0)
+            for images, samples in self.loader:
+                output, view, rate = self._train_step(images, samples.numpy(), epoch)
+                self.step += 1
+                bar.update(self.arguments.batch_size)
+                self._report(output, view, rate, epoch, bar)
+                self._estimate(times, bar)
+                if self.step < self.total_steps:  # the last checkpoint belongs to the end of the run
+                    self._save_or_stop(signals.agreed(self.accelerator))
+
+    def _save_or_stop(self, stopped_by: int) -> None:
+        if stopped_by or self.step % self.arguments.checkpoint_steps == 0:
+            self.save_checkpoint()
+        if stopped_by:
+            self.accelerator.end_training()
+            raise StoppedError(
+                stopped_by,
+                f"stopped by {signal.Signals(stopped_by).name} after step {self.step} of {self.total_steps}; "
+                f"{self.checkpoints.path(self.step)} is saved: the same command with --resume goes on from there",
+            )
+
+    def _estimate(self, times: list[float], bar: Any) -> None:
+        """After a few steps say once how long all of them take, and how much memory."""
+        if len(times) > TIMED_STEPS:
+            return
+        times.append(time.perf_counter())
+        if len(times) <= TIMED_STEPS or not self.accelerator.is_main_process:
+            return
+        seconds = (times[-1] - times[0]) / TIMED_STEPS  # checkpoints that fall into them included
+        if self.device.type == "cuda":
+            memory = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB of GPU memory at most"
+        else:
+            memory = f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB of memory"
+        whole = timedelta(seconds=round(seconds * self.total_steps))
+        bar.clear()
+        print(f"estimate: {seconds:.3g} s a step, {whole} for all {self.total_steps} steps; {memory}", flush=True)
+
+    def _train_step(
+        self, images: Tensor, samples: np.ndarray, epoch: int
+    ) -> tuple[MLVICXForPreTrainingOutput, Tensor, float]:
+        """One step; its output, the first view that it saw, and its learning rate."""
         arguments = self.arguments
-        peak = arguments.base_learning_rate * arguments.batch_size / 256
         warmup = round(arguments.warmup_epochs * len(self.batches))
-        rate = learning_rate(self.step, peak, warmup, self.total_steps, arguments.final_learning_rate_ratio)
+        rate = learning_rate(self.step, self.peak, warmup, self.total_steps, arguments.final_learning_rate_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         draws = view_draws(arguments.seed, epoch, samples)
         view_1, view_2 = self.augment(images.to(self.device, non_blocking=True), draws)
-        layout = {"memory_format": torch.channels_last}
-        output = self.model(view_1=view_1.contiguous(**layout), view_2=view_2.contiguous(**layout))
-        if not math.isfinite(output.loss.item()):
-            good = self._last_good_checkpoint() or "none yet"
-            raise FloatingPointError(
-                f"loss {output.loss.item()} at step {self.step} with learning rate {rate:.3g}; "
-                f"last good checkpoint: {good}. A lower base_learning_rate or a longer warm-up may help"
-            )
-        self.accelerator.backward(output.loss)
+        view_1, view_2 = (view.contiguous(memory_format=self.layout) for view in (view_1, view_2))
+        if arguments.gradient_accumulation_steps == 1:
+            output = self.model(view_1=view_1, view_2=view_2)
+            self._check_loss(output.loss, rate)
+            self.accelerator.backward(output.loss)
+        else:
+            output = accumulate(self.accelerator, self.model, view_1, view_2, arguments.gradient_accumulation_steps)
+            self._check_loss(output.loss, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return output, rate
+        return output, view_1, rate
+
+    def _check_loss(self, loss: Tensor | None, rate: float) -> None:
+        assert loss is not None
+        if not math.isfinite(loss.item()):
+            good = self._last_good_checkpoint() or "none yet"
+            raise FloatingPointError(
+                f"loss {loss.item()} at step {self.step} with learning rate {rate:.3g}; "
+                f"last good checkpoint: {good}. A lower base_learning_rate or a longer warm-up may help"
+            )
+
+    def _plot(self) -> None:
+        try:
+            plot_curves(self.output / METRICS, self.output / "curves.png", self.output.name)
+        except ImportError as error:
+            logger.warning("no curves.png: %s", error)
 
     def _last_good_checkpoint(self) -> Path | None:
         """The newest checkpoint whose weights gave a finite loss; one of this very step did not, and is set aside."""
-        for path in reversed(self._checkpoints()):
-            if path != self.output / f"checkpoint-{self.step}":
-                return path
-            if self.accelerator.is_main_process:
-                path.rename(path.with_name(f"non-finite-{path.name}"))
-        return None
+        bad = self.checkpoints.path(self.step)
+        if self.accelerator.is_main_process and bad.is_dir():
+            self.checkpoints.set_aside(bad, "non-finite")
+        paths = [path for path in self.checkpoints.paths() if path != bad]
+        return paths[-1] if paths else None
 
-    def _report(self, output: MLVICXForPreTrainingOutput, rate: float, epoch: int, bar: Any) -> None:
-        if self.step % self.arguments.logging_steps and self.step != self.total_steps:
+    def _report(self, output: MLVICXForPreTrainingOutput, view: Tensor, rate: float, epoch: int, bar: Any) -> None:
+        last = self.step == self.total_steps
+        probe = {} if self.watcher is None else self.watcher.probe(self.step, last)
+        self.score = probe.get("probe_linear_auroc")
+        if not probe and self.step % self.arguments.logging_steps and not last:
             return
         scalars = {k: v.item() for k, v in output.items() if isinstance(v, Tensor) and v.ndim == 0}
-        for name in ("global_embeddings", "multi_level_embeddings"):
-            if name in output:  # a branch whose weight is 0 has none
-                scalars[f"{name}_rankme"] = rankme(output[name][0].detach())
+        if self.watcher is not None:
+            watched = self.watcher.scalars(output, view)
+            for warning in self.watcher.check(watched, len(view)):
+                logger.warning("step %d: %s", self.step, warning)
+            scalars |= watched | probe
         images = self.step * self.arguments.batch_size
         line = {"step": self.step, "epoch": epoch, "learning_rate": rate, "images": images} | scalars
         bar.set_postfix(epoch=epoch + 1, loss=f"{line['loss']:.2f}", refresh=False)
         if self.accelerator.is_main_process:
-            with (self.output / "metrics.jsonl").open("a") as file:
+            with (self.output / METRICS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if self.arguments.report_to != "none":
             self.accelerator.log(line, step=self.step)
@@ -349,120 +331,143 @@ class Pretrainer:
 
     def description(self) -> dict[str, Any]:
         """Everything that made the run: arguments, data, code, machine."""
-        return {
-            "model": asdict(self.model_arguments),
-            "data": asdict(self.data_arguments)
-            | {"images": self.batches.num_images, "data_hash": self.manifest["data_hash"]},
+        return self._settings() | {
             "source": {name: self.manifest[name] for name in ("collection", "split_hash", "splits")},
-            "training": asdict(self.arguments),
             "num_processes": self.accelerator.num_processes,
             "device": str(self.device),
-            "hardware": describe_hardware(self.device, self.accelerator.num_processes),
+            "hardware": self.hardware,
             "synthetic": self.manifest["synthetic"],
             "code": code_version(),
+        }
+
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        data = {"images": self.batches.num_images, "data_hash": self.manifest["data_hash"]}
+        return {
+            "model": asdict(self.model_arguments),
+            "data": asdict(self.data_arguments) | data,
+            "training": asdict(self.arguments),
         }
 
     def _fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resume."""
         free = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps", "save_total_limit"}
-        free |= {"dataset", "cpu_threads", "torch_compile"}
+        free |= {"dataset", "cpu_threads", "torch_compile", "probe_dataset", "probe_steps"}
         if not self.data_arguments.streaming:  # a stream's order depends on its readers
             free.add("num_workers")
-        description = self.description()
-        sections = {k: description[k] for k in ("model", "data", "training")} | {
-            "run": {"num_processes": self.accelerator.num_processes}
-        }
+        sections = self._settings() | {"run": {"num_processes": self.accelerator.num_processes}}
         return {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items() if k not in free}
 
-    def _checkpoints(self) -> list[Path]:
-        found = [p for p in self.output.glob("checkpoint-*") if (p / "state.json").is_file()]
-        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    def _machine(self) -> dict[str, Any]:
+        """What rounding depends on."""
+        return {
+            "device": self.hardware["device"],
+            "hardware": self.hardware["name"],
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "torch": torch.__version__,
+            "torch_compile": self.arguments.torch_compile,
+        }
 
     def save_checkpoint(self) -> None:
-        """Write `checkpoint-STEP`, whole or not at all: model folder, optimiser, position; then drop the oldest."""
+        """Write `checkpoint-STEP`, whole or not at all: model folder, optimiser, position; then drop the oldest.
+
+        Raises:
+            OSError: it cannot be written; names the checkpoint that is still good.
+        """
         if self.accelerator.is_main_process:
-            path = self.output / f"checkpoint-{self.step}"
-            with new_folder(path) as folder:
-                self.accelerator.unwrap_model(self.model).save_pretrained(folder)
-                self.processor.save_pretrained(folder)
-                state = {"optimizer": self.optimizer.state_dict()}
-                if self.accelerator.scaler is not None:
-                    state["scaler"] = self.accelerator.scaler.state_dict()
-                torch.save(state, folder / "optimizer.pt")
-                write_json(folder / "state.json", {"step": self.step, "fixed": self._fixed()})
-            for old in self._checkpoints()[: -self.arguments.save_total_limit]:
-                _remove_folder(old)
+            metrics = self.output / METRICS
+            if metrics.exists():
+                sync(metrics)  # what lies before the checkpoint is not computed again
+            self.checkpoints.save(self.step, self._fixed(), self._machine(), self._write_state)
+            if self.score is not None:
+                self.mark_best(self.score, self.step)
         self.accelerator.wait_for_everyone()
 
+    def _write_state(self, folder: Path) -> None:
+        self._write_model(folder)
+        state = {"optimizer": self.optimizer.state_dict()}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        buffer = io.BytesIO()  # torch's own writer hides the reason when a disk is full
+        torch.save(state, buffer)
+        (folder / "optimizer.pt").write_bytes(buffer.getbuffer())
+
+    def _write_model(self, folder: Path) -> None:
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def mark_best(self, score: float, step: int) -> bool:
+        """Keep the checkpoint of a step for as long as no other one has a higher score.
+
+        Args:
+            score: of its features, such as a probe's.
+            step: of a checkpoint that is there.
+
+        Returns:
+            Whether the score is the highest so far; false in all processes but the main one.
+
+        Raises:
+            ValueError: no such checkpoint, or a score that is not finite.
+        """
+        return self.accelerator.is_main_process and self.checkpoints.mark_best(score, step)
+
     def _resume(self) -> int:
-        checkpoints = self._checkpoints()
-        if not checkpoints:
-            logger.warning("%s has no checkpoint: starting from the beginning", self.output)
+        """Load the newest whole checkpoint, of which the main process decides.
+
+        Returns:
+            Its step; 0 without any.
+        """
+        chosen: list[Checkpoint | ValueError | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                chosen = [self._choose_checkpoint()]
+            except ValueError as error:  # all processes must end
+                chosen = [error]
+        found = broadcast_object_list(chosen)[0]
+        if isinstance(found, ValueError):
+            raise found
+        if found is None:
             return 0
-        folder = checkpoints[-1]
-        state = json.loads((folder / "state.json").read_text())
-        now = json.loads(json.dumps(self._fixed()))
-        changed = [k for k in sorted(now.keys() | state["fixed"].keys()) if now.get(k) != state["fixed"].get(k)]
-        if changed:
-            rows = "; ".join(f"{k} was {state['fixed'].get(k)!r}, now {now.get(k)!r}" for k in changed)
-            raise ValueError(f"{folder} belongs to another run: {rows}")
-        weights = load_file(folder / "model.safetensors", device="cpu")
+        weights = load_file(found.path / "model.safetensors", device="cpu")
         self.accelerator.unwrap_model(self.model).load_state_dict(weights)
-        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(found.path / "optimizer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         if self.accelerator.is_main_process:
-            print(f"resuming {folder} at step {state['step']} of {self.total_steps}", flush=True)
-        return int(state["step"])
+            print(f"resuming {found.path} at step {found.step} of {self.total_steps}", flush=True)
+        return int(found.step)
 
-    def _keep_metrics_before(self, step: int) -> None:
-        """Drop the lines that a killed run wrote after its last checkpoint."""
-        path = self.output / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = []
-        for text in lines:
-            try:
-                kept += [text] if json.loads(text)["step"] <= step else []
-            except json.JSONDecodeError:  # the line that was being written at the kill
-                continue
-        temporary = path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+    def _choose_checkpoint(self) -> Checkpoint | None:
+        checkpoint = self.checkpoints.newest_whole()
+        if checkpoint is None:
+            logger.warning("%s has no checkpoint: starting from the beginning", self.output)
+        else:
+            checkpoint.check_same_run(self._fixed(), self._machine())
+        return checkpoint
 
     def _save_model(self) -> None:
         """Put model and processor at the top of the run, by way of a folder of their own."""
         final = self.output / "final"
-        with new_folder(final) as folder:
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+        with self.checkpoints.saying_what_is_left(final), new_folder(final) as folder:
+            self._write_model(folder)
         for file in sorted(final.iterdir()):
             os.replace(file, self.output / file.name)
         final.rmdir()
 
 
-def _remove_folder(path: Path) -> None:
-    """Remove a checkpoint so that a kill half-way leaves none that looks whole."""
-    (path / "state.json").unlink()
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
-
-
-def _flat(description: dict[str, Any]) -> dict[str, str | int | float | bool]:
-    """One level of plain values, which is what trackers take."""
-    flat = {}
-    for section, values in description.items():
-        for key, value in (values if isinstance(values, dict) else {"": values}).items():
-            name = f"{section}.{key}".rstrip(".")
-            flat[name] = value if isinstance(value, (str, int, float, bool)) else str(value)
-    return flat
-
-
 def main() -> None:
-    """The command `scripts/pretrain.py`."""
+    """The command `scripts/pretrain.py`.
+
+    Raises:
+        SystemExit: stopped by a signal; 128 and its number.
+    """
     transformers.utils.logging.disable_progress_bar()  # of writing and loading a file
     pretrainer = Pretrainer(*parse_arguments())
-    output = pretrainer.train()
+    try:
+        output = pretrainer.train()
+    except StoppedError as stopped:
+        if pretrainer.accelerator.is_main_process:
+            print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
     if pretrainer.accelerator.is_main_process:
         print(f"model saved in {output}: AutoModel.from_pretrained({str(output)!r})")

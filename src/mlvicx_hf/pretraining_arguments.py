@@ -66,6 +66,10 @@ class DataArguments:
     )
     cache_size: int = field(default=256, metadata={"help": "Streaming: side of the squares of what is no cache."})
     image_column: str | None = field(default=None, metadata={"help": "Streaming: column of the images."})
+    probe_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Labelled cache: nearest neighbours and a linear probe on it show what is learned."},
+    )
     num_workers: int = field(default=2, metadata={"help": "Processes that decode images."})
     crop_area: list[float] = field(default_factory=lambda: [0.2, 1.0], metadata={"help": "Share of area of a crop."})
     rotation: float = field(default=10.0, metadata={"help": "Largest angle in degrees."})
@@ -89,16 +93,24 @@ class PretrainingArguments:
     warmup_epochs: float = field(default=2.0, metadata={"help": "Linear rise of the rate."})
     final_learning_rate_ratio: float = field(default=0.001, metadata={"help": "Floor of the cosine over its peak."})
     seed: int = field(default=0, metadata={"help": "Of weights, order and views."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16, or fp16 (GPUs only)."})
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of a process on the CPU; by default its share of the cores."}
     )
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
+    channels_last: bool = field(default=True, metadata={"help": "Memory layout; faster on most machines."})
+    deterministic: bool = field(
+        default=False, metadata={"help": "The same bits on GPUs, too: slower, and an error where that cannot be."}
+    )
     checkpoint_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; one at the end always."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    save_total_limit: int = field(default=2, metadata={"help": "Newest checkpoints that are kept, besides the best."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Micro-batches of a process; the exact gradient, for one more forward pass."}
+    )
+    probe_steps: int = field(default=1000, metadata={"help": "Steps between probes, and one at the end."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between lines of metrics.jsonl."})
     report_to: str = field(default="none", metadata={"help": "Tracker: none, tensorboard, wandb, trackio, all."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint of output_dir."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint of output_dir."})
 
 
 def parse_arguments(

@@ -43,10 +43,11 @@ def _git(folder: Path, *words: str) -> str:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file that appears at `path` only when it is complete; yields the temporary one beside it."""
+    """A file that appears at `path` only when it is complete and on the disk; yields the temporary one beside it."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -63,29 +64,37 @@ def write_json(path: Path, content: Any) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` only when everything in it is written and on the disk.
 
+    An existing `path` is replaced; until the new one is in its place it stays whole: after a kill between two renames
+    beside it, under the name `.NAME.old`.
+
     Yields:
         The temporary folder beside it. An exception removes it and leaves `path` as it was; an earlier kill's is
-        removed first; an existing `path` is replaced.
+        removed first.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary, old = (path.with_name(f".{path.name}.{ending}") for ending in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync(file)
-        _sync(temporary)
+                sync(file)
+        sync(temporary)
         if path.exists():
-            shutil.rmtree(path)
+            shutil.rmtree(old, ignore_errors=True)  # only now: without `path` it is all there is
+            os.replace(path, old)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

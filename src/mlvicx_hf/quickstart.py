@@ -26,8 +26,9 @@ from .data.cache import Cache, load_cache
 from .finetuning import SPLITS
 from .metrics import NOT_SCORED
 from .monitors import rankme
+from .probing import PreparedImages, encode
 from .provenance import code_version, write_json
-from .report import encode_images, neighbour_sheet, plot_loss_curve, view_sheet
+from .report import LOSS_AND_RANK, neighbour_sheet, plot_curves, view_sheet
 
 PROTOCOLS = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
 STARTS = ("pretrained", "random")
@@ -106,7 +107,7 @@ class Quickstart:
         model = AutoModel.from_pretrained(self.model_folder)
         processor = AutoImageProcessor.from_pretrained(self.model_folder)
         split = "test" if "test" in cache.datasets else "train"
-        self.features = encode_images(model, processor, cache.datasets[split])
+        self.features = encode(model, PreparedImages(cache.datasets[split], processor))["features"]
         self.encoded = cache.datasets[split]
         return {
             "model": str(self.model_folder),
@@ -122,7 +123,7 @@ class Quickstart:
 
     def _pictures(self, cache: Cache) -> None:
         title = "synthetic radiographs" if self.images is None else self.images.name
-        plot_loss_curve(self.model_folder / "metrics.jsonl", self.output / "loss.png", title)
+        plot_curves(self.model_folder / "metrics.jsonl", self.output / "loss.png", title, LOSS_AND_RANK)
         train = cache.datasets["train"]
         samples = [train[i]["image"] for i in range(0, len(train), max(1, len(train) // 8))][:8]
         view_sheet(samples, TwoViewAugmentation(image_size=64), self.output / "views.png", self.seed)

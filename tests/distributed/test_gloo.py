@@ -1,4 +1,4 @@
-"""Two gloo processes with b images each equal one process with 2b: loss, embeddings' and parameters' gradients."""
+"""W gloo processes with b images each equal one process with W·b: loss, embeddings' and parameters' gradients."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mlvicx_hf import MLVICXForPreTraining
 from mlvicx_hf.loss_mlvicx import gather_batch, variance_covariance_loss
 
-RANKS = 2
+WORLDS = (2, 3)
 
 
 def embeddings(batch: int, dimension: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def embeddings(batch: int, dimension: int) -> tuple[Tensor, Tensor]:
 
 def views() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    view_1, view_2 = (torch.randn(8, 1, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2))
+    view_1, view_2 = (torch.randn(12, 1, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2))
     return view_1, view_2
 
 
@@ -35,26 +35,26 @@ def model() -> MLVICXForPreTraining:
     return MLVICXForPreTraining(tiny_config()).double().eval()
 
 
-def share(tensor: Tensor, rank: int) -> Tensor:
-    return tensor.chunk(RANKS)[rank]
+def share(tensor: Tensor, rank: int, world: int) -> Tensor:
+    return tensor.chunk(world)[rank]
 
 
-def process(rank: int, folder: str, shapes: list[tuple[int, int]]) -> None:
+def process(rank: int, world: int, folder: str, shapes: list[tuple[int, int]]) -> None:
     """What one of the processes does; it leaves its results in a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     results: dict[str, Any] = {}
     for shape in shapes:
-        z_1, z_2 = (share(z, rank).clone().requires_grad_() for z in embeddings(*shape))
-        results[f"order {shape}"] = gather_batch(z_1).detach()
-        loss = variance_covariance_loss(gather_batch(z_1), gather_batch(z_2)).loss
+        z_1, z_2 = (share(z, rank, world).clone().requires_grad_() for z in embeddings(*shape))
+        results[f"order {shape}"] = gather_batch(z_1.detach()[None])[0]
+        loss = variance_covariance_loss(z_1, z_2).loss
         loss.backward()
         assert z_1.grad is not None
         assert z_2.grad is not None
         # Data parallel averages parameter gradients over the ranks, so each rank's share counts 1/W.
-        results[f"{shape}"] = (loss.detach(), z_1.grad / RANKS, z_2.grad / RANKS)
+        results[f"{shape}"] = (loss.detach(), z_1.grad / world, z_2.grad / world)
     parallel = DistributedDataParallel(model())
-    output = parallel(view_1=share(views()[0], rank), view_2=share(views()[1], rank))
+    output = parallel(view_1=share(views()[0], rank, world), view_2=share(views()[1], rank, world))
     output.loss.backward()
     results["terms"] = {k: v.detach() for k, v in output.items() if isinstance(v, Tensor)}
     results["embeddings"] = output.global_embeddings[0].detach()
@@ -64,14 +64,14 @@ def process(rank: int, folder: str, shapes: list[tuple[int, int]]) -> None:
     dist.destroy_process_group()
 
 
-SHAPES = [(4, 6), (8, 3), (2, 5), (6, 6)]
+SHAPES = [(12, 20), (12, 3), (6, 5), (6, 6)]  # through the Gram matrix and through the covariance
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(process, (str(folder), SHAPES), nprocs=RANKS)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+@pytest.fixture(scope="module", params=WORLDS)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder, world = tmp_path_factory.mktemp("gloo"), request.param
+    mp.spawn(process, (world, str(folder), SHAPES), nprocs=world)
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 @pytest.mark.slow
@@ -84,8 +84,8 @@ def test_loss_and_gradients_of_the_embeddings(results: list[dict[str, Any]], sha
         assert torch.equal(result[f"order {shape}"], z_1.detach())
         found, gradient_1, gradient_2 = result[f"{shape}"]
         torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
-        torch.testing.assert_close(gradient_1, share(z_1.grad, rank), rtol=1e-10, atol=1e-14)
-        torch.testing.assert_close(gradient_2, share(z_2.grad, rank), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(gradient_1, share(z_1.grad, rank, len(results)), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(gradient_2, share(z_2.grad, rank, len(results)), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.slow
@@ -94,7 +94,8 @@ def test_loss_and_gradients_of_the_parameters(results: list[dict[str, Any]]):
     output = single(*views())
     output.loss.backward()
     for rank, result in enumerate(results):
-        torch.testing.assert_close(result["embeddings"], share(output.global_embeddings[0].detach(), rank))
+        expected = share(output.global_embeddings[0].detach(), rank, len(results))
+        torch.testing.assert_close(result["embeddings"], expected)
         for name, value in result["terms"].items():
             torch.testing.assert_close(value, output[name].detach(), rtol=1e-10, atol=0, msg=name)
         for name, parameter in single.named_parameters():

@@ -30,6 +30,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..stopping import leave_signals_to_the_main_process
 from .cache import MANIFEST, load_cache
 from .collections.base import normalize_view, some
 from .collections.opening import (
@@ -376,7 +377,9 @@ class StreamBatches:
         rows = split_dataset_by_node(rows, self.rank, self.num_processes)
         # The workers' chunks come in turns; their last ones may be longer, hence one less.
         undecoded = max(0, seen // (CHUNK * max(1, self.num_workers)) - 1)
-        return DataLoader(_Chunks(rows, self.stream, undecoded), batch_size=None, num_workers=self.num_workers)
+        chunks = _Chunks(rows, self.stream, undecoded)
+        options = {"num_workers": self.num_workers, "worker_init_fn": leave_signals_to_the_main_process}
+        return DataLoader(chunks, batch_size=None, **options)
 
     def _check(self, count: int, unreadable: list[tuple[int, str]]) -> None:
         """Warn of samples that could not be read, once each; too many, or all of a chunk, are an error."""
