@@ -73,6 +73,7 @@ def test_results_say_what_was_measured_on_what(frozen: Path, cache: Path, pretra
         "model.safetensors",
         "preprocessor_config.json",
         "results.json",
+        "splits.csv",
         "test_overlaps.csv",
     ]
 

@@ -62,7 +62,7 @@ def test_an_official_checkpoint_in_a_fresh_process(tmp_path: Path, state: dict[s
     loaded = MLVICXForPreTraining.from_pretrained(tmp_path / "new" / "ours")
     assert torch.equal(loaded.mlvicx.backbone.conv1.weight, state["encoder.0.weight"])
     again = run_script(SCRIPT.name, tmp_path / "run.pth", tmp_path / "new" / "ours")
-    assert_users_error(again, str(tmp_path / "new" / "ours"), "expected one that is absent or empty")
+    assert_users_error(again, str(tmp_path / "new" / "ours"), "expected a new or an empty folder")
 
 
 @pytest.mark.parametrize(("options", "channels"), [((), 1), (("--num_channels", 3), 3)])
