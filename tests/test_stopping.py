@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import unlabelled_cache
+from helpers import run_python, unlabelled_cache
 
 from mlvicx_hf import stopping
 from mlvicx_hf.pretraining import Pretrainer, parse_arguments
@@ -105,3 +105,21 @@ def test_handlers_are_left_alone_in_threads_and_where_a_signal_is_ignored():
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+KEPT = """
+import sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+from mlvicx_hf.stopping import leave_signals_to_the_main_process
+
+options = {"num_workers": 2, "persistent_workers": True, "worker_init_fn": leave_signals_to_the_main_process}
+loader = DataLoader(TensorDataset(torch.arange(8.0)), 4, **options)
+iterator = iter(loader)
+next(iterator)
+sys.kept = (loader, iterator)  # so that nobody tells the workers to end
+"""
+
+
+def test_a_process_ends_although_its_image_workers_are_kept():
+    done = run_python("-c", KEPT, timeout=90)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on a signal that a terminal or scheduler has sent to its processes as well: within these seconds
 # it is the same one.
 ECHO = 2.0
+GRACE = 5  # seconds in which a step is finished that waits for its images
 
 
 class StoppedError(Exception):
@@ -80,7 +82,8 @@ class StopSignals:
 def leave_signals_to_the_main_process(worker: int) -> None:
     """For a DataLoader's `worker_init_fn`: a signal to the whole group must not take the workers from under the step.
 
-    They end by themselves when their parent does.
+    SIGTERM ends them some seconds later all the same: it may be the parent's own, which waits for them at its end.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

@@ -7,6 +7,7 @@ Only Pillow and NumPy are imported at the top: worker processes read ordinary fi
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import struct
@@ -136,6 +137,8 @@ def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata in a file is no concern of the user's
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        tiff = logging.getLogger(TiffImagePlugin.__name__)  # it logs errors without a name, and raises them as well
+        tiff.disabled = True
         try:
             return _load(data, formats)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -144,6 +147,8 @@ def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) ->
             raise UnreadableImageError(file, f"content is none of {', '.join(formats)}") from error
         except DAMAGED as error:
             raise UnreadableImageError(file, f"damaged or unsupported: {' '.join(str(error).split())}") from error
+        finally:
+            tiff.disabled = False
 
 
 def _load(data: bytes, formats: tuple[str, ...]) -> Image.Image:
