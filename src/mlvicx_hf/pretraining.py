@@ -294,7 +294,7 @@ class Pretrainer:
 
     def _plot(self) -> None:
         try:
-            plot_curves(self.output / METRICS, self.output / "curves.png", self.output.name)
+            plot_curves(self.output / METRICS, self.output / "curves.png")  # no name: the same run, the same bits
         except ImportError as error:
             logger.warning("no curves.png: %s", error)
 
