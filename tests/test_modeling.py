@@ -193,6 +193,63 @@ def test_context_equals_equations_1_and_2(reduction: int | None):
     assert shapes == [*channel, (1, 2, 7, 7)]  # no biases
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("reduction", [None, 2])
+def test_gradients_of_context_equal_those_of_equations_1_and_2(reduction: int | None, layout: torch.memory_format):
+    torch.manual_seed(1)
+    block = ContextBottleneck(6, reduction).double()
+    x = torch.randn(2, 6, 5, 9, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    slope = torch.randn(2, 6, 5, 9, dtype=torch.float64)
+    inputs = [x, *block.parameters()]
+    refined = block(x)
+    found, again = (torch.autograd.grad(refined, inputs, slope, retain_graph=True) for _ in range(2))
+    expected = torch.autograd.grad(naive_context(block, x), inputs, slope)
+    assert refined.is_contiguous(memory_format=layout)
+    for one, two, wanted in zip(found, again, expected, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(two, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("fixed", ["input", "channel", "spatial"])
+def test_gradients_of_context_when_a_part_is_fixed(fixed: str):
+    torch.manual_seed(1)
+    block = ContextBottleneck(6)
+    x = torch.randn(2, 6, 5, 9, requires_grad=True)
+    inputs = {"input": x, "channel": block.channel.weight, "spatial": block.spatial.weight}
+    expected = torch.autograd.grad(block(x).square().sum(), [v for k, v in inputs.items() if k != fixed])
+    inputs.pop(fixed).requires_grad_(False)
+    found = torch.autograd.grad(block(x).square().sum(), list(inputs.values()))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_context_under_autocast(dtype: torch.dtype):
+    """Batch normalisation may hand on either type."""
+    torch.manual_seed(1)
+    block = ContextBottleneck(6)
+    x = torch.randn(2, 6, 5, 9)
+    results = []
+    for half in (False, True):
+        leaf = x.to(dtype if half else torch.float32).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            refined = block(leaf)
+        assert refined.dtype == leaf.dtype
+        results.append(torch.autograd.grad(refined.float().square().sum(), [leaf, *block.parameters()]))
+    for found, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.05 * wanted.abs().max().item())
+
+
+def test_of_equal_maxima_one_takes_the_gradient_of_context():
+    """The sum over them is the same as that of autograd, which shares it out."""
+    torch.manual_seed(1)
+    block = ContextBottleneck(3).double()
+    x = torch.full((1, 3, 4, 4), 2.0, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(block(x).sum(), x)
+    block.requires_grad_(False)  # which takes the other way
+    (expected,) = torch.autograd.grad(block(x).sum(), x)
+    torch.testing.assert_close(found.sum((2, 3)), expected.sum((2, 3)))
+
+
 @torch.no_grad()
 def test_refined_maps_feed_the_following_layers():
     model = MLVICXModel(tiny_config()).eval()

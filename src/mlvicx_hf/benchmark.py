@@ -22,7 +22,7 @@ from .configuration_mlvicx import MLVICXConfig
 from .data.collections import FolderCollection
 from .data.pixels import image_files
 from .data.prepare import prepare
-from .machine import available_cores, describe_hardware, use_cpu_threads
+from .machine import available_cores, describe_hardware, keep_freed_memory, use_cpu_threads
 from .modeling_mlvicx import MLVICXForImageClassification
 from .progress import progress_bar
 from .provenance import code_version, write_json
@@ -161,6 +161,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cpu":
         use_cpu_threads()
+        keep_freed_memory()
     report: dict[str, Any]
     if arguments.prepare is not None:
         row = benchmark_prepare(arguments.prepare, 256, available_cores(), arguments.prepare_rounds)

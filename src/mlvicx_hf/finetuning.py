@@ -38,7 +38,7 @@ from .data.split_files import split_file
 from .data.splits import label_fraction
 from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
-from .machine import describe_hardware, use_cpu_threads
+from .machine import describe_hardware, keep_freed_memory, use_cpu_threads
 from .modeling_mlvicx import MLVICXPreTrainedModel
 from .progress import progress_bar
 from .provenance import code_version
@@ -125,6 +125,7 @@ def start_run(arguments: FinetuningArguments) -> Path:
     """
     if arguments.device.type == "cpu":
         use_cpu_threads()
+        keep_freed_memory()
     output = Path(str(arguments.output_dir))
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"output_dir={output} holds files of another run; choose another folder")

@@ -58,10 +58,66 @@ class ContextBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H, W]."""
-        average, maximum = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)  # [B, C, 1, 1]
-        x = x * torch.sigmoid(self.channel(average) + self.channel(maximum))
-        planes = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # [B, 2, H, W]
-        return x * torch.sigmoid(self.spatial(planes))
+        trained = torch.is_grad_enabled() and all(tensor.requires_grad for tensor in (x, *self.parameters()))
+        if trained and not torch.compiler.is_compiling():  # a compiler fuses what is below by itself
+            return _Refinement.apply(x, self, *self.parameters())
+        x = x * self.channel_gate(x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
+        return x * self.spatial_gate(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1))
+
+    def channel_gate(self, average: Tensor, maximum: Tensor) -> Tensor:
+        """Eq. 1 without the product: pooled maps, [B, C, 1, 1] each, to gates [B, C, 1, 1]."""
+        return torch.sigmoid(self.channel(average) + self.channel(maximum))
+
+    def spatial_gate(self, planes: Tensor) -> Tensor:
+        """Eq. 2 without the product: mean and maximum over the channels, [B, 2, H, W], to gates [B, 1, H, W]."""
+        return torch.sigmoid(self.spatial(planes))
+
+
+class _Refinement(torch.autograd.Function):
+    """`ContextBottleneck.forward` in few passes over the map, which are what it costs: the stem's is 112×112.
+
+    With y = x · channel gate, the result is y · spatial gate. Only x and the places of the maxima are kept; y is
+    computed again, and the gates, which are small, are left to autograd. Of equal maxima one takes the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: ContextBottleneck, *parameters: Tensor) -> Tensor:
+        average = x.mean((2, 3), keepdim=True)
+        maximum, place = F.adaptive_max_pool2d(x, 1, return_indices=True)
+        ctx.pooled = (average.requires_grad_(), maximum.requires_grad_())
+        with torch.enable_grad():
+            ctx.channel_gate = block.channel_gate(*ctx.pooled)
+        y = x * ctx.channel_gate.detach()
+        maximum, channel = y.max(1, keepdim=True)
+        ctx.planes = torch.cat([y.mean(1, keepdim=True), maximum], 1).requires_grad_()
+        with torch.enable_grad():
+            ctx.spatial_gate = block.spatial_gate(ctx.planes)
+        ctx.channel_weights, ctx.spatial_weights = list(block.channel.parameters()), list(block.spatial.parameters())
+        ctx.save_for_backward(x, place, channel)
+        return y.mul_(ctx.spatial_gate.detach())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, place, channel = ctx.saved_tensors
+        maps, slopes = x.flatten(2), gradient.flatten(2)  # [B, C, N] of N pixels, in either memory format
+        gate = ctx.channel_gate.detach().flatten(2).to(x.dtype)  # [B, C, 1]; autocast may have made it half
+        at_spatial_gate = (gate.mT @ (slopes * maps)).view_as(ctx.spatial_gate)
+        *spatial, at_planes = torch.autograd.grad(
+            ctx.spatial_gate, [*ctx.spatial_weights, ctx.planes], at_spatial_gate.to(ctx.spatial_gate.dtype), True
+        )
+        at_mean, at_maximum = at_planes.flatten(2).split(1, 1)  # [B, 1, N] each
+        at_y = slopes * ctx.spatial_gate.detach().flatten(2)  # [B, C, N]
+        at_y += at_mean / x.shape[1]
+        at_y.scatter_add_(1, channel.flatten(2), at_maximum)
+        at_channel_gate = (at_y * maps).sum(2).view_as(ctx.channel_gate).to(ctx.channel_gate.dtype)
+        *channels, at_average, at_maximum = torch.autograd.grad(
+            ctx.channel_gate, [*ctx.channel_weights, *ctx.pooled], at_channel_gate, True
+        )
+        at_x = at_y.mul_(gate)
+        at_x += at_average.flatten(2) / maps.shape[2]
+        at_x.scatter_add_(2, place.flatten(2), at_maximum.flatten(2))
+        return at_x.view_as(x), None, *channels, *spatial
 
 
 class MultiLevelAggregator(nn.Module):

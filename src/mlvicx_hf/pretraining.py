@@ -36,7 +36,7 @@ from .checkpoints import Checkpoint, Checkpoints
 from .data.sampling import EpochBatches, PretrainingImages
 from .data.streaming import StreamBatches
 from .image_processing_mlvicx import MLVICXImageProcessor
-from .machine import describe_hardware, use_cpu_threads
+from .machine import describe_hardware, keep_freed_memory, use_cpu_threads
 from .modeling_mlvicx import MLVICXForPreTrainingOutput
 from .pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
 from .pretraining_parts import (
@@ -92,6 +92,7 @@ class Pretrainer:
         self.device = self.accelerator.device
         if self.device.type == "cpu":
             use_cpu_threads(arguments.cpu_threads)
+            keep_freed_memory()
         self.hardware = describe_hardware(self.device, self.accelerator.num_processes)
         self._load_data()
         self._build()
