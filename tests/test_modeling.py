@@ -678,3 +678,30 @@ def test_a_checkpoint_of_another_shape_is_an_error(tmp_path: Path, change: dict[
     MLVICXForPreTraining(tiny_config()).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size"):
         MLVICXForPreTraining.from_pretrained(tmp_path, config=tiny_config(**change))
+
+
+# -- deterministic algorithms ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(8, 8), (7, 7), (14, 14), (7, 14), (30, 17), (2, 3)])
+@pytest.mark.parametrize("size", [1, 4])
+def test_deterministic_pooling_gives_the_same_averages_and_gradients(
+    size: int, shape: tuple[int, int], layout: torch.memory_format
+):
+    aggregator = MultiLevelAggregator(tiny_config(aggregation_size=size), [6])
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, *shape).contiguous(memory_format=layout).requires_grad_()
+    expected = aggregator._pool(x)
+    slope = torch.rand_like(expected)
+    (expected_gradient,) = torch.autograd.grad(expected, x, slope)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = aggregator._pool(x)
+        (gradient,) = torch.autograd.grad(found, x, slope)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert "AdaptiveAvgPool2D" not in type(found.grad_fn).__name__
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-6)

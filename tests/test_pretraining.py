@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,15 +13,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers import make_cache, tiny_config, unlabelled_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXModel
+from mlvicx_hf.augmentation import TwoViewAugmentation, view_draws
 from mlvicx_hf.data.cache import load_cache
 from mlvicx_hf.data.sampling import EpochBatches, PretrainingImages
 from mlvicx_hf.pretraining import (
@@ -124,6 +129,38 @@ def test_images_come_as_they_are_in_the_cache(cache: Path):
     pixels, index = images[5]
     assert (pixels.dtype, tuple(pixels.shape), index) == (torch.uint8, (1, 32, 32), 5)
     assert np.array_equal(pixels[0].numpy(), np.asarray(split[5]["image"]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from([1, 2, 3, 4, 6]), st.integers(0, 5), st.integers(0, 9), st.booleans())
+def test_processes_that_go_on_inside_an_epoch_share_the_order_of_one(
+    ranks: int, first_step: int, epoch: int, balanced: bool
+):
+    patients = [f"p{number % 7}" for number in range(80)] if balanced else None
+    whole = epoch_of(EpochBatches(80, 12, 3, patients=patients), epoch)
+    parts = [epoch_of(EpochBatches(80, 12, 3, rank, ranks, patients), epoch, first_step) for rank in range(ranks)]
+    assert [list(chain(*step)) for step in zip(*parts, strict=True)] == whole[first_step:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_images_and_views_are_those_of_one_process(cache: Path, ranks: int, workers: int):
+    """Of global batches of 8 from the third one on, whoever decodes the images and makes the views."""
+    images = PretrainingImages(load_cache(cache).datasets["train"])
+
+    def views(rank: int, ranks: int, workers: int, first_step: int) -> list[Tensor]:
+        batches = EpochBatches(44, 8, 5, rank, ranks)
+        batches.start_at(1, first_step)
+        loader = DataLoader(images, batch_sampler=batches, num_workers=workers)
+        augment = TwoViewAugmentation(image_size=32)
+        return [torch.stack(augment(pixels, view_draws(5, 1, numbers.numpy()))) for pixels, numbers in loader]
+
+    torch.set_num_threads(1)
+    whole = views(0, 1, 0, 0)
+    parts = [views(rank, ranks, workers, 2) for rank in range(ranks)]
+    assert len(whole) == 5
+    for expected, *found in zip(whole[2:], *parts, strict=True):
+        assert torch.equal(torch.cat(found, 1), expected)
 
 
 # -- rate and optimiser ------------------------------------------------------------------------------------------------
@@ -341,6 +378,21 @@ def test_checkpoints_are_limited_and_whole(finished: Path):
     assert_same_bits(finished, finished / "checkpoint-10")
 
 
+def test_images_that_an_epoch_leaves_out_are_counted(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pretrain(cache, tmp_path / "some", "--epochs", 1, "--gradient_accumulation_steps", 1).train()
+    said = "an epoch leaves out 4 of 44 images, other ones each time"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    pretrain(cache, tmp_path / "none", "--epochs", 1, "--batch_size", 22).train()
+    assert "an epoch leaves out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["--torch_compile", "--compile"])
+def test_two_names_of_compiling(cache: Path, name: str):
+    words = ["--recipe", "smoke", "--dataset", str(cache), "--output_dir", "run"]
+    assert parse_arguments([*words, name])[2].torch_compile
+    assert not parse_arguments(words)[2].torch_compile
+
+
 def test_logging_every_few_steps_and_at_the_end(cache: Path, tmp_path: Path):
     pretrain(cache, tmp_path / "run", "--logging_steps", 4).train()
     assert [row["step"] for row in lines(tmp_path / "run")] == [4, 8, 10]
@@ -382,6 +434,75 @@ def test_bfloat16(cache: Path, tmp_path: Path):
         AcceleratorState._reset_state(reset_partial_state=True)
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in weights(output).values())
     assert len(lines(output)) == 5
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision is fixed once a process
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_float16_is_refused_on_the_cpu(cache: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="mixed_precision='fp16' found on the CPU; expected no or bf16 there"):
+        pretrain(cache, tmp_path / "run", "--mixed_precision", "fp16")
+    assert not (tmp_path / "run").exists()
+
+
+class Float16Accelerator(Accelerator):
+    """What Accelerate does on GPUs, on the CPU: autocast to float16, and a scaler."""
+
+    scale = 1024.0
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.state._mixed_precision, self.native_amp = "fp16", True
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=self.scale)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_float16_with_scaled_gradients(
+    cache: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
+):
+    monkeypatch.setattr("mlvicx_hf.pretraining.Accelerator", Float16Accelerator)
+    flags = ("--gradient_accumulation_steps", micro_batches, "--checkpoint_steps", 3)
+    run = pretrain(cache, tmp_path / "run", *flags)
+    output = run.train()
+    assert run.accelerator.scaler.get_scale() == 1024  # no step overflowed
+    losses = [row["loss"] for row in lines(output)]
+    assert all(map(math.isfinite, losses))
+    if micro_batches == 1:
+        assert losses[0] == pytest.approx(lines(finished)[0]["loss"], rel=0.01)
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in weights(output).values())
+    again = interrupted(output, tmp_path, 9)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain(cache, again, *flags, "--resume").train()
+    assert_same_bits(again, output)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_the_run_goes_on(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
+):
+    monkeypatch.setattr(Float16Accelerator, "scale", 2.0**24)  # too much for float16
+    monkeypatch.setattr("mlvicx_hf.pretraining.Accelerator", Float16Accelerator)
+    run = pretrain(cache, tmp_path / "run", "--gradient_accumulation_steps", micro_batches)
+    images = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.model.train()
+    output, _, _ = run._train_step(images, np.arange(8), 0)
+    assert output.loss.dtype == torch.float32
+    assert output.loss.isfinite()
+    assert run.accelerator.optimizer_step_was_skipped
+    assert run.accelerator.scaler.get_scale() == 2.0**23
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+    for step in range(1, 24):
+        run._train_step(images, np.arange(8), step)
+    assert not run.accelerator.optimizer_step_was_skipped
+    assert not any(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
 
 
 # -- resume ------------------------------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ class _Refinement(torch.autograd.Function):
 
     With y = x · channel gate, the result is y · spatial gate. Only x and the places of the maxima are kept; y is
     computed again, and the gates, which are small, are left to autograd. Of equal maxima one takes the gradient.
+    Modules are handed no leaves: some hooks, torch's FLOP counter's for one, refuse them inside a backward pass.
     """
 
     @staticmethod
@@ -86,12 +87,12 @@ class _Refinement(torch.autograd.Function):
         maximum, place = F.adaptive_max_pool2d(x, 1, return_indices=True)
         ctx.pooled = (average.requires_grad_(), maximum.requires_grad_())
         with torch.enable_grad():
-            ctx.channel_gate = block.channel_gate(*ctx.pooled)
+            ctx.channel_gate = block.channel_gate(*(leaf.view_as(leaf) for leaf in ctx.pooled))  # see the class
         y = x * ctx.channel_gate.detach()
         maximum, channel = y.max(1, keepdim=True)
         ctx.planes = torch.cat([y.mean(1, keepdim=True), maximum], 1).requires_grad_()
         with torch.enable_grad():
-            ctx.spatial_gate = block.spatial_gate(ctx.planes)
+            ctx.spatial_gate = block.spatial_gate(ctx.planes.view_as(ctx.planes))
         ctx.channel_weights, ctx.spatial_weights = list(block.channel.parameters()), list(block.spatial.parameters())
         ctx.save_for_backward(x, place, channel)
         return y.mul_(ctx.spatial_gate.detach())
@@ -152,9 +153,25 @@ class MultiLevelAggregator(nn.Module):
         return self.projection(torch.cat([self._pool(maps[level]) for level in self.levels], 1))
 
     def _pool(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, size, size]."""
         if self.resize is not None:
             x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", align_corners=False)
-        return F.adaptive_avg_pool2d(x, self.size)
+        if not torch.are_deterministic_algorithms_enabled():
+            return F.adaptive_avg_pool2d(x, self.size)
+        # On GPUs the gradient of the above is not deterministic; the same averages by matrix products are.
+        rows, columns = (_averages(side, self.size).to(x) for side in x.shape[2:])
+        x = columns @ x.permute(0, 2, 3, 1)  # [B, H, size, C]
+        x = (rows @ x.flatten(2)).unflatten(2, (self.size, -1))  # [B, size, size, C]
+        return x.permute(0, 3, 1, 2)
+
+
+def _averages(side: int, size: int) -> Tensor:
+    """The matrix [size, side] whose products are the averages of `adaptive_avg_pool1d`."""
+    matrix = torch.zeros(size, side)
+    for row in range(size):
+        start, end = row * side // size, -(-(row + 1) * side // size)
+        matrix[row, start:end] = 1 / (end - start)
+    return matrix
 
 
 class Expander(nn.Sequential):

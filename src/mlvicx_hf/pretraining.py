@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ from .augmentation import TwoViewAugmentation, view_draws
 from .checkpoints import Checkpoint, Checkpoints
 from .data.sampling import EpochBatches, PretrainingImages
 from .data.streaming import StreamBatches
+from .fitting import Trial
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .machine import describe_hardware, keep_freed_memory, use_cpu_threads
-from .modeling_mlvicx import MLVICXForPreTrainingOutput
+from .modeling_mlvicx import MLVICXForPreTraining, MLVICXForPreTrainingOutput
 from .pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
 from .pretraining_parts import (
     create_model,
@@ -90,13 +91,18 @@ class Pretrainer:
             project_dir=arguments.output_dir,
         )
         self.device = self.accelerator.device
+        if arguments.mixed_precision == "fp16" and self.device.type == "cpu":  # Accelerate would compute in float32
+            raise ValueError("mixed_precision='fp16' found on the CPU; expected no or bf16 there")
         if self.device.type == "cpu":
             use_cpu_threads(arguments.cpu_threads)
             keep_freed_memory()
         self.hardware = describe_hardware(self.device, self.accelerator.num_processes)
         self._load_data()
-        self._build()
-        self.step = self._resume() if arguments.resume else 0
+        checkpoint = self._find_checkpoint() if arguments.resume else None
+        self.step = 0 if checkpoint is None else checkpoint.step
+        self._build(resumed=checkpoint is not None)
+        if checkpoint is not None:
+            self._load(checkpoint)
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -125,11 +131,12 @@ class Pretrainer:
         self.loader: DataLoader[Any] | StreamBatches
         if data.streaming:
             stream = load_stream(data)
-            self.manifest, left_out = stream.manifest, stream.left_out
+            self.manifest, self.side, left_out = stream.manifest, stream.size, stream.left_out
             options = {"num_workers": data.num_workers, "shuffle_buffer": data.shuffle_buffer}
             self.batches = self.loader = StreamBatches(stream, arguments.batch_size, *place, **options)
         else:
             images, self.manifest, left_out = load_images(data)
+            self.side = self.manifest["size"]
             patients = images["patient_id"][:] if data.patient_balanced else None
             self.batches = EpochBatches(len(images), arguments.batch_size, *place, patients)
             self.loader = DataLoader(
@@ -146,10 +153,10 @@ class Pretrainer:
             number = "lateral images are" if left_out is None else f"{left_out} lateral images are"
             print(f"{number} left out (--views all takes them)", flush=True)
 
-    def _build(self) -> None:
+    def _build(self, resumed: bool) -> None:
         arguments, data = self.arguments, self.data_arguments
         torch.manual_seed(arguments.seed)
-        model: nn.Module = create_model(self.model_arguments)
+        plain = create_model(self.model_arguments)
         self.processor = MLVICXImageProcessor(self.model_arguments.image_size, self.model_arguments.num_channels)
         self.processor.fit = self.manifest["fit"]
         self.augment = TwoViewAugmentation(
@@ -164,10 +171,12 @@ class Pretrainer:
             std=self.processor.image_std,
             num_channels=self.model_arguments.num_channels,
         )
+        self.layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
+        plain = plain.to(self.device).to(memory_format=self.layout)
+        self._fit(plain, resumed)
+        model: nn.Module = plain
         if self.accelerator.num_processes > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
-        model = model.to(self.device).to(memory_format=self.layout)
         optimizer = create_optimizer(model, arguments)
         if arguments.torch_compile:
             model.compile()  # in place: the keys of the state stay as they are
@@ -177,6 +186,29 @@ class Pretrainer:
         if self.accelerator.is_main_process:
             plain = self.accelerator.unwrap_model(self.model)
             self.watcher = Watcher(plain, self.processor, data.probe_dataset, arguments.probe_steps, device=self.device)
+
+    def _fit(self, model: MLVICXForPreTraining, resumed: bool) -> None:
+        """Find micro-batches that fit, where that is wanted, and what a step needs, before anything wraps the model."""
+        self.notes: list[str] = []  # said when training begins
+        if self.step == self.total_steps:
+            return
+        trial = Trial(self.accelerator, model, self._random_views, self.batches.share)
+        if self.arguments.find_batch_size:
+            if not resumed:
+                self._use_micro_batches(trial.find(self.arguments.gradient_accumulation_steps))
+            self.notes.append(trial.choice(self.arguments.gradient_accumulation_steps))
+        timed = not self.arguments.torch_compile  # which would compile for other shapes as well
+        estimate = trial.estimate(self.arguments.gradient_accumulation_steps, timed)
+        self.notes.append(f"expected: {estimate.line(self.total_steps - self.step)}")
+
+    def _use_micro_batches(self, steps: int) -> None:
+        self.arguments = replace(self.arguments, gradient_accumulation_steps=steps)
+
+    def _random_views(self, count: int) -> tuple[Tensor, Tensor]:
+        """Both views of so many images of noise."""
+        shape = (count, 1, self.side, self.side)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return self._views(images, np.arange(count), 0)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -219,6 +251,10 @@ class Pretrainer:
             self.watcher.resume(self.output / METRICS)
         rate, batch = self.arguments.base_learning_rate, self.arguments.batch_size
         print(f"learning rate: peak {self.peak:.6g} = base_learning_rate {rate:g} × batch {batch} / 256", flush=True)
+        if rest := self.batches.num_images % batch:
+            print(f"an epoch leaves out {rest} of {self.batches.num_images} images, other ones each time", flush=True)
+        for note in self.notes:
+            print(note, flush=True)
 
     def _run_epochs(self, bar: Any, signals: StopSignals) -> None:
         first_epoch, first_step = divmod(self.step, len(self.batches))
@@ -270,9 +306,7 @@ class Pretrainer:
         rate = learning_rate(self.step, self.peak, warmup, self.total_steps, arguments.final_learning_rate_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        draws = view_draws(arguments.seed, epoch, samples)
-        view_1, view_2 = self.augment(images.to(self.device, non_blocking=True), draws)
-        view_1, view_2 = (view.contiguous(memory_format=self.layout) for view in (view_1, view_2))
+        view_1, view_2 = self._views(images, samples, epoch)
         if arguments.gradient_accumulation_steps == 1:
             output = self.model(view_1=view_1, view_2=view_2)
             self._check_loss(output.loss, rate)
@@ -283,6 +317,12 @@ class Pretrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return output, view_1, rate
+
+    def _views(self, images: Tensor, samples: np.ndarray, epoch: int) -> tuple[Tensor, Tensor]:
+        """Both views of an epoch, [B, C, S, S] each on the device, of uint8 images [B, 1, S, S]."""
+        draws = view_draws(self.arguments.seed, epoch, samples)
+        view_1, view_2 = self.augment(images.to(self.device, non_blocking=True), draws)
+        return view_1.contiguous(memory_format=self.layout), view_2.contiguous(memory_format=self.layout)
 
     def _check_loss(self, loss: Tensor | None, rate: float) -> None:
         assert loss is not None
@@ -352,7 +392,7 @@ class Pretrainer:
     def _fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resume."""
         free = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps", "save_total_limit"}
-        free |= {"dataset", "cpu_threads", "torch_compile", "probe_dataset", "probe_steps"}
+        free |= {"dataset", "cpu_threads", "torch_compile", "probe_dataset", "probe_steps", "find_batch_size"}
         if not self.data_arguments.streaming:  # a stream's order depends on its readers
             free.add("num_workers")
         sections = self._settings() | {"run": {"num_processes": self.accelerator.num_processes}}
@@ -411,12 +451,8 @@ class Pretrainer:
         """
         return self.accelerator.is_main_process and self.checkpoints.mark_best(score, step)
 
-    def _resume(self) -> int:
-        """Load the newest whole checkpoint, of which the main process decides.
-
-        Returns:
-            Its step; 0 without any.
-        """
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint, of which the main process decides; None without any."""
         chosen: list[Checkpoint | ValueError | None] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -426,8 +462,17 @@ class Pretrainer:
         found = broadcast_object_list(chosen)[0]
         if isinstance(found, ValueError):
             raise found
-        if found is None:
-            return 0
+        if found is not None:
+            self._keep_micro_batches(found)
+        return found
+
+    def _keep_micro_batches(self, checkpoint: Checkpoint) -> None:
+        """With `find_batch_size` go on with as many as before; fewer than are asked for stay a difference."""
+        steps = self.arguments.gradient_accumulation_steps
+        if self.arguments.find_batch_size:
+            self._use_micro_batches(max(steps, checkpoint.fixed.get("training.gradient_accumulation_steps", steps)))
+
+    def _load(self, found: Checkpoint) -> None:
         weights = load_file(found.path / "model.safetensors", device="cpu")
         self.accelerator.unwrap_model(self.model).load_state_dict(weights)
         saved = torch.load(found.path / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -436,13 +481,13 @@ class Pretrainer:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         if self.accelerator.is_main_process:
             print(f"resuming {found.path} at step {found.step} of {self.total_steps}", flush=True)
-        return int(found.step)
 
     def _choose_checkpoint(self) -> Checkpoint | None:
         checkpoint = self.checkpoints.newest_whole()
         if checkpoint is None:
             logger.warning("%s has no checkpoint: starting from the beginning", self.output)
         else:
+            self._keep_micro_batches(checkpoint)
             checkpoint.check_same_run(self._fixed(), self._machine())
         return checkpoint
 

@@ -22,7 +22,10 @@ class ModelArguments:
     context_reduction: int | None = field(default=None, metadata={"help": "Two-layer channel gate C/reduction."})
     aggregation_size: int = field(default=4, metadata={"help": "Side of the grid on which the levels meet."})
     aggregation_channels: int = field(default=512, metadata={"help": "Channels of the compound representation."})
-    aggregation_resize: int | None = field(default=None, metadata={"help": "Interpolate the maps first (authors: 64)."})
+    aggregation_resize: int | None = field(
+        default=None,
+        metadata={"help": "Interpolate the maps first (authors: 64); on GPUs an error with --deterministic."},
+    )
     expander_dims: list[int] = field(
         default_factory=lambda: [2048, 2048, 2048], metadata={"help": "Widths of the expanders' linear layers."}
     )
@@ -97,7 +100,7 @@ class PretrainingArguments:
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of a process on the CPU; by default its share of the cores."}
     )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model.", "aliases": ["--compile"]})
     channels_last: bool = field(default=True, metadata={"help": "Memory layout; faster on most machines."})
     deterministic: bool = field(
         default=False, metadata={"help": "The same bits on GPUs, too: slower, and an error where that cannot be."}
@@ -106,6 +109,13 @@ class PretrainingArguments:
     save_total_limit: int = field(default=2, metadata={"help": "Newest checkpoints that are kept, besides the best."})
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Micro-batches of a process; the exact gradient, for one more forward pass."}
+    )
+    find_batch_size: bool = field(
+        default=False,
+        metadata={
+            "help": "Double gradient_accumulation_steps until a step fits into the memory; batch_size, and with it the "
+            "method, stays, but for batch normalisation, which works on micro-batches."
+        },
     )
     probe_steps: int = field(default=1000, metadata={"help": "Steps between probes, and one at the end."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between lines of metrics.jsonl."})

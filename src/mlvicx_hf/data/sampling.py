@@ -139,7 +139,8 @@ class EpochBatches(Sampler[list[int]]):
     """This process's share of every global batch of an epoch, in an order given by (seed, epoch) alone.
 
     Args:
-        num_images: images in the data set; those that do not fill the last batch wait for another epoch.
+        num_images: images in the data set; those that do not fill the last batch are left out of the epoch, so that
+            all batches are equally large. The order is another one in every epoch, hence also who is left out.
         batch_size: images of a global batch.
         seed: of the run.
         rank: of this process.
