@@ -21,6 +21,7 @@ from mlvicx_hf import MLVICXForImageClassification, MLVICXForPreTraining, MLVICX
 from mlvicx_hf.classification import (
     ClassificationArguments,
     ClassifierArguments,
+    LabelledImages,
     balanced_weights,
     finetune,
     load_classifier,
@@ -28,7 +29,8 @@ from mlvicx_hf.classification import (
 from mlvicx_hf.data.cache import load_cache
 from mlvicx_hf.data.split_files import read_split_file
 from mlvicx_hf.finetuning import BalancedTrainer, DataArguments, select_training
-from mlvicx_hf.linear_probe import LinearProbe
+from mlvicx_hf.linear_probe import FeatureStore, LinearProbe
+from mlvicx_hf.probing import encode
 
 FROZEN = ("--freeze_backbone", "--num_train_epochs", 8, "--learning_rate", 1e-2)
 SPLIT_OF = {0: "test", 1: "validation"}
@@ -190,6 +192,66 @@ def test_cached_features_change_nothing(frozen: Path, cache: Path, pretrained: P
     for row, again in zip(rows_of(frozen), rows_of(tmp_path / "run"), strict=True):
         for name in ("probability:disc", "probability:stripes"):
             assert float(row[name]) == pytest.approx(float(again[name]), abs=1e-4)
+
+
+def test_the_fast_probe_learns_as_the_trainer_does(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
+    words = ("--model", pretrained, "--dataset", cache, *FROZEN, "--num_train_epochs", 60, "--seed", 3)
+    slow, fast = (run(tmp_path / str(flag), *words, "--fast_probe", flag) for flag in (False, True))
+    assert not slow["hyperparameters"]["fast_probe"]
+    assert fast["hyperparameters"]["fast_probe"]
+    assert fast["test"]["auroc_macro"] == pytest.approx(slow["test"]["auroc_macro"], abs=0.02)
+    assert fast["test"]["auroc"]["stripes"] > 0.9
+    again = run(tmp_path / "again", *words, "--fast_probe", True)
+    assert again["test"] == fast["test"]
+    assert fast["epochs_trained"] - fast["best_epoch"] <= 10  # the patience
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "True").eval()
+    images = AutoImageProcessor.from_pretrained(tmp_path / "True")(load_cache(cache).datasets["test"]["image"][:])
+    with torch.no_grad():
+        probabilities = model(**images).logits.sigmoid()
+    written = [
+        [float(row[f"probability:{name}"]) for name in ("disc", "stripes")] for row in rows_of(tmp_path / "True")
+    ]
+    np.testing.assert_allclose(written, probabilities, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--freeze_backbone", "false"), "fast_probe found for a classifier that is not frozen"),
+        (("--cache_features", "false"), "fast_probe found"),
+        (("--gradient_accumulation_steps", 2), "gradient_accumulation_steps=2 found with fast_probe; expected 1"),
+    ],
+)
+def test_what_the_fast_probe_refuses(words: Any, message: str, cache: Path, pretrained: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, *FROZEN, "--fast_probe", True, *words)
+
+
+def test_a_store_encodes_every_image_once(cache: Path, pretrained: Path):
+    counts: list[int] = []
+    store = FeatureStore()
+    images = load_cache(cache)
+    arguments = ClassifierArguments(str(pretrained))
+    model, processor = load_classifier(arguments, images)
+    model.mlvicx.register_forward_hook(lambda module, inputs, output: counts.append(len(inputs[0])))
+    validation = LabelledImages(images.datasets["validation"], processor, False, "hash")
+    few = validation.rows(range(3))
+    device = torch.device("cpu")
+    some = store.encode(model.mlvicx, few, 2, device)
+    everything = store.encode(model.mlvicx, validation, 64, device)
+    assert counts == [2, 1, len(validation) - 3]
+    torch.testing.assert_close(everything["features"][:3], some["features"], rtol=0, atol=0)
+    plain = encode(model.mlvicx, validation)
+    torch.testing.assert_close(everything["features"], plain["features"])
+    torch.testing.assert_close(everything["labels"], plain["labels"], equal_nan=True)
+    store.encode(
+        model.mlvicx, LabelledImages(images.datasets["validation"], processor, False, "other data"), 64, device
+    )
+    assert sum(counts) == 2 * len(validation) + len(validation)
+    with torch.no_grad():
+        next(model.mlvicx.parameters()).mul_(1.5)  # another encoder
+    store.encode(model.mlvicx, few, 64, device)
+    assert sum(counts) == 3 * len(validation) + 3
 
 
 def test_folding_keeps_the_logits():

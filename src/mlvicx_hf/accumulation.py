@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .fitting import micro_batch
 from .modeling_mlvicx import MLVICXForPreTrainingOutput
 
 EMBEDDINGS = ("global_embeddings", "multi_level_embeddings")
@@ -43,12 +44,7 @@ def accumulate(
     Raises:
         ValueError: micro-batches that are unequal or smaller than two images.
     """
-    batch = len(view_1)
-    if batch % steps or batch // steps < 2:
-        raise ValueError(
-            f"gradient_accumulation_steps={steps} found for {batch} images of a process; expected a divisor that "
-            "leaves two images or more"
-        )
+    micro_batch(len(view_1), steps)
     pieces = list(zip(view_1.chunk(steps), view_2.chunk(steps), strict=True))
     with torch.no_grad(), _running_statistics_kept(model):
         parts = [model(view_1=one, view_2=two, return_loss=False) for one, two in pieces]

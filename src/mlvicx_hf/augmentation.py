@@ -138,9 +138,8 @@ class TwoViewAugmentation:
         x = self._warp(pixels, self.geometry(draw))
         x = self._jitter(x, draw)
         x = self._blur(x, draw, self.blur[view])
-        solarized = (draw["solarize"] < self.solarize[view]).to(x.device)[:, None, None, None]
-        x = torch.where(solarized & (x >= self.solarize_threshold), 1 - x, x)
-        return ((x - self.mean) / self.std).expand(-1, self.num_channels, -1, -1)
+        x = self._solarize(x, draw, self.solarize[view])
+        return x.sub_(self.mean).div_(self.std).expand(-1, self.num_channels, -1, -1)
 
     def geometry(self, draw: dict[str, Tensor]) -> Tensor:
         """Affine maps from view to image coordinates, both in [-1, 1]: [B, 2, 3]."""
@@ -160,8 +159,10 @@ class TwoViewAugmentation:
         return torch.stack([x_row, y_row], 1)
 
     def _warp(self, pixels: Tensor, geometry: Tensor) -> Tensor:
-        shape = [len(pixels), 1, self.image_size, self.image_size]
-        grid = F.affine_grid(geometry.to(pixels), shape, align_corners=False)
+        side = self.image_size
+        centers = (2 * torch.arange(side, device=pixels.device, dtype=pixels.dtype) + 1) / side - 1  # of the pixels
+        x, y, shift = geometry.to(pixels)[:, None, None].unbind(-1)  # [B, 1, 1, 2] each
+        grid = x * centers[:, None] + (y * centers[:, None, None] + shift)  # [B, S, S, 2], as F.affine_grid's
         return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     def _jitter(self, x: Tensor, draw: dict[str, Tensor]) -> Tensor:
@@ -170,18 +171,30 @@ class TwoViewAugmentation:
         contrast = torch.where(applied, 1 + self.contrast * _scale(draw["contrast"], -1, 1), 1.0)
         gain = (brightness * contrast).to(x)[:, None, None, None]
         offset = (brightness * (1 - contrast)).to(x)[:, None, None, None] * x.mean((1, 2, 3), keepdim=True)
-        return (x * gain + offset).clamp(0, 1)
+        return x.mul_(gain).add_(offset).clamp_(0, 1)
 
     def _blur(self, x: Tensor, draw: dict[str, Tensor], probability: float) -> Tensor:
         chosen = (draw["blur"] < probability).nonzero()[:, 0]  # on the CPU: no wait for the device
         if len(chosen) == 0:
             return x
-        sigma = _scale(draw["sigma"][chosen], *self.blur_sigma).to(x)[:, None, None]
-        place = torch.arange(self.image_size, device=x.device, dtype=x.dtype)
-        kernel = (-((place[:, None] - place) ** 2) / (2 * sigma**2)).exp()  # [b, S, S]: row i blurs onto pixel i
-        kernel = kernel / kernel.sum(2, keepdim=True)
+        sigma = _scale(draw["sigma"][chosen], *self.blur_sigma).to(x)[:, None]
+        radius = min(math.ceil(4 * self.blur_sigma[1]), self.image_size - 1)
+        place = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+        kernel = (-(place**2) / (2 * sigma**2)).exp()  # [b, K]
+        kernel = (kernel / kernel.sum(1, keepdim=True))[:, None, None]  # [b, 1, 1, K]
         chosen = chosen.to(x.device)
-        return x.index_copy(0, chosen, (kernel @ x[chosen, 0] @ kernel.mT)[:, None])
+        blurred = F.pad(x[chosen, 0][None], (radius,) * 4, mode="reflect")  # [1, b, S + 2R, S + 2R]
+        for one in (kernel, kernel.mT):  # along the rows, then along the columns
+            blurred = F.conv2d(blurred, one, groups=len(chosen))
+        return x.index_copy_(0, chosen, blurred[0][:, None])
+
+    def _solarize(self, x: Tensor, draw: dict[str, Tensor], probability: float) -> Tensor:
+        chosen = (draw["solarize"] < probability).nonzero()[:, 0]
+        if len(chosen) == 0:
+            return x
+        chosen = chosen.to(x.device)
+        some = x[chosen]
+        return x.index_copy_(0, chosen, torch.where(some >= self.solarize_threshold, 1 - some, some))
 
 
 def _scale(draw: Tensor, low: float, high: float) -> Tensor:

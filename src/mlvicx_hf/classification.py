@@ -6,7 +6,7 @@ import csv
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.special import softmax
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import set_seed
 
 from .data.cache import Cache, load_cache
@@ -39,7 +39,7 @@ from .finetuning import (
     used_images,
 )
 from .image_processing_mlvicx import MLVICXImageProcessor
-from .linear_probe import LinearProbe, prepare_probe
+from .linear_probe import FeatureStore, LinearProbe, ProbeTrainer, prepare_probe
 from .metrics import Accuracy, MultiLabelAUROC, youden_thresholds
 from .modeling_mlvicx import MLVICXForImageClassification
 from .provenance import new_file, write_json
@@ -53,6 +53,9 @@ class ClassifierArguments(ModelArguments):
 
     cache_features: bool = field(
         default=True, metadata={"help": "Frozen: encode every image once instead of once an epoch."}
+    )
+    fast_probe: bool = field(
+        default=False, metadata={"help": "Frozen, with cache_features: a plain loop in place of the Trainer."}
     )
     positive_weights: str = field(
         default="none", metadata={"help": "none, or balanced: negatives over positives of each label in training."}
@@ -79,10 +82,23 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
         images: split of a cache.
         processor: of the model.
         exclusive: labels are one class an image: its index instead of the vector.
+        data_hash: of the cache.
     """
 
-    def __init__(self, images: Any, processor: MLVICXImageProcessor, exclusive: bool) -> None:
-        self.images, self.processor, self.exclusive = images, processor, exclusive
+    def __init__(self, images: Any, processor: MLVICXImageProcessor, exclusive: bool, data_hash: str = "") -> None:
+        self.images, self.processor, self.exclusive, self.data_hash = images, processor, exclusive, data_hash
+        self.names: list[str] = images["source"][:]
+        self.key = f"{data_hash} {processor.to_json_string()}"
+
+    @property
+    def labels(self) -> Tensor:
+        """[N, L], or class indices [N]."""
+        labels = torch.tensor(self.images["labels"][:], dtype=torch.float32)
+        return labels.argmax(1) if self.exclusive else labels
+
+    def rows(self, indices: Sequence[int]) -> LabelledImages:
+        """Some of the images."""
+        return LabelledImages(self.images.select(indices), self.processor, self.exclusive, self.data_hash)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -191,9 +207,18 @@ def choose_thresholds(cache: Cache, logits: np.ndarray, labels: np.ndarray) -> d
 
 
 def finetune(
-    model_arguments: ClassifierArguments, data_arguments: DataArguments, arguments: ClassificationArguments
+    model_arguments: ClassifierArguments,
+    data_arguments: DataArguments,
+    arguments: ClassificationArguments,
+    store: FeatureStore | None = None,
 ) -> dict[str, Any]:
     """Train a classifier, restore its best epoch, test it once, and write model and `results.json`.
+
+    Args:
+        model_arguments: which model, and what of it is trained.
+        data_arguments: on which images.
+        arguments: how.
+        store: features of a frozen encoder that several runs share.
 
     Returns:
         The content of `results.json`.
@@ -206,6 +231,8 @@ def finetune(
     if model_arguments.positive_weights not in ("none", "balanced"):
         raise ValueError(f"positive_weights={model_arguments.positive_weights!r} found; expected none or balanced")
     frozen = model_arguments.freeze_backbone
+    if model_arguments.fast_probe and not (frozen and model_arguments.cache_features):
+        raise ValueError("fast_probe found for a classifier that is not frozen; expected freeze_backbone as well")
     if arguments.learning_rate is None:
         arguments.learning_rate = 1e-3 if frozen else 1e-4
     cache = load_labelled_cache(data_arguments.dataset, data_arguments.allow_leak)
@@ -213,16 +240,22 @@ def finetune(
     set_seed(arguments.seed)
     model, processor = load_classifier(model_arguments, cache)
     splits: Mapping[str, Dataset[Any]] = {
-        split: LabelledImages(cache.datasets[split], processor, cache.exclusive) for split in SPLITS
+        split: LabelledImages(cache.datasets[split], processor, cache.exclusive, cache.manifest["data_hash"])
+        for split in SPLITS
     }
     trained: nn.Module = model
     if frozen:
         batch = arguments.per_device_eval_batch_size
-        trained, splits = prepare_probe(model, splits, model_arguments.cache_features, batch, arguments.device)
+        trained, splits = prepare_probe(model, splits, model_arguments.cache_features, batch, arguments.device, store)
     scorer = Scorer(cache.label_names, cache.exclusive)
     arguments.output_dir = str(output / "trainer")
     patients = cache.datasets["train"]["patient_id"][:] if data_arguments.patient_balanced else None
-    trainer = train(trained, splits, arguments, scorer.for_trainer, patients)
+    trainer: Trainer | ProbeTrainer
+    if model_arguments.fast_probe and isinstance(trained, LinearProbe):
+        trainer = ProbeTrainer(trained, splits, arguments, scorer.for_trainer, patients)
+        trainer.train()
+    else:
+        trainer = train(trained, splits, arguments, scorer.for_trainer, patients)
     (chosen, chosen_labels), (logits, labels) = (
         (np.asarray(done.predictions), np.asarray(done.label_ids))
         for done in (trainer.predict(splits[split]) for split in ("validation", "test"))
@@ -238,10 +271,11 @@ def finetune(
         "validation": scorer(chosen, chosen_labels),
         "test": scorer(logits, labels) | {"subgroups": views},
         "thresholds": thresholds,
-    } | describe(cache, model_arguments, data_arguments, arguments, trainer)
+    } | describe(cache, model_arguments, data_arguments, arguments, trainer.state)
     results["hyperparameters"] |= {
         "positive_weights": model_arguments.positive_weights,
         "cache_features": frozen and model_arguments.cache_features,
+        "fast_probe": model_arguments.fast_probe,
     }
     if trainer.is_world_process_zero():
         model.save_pretrained(output)

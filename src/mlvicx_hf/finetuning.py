@@ -27,6 +27,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -284,16 +285,16 @@ def describe(
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     arguments: FinetuningArguments,
-    trainer: Trainer,
+    state: TrainerState,
 ) -> dict[str, Any]:
     """Which model, split, seed, data, code and machine made a result."""
     counts = {
         split: {"images": len(images), "patients": len(set(images["patient_id"]))}
         for split, images in cache.datasets.items()
     }
-    best = trainer.state.best_global_step
+    best = state.best_global_step
     score = f"eval_{arguments.metric_for_best_model}"
-    epochs = {int(row["step"]): row["epoch"] for row in trainer.state.log_history if score in row}
+    epochs = {int(row["step"]): row["epoch"] for row in state.log_history if score in row}
     return {
         "protocol": "frozen" if model_arguments.freeze_backbone else "finetuned",
         "model": model_arguments.model,
@@ -319,7 +320,7 @@ def describe(
             "patience": arguments.patience,
             "patient_balanced": data_arguments.patient_balanced,
         },
-        "epochs_trained": trainer.state.epoch,
+        "epochs_trained": state.epoch,
         "best_epoch": epochs.get(best or -1),
         "hardware": describe_hardware(arguments.device, arguments.world_size),
         "code": code_version(),

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+from transformers import EvalPrediction, Trainer, TrainerState, get_scheduler
+from transformers.trainer_utils import PredictionOutput
 
+from .data.sampling import PatientBalancedSampler
+from .finetuning import FinetuningArguments
 from .modeling_mlvicx import MLVICXForImageClassification
 from .probing import encode
+from .progress import progress_bar
 
 
 class LinearProbe(nn.Module):
@@ -62,12 +70,60 @@ class LinearProbe(nn.Module):
         self.classifier.bias.sub_(self.classifier.weight @ self.mean)
 
 
+class FeatureStore:
+    """Features of images by encoder and image, so that the runs of a grid encode every image once.
+
+    They stay in memory: 2 kB an image with ResNet-18.
+    """
+
+    def __init__(self) -> None:
+        self.encoders: dict[str, dict[str, Tensor]] = {}
+
+    def encode(
+        self, encoder: nn.Module, images: LabelledFeatureSource, batch_size: int, device: torch.device
+    ) -> dict[str, Tensor]:
+        """As `probing.encode`, for images that tell their names and can be asked for some of their rows.
+
+        Args:
+            encoder: on that device.
+            images: with `key` (data and preparation), `names`, `labels` and `rows(indices)`.
+            batch_size: images encoded at a time.
+            device: of the encoder.
+        """
+        known = self.encoders.setdefault(f"{_hash_of(encoder)} {images.key}", {})
+        lacking = [row for row, name in enumerate(images.names) if name not in known]
+        if lacking:
+            found = encode(encoder, images.rows(lacking), batch_size, device)["features"]
+            known.update(zip((images.names[row] for row in lacking), found, strict=True))
+        return {"features": torch.stack([known[name] for name in images.names]), "labels": images.labels}
+
+
+class LabelledFeatureSource(Protocol):
+    """What a `FeatureStore` asks of a data set."""
+
+    key: str
+    names: Sequence[str]
+    labels: Tensor
+
+    def rows(self, indices: Sequence[int]) -> Dataset[dict[str, Tensor]]:
+        """Some of the images."""
+
+
+def _hash_of(encoder: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def prepare_probe(
     model: MLVICXForImageClassification,
     splits: Mapping[str, Dataset[Any]],
     cache_features: bool,
     batch_size: int,
     device: torch.device,
+    store: FeatureStore | None = None,
 ) -> tuple[LinearProbe, Mapping[str, Dataset[Any]]]:
     """The probe of the frozen protocol, and its data: features computed once, or the images themselves.
 
@@ -77,11 +133,13 @@ def prepare_probe(
         cache_features: whether the features are computed once.
         batch_size: images encoded at a time.
         device: on which they are.
+        store: of features that other runs have computed or will want.
     """
     wanted = splits if cache_features else ("train",)
     encoder: nn.Module = model.mlvicx
     encoder.to(device)
-    encoded = {split: encode(encoder, splits[split], batch_size, device) for split in wanted}
+    how: Callable[..., dict[str, Tensor]] = encode if store is None else store.encode
+    encoded = {split: how(encoder, splits[split], batch_size, device) for split in wanted}
     probe = LinearProbe(model, encoded["train"]["features"], encode=not cache_features)
     if not cache_features:
         return probe, splits
@@ -100,3 +158,121 @@ class _Features(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         features, labels = self.rows[index]
         return {"features": features, "labels": labels}
+
+
+class ProbeTrainer:
+    """`finetuning.train` for a probe on features in memory, without what a step of the Trainer costs.
+
+    Optimiser, schedule, batches, clipping and early stopping are the Trainer's; the order of the images is another one.
+
+    Args:
+        probe: trained in place.
+        splits: "train" and "validation", from `prepare_probe`.
+        arguments: of the Trainer.
+        compute_metrics: scores of the validation split, `metric_for_best_model` among them.
+        patients: patient of each training image, to draw all of them equally often.
+
+    Raises:
+        ValueError: arguments that it does not follow.
+    """
+
+    def __init__(
+        self,
+        probe: LinearProbe,
+        splits: Mapping[str, Dataset[Any]],
+        arguments: FinetuningArguments,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+        patients: Sequence[str] | None = None,
+    ) -> None:
+        for name, expected in {"gradient_accumulation_steps": 1, "max_steps": -1, "bf16": False, "fp16": False}.items():
+            if getattr(arguments, name) != expected:
+                raise ValueError(f"{name}={getattr(arguments, name)} found with fast_probe; expected {expected}")
+        self.probe, self.splits, self.arguments = probe, splits, arguments
+        self.compute_metrics, self.patients = compute_metrics, patients
+        self.state = TrainerState()
+        self.device = arguments.device
+
+    def train(self) -> None:
+        """Train, and restore the best epoch."""
+        arguments = self.arguments
+        features, labels = self._tensors(self.splits["train"])
+        total = math.ceil(arguments.num_train_epochs * -(-len(labels) // arguments.train_batch_size))
+        self.probe.to(self.device)
+        optimizer, scheduler = self._optimizer(total)
+        best: dict[str, Tensor] = {}
+        with progress_bar(math.ceil(arguments.num_train_epochs), "training", "epoch") as bar:
+            for epoch, order in enumerate(self._orders(len(labels))):
+                for rows in order.split(arguments.train_batch_size)[: total - self.state.global_step]:
+                    self._step(features[rows], labels[rows], optimizer)
+                    scheduler.step()
+                    self.state.global_step += 1
+                if self._is_best(epoch + 1):
+                    best = {name: value.clone() for name, value in self.probe.state_dict().items()}
+                bar.update()
+                if epoch + 1 - self._best_epoch >= arguments.patience or self.state.global_step == total:
+                    break
+        self.probe.load_state_dict(best)
+
+    def predict(self, images: Dataset[Any]) -> PredictionOutput:
+        """Logits and labels of features in memory."""
+        features, labels = self._tensors(images)
+        self.probe.eval()
+        with torch.no_grad():
+            logits = self.probe(features)["logits"]
+        self.probe.train()
+        return PredictionOutput(logits.cpu().numpy(), labels.cpu().numpy(), {})
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes the results."""
+        return self.arguments.process_index == 0
+
+    def _tensors(self, images: Any) -> tuple[Tensor, Tensor]:
+        features, labels = images.rows.tensors
+        return features.to(self.device), labels.to(self.device)
+
+    def _orders(self, images: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.arguments.seed)
+        balanced = None if self.patients is None else PatientBalancedSampler(self.patients, self.arguments.seed)
+        for epoch in itertools.count():
+            if balanced is None:
+                yield torch.randperm(images, generator=generator)
+            else:
+                balanced.set_epoch(epoch)
+                yield torch.tensor(list(balanced))
+
+    def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        arguments, layer = self.arguments, self.probe.classifier
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        groups = [
+            {"params": [layer.weight], "weight_decay": arguments.weight_decay},
+            {"params": [layer.bias], "weight_decay": 0.0},
+        ]
+        optimizer = kind(groups, **options)
+        scheduler = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            arguments.get_warmup_steps(total),
+            total,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+        return optimizer, scheduler
+
+    def _step(self, features: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        self.probe(features, labels=labels)["loss"].backward()
+        if self.arguments.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.probe.classifier.parameters(), self.arguments.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _is_best(self, epoch: int) -> bool:
+        """Score the validation split after an epoch; whether no epoch before was as good."""
+        done = self.predict(self.splits["validation"])
+        metric = str(self.arguments.metric_for_best_model)
+        score = self.compute_metrics(EvalPrediction(done.predictions, done.label_ids))[metric]  # type: ignore[arg-type]
+        self.state.epoch = float(epoch)
+        row = {"step": self.state.global_step, "epoch": float(epoch), f"eval_{metric}": score}
+        self.state.log_history.append(row)
+        better = self.state.best_metric is None or score > self.state.best_metric
+        if better:
+            self.state.best_metric, self.state.best_global_step, self._best_epoch = score, self.state.global_step, epoch
+        return better

@@ -249,7 +249,7 @@ def finetune(
         "image_size": processor.image_size,
         "empty_mask_convention": EMPTY_MASKS,
         **scores,
-    } | describe(cache, model_arguments, data_arguments, arguments, trainer)
+    } | describe(cache, model_arguments, data_arguments, arguments, trainer.state)
     results["hyperparameters"] |= {
         "augment": data_arguments.augment,
         "metric_for_best_model": arguments.metric_for_best_model,

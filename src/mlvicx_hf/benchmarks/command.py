@@ -111,7 +111,7 @@ def _possible_candidates(setting: Setting) -> tuple[str, ...]:
         left_out["authors"] = "their code knows ResNets only"
     for name, why in left_out.items():
         print(f"step: {name} is left out: {why}")
-    return tuple(name for name in CANDIDATES if name not in left_out)
+    return tuple(name for name in CANDIDATES if name.removesuffix("_kept") not in left_out)
 
 
 def _between(values: Spread, form: str = ".3g") -> str:
@@ -120,17 +120,16 @@ def _between(values: Spread, form: str = ".3g") -> str:
 
 def _print_step(rows: dict[str, Any], setting: Setting) -> None:
     for name, row in rows.items():
-        work = f", {row['gigaflops']:.1f} GFLOP an image" if "gigaflops" in row else ""
-        print(
-            f"step, batch {setting.batch_size}, {name}: {_between(row['seconds'])} s, "
-            f"{row['ratio']:.3f} of bare{work}, "
-            f"{row['memory_bytes'] / 2**30:.2f} GiB, {row['memory_ratio']:.2f} of bare"
-        )
-    ratio = rows.get("authors", {}).get("ratio")
-    if ratio is not None:
-        print(
-            ", ".join(f"authors' order / {name}: {ratio / rows[name]['ratio']:.2f}" for name in ("eager", "compiled"))
-        )
+        parts = [f"step, batch {setting.batch_size}, {name}: {_between(row['seconds'])} s, {row['ratio']:.3f} of bare"]
+        if "gigaflops" in row:
+            parts.append(f"{row['gigaflops']:.1f} GFLOP an image")
+        if "memory_bytes" in row:
+            parts.append(f"{row['memory_bytes'] / 2**30:.2f} GiB, {row['memory_ratio']:.2f} of bare")
+        print(", ".join(parts))
+    for theirs in ("authors", "authors_kept"):
+        if theirs in rows:
+            ratios = (f"{rows[theirs]['ratio'] / rows[ours]['ratio']:.2f} ({ours})" for ours in ("eager", "compiled"))
+            print(f"step, {theirs} over ours: {', '.join(ratios)}")
 
 
 def _print_views(row: dict[str, Any], setting: Setting) -> None:
