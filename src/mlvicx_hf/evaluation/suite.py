@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -182,7 +183,7 @@ def run_suite(cells: Sequence[Cell], output: Path, keep_models: bool = False) ->
                 failed.append(cell)
                 with new_file(error) as temporary:
                     temporary.write_text(traceback.format_exc(), encoding="utf-8")
-                bar.write(f"failed: {cell.path}, see {error}")
+                bar.write(f"failed: {cell.path}, see {error}", file=sys.stderr)
             bar.update()
     return failed
 
