@@ -79,7 +79,7 @@ def test_a_healthy_run_is_not_warned_of(images: torch.Tensor, values: dict[str, 
 
 
 def test_a_collapse_is_named_within_a_few_dozen_steps(images: torch.Tensor):
-    _, warnings = train(images, 40, variance_weight=0.0, covariance_weight=0.0)
+    _, warnings = train(images, 80, variance_weight=0.0, covariance_weight=0.0)
     for name in ("global", "multi-level"):
         found = [(step, text) for step, text in warnings if f"the {name} embeddings collapse to a point" in text]
         assert len(found) == 1  # once, however often it is seen
