@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.multiprocessing as mp
 from PIL import Image, ImageDraw
 
 from mlvicx_hf import MLVICXConfig
@@ -50,6 +53,21 @@ def run_python(*words: object, timeout: float = 240, **more: str) -> subprocess.
 def run_script(name: str, *words: object, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run one of the scripts."""
     return run_python(ROOT / "scripts" / name, *words, **more)
+
+
+def in_two_processes(process: Callable[[int, str], None], folder: Path) -> None:
+    """Run `process(rank, folder)` in two processes of one thread, which Accelerate joins by gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_join, (process, str(folder), port), nprocs=2)
+
+
+def _join(rank: int, process: Callable[[int, str], None], folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process(rank, folder)
 
 
 def assert_users_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:

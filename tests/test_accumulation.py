@@ -1,17 +1,14 @@
 """Micro-batches that give the exact gradient of the whole batch, in one process and in two."""
 
 import copy
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import tiny_config
+from helpers import in_two_processes, tiny_config
 from torch import Tensor, nn
 
 from mlvicx_hf import MLVICXForPreTraining
@@ -85,11 +82,8 @@ def test_unequal_or_tiny_micro_batches_are_refused(steps: int):
         accumulate(Accelerator(cpu=True), model(), *views(), steps)
 
 
-def process(rank: int, folder: str, port: int) -> None:
+def process(rank: int, folder: str) -> None:
     """Half of the batch, in three micro-batches."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     network = accelerator.prepare(model().eval())
@@ -103,10 +97,7 @@ def process(rank: int, folder: str, port: int) -> None:
 
 @pytest.mark.slow
 def test_two_processes_with_micro_batches_equal_one_without(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(process, (str(tmp_path), port), nprocs=2)
+    in_two_processes(process, tmp_path)
     whole = model().eval()
     loss = whole(*views()).loss
     loss.backward()

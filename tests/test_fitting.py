@@ -1,10 +1,8 @@
 """Micro-batches that fit into the memory, what a step needs, and that looking for it leaves no trace."""
 
 import json
-import os
 import re
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +11,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import tiny_config, unlabelled_cache
+from helpers import in_two_processes, tiny_config, unlabelled_cache
 from torch import Tensor, nn
 
 from mlvicx_hf import MLVICXForPreTraining
@@ -141,11 +138,8 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     assert tried.find(1) > 1
 
 
-def process(rank: int, folder: str, port: int) -> None:
+def process(rank: int, folder: str) -> None:
     """First 8 images fit into the memory of process 0 and 4 into that of process 1, then 1 image."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     tried = trial()
     assert tried.accelerator.num_processes == 2
     if rank == 0:  # alone: nothing waits for the other process
@@ -162,10 +156,7 @@ def process(rank: int, folder: str, port: int) -> None:
 
 @pytest.mark.slow
 def test_all_processes_take_the_most_of_any(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(process, (str(tmp_path), port), nprocs=2)
+    in_two_processes(process, tmp_path)
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["4", "4"]
 
 

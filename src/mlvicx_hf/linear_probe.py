@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -110,11 +111,8 @@ class LabelledFeatureSource(Protocol):
 
 
 def _hash_of(encoder: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
 
 
 def prepare_probe(

@@ -8,7 +8,6 @@ folder that is there as a whole or not at all, so a grid that was killed goes on
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import sys
@@ -23,6 +22,7 @@ import yaml
 
 from .. import classification, segmentation
 from ..finetuning import DataArguments, ModelArguments, parse_arguments
+from ..integrity_mlvicx import sha256
 from ..linear_probe import FeatureStore
 from ..metrics import NOT_SCORED
 from ..progress import progress_bar
@@ -109,6 +109,9 @@ def read_suite(path: Path) -> list[Cell]:
     protocols = suite.get("protocols", list(PROTOCOLS))
     if not set(protocols) <= set(PROTOCOLS):
         raise ValueError(f"{path}: protocols {protocols} found; expected some of {', '.join(PROTOCOLS)}")
+    for task, about in suite["tasks"].items():
+        if about.get("kind") not in KINDS or "dataset" not in about:
+            raise ValueError(f"{path}: task {task} {about} found; expected a kind ({' or '.join(KINDS)}) and a dataset")
     axes = (
         suite["tasks"].items(),
         [(name, *member) for name, entry in suite["models"].items() for member in _members(path, name, entry)],
@@ -117,9 +120,8 @@ def read_suite(path: Path) -> list[Cell]:
         suite.get("seeds", [0]),
     )
     cells = []
-    for (task, about), (name, number, weights, architecture), protocol, fraction, seed in itertools.product(*axes):
-        if about.get("kind") not in KINDS or "dataset" not in about:
-            raise ValueError(f"{path}: task {task} {about} found; expected a kind ({' or '.join(KINDS)}) and a dataset")
+    for (task, about), member, protocol, fraction, seed in itertools.product(*axes):
+        name, number, weights, architecture, digest = member
         options = suite.get(about["kind"], {}) | {k: v for k, v in about.items() if k not in ("kind", "dataset")}
         cells.append(
             Cell(
@@ -134,26 +136,23 @@ def read_suite(path: Path) -> list[Cell]:
                 label_fraction=float(fraction),
                 seed=int(seed),
                 options=options,
-                weights_hash=_hash_of_weights(weights),
+                weights_hash=digest,
             )
         )
     return cells
 
 
-def _members(path: Path, name: str, entry: Any) -> list[tuple[int, str, str | None]]:
-    """Number, weights and architecture of a model's entry."""
+def _members(path: Path, name: str, entry: Any) -> list[tuple[int, str, str | None, str | None]]:
+    """Number, weights, architecture and hash of the weights of a model's entry."""
     if isinstance(entry, dict):
         if set(entry) != {"random"}:
             raise ValueError(f"{path}: model {name} {entry} found; expected a folder, a list, or {{random: FOLDER}}")
-        return [(0, "random", str(entry["random"]))]
-    return [
-        (number, str(weights), None) for number, weights in enumerate(entry if isinstance(entry, list) else [entry])
-    ]
-
-
-def _hash_of_weights(weights: str) -> str | None:
-    file = Path(weights, "model.safetensors")
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        return [(0, "random", str(entry["random"]), None)]
+    members: list[tuple[int, str, str | None, str | None]] = []
+    for number, weights in enumerate(entry if isinstance(entry, list) else [entry]):
+        file = Path(weights, "model.safetensors")
+        members.append((number, str(weights), None, sha256(file) if file.is_file() else None))
+    return members
 
 
 def run_suite(cells: Sequence[Cell], output: Path, keep_models: bool = False) -> list[Cell]:
