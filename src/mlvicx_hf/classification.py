@@ -6,7 +6,7 @@ import csv
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer
@@ -35,12 +35,13 @@ from .finetuning import (
     score_subgroups,
     select_training,
     start_run,
+    subgroups,
     train,
     used_images,
 )
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .linear_probe import FeatureStore, LinearProbe, ProbeTrainer, prepare_probe
-from .metrics import Accuracy, MultiLabelAUROC, youden_thresholds
+from .metrics import Accuracy, MultiLabelAUPRC, MultiLabelAUROC, score_decisions, youden_thresholds
 from .modeling_mlvicx import MLVICXForImageClassification
 from .provenance import new_file, write_json
 
@@ -172,18 +173,20 @@ class Scorer:
 
     def __init__(self, label_names: tuple[str, ...], exclusive: bool) -> None:
         self.names, self.exclusive = list(label_names), exclusive
-        self.auroc, self.accuracy = MultiLabelAUROC(), Accuracy()
+        self.auroc, self.auprc, self.accuracy = MultiLabelAUROC(), MultiLabelAUPRC(), Accuracy()
 
     def __call__(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """`auroc_macro`, `auroc` by label, `num_scored_labels`, `accuracy`.
+        """`auroc_macro`, `auroc` by label, `num_scored_labels`, `auprc_macro`, `auprc` by label, `accuracy`.
 
         Exclusive classes are scored one against the rest by their probability, as `write_predictions` writes it.
         """
         table = np.eye(len(self.names))[labels.astype(int)] if self.exclusive else labels
         scores = softmax(logits.astype(np.float64), axis=1) if self.exclusive else logits.astype(np.float64)
         rows = {"predictions": scores, "references": table.astype(np.float64)}
-        return self.auroc.compute(**rows, label_names=self.names) | self.accuracy.compute(
-            **rows, label_names=self.names, exclusive=self.exclusive
+        return (
+            self.auroc.compute(**rows, label_names=self.names)
+            | self.auprc.compute(**rows, label_names=self.names)
+            | self.accuracy.compute(**rows, label_names=self.names, exclusive=self.exclusive)
         )
 
     def for_trainer(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -244,32 +247,39 @@ def finetune(
         for split in SPLITS
     }
     trained: nn.Module = model
+    prepare: Callable[[Dataset[Any]], Dataset[Any]] = lambda images: images
     if frozen:
         batch = arguments.per_device_eval_batch_size
-        trained, splits = prepare_probe(model, splits, model_arguments.cache_features, batch, arguments.device, store)
+        trained, prepare = prepare_probe(
+            model, splits["train"], model_arguments.cache_features, batch, arguments.device, store
+        )
+    chosen_on = {split: prepare(splits[split]) for split in ("train", "validation")}
     scorer = Scorer(cache.label_names, cache.exclusive)
     arguments.output_dir = str(output / "trainer")
     patients = cache.datasets["train"]["patient_id"][:] if data_arguments.patient_balanced else None
     trainer: Trainer | ProbeTrainer
     if model_arguments.fast_probe and isinstance(trained, LinearProbe):
-        trainer = ProbeTrainer(trained, splits, arguments, scorer.for_trainer, patients)
+        trainer = ProbeTrainer(trained, chosen_on, arguments, scorer.for_trainer, patients)
         trainer.train()
     else:
-        trainer = train(trained, splits, arguments, scorer.for_trainer, patients)
-    (chosen, chosen_labels), (logits, labels) = (
-        (np.asarray(done.predictions), np.asarray(done.label_ids))
-        for done in (trainer.predict(splits[split]) for split in ("validation", "test"))
-    )
-    if isinstance(trained, LinearProbe):
-        trained.fold()
+        trainer = train(trained, chosen_on, arguments, scorer.for_trainer, patients)
+    chosen, chosen_labels = _predict(trainer, chosen_on["validation"])
     thresholds = choose_thresholds(cache, chosen, chosen_labels)
     model.config.decision_thresholds = thresholds
-    views = score_subgroups(cache.datasets["test"], lambda rows: scorer(logits[rows], labels[rows]))
+    # Everything is chosen. Only now is the test split looked at, once.
+    logits, labels = _predict(trainer, prepare(splits["test"]))
+    if isinstance(trained, LinearProbe):
+        trained.fold()
+    test = scorer(logits, labels)
+    if thresholds is not None:
+        probabilities = expit(logits.astype(np.float64))
+        test["decisions"] = score_decisions(probabilities, labels, thresholds["values"])
+    groups = score_subgroups(cache.datasets["test"], lambda rows: scorer(logits[rows], labels[rows]))
     results = {
         "task": "classification",
         "labels": list(cache.label_names),
         "validation": scorer(chosen, chosen_labels),
-        "test": scorer(logits, labels) | {"subgroups": views},
+        "test": test | {"subgroups": groups},
         "thresholds": thresholds,
     } | describe(cache, model_arguments, data_arguments, arguments, trainer.state)
     results["hyperparameters"] |= {
@@ -287,19 +297,26 @@ def finetune(
     return results
 
 
+def _predict(trainer: Trainer | ProbeTrainer, images: Dataset[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of a split."""
+    done = trainer.predict(images)
+    return np.asarray(done.predictions), np.asarray(done.label_ids)
+
+
 def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:
-    """One row a test image: source, patient, and for every label its truth and its probability."""
+    """One row a test image: source, patient, view, sex, age band, and of every label its truth and its probability."""
     scores = torch.from_numpy(np.asarray(logits)).double()
     probabilities = scores.softmax(1) if cache.exclusive else scores.sigmoid()
     test = cache.datasets["test"]
     columns = [f"{kind}:{name}" for kind in ("label", "probability") for name in cache.label_names]
+    groups = subgroups(test)
     with new_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["source", "patient_id", *columns])
-        rows = zip(test["source"], test["patient_id"], test["labels"], probabilities.tolist(), strict=True)
-        for source, patient, labels, row in rows:
+        writer.writerow(["source", "patient_id", *groups, *columns])
+        about = zip(test["source"], test["patient_id"], *groups.values(), strict=True)
+        for facts, labels, row in zip(about, test["labels"], probabilities.tolist(), strict=True):
             known = ["" if value != value else int(value) for value in labels]
-            writer.writerow([source, patient, *known, *(f"{value:.10g}" for value in row)])
+            writer.writerow([*facts, *known, *(f"{value:.10g}" for value in row)])
 
 
 def main() -> None:

@@ -48,6 +48,8 @@ from .recipes import load_recipe, recipe_names
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+AGE_BANDS = ("0-17", "18-39", "40-64", "65+")
+AGE_LIMITS = (18, 40, 65)  # years at which the next band begins
 
 
 @dataclass
@@ -327,25 +329,44 @@ def describe(
     }
 
 
+def subgroups(images: Any) -> dict[str, np.ndarray]:
+    """View, sex and age band of every image of a split, [N] names each; "" where they are unknown."""
+    ages = np.array(images["age"], dtype=np.float64)
+    known = ~np.isnan(ages)
+    bands = np.full(len(ages), "", dtype=object)
+    bands[known] = np.array(AGE_BANDS, dtype=object)[np.searchsorted(AGE_LIMITS, ages[known], side="right")]
+    columns = {kind: np.array(images[kind], dtype=object) for kind in ("view", "sex")}
+    return columns | {"age": bands}
+
+
 def score_subgroups(images: Any, score: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
-    """Scores of the images of each view, where there is more than one.
+    """Scores of the images of each view, sex and age band, where there is more than one.
 
     Args:
         images: split of a cache.
         score: of some of its rows.
 
     Returns:
-        {"view": {"PA": {"images", "patients", …scores}}}; empty with a single view.
+        {"view": {"PA": {"images", "patients", …scores}}, …}; without the kinds that have a single group. Images of
+        which it is unknown are in none.
     """
-    views, patients = np.array(images["view"]), np.array(images["patient_id"])
-    found = sorted(set(views.tolist()))
-    if len(found) < 2:
-        return {}
-    groups = {}
-    for view in found:
-        rows = np.flatnonzero(views == view)
-        groups[view] = {"images": len(rows), "patients": len(set(patients[rows].tolist()))} | score(rows)
-    return {"view": groups}
+    patients = np.array(images["patient_id"])
+    found = {}
+    for kind, names in subgroups(images).items():
+        present = sorted(set(names.tolist()) - {""}, key=_place)
+        if len(present) < 2:
+            continue
+        found[kind] = {}
+        for name in present:
+            rows = np.flatnonzero(names == name)
+            counts = {"images": len(rows), "patients": len(set(patients[rows].tolist()))}
+            found[kind][name] = counts | score(rows)
+    return found
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Age bands in their order, other names by the alphabet."""
+    return (AGE_BANDS.index(name) if name in AGE_BANDS else 0), name
 
 
 def parse_arguments(kind: str, sections: Sequence[type], words: list[str] | None = None) -> tuple[Any, ...]:

@@ -117,31 +117,38 @@ def _hash_of(encoder: nn.Module) -> str:
 
 def prepare_probe(
     model: MLVICXForImageClassification,
-    splits: Mapping[str, Dataset[Any]],
+    training: Dataset[Any],
     cache_features: bool,
     batch_size: int,
     device: torch.device,
     store: FeatureStore | None = None,
-) -> tuple[LinearProbe, Mapping[str, Dataset[Any]]]:
-    """The probe of the frozen protocol, and its data: features computed once, or the images themselves.
+) -> tuple[LinearProbe, Callable[[Dataset[Any]], Dataset[Any]]]:
+    """The probe of the frozen protocol, and what it takes: features computed once, or the images themselves.
 
     Args:
         model: classifier whose linear layer is trained, in place.
-        splits: images by split; the features of "train" give the scale.
+        training: images whose features give the scale.
         cache_features: whether the features are computed once.
         batch_size: images encoded at a time.
         device: on which they are.
         store: of features that other runs have computed or will want.
+
+    Returns:
+        The probe, and a function that makes of the images of any split what the probe takes.
     """
-    wanted = splits if cache_features else ("train",)
     encoder: nn.Module = model.mlvicx
     encoder.to(device)
     how: Callable[..., dict[str, Tensor]] = encode if store is None else store.encode
-    encoded = {split: how(encoder, splits[split], batch_size, device) for split in wanted}
-    probe = LinearProbe(model, encoded["train"]["features"], encode=not cache_features)
-    if not cache_features:
-        return probe, splits
-    return probe, {split: _Features(columns["features"], columns["labels"]) for split, columns in encoded.items()}
+    scale = how(encoder, training, batch_size, device)
+    probe = LinearProbe(model, scale["features"], encode=not cache_features)
+
+    def prepare(images: Dataset[Any]) -> Dataset[Any]:
+        if not cache_features:
+            return images
+        columns = scale if images is training else how(encoder, images, batch_size, device)
+        return _Features(columns["features"], columns["labels"])
+
+    return probe, prepare
 
 
 class _Features(Dataset[dict[str, Tensor]]):
@@ -229,14 +236,17 @@ class ProbeTrainer:
         return features.to(self.device), labels.to(self.device)
 
     def _orders(self, images: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self.arguments.seed)
-        balanced = None if self.patients is None else PatientBalancedSampler(self.patients, self.arguments.seed)
+        """Rows of every epoch, in the Trainer's order."""
+        arguments = self.arguments
+        sampler: Any
+        if self.patients is None:
+            seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+            sampler = SeedableRandomSampler(range(images), generator=torch.Generator(), data_seed=seed)
+        else:
+            sampler = PatientBalancedSampler(self.patients, arguments.seed)
         for epoch in itertools.count():
-            if balanced is None:
-                yield torch.randperm(images, generator=generator)
-            else:
-                balanced.set_epoch(epoch)
-                yield torch.tensor(list(balanced))
+            sampler.set_epoch(epoch)
+            yield torch.tensor(list(sampler))
 
     def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         arguments, layer = self.arguments, self.probe.classifier

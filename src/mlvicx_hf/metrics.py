@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 NOT_SCORED = "n/a"
 EMPTY_MASKS = "of an image: 1 when predicted and true mask are both empty, 0 when one of them is"
@@ -53,6 +53,23 @@ class MultiLabelAUROC(_MultiLabelMetric):
         return score_labels(_table(predictions, label_names), _table(references, label_names), label_names)
 
 
+class MultiLabelAUPRC(_MultiLabelMetric):
+    """Area under the precision-recall curve (average precision) of every label, and their mean.
+
+    Its value without any skill is the share of positives, so it is compared only on the same images. Which labels
+    count, and over which images, is as for `MultiLabelAUROC`.
+
+    Returns `auprc` (name → value or "n/a") and `auprc_macro`.
+    """
+
+    def _compute(
+        self, predictions: Sequence[Any], references: Sequence[Any], label_names: Sequence[str]
+    ) -> dict[str, Any]:
+        tables = _table(predictions, label_names), _table(references, label_names)
+        values, macro = _score_each(average_precision_score, *tables, label_names)
+        return {"auprc_macro": macro, "auprc": values}
+
+
 class Accuracy(_MultiLabelMetric):
     """Share of right decisions: of exclusive classes the highest score, of other labels the score's sign, if known.
 
@@ -77,10 +94,22 @@ class Accuracy(_MultiLabelMetric):
 
 def score_labels(scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
     """What `MultiLabelAUROC` computes, from arrays [N, L]."""
-    values = {name: _auroc(scores[:, i], labels[:, i]) for i, name in enumerate(label_names)}
+    values, macro = _score_each(roc_auc_score, scores, labels, label_names)
+    scored = sum(value != NOT_SCORED for value in values.values())
+    return {"auroc_macro": macro, "auroc": values, "num_scored_labels": scored}
+
+
+def _score_each(
+    metric: Callable[[np.ndarray, np.ndarray], float], scores: np.ndarray, labels: np.ndarray, names: Sequence[str]
+) -> tuple[dict[str, float | str], float | str]:
+    """A metric of labels and scores by label, over the images where it is known, and the mean."""
+    values: dict[str, float | str] = {}
+    for i, name in enumerate(names):
+        known = ~np.isnan(labels[:, i])
+        both = len(np.unique(labels[known, i])) > 1
+        values[name] = float(metric(labels[known, i], scores[known, i])) if both else NOT_SCORED
     scored = [value for value in values.values() if isinstance(value, float)]
-    macro = float(np.mean(scored)) if scored else NOT_SCORED
-    return {"auroc_macro": macro, "auroc": values, "num_scored_labels": len(scored)}
+    return values, float(np.mean(scored)) if scored else NOT_SCORED
 
 
 def _table(rows: Sequence[Any], label_names: Sequence[str]) -> np.ndarray:
@@ -88,13 +117,6 @@ def _table(rows: Sequence[Any], label_names: Sequence[str]) -> np.ndarray:
     if table.ndim != 2 or table.shape[1] != len(label_names):
         raise ValueError(f"table of shape {table.shape} found; expected [N, {len(label_names)}], a column a label")
     return table
-
-
-def _auroc(scores: np.ndarray, labels: np.ndarray) -> float | str:
-    known = ~np.isnan(labels)
-    if len(np.unique(labels[known])) < 2:
-        return NOT_SCORED
-    return float(roc_auc_score(labels[known], scores[known]))
 
 
 def youden_thresholds(
@@ -118,6 +140,31 @@ def youden_thresholds(
             false, true, values = roc_curve(labels[known, i], probabilities[known, i])
             thresholds[name] = float(values[1:][(true - false)[1:].argmax()])  # the first is infinite
     return thresholds
+
+
+def score_decisions(
+    probabilities: np.ndarray, labels: np.ndarray, thresholds: Mapping[str, float | None]
+) -> dict[str, dict[str, float | str]]:
+    """Sensitivity, specificity and accuracy of deciding by thresholds that another split has chosen.
+
+    Args:
+        probabilities: [N, L].
+        labels: [N, L], 1, 0 or NaN for unknown.
+        thresholds: by label, in the order of the columns, as `youden_thresholds` gives them.
+
+    Returns:
+        Label → `sensitivity`, `specificity`, `accuracy` over its known images; "n/a" where no image counts, or where
+        there is no threshold.
+    """
+    found: dict[str, dict[str, float | str]] = {}
+    for (name, threshold), given, truth in zip(thresholds.items(), probabilities.T, labels.T, strict=True):
+        right = (given >= (threshold or 0)) == (truth == 1)
+        counted = {"sensitivity": truth == 1, "specificity": truth == 0, "accuracy": ~np.isnan(truth)}
+        found[name] = {
+            score: float(right[rows].mean()) if threshold is not None and rows.any() else NOT_SCORED
+            for score, rows in counted.items()
+        }
+    return found
 
 
 class SegmentationOverlap(evaluate.Metric):
@@ -181,6 +228,17 @@ def overlap_counts(
     return np.moveaxis(np.array(counts, dtype=np.int64), -1, 0)
 
 
+def overlap_per_image(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dice and intersection over union of every image and structure, [N, L] each, from `overlap_counts`, [N, L, 3].
+
+    1 where predicted and true mask are both empty, 0 where one of them is.
+    """
+    overlap, predicted, true = np.moveaxis(counts, -1, 0)
+    both = predicted + true
+    dice = np.where(both == 0, 1.0, 2 * overlap / np.maximum(both, 1))
+    return dice, np.where(both == 0, 1.0, overlap / np.maximum(both - overlap, 1))
+
+
 def score_overlap(counts: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
     """Scores from `overlap_counts`, [N, L, 3].
 
@@ -188,13 +246,10 @@ def score_overlap(counts: np.ndarray, label_names: Sequence[str]) -> dict[str, A
         `dice`, `dice_positive`, `iou`, `iou_positive`: means over the labels; `dice_per_class`: `dice` by label;
         `per_label`: the four and `images_positive` by label; `images`. "n/a" where no image has the structure.
     """
+    all_dice, all_iou = overlap_per_image(counts)
     per_label = {}
     for i, name in enumerate(label_names):
-        overlap, predicted, true = counts[:, i].T
-        both = predicted + true
-        dice = np.where(both == 0, 1.0, 2 * overlap / np.maximum(both, 1))
-        iou = np.where(both == 0, 1.0, overlap / np.maximum(both - overlap, 1))
-        positive = true > 0
+        dice, iou, positive = all_dice[:, i], all_iou[:, i], counts[:, i, 2] > 0
         per_label[name] = {
             "dice": float(dice.mean()),
             "dice_positive": float(dice[positive].mean()) if positive.any() else NOT_SCORED,

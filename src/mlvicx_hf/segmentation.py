@@ -36,6 +36,7 @@ from .finetuning import (
     score_subgroups,
     select_training,
     start_run,
+    subgroups,
     train,
     used_images,
 )
@@ -265,14 +266,15 @@ def finetune(
 
 
 def write_overlaps(path: Path, cache: Cache, scorer: OverlapScorer) -> None:
-    """One row a test image: source, patient, and for every structure the pixels of overlap, prediction and truth."""
+    """One row a test image: source, patient, view, sex, age band, and pixels of overlap, prediction and truth."""
     test = cache.datasets["test"]
     columns = [f"{kind}:{name}" for name in scorer.names for kind in ("overlap", "predicted", "true")]
     with new_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["source", "patient_id", *columns])
-        for source, patient, row in zip(test["source"], test["patient_id"], scorer.counts, strict=True):
-            writer.writerow([source, patient, *row.flatten().tolist()])
+        groups = subgroups(test)
+        writer.writerow(["source", "patient_id", *groups, *columns])
+        for *facts, row in zip(test["source"], test["patient_id"], *groups.values(), scorer.counts, strict=True):
+            writer.writerow([*facts, *row.flatten().tolist()])
 
 
 def main() -> None:

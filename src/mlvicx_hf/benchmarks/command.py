@@ -126,10 +126,15 @@ def _print_step(rows: dict[str, Any], setting: Setting) -> None:
         if "memory_bytes" in row:
             parts.append(f"{row['memory_bytes'] / 2**30:.2f} GiB, {row['memory_ratio']:.2f} of bare")
         print(", ".join(parts))
-    for theirs in ("authors", "authors_kept"):
-        if theirs in rows:
-            ratios = (f"{rows[theirs]['ratio'] / rows[ours]['ratio']:.2f} ({ours})" for ours in ("eager", "compiled"))
-            print(f"step, {theirs} over ours: {', '.join(ratios)}")
+    if "authors" in rows:
+        theirs, beside = rows["authors"]["seconds"], rows["authors"]["seconds_beside"]
+        print(
+            f"step, authors over ours, eager: {theirs['median'] / beside['eager']['median']:.2f} "
+            f"(bare {_between(beside['bare'])} s, ours {_between(beside['eager'])} s)"
+        )
+    if "authors_kept" in rows:
+        times = (rows["authors_kept"]["ratio"] / rows[ours]["ratio"] for ours in ("eager", "compiled"))
+        print("step, authors_kept over ours: {:.2f} (eager), {:.2f} (compiled)".format(*times))
 
 
 def _print_views(row: dict[str, Any], setting: Setting) -> None:

@@ -77,6 +77,10 @@ class OwnProcess:
         """Call it there, and wait."""
         self.pool.submit(_call_here).result()
 
+    def close(self) -> None:
+        """End the process, and with it the memory that it has."""
+        self.pool.shutdown()
+
 
 _here: list[Callable[[], Any]] = []
 

@@ -1,20 +1,23 @@
-"""Intervals from the test predictions of finished runs, by resampling patients."""
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Scores of finished runs from their test predictions, with intervals by resampling patients."""
 
 from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
 
-from ..metrics import NOT_SCORED, score_labels, score_overlap
-from ..progress import progress_bar
+from ..metrics import NOT_SCORED, overlap_per_image
 from ..provenance import write_json
+from .bootstrap import draw_patients, weighted_areas, weighted_mean
+
+GROUPS = ("view", "sex", "age")
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,31 @@ class RunResults(ABC):
         patients: N patients.
         sources: N names of images.
         names: L labels or structures.
+        groups: kind of subgroup → N names; "" for unknown.
     """
 
     patients: np.ndarray
-    sources: tuple[str, ...]
+    sources: np.ndarray
     names: tuple[str, ...]
+    groups: dict[str, np.ndarray]
     file: ClassVar[str]
     metric: ClassVar[str]
+    title: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def truth(self) -> np.ndarray:
+        """What was known of the images."""
 
     @abstractmethod
-    def score(self, rows: np.ndarray) -> float:
-        """The metric over some rows; NaN if nothing can be scored."""
+    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Metrics of every draw [D, N]: name → [D], NaN where nothing can be scored."""
+
+    def only(self, rows: np.ndarray) -> Self:
+        """The run on some of its images."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen: dict[str, Any] = {k: v[rows] for k, v in arrays.items() if isinstance(v, np.ndarray)}
+        return replace(self, **chosen, groups={kind: names[rows] for kind, names in self.groups.items()})
 
 
 @dataclass(frozen=True)
@@ -43,14 +60,37 @@ class Predictions(RunResults):
     """Of a classifier: labels [N, L] of 1, 0 or NaN, and probabilities [N, L]."""
 
     labels: np.ndarray
-    scores: np.ndarray
+    probabilities: np.ndarray
     file = "test_predictions.csv"
-    metric = "AUROC macro"
+    metric = "auroc_macro"
+    title = "AUROC macro"
 
-    def score(self, rows: np.ndarray) -> float:
-        """Macro AUROC."""
-        scored = score_labels(self.scores[rows], self.labels[rows], self.names)["auroc_macro"]
-        return float("nan") if scored == NOT_SCORED else float(scored)
+    @property
+    def truth(self) -> np.ndarray:
+        """The labels."""
+        return self.labels
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether the labels are classes of which every image has one."""
+        sums = [table.sum(1) for table in (self.labels, self.probabilities)]
+        return len(self.names) > 1 and all(np.allclose(values, 1, atol=1e-6) for values in sums)
+
+    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """`auroc_macro`, `auroc:NAME`, `auprc_macro`, `auprc:NAME`, `accuracy`."""
+        areas = [weighted_areas(*columns, weights) for columns in zip(self.labels.T, self.probabilities.T, strict=True)]
+        found: dict[str, np.ndarray] = {}
+        for kind, values in zip(("auroc", "auprc"), zip(*areas, strict=True), strict=True):
+            found[f"{kind}_macro"] = _mean_of_scored(values)
+            found |= {f"{kind}:{name}": value for name, value in zip(self.names, values, strict=True)}
+        if self.exclusive:
+            right, known = self.probabilities.argmax(1) == self.labels.argmax(1), np.ones(len(self.labels))
+        else:
+            right = ((self.probabilities > 0.5) == (self.labels == 1)) & ~np.isnan(self.labels)
+            right, known = right.sum(1), (~np.isnan(self.labels)).sum(1)
+        with np.errstate(invalid="ignore"):
+            found["accuracy"] = weights @ right / (weights @ known)
+        return found
 
 
 @dataclass(frozen=True)
@@ -59,11 +99,31 @@ class Overlaps(RunResults):
 
     counts: np.ndarray
     file = "test_overlaps.csv"
-    metric = "Dice"
+    metric = "dice"
+    title = "Dice"
 
-    def score(self, rows: np.ndarray) -> float:
-        """Dice, averaged over images and structures."""
-        return float(score_overlap(self.counts[rows], self.names)["dice"])
+    @property
+    def truth(self) -> np.ndarray:
+        """Pixels of the true masks."""
+        return self.counts[..., 2]
+
+    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """`dice`, `dice_positive` (over the images that show the structure), and both by structure."""
+        dice, _ = overlap_per_image(self.counts)
+        positive = self.counts[..., 2] > 0
+        found: dict[str, np.ndarray] = {}
+        for kind, counted in (("dice", np.ones_like(positive)), ("dice_positive", positive)):
+            values = [weighted_mean(dice[:, i], weights, counted[:, i]) for i in range(len(self.names))]
+            found[kind] = _mean_of_scored(values)
+            found |= {f"{kind}:{name}": value for name, value in zip(self.names, values, strict=True)}
+        return found
+
+
+def _mean_of_scored(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over the labels that have a value, in every draw."""
+    table = np.stack(values)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(table, 0) / (~np.isnan(table)).sum(0)
 
 
 def read_run(run: Path) -> RunResults:
@@ -78,7 +138,9 @@ def read_run(run: Path) -> RunResults:
             f"{run} holds no {Predictions.file} and no {Overlaps.file}; expected a finished run of "
             "finetune_classification.py or finetune_segmentation.py"
         )
-    table = pd.read_csv(file, dtype={"source": str, "patient_id": str})
+    texts = ("source", "patient_id", *GROUPS)
+    table = pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""])
+    table[[c for c in texts if c in table]] = table[[c for c in texts if c in table]].fillna("")
 
     def names_behind(kind: str) -> tuple[str, ...]:
         return tuple(c.removeprefix(f"{kind}:") for c in table.columns if c.startswith(f"{kind}:"))
@@ -86,13 +148,105 @@ def read_run(run: Path) -> RunResults:
     def values(kind: str, names: tuple[str, ...]) -> np.ndarray:
         return table[[f"{kind}:{name}" for name in names]].to_numpy(float)  # [N, L]
 
-    patients, sources = table["patient_id"].to_numpy(str), tuple(table["source"])
+    common = {
+        "patients": table["patient_id"].to_numpy(str),
+        "sources": table["source"].to_numpy(str),
+        "groups": {kind: table[kind].to_numpy(str) for kind in GROUPS if kind in table},
+    }
     if file.name == Predictions.file:
         names = names_behind("label")
-        return Predictions(patients, sources, names, values("label", names), values("probability", names))
+        return Predictions(
+            **common, names=names, labels=values("label", names), probabilities=values("probability", names)
+        )
     names = names_behind("true")
     counts = np.stack([values(kind, names) for kind in ("overlap", "predicted", "true")], -1)
-    return Overlaps(patients, sources, names, counts)
+    return Overlaps(**common, names=names, counts=counts)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score averaged over runs that were tested on the same images.
+
+    Attributes:
+        runs: [R], NaN where it is not defined.
+        draws: [D], the mean over the runs in every draw of patients.
+    """
+
+    runs: np.ndarray
+    draws: np.ndarray = field(repr=False)
+
+    @property
+    def value(self) -> float:
+        """Mean over the runs."""
+        return float(self.runs.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Percentile bootstrap, 95 %, over the draws in which the score is defined."""
+        return _interval(self.draws)
+
+    def describe(self) -> dict[str, Any]:
+        """`mean`, `sd` over the runs, `low`, `high`, `runs`; "n/a" for what is not defined."""
+        low, high = self.interval
+        found = {"mean": self.value, "sd": float(self.runs.std()), "low": low, "high": high}
+        return {name: value if np.isfinite(value) else NOT_SCORED for name, value in found.items()} | {
+            "runs": len(self.runs)
+        }
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    defined = draws[~np.isnan(draws)]
+    if not len(defined):
+        return float("nan"), float("nan")
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def estimate(runs: Sequence[RunResults], samples: int = 1000, seed: int = 0) -> dict[str, Estimate]:
+    """Every metric of some runs, averaged over them; the same patients and seed give the same draws.
+
+    Args:
+        runs: tested on the same images.
+        samples: draws of patients.
+        seed: of the draws.
+    """
+    everything = np.ones((1, len(runs[0].sources)))
+    values = [run.scores(everything) for run in runs]
+    draws: dict[str, list[np.ndarray]] = {name: [] for name in values[0]}
+    for weights in draw_patients(runs[0].patients, samples, seed):
+        drawn = [run.scores(weights) for run in runs]
+        for name, parts in draws.items():
+            parts.append(np.mean([found[name] for found in drawn], axis=0))
+    return {
+        name: Estimate(np.concatenate([found[name] for found in values]), np.concatenate(parts))
+        for name, parts in draws.items()
+    }
+
+
+def difference(ours: Estimate, theirs: Estimate) -> dict[str, float | str]:
+    """`difference` of two estimates with the same draws, `low` and `high`: "n/a" for what is not defined."""
+    low, high = _interval(ours.draws - theirs.draws)
+    found = {"difference": ours.value - theirs.value, "low": low, "high": high}
+    return {name: value if np.isfinite(value) else NOT_SCORED for name, value in found.items()}
+
+
+def check_same_images(runs: Mapping[str, RunResults]) -> None:
+    """Refuse to compare runs that were not tested on the same images and labels.
+
+    Args:
+        runs: by the name that a message gives them.
+
+    Raises:
+        ValueError: naming two that differ.
+    """
+    name, first = next(iter(runs.items()))
+    for other_name, other in runs.items():
+        same = type(other) is type(first) and other.names == first.names
+        same = same and np.array_equal(other.sources, first.sources)
+        if not same or not np.array_equal(other.truth, first.truth, equal_nan=True):
+            raise ValueError(
+                f"{other_name} was tested on other images or labels than {name}; expected the same test split"
+            )
 
 
 def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -115,32 +269,16 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
         ValueError: runs that were not tested on the same images and labels.
     """
     groups = [[read_run(run) for run in group] for group in (runs, baselines)]
+    check_same_images(dict(zip(map(str, (*runs, *baselines)), groups[0] + groups[1], strict=True)))
     first = groups[0][0]
-    for run, other in zip((*runs, *baselines), groups[0] + groups[1], strict=True):
-        if (type(other), other.sources, other.names) != (type(first), first.sources, first.names):
-            raise ValueError(f"{run} was tested on other images or labels than {runs[0]}; expected the same test split")
-    everyone = np.arange(len(first.sources))
-    scores = [[p.score(everyone) for p in group] for group in groups]
-    rows_of = [np.flatnonzero(first.patients == patient) for patient in np.unique(first.patients)]
-    generator = np.random.default_rng(seed)
-    differences = []
-    with progress_bar(samples, "bootstrap", "draw") as bar:
-        for _ in range(samples):
-            drawn = np.concatenate([rows_of[i] for i in generator.integers(len(rows_of), size=len(rows_of))])
-            ours, theirs = (np.mean([p.score(drawn) for p in group]) for group in groups)
-            differences.append(ours - theirs)
-            bar.update()
-    low, high = np.nanpercentile(differences, [2.5, 97.5])
-    mean, baseline = (float(np.mean(group)) for group in scores)
+    ours, theirs = (estimate(group, samples, seed)[first.metric] for group in groups)
     return {
-        "metric": first.metric,
-        "runs": mean,
-        "runs_sd": float(np.std(scores[0])),
-        "baselines": baseline,
-        "baselines_sd": float(np.std(scores[1])),
-        "difference": mean - baseline,
-        "low": float(low),
-        "high": float(high),
+        "metric": first.title,
+        "runs": ours.value,
+        "runs_sd": float(ours.runs.std()),
+        "baselines": theirs.value,
+        "baselines_sd": float(theirs.runs.std()),
+        **difference(ours, theirs),
     }
 
 

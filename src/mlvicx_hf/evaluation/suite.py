@@ -29,8 +29,18 @@ from ..progress import progress_bar
 from ..provenance import new_file, new_folder, write_json
 
 KINDS = {"classification": "auroc_macro", "segmentation": "dice"}
-PROTOCOLS = ("frozen", "finetuned")
-KEYS = ("tasks", "models", "protocols", "label_fractions", "seeds", *KINDS)
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "frozen": {"freeze_backbone": True},
+    "frozen_levels": {"freeze_backbone": True, "pooled_levels": "all"},
+    "finetuned": {},
+}
+SHORTCUTS = ("view", "sex", "source")
+KEYS = (
+    *("title", "tasks", "models", "protocols", "label_fractions", "seeds", "compare", "paper_tables", "shortcuts"),
+    *KINDS,
+)
+TASK_KEYS = ("kind", "dataset", "metric", "paper")
+SOURCES = ("weights", "random", "imagenet")
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,9 @@ class Cell:
         dataset: cache.
         model: its name in the suite.
         member: which of the model's weights, such as the seed of their pretraining.
-        weights: folder or Hub name; "random".
-        architecture: whose configuration random weights have.
-        protocol: frozen or finetuned.
+        weights: folder or Hub name; "random"; "imagenet".
+        architecture: whose configuration random or ImageNet weights have.
+        protocol: frozen, frozen_levels (a linear layer on the pooled maps of all levels) or finetuned.
         label_fraction: share of the training patients.
         seed: of the head, the order of images and the label fraction.
         options: further flags of fine-tuning.
@@ -73,56 +83,101 @@ class Cell:
 
     def words(self, output: Path) -> list[str]:
         """The flags of the fine-tuning command."""
-        flags = {
+        flags: dict[str, Any] = {
             "model": self.weights,
             "dataset": self.dataset,
             "label_fraction": self.label_fraction,
             "seed": self.seed,
-            "freeze_backbone": self.protocol == "frozen",
             "output_dir": output,
         }
         if self.architecture is not None:
             flags["architecture"] = self.architecture
-        if self.kind == "classification" and self.protocol == "frozen":
+        flags |= PROTOCOLS[self.protocol]
+        if self.kind == "classification" and self.protocol != "finetuned":
             flags["fast_probe"] = True
         flags |= self.options
         return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def read_suite(path: Path) -> list[Cell]:
-    """The cells of a suite, those that share features next to one another.
+@dataclass(frozen=True)
+class Suite:
+    """A grid, and what its report shows.
 
-    Args:
-        path: a YAML file. `tasks`: by name `{kind: classification | segmentation, dataset: CACHE}`; `models`: by name a
-            folder or Hub name, a list of them, or `{random: FOLDER}` for random weights of that model's configuration;
-            `protocols`, `label_fractions`, `seeds`: lists; `classification`, `segmentation`: flags of fine-tuning.
+    Attributes:
+        title: of the report.
+        path: the YAML file.
+        digest: its SHA-256.
+        cells: of the grid, those that share features next to one another.
+        metrics: task → the score that its tables and curves show.
+        paper: task → what the paper calls its data.
+        paper_tables: of the paper, to be rebuilt.
+        compare: pairs of models, each the first against the second.
+        shortcuts: what features are asked to tell, of view, sex and source.
+    """
+
+    title: str
+    path: Path
+    digest: str
+    cells: tuple[Cell, ...]
+    metrics: dict[str, str]
+    paper: dict[str, str]
+    paper_tables: tuple[str, ...]
+    compare: tuple[tuple[str, str], ...]
+    shortcuts: tuple[str, ...]
+
+
+def suite_names() -> list[str]:
+    """Suites that come with the package."""
+    return recipe_names("suite")
+
+
+def find_suite(name: str) -> Path:
+    """The file of a suite that comes with the package, or the path of another one.
 
     Raises:
-        ValueError: a key, kind or protocol that does not exist, or one that is missing.
+        ValueError: neither.
     """
-    suite = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    if name not in suite_names():
+        raise ValueError(f"suite {name!r} found; expected {', '.join(suite_names())}, or the path of a .yaml file")
+    return Path(str(files(recipes) / "suite" / f"{name}.yaml"))
+
+
+def read_suite(path: Path) -> Suite:
+    """Read the YAML file of a suite.
+
+    Args:
+        path: `tasks`: by name `{kind: classification | segmentation, dataset: CACHE}`, and where wanted `metric` (that
+            tables show), `paper` (what the paper calls this data) and flags of fine-tuning; `models`: by name a folder
+            or Hub name, a list of them, or a mapping of `weights`, `random` or `imagenet` (the folder whose
+            configuration they have) and flags of fine-tuning; `protocols`, `label_fractions`, `seeds`: lists;
+            `classification`, `segmentation`: flags of fine-tuning; `compare`: pairs of models, by default all against
+            the first; `paper_tables`; `shortcuts`, by default all; `title`.
+
+    Raises:
+        ValueError: a key, kind, protocol or model that does not exist, or one that is missing.
+    """
+    text = path.read_text(encoding="utf-8")
+    suite = yaml.safe_load(text)
     if not isinstance(suite, dict) or not {"tasks", "models"} <= set(suite):
         raise ValueError(f"{path}: expected a mapping with tasks and models at least")
-    unknown = sorted(set(suite) - set(KEYS))
-    if unknown:
-        raise ValueError(f"{path} has the key(s) {', '.join(map(str, unknown))}; expected some of {', '.join(KEYS)}")
-    protocols = suite.get("protocols", list(PROTOCOLS))
-    if not set(protocols) <= set(PROTOCOLS):
-        raise ValueError(f"{path}: protocols {protocols} found; expected some of {', '.join(PROTOCOLS)}")
+    _check_names(path, "key(s)", suite, KEYS)
+    protocols = suite.get("protocols", ["frozen", "finetuned"])
+    _check_names(path, "protocols", protocols, PROTOCOLS)
+    _check_names(path, "shortcuts", suite.get("shortcuts", SHORTCUTS), SHORTCUTS)
     for task, about in suite["tasks"].items():
         if about.get("kind") not in KINDS or "dataset" not in about:
             raise ValueError(f"{path}: task {task} {about} found; expected a kind ({' or '.join(KINDS)}) and a dataset")
-    axes = (
-        suite["tasks"].items(),
-        [(name, *member) for name, entry in suite["models"].items() for member in _members(path, name, entry)],
-        protocols,
-        suite.get("label_fractions", [1.0]),
-        suite.get("seeds", [0]),
-    )
+    members = [(name, *member) for name, entry in suite["models"].items() for member in _members(path, name, entry)]
     cells = []
-    for (task, about), member, protocol, fraction, seed in itertools.product(*axes):
-        name, number, weights, architecture, digest = member
-        options = suite.get(about["kind"], {}) | {k: v for k, v in about.items() if k not in ("kind", "dataset")}
+    for (task, about), member, protocol, fraction, seed in itertools.product(
+        suite["tasks"].items(), members, protocols, suite.get("label_fractions", [1.0]), suite.get("seeds", [0])
+    ):
+        if about["kind"] == "segmentation" and protocol == "frozen_levels":
+            continue  # a decoder sees all levels anyway
+        name, number, weights, architecture, digest, flags = member
+        own = {key: value for key, value in about.items() if key not in TASK_KEYS}
         cells.append(
             Cell(
                 task=task,
@@ -135,33 +190,64 @@ def read_suite(path: Path) -> list[Cell]:
                 protocol=protocol,
                 label_fraction=float(fraction),
                 seed=int(seed),
-                options=options,
+                options=suite.get(about["kind"], {}) | own | flags,
                 weights_hash=digest,
             )
         )
-    return cells
+    first, *others = suite["models"]
+    pairs = suite.get("compare", [[other, first] for other in others])
+    _check_names(path, "compare", itertools.chain(*pairs), suite["models"])
+    return Suite(
+        title=suite.get("title", path.stem),
+        path=path,
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+        cells=tuple(cells),
+        metrics={task: about.get("metric", KINDS[about["kind"]]) for task, about in suite["tasks"].items()},
+        paper={task: about["paper"] for task, about in suite["tasks"].items() if "paper" in about},
+        paper_tables=tuple(suite.get("paper_tables", ())),
+        compare=tuple((ours, theirs) for ours, theirs in pairs),
+        shortcuts=tuple(suite.get("shortcuts", SHORTCUTS)),
+    )
 
 
-def _members(path: Path, name: str, entry: Any) -> list[tuple[int, str, str | None, str | None]]:
-    """Number, weights, architecture and hash of the weights of a model's entry."""
-    if isinstance(entry, dict):
-        if set(entry) != {"random"}:
-            raise ValueError(f"{path}: model {name} {entry} found; expected a folder, a list, or {{random: FOLDER}}")
-        return [(0, "random", str(entry["random"]), None)]
-    members: list[tuple[int, str, str | None, str | None]] = []
-    for number, weights in enumerate(entry if isinstance(entry, list) else [entry]):
+def _check_names(path: Path, what: str, found: Iterable[Any], expected: Iterable[str]) -> None:
+    unknown = sorted({str(name) for name in found} - set(expected))
+    if unknown:
+        raise ValueError(f"{path}: {what} {', '.join(unknown)} found; expected some of {', '.join(expected)}")
+
+
+def _members(
+    path: Path, name: str, entry: Any
+) -> list[tuple[int, str, str | None, str | None, dict[str, Any]]]:
+    """Number, weights, architecture, hash and flags of the weights of a model's entry."""
+    if not isinstance(entry, dict):
+        entry = {"weights": entry}
+    given = [source for source in SOURCES if source in entry]
+    if len(given) != 1:
+        raise ValueError(
+            f"{path}: model {name} {entry} found; expected a folder, a list of them, or a mapping with one of "
+            f"{', '.join(SOURCES)}"
+        )
+    flags = {key: value for key, value in entry.items() if key not in SOURCES}
+    if given != ["weights"]:
+        return [(0, given[0], str(entry[given[0]]), None, flags)]
+    members: list[tuple[int, str, str | None, str | None, dict[str, Any]]] = []
+    for number, weights in enumerate(entry["weights"] if isinstance(entry["weights"], list) else [entry["weights"]]):
         file = Path(weights, "model.safetensors")
-        members.append((number, str(weights), None, sha256(file) if file.is_file() else None))
+        members.append((number, str(weights), None, sha256(file) if file.is_file() else None, flags))
     return members
 
 
-def run_suite(cells: Sequence[Cell], output: Path, keep_models: bool = False) -> list[Cell]:
+def run_suite(
+    cells: Sequence[Cell], output: Path, keep_models: bool = False, store: FeatureStore | None = None
+) -> list[Cell]:
     """Run the cells that are not finished.
 
     Args:
         cells: of a suite.
         output: folder of the suite.
         keep_models: leave the weights of every cell in its folder.
+        store: features that the cells share.
 
     Returns:
         Those that failed; each has a `.error.txt` beside its folder.
@@ -171,14 +257,14 @@ def run_suite(cells: Sequence[Cell], output: Path, keep_models: bool = False) ->
     """
     waiting = [cell for cell in cells if not is_finished(cell, output)]
     failed = []
-    store = FeatureStore()
+    store = FeatureStore() if store is None else store
     with progress_bar(len(cells), "suite", "cell", initial=len(cells) - len(waiting)) as bar:
         for cell in waiting:
             error = output / cell.path.with_name(f"{cell.path.name}.error.txt")
             error.unlink(missing_ok=True)
             try:
                 _run(cell, output / cell.path, store, keep_models)
-            except Exception:  # of whatever kind: the others go on
+            except (Exception, SystemExit):  # of whatever kind, a flag that does not exist among them: the others go on
                 failed.append(cell)
                 with new_file(error) as temporary:
                     temporary.write_text(traceback.format_exc(), encoding="utf-8")
@@ -225,24 +311,6 @@ def _run(cell: Cell, folder: Path, store: FeatureStore, keep_model: bool) -> Non
         write_json(temporary / "cell.json", asdict(cell))
 
 
-def summarise(cells: Sequence[Cell], output: Path) -> pd.DataFrame:
-    """Test scores of the finished cells, in the order of the suite.
-
-    Returns:
-        One row a cell: task, model, member, protocol, label_fraction, seed, metric, test.
-    """
-    rows = []
-    for cell in cells:
-        file = output / cell.path / "results.json"
-        if file.is_file():
-            metric = KINDS[cell.kind]
-            score = json.loads(file.read_text(encoding="utf-8"))["test"][metric]
-            keys = ("task", "model", "member", "protocol", "label_fraction", "seed")
-            row = {key: getattr(cell, key) for key in keys}
-            rows.append(row | {"metric": metric, "test": float("nan") if score == NOT_SCORED else score})
-    return pd.DataFrame(rows)
-
-
 def main() -> None:
     """The command `scripts/evaluate_suite.py`.
 
@@ -250,24 +318,25 @@ def main() -> None:
         SystemExit: with code 1 when a cell failed.
     """
     parser = argparse.ArgumentParser(description="Run a grid of fine-tuning runs, and go on where it was stopped.")
-    parser.add_argument("suite", type=Path, help="YAML file of tasks, models, protocols, label fractions and seeds")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the cells and their summary")
+    parser.add_argument("suite", help=f"YAML file, or one of {', '.join(suite_names())}")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the cells and of the report")
     parser.add_argument(
         "--keep_models", action="store_true", help="keep the weights of every cell: 45 MB with ResNet-18"
     )
+    parser.add_argument("--report_only", action="store_true", help="report on the cells that there are")
+    parser.add_argument("--samples", type=int, default=1000, help="draws of patients for every interval (default 1000)")
     arguments = parser.parse_args()
-    cells = read_suite(arguments.suite)
-    failed = run_suite(cells, arguments.output, arguments.keep_models)
-    table = summarise(cells, arguments.output)
-    if len(table):
-        with new_file(arguments.output / "summary.csv") as temporary:
-            table.to_csv(temporary, index=False)
-        groups = table.groupby(["task", "protocol", "label_fraction", "model"], sort=False)["test"]
-        for (task, protocol, fraction, model), scores in groups:
-            print(
-                f"{task}, {protocol}, {fraction:g} of the labels, {model}: {scores.mean():.4f} "
-                f"(SD {scores.std(ddof=0):.4f}, {len(scores)} runs)"
-            )
-    print(f"{len(table)} of {len(cells)} cells finished, {len(failed)} failed")
+    suite, output = read_suite(find_suite(arguments.suite)), arguments.output
+    store = FeatureStore()
+    failed = [] if arguments.report_only else run_suite(suite.cells, output, arguments.keep_models, store)
+    finished = [cell for cell in suite.cells if is_finished(cell, output)]
+    print(f"{len(finished)} of {len(suite.cells)} cells finished, {len(failed)} failed")
+    if finished:
+        if not arguments.report_only:
+            audit_shortcuts(suite, finished, output, store)
+        report = analyse(suite, finished, output, arguments.samples)
+        write_report(report, output)
+        print(summarise(report))
+        print(f"report: {output / 'report.html'}, report.md and report.json beside it")
     if failed:
         raise SystemExit(1)
