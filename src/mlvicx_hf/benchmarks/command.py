@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import multiprocessing
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,6 @@ def main(script: Path) -> None:
     device = torch.device(arguments.device)
     if device.type == "cpu":
         use_cpu_threads()
-        keep_freed_memory()
     setting = Setting(arguments.backbone, arguments.image_size, arguments.batch_size, device, arguments.bf16)
     sections = ["prepare"] if arguments.prepare is not None else arguments.sections
     report: dict[str, Any] = {
@@ -52,7 +53,7 @@ def main(script: Path) -> None:
         if cache is None and {"views", "input", "pretraining", "processes"} & set(sections):
             cache = phantom_cache(Path(folder))
         for section in sections:
-            report[section] = _measure(section, arguments, setting, cache, script)
+            report[section] = _apart(section, arguments, setting, cache, script)
             _PRINT[section](report[section], setting)
             if arguments.json:  # after every section: what is measured is kept
                 write_json(arguments.json, report)
@@ -80,8 +81,17 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
+def _apart(section: str, *words: Any) -> Any:
+    """`_measure` in a process of its own: the memory of one section is not there in the next."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, section, *words).result()
+
+
 def _measure(section: str, arguments: argparse.Namespace, setting: Setting, cache: Path, script: Path) -> Any:
     rounds, device = arguments.rounds, setting.device
+    if device.type == "cpu":
+        use_cpu_threads()
+        keep_freed_memory()
     match section:
         case "step":
             return benchmark_step(setting, rounds, _possible_candidates(setting))
