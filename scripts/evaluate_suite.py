@@ -5,7 +5,7 @@ python scripts/evaluate_suite.py suite.yaml --output evaluation
 """
 
 from mlvicx_hf.cli import run
-from mlvicx_hf.evaluation.suite import main
+from mlvicx_hf.evaluation.command import main
 
 if __name__ == "__main__":
     run(main)

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import draw, make_cache, tiny_config, unlabelled_cache
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
@@ -25,6 +26,7 @@ from mlvicx_hf.classification import (
     balanced_weights,
     finetune,
     load_classifier,
+    load_labelled_cache,
 )
 from mlvicx_hf.data.cache import load_cache
 from mlvicx_hf.data.split_files import read_split_file
@@ -195,11 +197,18 @@ def test_cached_features_change_nothing(frozen: Path, cache: Path, pretrained: P
 
 
 def test_the_fast_probe_learns_as_the_trainer_does(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
+    """The same optimiser, batches and stopping rule: the same epochs and scores but for rounding."""
     words = ("--model", pretrained, "--dataset", cache, *FROZEN, "--num_train_epochs", 60, "--seed", 3)
+    words = (*words, "--per_device_train_batch_size", 16, "--weight_decay", 0.01)
     slow, fast = (run(tmp_path / str(flag), *words, "--fast_probe", flag) for flag in (False, True))
     assert not slow["hyperparameters"]["fast_probe"]
     assert fast["hyperparameters"]["fast_probe"]
-    assert fast["test"]["auroc_macro"] == pytest.approx(slow["test"]["auroc_macro"], abs=0.02)
+    assert fast["test"]["auroc_macro"] == pytest.approx(slow["test"]["auroc_macro"], abs=0.005)
+    assert (fast["epochs_trained"], fast["best_epoch"]) == (slow["epochs_trained"], slow["best_epoch"])
+    for one, other in zip(rows_of(tmp_path / "True"), rows_of(tmp_path / "False"), strict=True):
+        for name in ("disc", "stripes"):
+            key = f"probability:{name}"
+            assert float(one[key]) == pytest.approx(float(other[key]), abs=1e-3)
     assert fast["test"]["auroc"]["stripes"] > 0.9
     again = run(tmp_path / "again", *words, "--fast_probe", True)
     assert again["test"] == fast["test"]
@@ -332,6 +341,100 @@ def test_patients_are_drawn_equally_often_on_request(cache: Path, frozen: Path, 
     assert results["hyperparameters"]["patient_balanced"]
     assert not json.loads((frozen / "results.json").read_text())["hyperparameters"]["patient_balanced"]
     assert rows_of(tmp_path / "run") != rows_of(frozen)  # another order of the images
+
+
+HOW = {
+    "fast": (*FROZEN, "--fast_probe", True),
+    "frozen": FROZEN,
+    "tuned": ("--learning_rate", 1e-3),
+}
+
+
+@pytest.mark.parametrize("how", list(HOW))
+def test_test_labels_choose_nothing(
+    how: str, cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With other test labels everything but the test figures is the same; a planted leak would show."""
+
+    def flip(path: str, *words: Any) -> Any:
+        found = load_labelled_cache(path, *words)
+        test = found.datasets["test"]
+        flipped = [[1 - value for value in labels] for labels in test["labels"]]
+        found.datasets["test"] = test.remove_columns("labels").add_column("labels", flipped)
+        return found
+
+    def leak(path: str, *words: Any) -> Any:
+        found = flip(path, *words)
+        found.datasets["validation"] = found.datasets["test"]
+        return found
+
+    words = ("--model", pretrained, "--dataset", cache, *HOW[how])
+    honest = run(tmp_path / "honest", *words)
+    monkeypatch.setattr("mlvicx_hf.classification.load_labelled_cache", flip)
+    flipped = run(tmp_path / "flipped", *words)
+    assert flipped["test"]["auroc"]["disc"] == pytest.approx(1 - honest["test"]["auroc"]["disc"])
+    for key in ("validation", "thresholds", "best_epoch", "epochs_trained"):
+        assert flipped[key] == honest[key]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("honest", "flipped")]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    monkeypatch.setattr("mlvicx_hf.classification.load_labelled_cache", leak)
+    leaky = run(tmp_path / "leaky", *words)
+    assert leaky["thresholds"] != honest["thresholds"]
+
+
+@pytest.mark.parametrize("how", list(HOW))
+def test_test_images_are_read_once_and_last(
+    how: str, cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reads: list[tuple[int, str]] = []
+    original = LabelledImages.__getitem__
+
+    def read(self: LabelledImages, index: int) -> Any:
+        reads.append((len(self.images), self.images[index]["source"]))
+        return original(self, index)
+
+    monkeypatch.setattr(LabelledImages, "__getitem__", read)
+    run(tmp_path / "run", "--model", pretrained, "--dataset", cache, *HOW[how])
+    test = set(load_cache(cache).datasets["test"]["source"])
+    places = [place for place, (_, source) in enumerate(reads) if source in test]
+    assert places == list(range(len(reads) - len(test), len(reads)))
+    assert {reads[place][1] for place in places} == test
+
+
+def test_subgroups_decisions_and_precision_are_written(frozen: Path):
+    results = json.loads((frozen / "results.json").read_text())
+    assert set(results["test"]["auprc"]) == {"disc", "stripes"}
+    rows = rows_of(frozen)
+    for name, found in results["test"]["decisions"].items():
+        threshold = results["thresholds"]["values"][name]
+        positive = [row for row in rows if row[f"label:{name}"] == "1"]
+        hits = [float(row[f"probability:{name}"]) >= threshold for row in positive]
+        assert found["sensitivity"] == pytest.approx(np.mean(hits))
+    assert list(rows[0])[:5] == ["source", "patient_id", "view", "sex", "age"]
+
+
+def test_imagenet_weights_from_a_file(cache: Path, pretrained: Path, tmp_path: Path):
+    """timm's weights fill the backbone, and there are no context blocks."""
+    torch.manual_seed(5)
+    backbone = timm.create_model("test_resnet", in_chans=3)
+    save_file(backbone.state_dict(), tmp_path / "weights.safetensors")
+    words = ("--model", tmp_path / "weights.safetensors", "--architecture", pretrained, "--dataset", cache, *FROZEN)
+    results = run(tmp_path / "run", *words)
+    assert results["model"].endswith("weights.safetensors")
+    loaded = MLVICXForImageClassification.from_pretrained(tmp_path / "run")
+    assert not loaded.config.use_context
+    given = backbone.state_dict()["layer2.0.conv1.weight"]
+    assert torch.equal(loaded.mlvicx.backbone["layer2"][0].conv1.weight, given)
+
+
+def test_context_can_be_dropped_at_transfer(cache: Path, pretrained: Path, tmp_path: Path):
+    results = run(tmp_path / "run", "--model", pretrained, "--drop_context", True, "--dataset", cache, *FROZEN)
+    assert results["drop_context"]
+    loaded = MLVICXForImageClassification.from_pretrained(tmp_path / "run")
+    assert not loaded.config.use_context
+    kept = load_file(pretrained / "model.safetensors")
+    for name, tensor in loaded.mlvicx.backbone.state_dict().items():
+        assert torch.equal(kept[f"mlvicx.backbone.{name}"], tensor)
 
 
 def test_early_stopping_restores_the_best_epoch(cache: Path, pretrained: Path, tmp_path: Path):

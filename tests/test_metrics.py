@@ -1,16 +1,21 @@
 """Scores against scikit-learn, with labels that are unknown or cannot be scored."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mlvicx_hf.metrics import (
     Accuracy,
+    MultiLabelAUPRC,
     MultiLabelAUROC,
     SegmentationOverlap,
     overlap_counts,
+    score_decisions,
     score_overlap,
     youden_thresholds,
 )
@@ -162,3 +167,43 @@ def test_empty_masks():
     assert score_overlap(overlap_counts(empty, empty, 2), ["a"])["dice_positive"] == "n/a"
     with pytest.raises(ValueError, match=r"class maps of shapes \(1, 2, 2\) and \(1, 2, 3\) found"):
         overlap_counts(empty, np.zeros((1, 2, 3)), 2)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**31))
+def test_average_precision_equals_scikit_learn(seed: int):
+    scores, labels = random_table(seed)
+    labels[:, 2] = np.nan
+    result = MultiLabelAUPRC().compute(predictions=scores, references=labels, label_names=NAMES)
+    expected: dict[str, Any] = {"c": "n/a"}
+    for i, name in enumerate(NAMES):
+        known = ~np.isnan(labels[:, i])
+        if name != "c":
+            expected[name] = average_precision_score(labels[known, i], scores[known, i])
+    assert result["auprc"] == pytest.approx(expected, abs=1e-12)
+    assert result["auprc_macro"] == pytest.approx(np.mean([v for v in expected.values() if v != "n/a"]), abs=1e-12)
+
+
+def test_decisions_by_thresholds_of_another_split():
+    probabilities = np.array([[0.2, 0.9], [0.6, 0.1], [0.8, 0.5], [0.5, 0.4]])
+    labels = np.array([[0, np.nan], [1, np.nan], [1, np.nan], [0, np.nan]])
+    found = score_decisions(probabilities, labels, {"a": 0.5, "b": 0.5})
+    assert found["a"] == {"sensitivity": 1.0, "specificity": 0.5, "accuracy": 0.75}
+    assert set(found["b"].values()) == {"n/a"}
+    assert set(score_decisions(probabilities, labels, {"a": None, "b": None})["a"].values()) == {"n/a"}
+
+
+def test_metrics_equal_torchmetrics():
+    functional = pytest.importorskip("torchmetrics.functional")
+    scores, labels = random_table(11)
+    result = MultiLabelAUROC().compute(predictions=scores, references=labels, label_names=NAMES)
+    known = ~np.isnan(labels[:, 0])
+    given, truth = torch.from_numpy(scores[known, 0]).sigmoid(), torch.from_numpy(labels[known, 0]).long()
+    assert result["auroc"]["a"] == pytest.approx(float(functional.auroc(given, truth, "binary")), abs=1e-6)
+    maps = np.random.default_rng(0).integers(0, 2, (2, 5, 8, 8))
+    dice = [
+        float(functional.f1_score(*(torch.from_numpy(m.flatten()) for m in pair), "binary"))
+        for pair in zip(*maps, strict=True)
+    ]
+    counts = overlap_counts(maps[0], maps[1], 2)
+    assert score_overlap(counts, ["a"])["dice"] == pytest.approx(np.mean(dice), abs=1e-6)

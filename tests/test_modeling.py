@@ -51,6 +51,19 @@ def test_outputs_of_the_encoder():
     assert MLVICXModel(tiny_config(output_hidden_states=True))(pixels()).hidden_states is not None
 
 
+def test_all_levels_are_pooled_on_request(tmp_path: Path):
+    torch.manual_seed(0)
+    model = MLVICXForImageClassification(tiny_config(pooled_levels="all", num_labels=3)).eval()
+    output = model.mlvicx(pixels(), output_hidden_states=True)
+    assert output.pooler_output.shape == (4, sum(CHANNELS))
+    expected = torch.cat([level.mean((2, 3)) for level in output.hidden_states], 1)
+    torch.testing.assert_close(output.pooler_output, expected)
+    assert model.classifier.in_features == sum(CHANNELS)
+    model.save_pretrained(tmp_path)
+    loaded = MLVICXForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(pixels()).logits, model(pixels()).logits)
+
+
 def test_outputs_of_pretraining():
     model = MLVICXForPreTraining(tiny_config(multi_level_weight=0.5))
     output = model(view_1=pixels(), view_2=pixels(seed=1))
@@ -191,6 +204,25 @@ def test_context_equals_equations_1_and_2(reduction: int | None):
     hidden = None if reduction is None else max(1, 6 // reduction)
     channel = [(6, 6, 1, 1)] if hidden is None else [(hidden, 6, 1, 1), (6, hidden, 1, 1)]
     assert shapes == [*channel, (1, 2, 7, 7)]  # no biases
+
+
+def test_the_gain_is_a_factor_of_each_gate_and_2_lets_maps_through():
+    torch.manual_seed(1)
+    plain, gained = ContextBottleneck(6).double(), ContextBottleneck(6, gain=2.0).double()
+    gained.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 6, 5, 9, dtype=torch.float64)
+    once = x * 2 * plain.channel_gate(x.mean((2, 3), True), x.amax((2, 3), True))
+    expected = once * 2 * plain.spatial_gate(torch.cat([once.mean(1, True), once.amax(1, True)], 1))
+    torch.testing.assert_close(gained(x), expected)
+    inputs = [x.clone().requires_grad_(), *gained.parameters()]
+    found = torch.autograd.grad(gained(inputs[0]).sin().sum(), inputs)
+    with torch.no_grad():
+        step = 1e-6 * torch.randn_like(x)
+        slope = (gained(x + step).sin().sum() - gained(x - step).sin().sum()) / 2
+        torch.testing.assert_close((found[0] * step).sum(), slope, rtol=1e-6, atol=1e-12)
+        for parameter in gained.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(gained(x), x)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

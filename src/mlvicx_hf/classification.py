@@ -52,6 +52,13 @@ logger = logging.getLogger(__name__)
 class ClassifierArguments(ModelArguments):
     """Which classifier, and what of it is trained."""
 
+    pooled_levels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Features of the last level or of all; by default as the model's.",
+            "choices": ["last", "all"],
+        },
+    )
     cache_features: bool = field(
         default=True, metadata={"help": "Frozen: encode every image once instead of once an epoch."}
     )
@@ -125,6 +132,7 @@ def load_classifier(
     config.id2label, config.label2id = names, {name: i for i, name in names.items()}
     config.problem_type = "single_label_classification" if cache.exclusive else "multi_label_classification"
     config.positive_weights = config.decision_thresholds = None
+    config.pooled_levels = arguments.pooled_levels or config.pooled_levels
     if arguments.positive_weights == "balanced" and not cache.exclusive:
         config.positive_weights = balanced_weights(np.array(cache.datasets["train"]["labels"], dtype=np.float64))
     return load_model(MLVICXForImageClassification, config, arguments, cache.manifest["fit"])
@@ -247,7 +255,7 @@ def finetune(
         for split in SPLITS
     }
     trained: nn.Module = model
-    prepare: Callable[[Dataset[Any]], Dataset[Any]] = lambda images: images
+    prepare: Callable[[Dataset[Any]], Dataset[Any]] = _unchanged
     if frozen:
         batch = arguments.per_device_eval_batch_size
         trained, prepare = prepare_probe(
@@ -286,6 +294,7 @@ def finetune(
         "positive_weights": model_arguments.positive_weights,
         "cache_features": frozen and model_arguments.cache_features,
         "fast_probe": model_arguments.fast_probe,
+        "pooled_levels": model.config.pooled_levels,
     }
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
@@ -295,6 +304,10 @@ def finetune(
         write_json(output / "results.json", results)
         shutil.rmtree(arguments.output_dir, ignore_errors=True)
     return results
+
+
+def _unchanged(images: Dataset[Any]) -> Dataset[Any]:
+    return images
 
 
 def _predict(trainer: Trainer | ProbeTrainer, images: Dataset[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,10 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         use_context: refine every level by a context bottleneck (Eqs. 1 and 2) before the next layer sees it.
         context_reduction: None for the one shared 1×1 convolution of Eq. 1; a number for the two-layer form
             C → C/reduction → C of the authors' code.
+        context_gain: factor of each of the two gates. 1 as in the paper, whose gates σ(0) · σ(0) quarter every map of
+            an untrained network; 2 lets maps through as they are at first.
+        pooled_levels: "last" pools the last refined map into `pooler_output`; "all" pools every level's, one behind
+            the other, for the classification head too.
         aggregation_levels: levels that enter the multi-level embedding; None for all.
         aggregation_size: side of the common grid on which the levels meet.
         aggregation_channels: channels of the compound representation u.
@@ -71,6 +75,8 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     image_size: int = 224
     use_context: bool = True
     context_reduction: int | None = None
+    context_gain: float | int = 1.0
+    pooled_levels: str = "last"
     aggregation_levels: list[int] | tuple[int, ...] | None = None
     aggregation_size: int = 4
     aggregation_channels: int = 512
@@ -138,8 +144,11 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} found; expected 0 or more")
         if self.global_weight == 0 and self.multi_level_weight == 0:
             raise ValueError("global_weight=0 and multi_level_weight=0 found; expected at least one above 0")
-        if self.variance_epsilon <= 0:
-            raise ValueError(f"variance_epsilon={self.variance_epsilon} found; expected a positive number")
+        for name in ("variance_epsilon", "context_gain"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} found; expected a positive number")
+        if self.pooled_levels not in ("last", "all"):
+            raise ValueError(f"pooled_levels={self.pooled_levels!r} found; expected 'last' or 'all'")
         if self.invariance_reduction not in ("mean", "sum"):
             raise ValueError(f"invariance_reduction={self.invariance_reduction!r} found; expected 'mean' or 'sum'")
         if self.problem_type not in ("multi_label_classification", "single_label_classification"):

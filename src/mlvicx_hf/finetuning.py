@@ -41,6 +41,7 @@ from .hub import check_source
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .machine import describe_hardware, keep_freed_memory, use_cpu_threads
 from .modeling_mlvicx import MLVICXPreTrainedModel
+from .pretraining_parts import is_timm_source, load_timm_weights
 from .progress import progress_bar
 from .provenance import code_version
 from .recipes import load_recipe, recipe_names
@@ -56,11 +57,18 @@ AGE_LIMITS = (18, 40, 65)  # years at which the next band begins
 class ModelArguments:
     """Which network, and what of it is trained."""
 
-    model: str = field(metadata={"help": "Pretrained model (folder or Hub name), or 'random'."})
+    model: str = field(
+        metadata={
+            "help": "Pretrained model (folder or Hub name), 'random', 'imagenet' (timm's weights, without context "
+            "blocks), or a file of timm weights."
+        }
+    )
     architecture: str | None = field(
-        default=None, metadata={"help": "With --model random: take configuration and image processor from this model."}
+        default=None,
+        metadata={"help": "With random or timm's weights: take configuration and image processor from this model."},
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone."})
+    drop_context: bool = field(default=False, metadata={"help": "Leave the pretrained context blocks out."})
 
 
 @dataclass
@@ -136,17 +144,20 @@ def start_run(arguments: FinetuningArguments) -> Path:
 
 
 def load_config(arguments: ModelArguments) -> MLVICXConfig:
-    """Configuration of the model, or of the architecture that starts at random."""
+    """Configuration of the model, or of the architecture that other weights have."""
     source = model_source(arguments)
     config: Any = MLVICXConfig() if source is None else AutoConfig.from_pretrained(check_source(source))
     if config.model_type != "mlvicx":
         raise ValueError(f"{source} holds a {config.model_type} model; expected one of mlvicx")
+    if arguments.drop_context or is_timm_source(arguments.model):
+        config.use_context = False
     return config
 
 
 def model_source(arguments: ModelArguments) -> str | None:
     """Where configuration and image processor come from; None for the defaults."""
-    return arguments.model if arguments.model != "random" else arguments.architecture
+    pretrained = arguments.model != "random" and not is_timm_source(arguments.model)
+    return arguments.model if pretrained else arguments.architecture
 
 
 def load_model(
@@ -170,6 +181,10 @@ def load_model(
         processor = MLVICXImageProcessor.from_pretrained(source)
     if arguments.model == "random":
         return model_class(config), processor
+    if is_timm_source(arguments.model):
+        fresh: Any = model_class(config)
+        load_timm_weights(fresh.base_model, arguments.model)
+        return fresh, processor
     loaded: Any = model_class.from_pretrained(
         arguments.model, config=config, output_loading_info=True, ignore_mismatched_sizes=True
     )
@@ -301,6 +316,7 @@ def describe(
         "protocol": "frozen" if model_arguments.freeze_backbone else "finetuned",
         "model": model_arguments.model,
         "architecture": model_arguments.architecture,
+        "drop_context": model_arguments.drop_context,
         "label_fraction": data_arguments.label_fraction,
         "seed": arguments.seed,
         "counts": counts,
@@ -351,7 +367,7 @@ def score_subgroups(images: Any, score: Callable[[np.ndarray], dict[str, Any]]) 
         which it is unknown are in none.
     """
     patients = np.array(images["patient_id"])
-    found = {}
+    found: dict[str, Any] = {}
     for kind, names in subgroups(images).items():
         present = sorted(set(names.tolist()) - {""}, key=_place)
         if len(present) < 2:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import safetensors.torch
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from transformers import EvalPrediction, Trainer, TrainerState, get_scheduler
@@ -103,16 +105,24 @@ class LabelledFeatureSource(Protocol):
     """What a `FeatureStore` asks of a data set."""
 
     key: str
-    names: Sequence[str]
-    labels: Tensor
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the images, each another one."""
+
+    @property
+    def labels(self) -> Tensor:
+        """One row an image."""
 
     def rows(self, indices: Sequence[int]) -> Dataset[dict[str, Tensor]]:
         """Some of the images."""
 
 
-def _hash_of(encoder: nn.Module) -> str:
+def _hash_of(encoder: Any) -> str:
+    """Of weights and of what is done with them."""
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+    architecture = [encoder.config.pooled_levels, encoder.config.context_gain]
+    return hashlib.sha256(safetensors.torch.save(tensors, {"architecture": json.dumps(architecture)})).hexdigest()
 
 
 def prepare_probe(

@@ -42,10 +42,12 @@ class ContextBottleneck(nn.Module):
     Args:
         channels: channels of the map.
         reduction: None for the one shared 1×1 convolution of Eq. 1; a number for C → C/reduction → C with ReLU.
+        gain: factor of each gate.
     """
 
-    def __init__(self, channels: int, reduction: int | None = None) -> None:
+    def __init__(self, channels: int, reduction: int | None = None, gain: float = 1.0) -> None:
         super().__init__()
+        self.gain = gain
         self.channel: nn.Module
         if reduction is None:
             self.channel = nn.Conv2d(channels, channels, 1, bias=False)
@@ -66,11 +68,11 @@ class ContextBottleneck(nn.Module):
 
     def channel_gate(self, average: Tensor, maximum: Tensor) -> Tensor:
         """Eq. 1 without the product: pooled maps, [B, C, 1, 1] each, to gates [B, C, 1, 1]."""
-        return torch.sigmoid(self.channel(average) + self.channel(maximum))
+        return self.gain * torch.sigmoid(self.channel(average) + self.channel(maximum))
 
     def spatial_gate(self, planes: Tensor) -> Tensor:
         """Eq. 2 without the product: mean and maximum over the channels, [B, 2, H, W], to gates [B, 1, H, W]."""
-        return torch.sigmoid(self.spatial(planes))
+        return self.gain * torch.sigmoid(self.spatial(planes))
 
 
 class _Refinement(torch.autograd.Function):
@@ -295,9 +297,10 @@ class MLVICXModel(MLVICXPreTrainedModel):
         self.backbone = create_backbone(config)
         self.channels: list[int] = self.backbone.feature_info.channels()
         self.context = nn.ModuleList(
-            ContextBottleneck(c, config.context_reduction) if config.use_context else nn.Identity()
+            ContextBottleneck(c, config.context_reduction, config.context_gain) if config.use_context else nn.Identity()
             for c in self.channels
         )
+        self.pooled_features = self.channels[-1] if config.pooled_levels == "last" else sum(self.channels)
         for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
             if not tensor.is_meta:  # from_pretrained builds on the meta device and fills what a checkpoint lacks
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -326,6 +329,12 @@ class MLVICXModel(MLVICXPreTrainedModel):
                 maps.append(x)
         return tuple(maps)
 
+    def pool(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """Refined maps of all levels to features [B, pooled_features]."""
+        if self.config.pooled_levels == "last":
+            return maps[-1].mean((2, 3))
+        return torch.cat([level.mean((2, 3)) for level in maps], 1)
+
     @can_return_tuple
     def forward(
         self,
@@ -341,7 +350,8 @@ class MLVICXModel(MLVICXPreTrainedModel):
             kwargs: `return_dict=False` gives a plain tuple.
 
         Returns:
-            `last_hidden_state` [B, C, h, w], `pooler_output` [B, C], `hidden_states` (refined maps, finest first).
+            `last_hidden_state` [B, C, h, w], `pooler_output` [B, C] (with `pooled_levels` "all" of all levels, finest
+            first), `hidden_states` (refined maps, finest first).
 
         Raises:
             ValueError: input with another number of channels than the configuration's.
@@ -351,7 +361,7 @@ class MLVICXModel(MLVICXPreTrainedModel):
         maps = self.refined_maps(pixel_values)
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=maps[-1],
-            pooler_output=maps[-1].mean((2, 3)),
+            pooler_output=self.pool(maps),
             hidden_states=maps if output_hidden_states else None,
         )
 
@@ -517,7 +527,7 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
             )
         self.num_labels = int(config.num_labels or 0)
         self.mlvicx = MLVICXModel(config)
-        self.classifier = nn.Linear(self.mlvicx.channels[-1], self.num_labels)
+        self.classifier = nn.Linear(self.mlvicx.pooled_features, self.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -246,7 +246,7 @@ def encode(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Te
         output = loaded.model(pixels.to(loaded.model.device), output_hidden_states=embed)
         logits = nothing if isinstance(loaded.model, MLVICXModel) else output.logits
         # what `pooler_output` is, which the heads do not pass on
-        embeddings = output.hidden_states[-1].mean((2, 3)).cpu() if embed else nothing
+        embeddings = loaded.model.base_model.pool(output.hidden_states).cpu() if embed else nothing
     if not (logits.isfinite().all() and embeddings.isfinite().all()):
         raise FloatingPointError(f"{loaded.source} gives values that are not finite; expected a trained model")
     return logits, embeddings
@@ -277,7 +277,7 @@ def write_rows(
         The files that could be read, and their embeddings in batches, the first of them empty.
     """
     readable: list[str] = []
-    batches = [torch.empty(0, loaded.model.base_model.channels[-1])]
+    batches = [torch.empty(0, loaded.model.base_model.pooled_features)]
     remaining = iter(images)
     bar = progress_bar(len(images), "predicting", "image", show=progress)
     with table.open("w", newline="", encoding="utf-8") as file, bar:

@@ -20,6 +20,10 @@ class ModelArguments:
     image_size: int = field(default=224, metadata={"help": "Side of the views in pixels."})
     use_context: bool = field(default=True, metadata={"help": "Refine every level by a context bottleneck."})
     context_reduction: int | None = field(default=None, metadata={"help": "Two-layer channel gate C/reduction."})
+    context_gain: float = field(default=1.0, metadata={"help": "Factor of each gate; 2 makes gates start at 1."})
+    aggregation_levels: list[int] | None = field(
+        default=None, metadata={"help": "Levels in the multi-level embedding, finest 0; by default all."}
+    )
     aggregation_size: int = field(default=4, metadata={"help": "Side of the grid on which the levels meet."})
     aggregation_channels: int = field(default=512, metadata={"help": "Channels of the compound representation."})
     aggregation_resize: int | None = field(

@@ -17,7 +17,7 @@ from .data.cache import load_cache
 from .data.sampling import choose_views
 from .data.streaming import Stream, open_stream
 from .hub import check_source
-from .modeling_mlvicx import MLVICXForPreTraining
+from .modeling_mlvicx import MLVICXForPreTraining, MLVICXModel
 from .pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments
 from .provenance import new_file
 
@@ -53,17 +53,9 @@ def create_model(arguments: ModelArguments) -> MLVICXForPreTraining:
     config, source = arguments.config(), arguments.init_from
     if source is None:
         return MLVICXForPreTraining(config)
-    if source == "imagenet" or source.endswith((".safetensors", ".pth", ".bin")):
+    if is_timm_source(source):
         model = MLVICXForPreTraining(config)
-        overlay = {} if source == "imagenet" else {"file": str(_check_timm_file(source, config.backbone))}
-        weights = timm.create_model(
-            config.backbone,
-            pretrained=True,
-            features_only=True,
-            in_chans=config.num_channels,
-            pretrained_cfg_overlay=overlay,
-        )
-        model.mlvicx.backbone.load_state_dict(weights.state_dict())
+        load_timm_weights(model.mlvicx, source)
         return model
     loaded: Any = MLVICXForPreTraining.from_pretrained(
         check_source(source), config=config, output_loading_info=True, ignore_mismatched_sizes=True
@@ -76,6 +68,34 @@ def create_model(arguments: ModelArguments) -> MLVICXForPreTraining:
     if wrong:
         raise ValueError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
     return model
+
+
+def is_timm_source(source: str) -> bool:
+    """Whether `load_timm_weights` takes it, and it is no model of ours."""
+    return source == "imagenet" or source.endswith((".safetensors", ".pth", ".bin"))
+
+
+def load_timm_weights(encoder: MLVICXModel, source: str) -> None:
+    """Give a backbone timm's weights; its context blocks stay as they are.
+
+    Args:
+        encoder: whose backbone is filled in place.
+        source: "imagenet", for timm's default weights of that name from the Hub, or a file of timm weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of another backbone.
+    """
+    config = encoder.config
+    overlay = {} if source == "imagenet" else {"file": str(_check_timm_file(source, config.backbone))}
+    weights = timm.create_model(
+        config.backbone,
+        pretrained=True,
+        features_only=True,
+        in_chans=config.num_channels,
+        pretrained_cfg_overlay=overlay,
+    )
+    encoder.backbone.load_state_dict(weights.state_dict())
 
 
 def _check_timm_file(source: str, backbone: str) -> Path:

@@ -8,14 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 import yaml
 from helpers import make_cache, run_script, tiny_config
 
 from mlvicx_hf import MLVICXImageProcessor, MLVICXModel
-from mlvicx_hf.evaluation.suite import read_suite, run_suite, summarise
+from mlvicx_hf.evaluation.suite import find_suite, read_suite, run_suite, suite_names
+from mlvicx_hf.evaluation.suite_analysis import paper_results
 
 OPTIONS = {"num_train_epochs": 2, "report_to": "none", "use_cpu": True}
 
@@ -65,24 +65,22 @@ def write(folder: Path, suite: dict[str, Any]) -> Path:
 
 
 def test_a_grid_is_run_once(parts: dict[str, Any], tmp_path: Path):
-    cells = read_suite(write(tmp_path, parts))
+    cells = read_suite(write(tmp_path, parts)).cells
     assert len(cells) == 2 * 3 * 1 * 2
     output = tmp_path / "out"
     assert run_suite(cells[:5], output) == []
     times = {file: os.stat(file).st_mtime_ns for file in output.rglob("*.json")}
     assert run_suite(cells, output) == []
     assert all(os.stat(file).st_mtime_ns == time for file, time in times.items())
-    table = summarise(cells, output)
-    assert len(table) == len(cells)
-    assert not table["test"].isna().any()
     first = json.loads((output / cells[0].path / "results.json").read_text())
     assert first["hyperparameters"]["fast_probe"]
     assert first["label_fraction"] == 0.5
-    assert table["test"][0] == first["test"]["auroc_macro"]
     assert not list(output.rglob("*.safetensors"))
     again = tmp_path / "again"
     assert run_suite(cells[:2], again) == []
-    pd.testing.assert_frame_equal(summarise(cells[:2], again), table[:2])
+    for cell in cells[:2]:
+        for name in ("test_predictions.csv", "splits.csv"):
+            assert (again / cell.path / name).read_bytes() == (output / cell.path / name).read_bytes()
 
 
 def test_a_cell_that_fails_is_reported_and_the_others_go_on(parts: dict[str, Any], tmp_path: Path):
@@ -98,23 +96,37 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(parts: dict[str, Any
     done = run_script("evaluate_suite.py", write(tmp_path, suite), "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert not error.exists()
-    assert len(pd.read_csv(tmp_path / "out/summary.csv")) == 4
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["cells"] == {"planned": 4, "finished": 4, "failed": []}
+
+
+def test_seeds_can_be_paired_with_pretrainings(parts: dict[str, Any], tmp_path: Path):
+    suite = parts | {"label_fractions": [1], "seeds": [4, 5], "pair_seeds": True}
+    cells = [cell for cell in read_suite(write(tmp_path, suite)).cells if cell.kind == "classification"]
+    assert [(cell.model, cell.member, cell.seed) for cell in cells] == [
+        ("pretrained", 0, 4),
+        ("pretrained", 1, 5),
+        ("random", 0, 4),
+        ("random", 0, 5),
+    ]
 
 
 def test_other_settings_are_refused(parts: dict[str, Any], tmp_path: Path):
     suite = parts | {"tasks": {"findings": parts["tasks"]["findings"]}, "label_fractions": [1]}
     suite["models"] = {"pretrained": parts["models"]["pretrained"][0]}
-    run_suite(read_suite(write(tmp_path, suite)), tmp_path / "out")
+    run_suite(read_suite(write(tmp_path, suite)).cells, tmp_path / "out")
     suite["classification"] = OPTIONS | {"num_train_epochs": 3}
     with pytest.raises(ValueError, match=r"made with other settings \(options: .*2.*then.*3.*now\)"):
-        run_suite(read_suite(write(tmp_path, suite)), tmp_path / "out")
+        run_suite(read_suite(write(tmp_path, suite)).cells, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fractions": [1]}, "has the key(s) fractions; expected some of tasks"),
-        ({"protocols": ["linear"]}, "protocols ['linear'] found; expected some of frozen, finetuned"),
+        ({"fractions": [1]}, "key(s) fractions found; expected some of title, tasks"),
+        ({"protocols": ["linear"]}, "protocols linear found; expected some of frozen, frozen_levels, finetuned"),
+        ({"shortcuts": ["scanner"]}, "shortcuts scanner found; expected some of view, sex, source"),
+        ({"compare": [["pretrained", "simclr"]]}, "compare simclr found; expected some of pretrained, random"),
         ({"tasks": {"a": {"kind": "detection", "dataset": "x"}}}, "task a"),
         ({"models": {"a": {"architecture": "x"}}}, "model a {'architecture': 'x'} found"),
     ],
@@ -122,3 +134,38 @@ def test_other_settings_are_refused(parts: dict[str, Any], tmp_path: Path):
 def test_suites_that_are_wrong(change: dict[str, Any], message: str, parts: dict[str, Any], tmp_path: Path):
     with pytest.raises(ValueError, match=re.escape(message)):
         read_suite(write(tmp_path, parts | change))
+
+
+def test_suites_of_the_package_name_what_the_paper_has():
+    known = paper_results()
+    for name in suite_names():
+        suite = read_suite(find_suite(name))
+        for table in suite.paper_tables:
+            rows = known[known["table"] == table]
+            assert set(suite.paper.values()) == set(rows["dataset"])
+            assert {cell.model for cell in suite.cells} <= set(rows["method"])
+            assert {cell.label_fraction for cell in suite.cells} == set(rows["label_fraction"])
+            assert {cell.protocol for cell in suite.cells} >= set(rows["protocol"])
+    with pytest.raises(ValueError, match=r"suite 'table_5' found; expected .*table_1.*or the path of a \.yaml file"):
+        find_suite("table_5")
+
+
+def test_a_wrong_flag_fails_its_cell_alone(parts: dict[str, Any], tmp_path: Path):
+    suite = parts | {"tasks": {"findings": parts["tasks"]["findings"]}, "label_fractions": [1]}
+    suite["models"] = {"wrong": {"weights": parts["models"]["pretrained"][0], "no_such_flag": 1}, **parts["models"]}
+    cells = read_suite(write(tmp_path, suite)).cells
+    assert [cell.model for cell in run_suite(cells, tmp_path / "out")] == ["wrong"]
+
+
+def test_models_with_flags_of_their_own(parts: dict[str, Any], tmp_path: Path):
+    """Context dropped at transfer, and all levels pooled: other features, the same weights."""
+    model = parts["models"]["pretrained"][0]
+    suite = parts | {"tasks": {"findings": parts["tasks"]["findings"]}, "label_fractions": [1]}
+    suite |= {"models": {"kept": model, "dropped": {"weights": model, "drop_context": True}}}
+    suite |= {"protocols": ["frozen", "frozen_levels"]}
+    cells = read_suite(write(tmp_path, suite)).cells
+    assert run_suite(cells, tmp_path / "out") == []
+    results = [json.loads((tmp_path / "out" / cell.path / "results.json").read_text()) for cell in cells]
+    assert [r["hyperparameters"]["pooled_levels"] for r in results] == ["last", "all"] * 2
+    assert [r["drop_context"] for r in results] == [False, False, True, True]
+    assert len({json.dumps(r["validation"]["auroc"]) for r in results}) == 4

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""The bootstrap over patients: a draw of patients is a weight of every image, and a metric scores many draws at once."""
+"""The bootstrap over patients: a draw of them is a weight of every image, and a metric scores many draws at once."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def read_run(run: Path) -> RunResults:
     def values(kind: str, names: tuple[str, ...]) -> np.ndarray:
         return table[[f"{kind}:{name}" for name in names]].to_numpy(float)  # [N, L]
 
-    common = {
+    common: dict[str, Any] = {
         "patients": table["patient_id"].to_numpy(str),
         "sources": table["source"].to_numpy(str),
         "groups": {kind: table[kind].to_numpy(str) for kind in GROUPS if kind in table},

@@ -7,26 +7,26 @@ folder that is there as a whole or not at all, so a grid that was killed goes on
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import itertools
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
-from .. import classification, segmentation
+from .. import classification, recipes, segmentation
 from ..finetuning import DataArguments, ModelArguments, parse_arguments
 from ..integrity_mlvicx import sha256
 from ..linear_probe import FeatureStore
-from ..metrics import NOT_SCORED
 from ..progress import progress_bar
 from ..provenance import new_file, new_folder, write_json
+from ..recipes import recipe_names
 
 KINDS = {"classification": "auroc_macro", "segmentation": "dice"}
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 SHORTCUTS = ("view", "sex", "source")
 KEYS = (
-    *("title", "tasks", "models", "protocols", "label_fractions", "seeds", "compare", "paper_tables", "shortcuts"),
+    *("title", "tasks", "models", "protocols", "label_fractions", "seeds", "pair_seeds"),
+    *("compare", "paper_tables", "shortcuts"),
     *KINDS,
 )
 TASK_KEYS = ("kind", "dataset", "metric", "paper")
@@ -152,6 +153,7 @@ def read_suite(path: Path) -> Suite:
             tables show), `paper` (what the paper calls this data) and flags of fine-tuning; `models`: by name a folder
             or Hub name, a list of them, or a mapping of `weights`, `random` or `imagenet` (the folder whose
             configuration they have) and flags of fine-tuning; `protocols`, `label_fractions`, `seeds`: lists;
+            `pair_seeds`: whether each of several weights of a model has one seed, the one at its place, instead of all;
             `classification`, `segmentation`: flags of fine-tuning; `compare`: pairs of models, by default all against
             the first; `paper_tables`; `shortcuts`, by default all; `title`.
 
@@ -169,14 +171,18 @@ def read_suite(path: Path) -> Suite:
     for task, about in suite["tasks"].items():
         if about.get("kind") not in KINDS or "dataset" not in about:
             raise ValueError(f"{path}: task {task} {about} found; expected a kind ({' or '.join(KINDS)}) and a dataset")
+    seeds = suite.get("seeds", [0])
     members = [(name, *member) for name, entry in suite["models"].items() for member in _members(path, name, entry)]
     cells = []
     for (task, about), member, protocol, fraction, seed in itertools.product(
-        suite["tasks"].items(), members, protocols, suite.get("label_fractions", [1.0]), suite.get("seeds", [0])
+        suite["tasks"].items(), members, protocols, suite.get("label_fractions", [1.0]), seeds
     ):
         if about["kind"] == "segmentation" and protocol == "frozen_levels":
             continue  # a decoder sees all levels anyway
         name, number, weights, architecture, digest, flags = member
+        several = sum(other[0] == name for other in members) > 1
+        if several and suite.get("pair_seeds", False) and seed != seeds[number % len(seeds)]:
+            continue
         own = {key: value for key, value in about.items() if key not in TASK_KEYS}
         cells.append(
             Cell(
@@ -216,9 +222,7 @@ def _check_names(path: Path, what: str, found: Iterable[Any], expected: Iterable
         raise ValueError(f"{path}: {what} {', '.join(unknown)} found; expected some of {', '.join(expected)}")
 
 
-def _members(
-    path: Path, name: str, entry: Any
-) -> list[tuple[int, str, str | None, str | None, dict[str, Any]]]:
+def _members(path: Path, name: str, entry: Any) -> list[tuple[int, str, str | None, str | None, dict[str, Any]]]:
     """Number, weights, architecture, hash and flags of the weights of a model's entry."""
     if not isinstance(entry, dict):
         entry = {"weights": entry}
@@ -309,34 +313,3 @@ def _run(cell: Cell, folder: Path, store: FeatureStore, keep_model: bool) -> Non
         if not keep_model:
             (temporary / "model.safetensors").unlink()
         write_json(temporary / "cell.json", asdict(cell))
-
-
-def main() -> None:
-    """The command `scripts/evaluate_suite.py`.
-
-    Raises:
-        SystemExit: with code 1 when a cell failed.
-    """
-    parser = argparse.ArgumentParser(description="Run a grid of fine-tuning runs, and go on where it was stopped.")
-    parser.add_argument("suite", help=f"YAML file, or one of {', '.join(suite_names())}")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the cells and of the report")
-    parser.add_argument(
-        "--keep_models", action="store_true", help="keep the weights of every cell: 45 MB with ResNet-18"
-    )
-    parser.add_argument("--report_only", action="store_true", help="report on the cells that there are")
-    parser.add_argument("--samples", type=int, default=1000, help="draws of patients for every interval (default 1000)")
-    arguments = parser.parse_args()
-    suite, output = read_suite(find_suite(arguments.suite)), arguments.output
-    store = FeatureStore()
-    failed = [] if arguments.report_only else run_suite(suite.cells, output, arguments.keep_models, store)
-    finished = [cell for cell in suite.cells if is_finished(cell, output)]
-    print(f"{len(finished)} of {len(suite.cells)} cells finished, {len(failed)} failed")
-    if finished:
-        if not arguments.report_only:
-            audit_shortcuts(suite, finished, output, store)
-        report = analyse(suite, finished, output, arguments.samples)
-        write_report(report, output)
-        print(summarise(report))
-        print(f"report: {output / 'report.html'}, report.md and report.json beside it")
-    if failed:
-        raise SystemExit(1)

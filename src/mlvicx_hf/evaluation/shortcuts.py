@@ -1,0 +1,159 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Shortcut audit: how well the frozen features that classify findings also tell view, sex and source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.trainer_utils import set_seed
+
+from ..classification import LabelledImages
+from ..data.cache import Cache, load_cache
+from ..finetuning import ModelArguments, load_config, load_model
+from ..image_processing_mlvicx import MLVICXImageProcessor
+from ..linear_probe import FeatureStore
+from ..machine import use_cpu_threads
+from ..modeling_mlvicx import MLVICXForImageClassification
+from ..probing import linear_scores
+from ..progress import progress_bar
+from ..provenance import write_json
+from .bootstrap import draw_patients, weighted_areas
+from .suite import Cell, Suite
+
+SPLITS = ("train", "test")
+BATCH_SIZE = 64
+FEWEST = 10  # images of a kind in train and in test, below which nothing is said of it
+FOLDER = "shortcuts"
+
+
+def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: FeatureStore) -> None:
+    """Audit every set of weights of the finished cells; `OUTPUT/shortcuts/MODEL/MEMBER.json` is not made twice.
+
+    Args:
+        suite: with the shortcuts to audit.
+        cells: whose models and caches are audited.
+        output: folder of the suite.
+        store: features that the cells have computed.
+    """
+    if not suite.shortcuts:
+        return
+    members = {(cell.model, cell.member): cell for cell in cells}
+    datasets = list(dict.fromkeys(cell.dataset for cell in cells))
+    waiting = {key: cell for key, cell in members.items() if not _file(output, *key).is_file()}
+    with progress_bar(len(members), "shortcuts", "model", initial=len(members) - len(waiting)) as bar:
+        for key, cell in waiting.items():
+            file = _file(output, *key)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, audit(cell, [load_cache(path) for path in datasets], suite.shortcuts, store))
+            bar.update()
+
+
+def read_audits(suite: Suite, output: Path) -> dict[str, list[list[dict[str, Any]]]]:
+    """By model what `audit` gave for each of its weights."""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for model, member in dict.fromkeys((cell.model, cell.member) for cell in suite.cells):
+        file = _file(output, model, member)
+        if file.is_file():
+            found.setdefault(model, []).append(json.loads(file.read_text(encoding="utf-8")))
+    return found
+
+
+def _file(output: Path, model: str, member: int) -> Path:
+    return output / FOLDER / model / f"{member}.json"
+
+
+def audit(cell: Cell, caches: Sequence[Cache], kinds: Sequence[str], store: FeatureStore) -> list[dict[str, Any]]:
+    """What a linear probe on the features of train tells of the images of test.
+
+    Args:
+        cell: whose weights are audited.
+        caches: with the images.
+        kinds: of view, sex (in each cache) and source (which of the caches an image is from).
+        store: of features.
+
+    Returns:
+        One row for each kind and data of which there are two values or more: `kind`, `data`, `classes`, `images`,
+        `auroc` (mean of one against the rest; 0.5 is no knowledge) with its interval over patients, `low`, `high`.
+    """
+    use_cpu_threads()
+    caches = [cache for cache in caches if set(SPLITS) <= set(cache.datasets)]
+    encoder, processor = _encoder(cell, caches[0])
+    parts = {split: [_encode(encoder, processor, cache, split, store) for cache in caches] for split in SPLITS}
+    groups = [([number], kind) for kind in ("view", "sex") for number in range(len(caches))]
+    groups += [(list(range(len(caches))), "source")] if len(caches) > 1 else []
+    found = []
+    for numbers, kind in groups:
+        if kind in kinds:
+            train, test = (_joined([parts[split][number] for number in numbers]) for split in SPLITS)
+            row = _tell(train, test, kind)
+            data = ", ".join(caches[number].path.name for number in numbers)
+            found += [{"kind": kind, "data": data} | row] if row else []
+    return found
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features [N, C] of images, and of each of them view, sex, source and patient."""
+
+    features: Tensor
+    about: dict[str, np.ndarray]
+
+
+def _encode(encoder: Any, processor: MLVICXImageProcessor, cache: Cache, split: str, store: FeatureStore) -> Encoded:
+    images = cache.datasets[split]
+    rows = LabelledImages(images, processor, exclusive=False, data_hash=cache.manifest["data_hash"])
+    about = {kind: np.array(images[kind], dtype=object) for kind in ("view", "sex")}
+    about["source"] = np.full(len(images), cache.path.name, dtype=object)
+    about["patient"] = np.array([f"{cache.path} {patient}" for patient in images["patient_id"]])
+    return Encoded(store.encode(encoder, rows, BATCH_SIZE, torch.device("cpu"))["features"], about)
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    about = {name: np.concatenate([part.about[name] for part in parts]) for name in parts[0].about}
+    return Encoded(torch.cat([part.features for part in parts]), about)
+
+
+def _encoder(cell: Cell, cache: Cache) -> tuple[Any, MLVICXImageProcessor]:
+    arguments = ModelArguments(cell.weights, cell.architecture, drop_context=bool(cell.options.get("drop_context")))
+    config = load_config(arguments)
+    config.pooled_levels = "last"
+    set_seed(cell.seed)
+    model, processor = load_model(MLVICXForImageClassification, config, arguments, cache.manifest["fit"])
+    return model.mlvicx, processor
+
+
+def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:
+    """Score a probe for the values that are known often enough; None if there are fewer than two."""
+    values, asked = train.about[kind], test.about[kind]
+    classes = [
+        name
+        for name in sorted(set(values) - {"", "UNKNOWN"})
+        if min((values == name).sum(), (asked == name).sum()) >= FEWEST
+    ]
+    if len(classes) < 2:
+        return None
+    fitted, scored = np.isin(values, classes), np.isin(asked, classes)
+    labels, truth = (
+        np.stack([part == name for name in classes], 1).astype(float) for part in (values[fitted], asked[scored])
+    )
+    scores = linear_scores(train.features[fitted], labels, test.features[scored])
+
+    def macro(weights: np.ndarray) -> np.ndarray:
+        return np.mean([weighted_areas(*pair, weights)[0] for pair in zip(truth.T, scores.T, strict=True)], axis=0)
+
+    draws = np.concatenate([macro(weights) for weights in draw_patients(test.about["patient"][scored])])
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return {
+        "classes": classes,
+        "images": len(truth),
+        "auroc": float(macro(np.ones((1, len(truth))))[0]),
+        "low": float(low),
+        "high": float(high),
+    }

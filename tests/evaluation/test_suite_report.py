@@ -1,0 +1,243 @@
+"""The report of a suite against its own predictions, its pictures and twins, and what a kill changes: nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from helpers import ROOT, environment, make_cache, run_script, tiny_config
+from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from mlvicx_hf import MLVICXImageProcessor, MLVICXModel
+from mlvicx_hf.evaluation.suite import read_suite
+from mlvicx_hf.evaluation.suite_analysis import analyse, paper_results, paper_table
+from mlvicx_hf.evaluation.suite_report import layout
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, the first with two pretrainings, on two findings; views, sexes and ages known; the file."""
+    folder = tmp_path_factory.mktemp("suite")
+    rows = [
+        {
+            "patient_id": f"p{i // 2}",
+            "split": ("test", "test", "validation", "train", "train")[i // 2 % 5],
+            "view": "PA" if i % 2 else "AP",
+            "sex": "F" if i // 2 % 2 else "M",
+            "age": 20 + i,
+            "_draw": {"disc": i % 3 == 0, "stripes": i % 4 < 2},
+            "disc": int(i % 3 == 0),
+            "stripes": int(i % 4 < 2) if i % 7 else "",
+        }
+        for i in range(100)
+    ]
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(str(folder / f"model-{seed}"))
+        MLVICXModel(tiny_config()).save_pretrained(models[-1])
+        MLVICXImageProcessor(image_size=32).save_pretrained(models[-1])
+    content = {
+        "title": "Two findings",
+        "tasks": {"findings": {"kind": "classification", "dataset": str(make_cache(folder, rows)), "paper": "NIH"}},
+        "models": {"Rand. Init": {"random": models[0]}, "MLVICX": models},
+        "protocols": ["frozen"],
+        "label_fractions": [0.3, 1],
+        "seeds": [0, 1],
+        "paper_tables": ["IV", "II"],
+        "classification": {"num_train_epochs": 3, "report_to": "none", "use_cpu": True},
+    }
+    file = folder / "suite.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+@pytest.fixture(scope="module")
+def output(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("output")
+    done = run_script("evaluate_suite.py", suite, "--output", folder, "--samples", 200)
+    assert done.returncode == 0, done.stderr
+    assert "12 of 12 cells finished, 0 failed" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return found
+
+
+def setting(report: dict[str, Any], model: str, fraction: float) -> dict[str, Any]:
+    rows = [row for row in report["settings"] if (row["model"], row["label_fraction"]) == (model, fraction)]
+    assert len(rows) == 1
+    return rows[0]
+
+
+def predictions(output: Path, model: str, member: int, fraction: str, seed: int) -> pd.DataFrame:
+    return pd.read_csv(output / f"cells/findings/{model}/{member}/frozen/{fraction}/{seed}/test_predictions.csv")
+
+
+def test_scores_are_those_of_the_predictions(output: Path, report: dict[str, Any]):
+    row = setting(report, "MLVICX", 0.3)
+    tables = [predictions(output, "MLVICX", member, "0.3", seed) for member in range(2) for seed in range(2)]
+    for metric, function in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+        for label in ("disc", "stripes"):
+            values = []
+            for table in tables:
+                known = table.dropna(subset=[f"label:{label}"])
+                values.append(function(known[f"label:{label}"], known[f"probability:{label}"]))
+            score = row["scores"][f"{metric}:{label}"]
+            assert score["mean"] == pytest.approx(np.mean(values))
+            assert score["sd"] == pytest.approx(np.std(values))
+            assert score["low"] <= score["mean"] <= score["high"]
+            assert score["runs"] == 4
+    results = json.loads((output / "cells/findings/MLVICX/1/frozen/0.3/1/results.json").read_text())
+    assert results["test"]["auprc"]["disc"] == pytest.approx(values_of(tables[3], "disc"))
+
+
+def values_of(table: pd.DataFrame, label: str) -> float:
+    return float(average_precision_score(table[f"label:{label}"], table[f"probability:{label}"]))
+
+
+def test_pairs_are_seeds_where_one_model_has_one_pretraining(report: dict[str, Any], output: Path):
+    row = next(row for row in report["comparisons"] if row["label_fraction"] == 1)
+    assert (row["model"], row["baseline"]) == ("MLVICX", "Rand. Init")
+    assert row["paired"]["unit"] == "seeds"
+    assert row["paired"]["pairs"] == 2
+
+    def macro(model: str, member: int, seed: int) -> float:
+        table = predictions(output, model, member, "1", seed)
+        scores = []
+        for label in ("disc", "stripes"):
+            known = table.dropna(subset=[f"label:{label}"])
+            scores.append(roc_auc_score(known[f"label:{label}"], known[f"probability:{label}"]))
+        return float(np.mean(scores))
+
+    ours = [np.mean([macro("MLVICX", member, seed) for member in range(2)]) for seed in range(2)]
+    theirs = [macro("Rand. Init", 0, seed) for seed in range(2)]
+    assert row["difference"] == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert row["paired"]["t_p"] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+
+
+def test_subgroups_calibration_decisions_and_shortcuts(report: dict[str, Any], output: Path):
+    row = setting(report, "MLVICX", 1)
+    assert set(row["subgroups"]) == {"view", "sex", "age"}
+    assert set(row["subgroups"]["age"]) == {"18-39", "40-64", "65+"}
+    assert sum(group["images"] for group in row["subgroups"]["view"].values()) == 40
+    assert 0 <= row["calibration"]["ece_macro"] <= 1
+    assert set(row["decisions"]["disc"]) == {"sensitivity", "specificity", "accuracy"}
+    tables = [predictions(output, "MLVICX", m, "1", s) for m in range(2) for s in range(2)]
+    women = [table[table["sex"] == "F"] for table in tables]
+    discs = [roc_auc_score(table["label:disc"], table["probability:disc"]) for table in women]
+    assert len(discs) == 4
+    told = {(found["model"], found["kind"]) for found in report["shortcuts"]}
+    assert told == {(model, kind) for model in ("Rand. Init", "MLVICX") for kind in ("view", "sex")}
+    assert all(0 <= found["low"] <= found["auroc"] <= found["high"] <= 1 for found in report["shortcuts"])
+
+
+def test_paper_tables_have_the_papers_layout_and_our_figures_beside(report: dict[str, Any]):
+    head, lines = layout("IV", report["tables"]["IV"])
+    assert head == ["protocol", "loss", "1 %", "10 %", "30 %"]
+    assert [line[:2] for line in lines[:3]] == [["fine-tuned", n] for n in ("L_L only", "L_G only", "MLVICX")]
+    ours = setting(report, "MLVICX", 0.3)["scores"]["auroc_macro"]["mean"]
+    assert lines[5] == ["frozen", "MLVICX", "– (0.601)", "– (0.661)", f"{ours:.3f} (0.691)"]
+    head, lines = layout("II", report["tables"]["II"])
+    assert head[2] == "Rand. Init"
+    assert head[-1] == "MLVICX"
+    assert len(lines) == 20
+
+
+def test_the_papers_figures():
+    known = paper_results()
+    assert known.groupby("table").size().to_dict() == {"I": 720, "II": 240, "III": 48, "IV": 18}
+    means = known[(known["table"] == "I") & (known["column"] == "Mean")].set_index(["label_fraction", "method"])[
+        "value"
+    ]
+    assert list(means.xs("MLVICX", level=1)) == [0.642, 0.733, 0.763, 0.790]
+    findings = known[(known["table"] == "I") & (known["column"] != "Mean")]
+    distance = (findings.groupby(["label_fraction", "method"])["value"].mean() - means).abs()
+    assert (distance < 0.004).sum() == 40  # the paper's own means do not all fit its columns: 0.030 off at most
+    assert distance.max() == pytest.approx(0.0296, abs=1e-4)
+
+
+def test_a_table_that_the_paper_lacks(suite: Path):
+    with pytest.raises(ValueError, match="paper table 'V' found; expected one of I, II, III, IV"):
+        paper_table(read_suite(suite), [], "V")
+
+
+class Outline(HTMLParser):
+    """What an HTML file is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.tables = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [str(dict(attrs)[name]) for name in ("src", "href") if name in dict(attrs)]
+        self.tables += tag == "table"
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_needs_nothing_else_and_its_twins_say_the_same(output: Path):
+    html, markdown = ((output / name).read_text() for name in ("report.html", "report.md"))
+    outline = Outline()
+    outline.feed(html)
+    assert outline.open == []
+    assert outline.sources
+    assert all(source.startswith("data:image/png;base64,") for source in outline.sources)
+    assert outline.tables == markdown.count("| --- |")
+    assert "not a medical device" in html.lower()
+    for name in ("label_efficiency", "differences", "reliability"):
+        assert (output / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"figures/{name}.png" in markdown
+
+
+def test_a_killed_grid_goes_on_to_the_same_report(suite: Path, output: Path, tmp_path: Path):
+    command = [sys.executable, ROOT / "scripts/evaluate_suite.py", suite, "--output", tmp_path / "out"]
+    process = subprocess.Popen(
+        [str(word) for word in (*command, "--samples", 200)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while len(list(tmp_path.glob("out/cells/**/cell.json"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/report.json").exists()
+    done = run_script("evaluate_suite.py", suite, "--output", tmp_path / "out", "--samples", 200)
+    assert done.returncode == 0, done.stderr
+    for name in ("report.json", "report.md", "report.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (output / name).read_bytes(), name
+
+
+def test_other_test_images_are_refused(suite: Path, output: Path, tmp_path: Path):
+    shutil.copytree(output, tmp_path / "out")
+    file = tmp_path / "out/cells/findings/MLVICX/0/frozen/1/0/test_predictions.csv"
+    table = pd.read_csv(file)
+    table["label:disc"] = 1 - table["label:disc"]
+    table.to_csv(file, index=False)
+    with pytest.raises(ValueError, match=r"MLVICX/0/frozen/1/0 was tested on other images or labels than"):
+        analyse(read_suite(suite), tmp_path / "out", 10)
