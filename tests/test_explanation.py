@@ -23,7 +23,8 @@ from mlvicx_hf.data.cache import Cache, load_cache
 from mlvicx_hf.data.collections.base import Box, Collection, Drawing, Listing, Record
 from mlvicx_hf.data.prepare import prepare
 from mlvicx_hf.evaluation.localization import Subject, chance, find_subject, localize, summarize
-from mlvicx_hf.explanation import Panel, draw_grid, draw_overlay, explain, grad_cam, parse_models
+from mlvicx_hf.evaluation.overlays import Panel, draw_grid, draw_overlay
+from mlvicx_hf.explanation import explain, grad_cam, parse_models
 from mlvicx_hf.integrity_mlvicx import sha256
 
 pytest.importorskip("captum")
