@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from .data.sampling import PatientBalancedSampler
 from .finetuning import FinetuningArguments
-from .modeling_mlvicx import MLVICXForImageClassification
+from .modeling_mlvicx import MLVICXForImageClassification, MLVICXModel
 from .probing import encode
 from .progress import progress_bar
 
@@ -76,14 +75,14 @@ class LinearProbe(nn.Module):
 class FeatureStore:
     """Features of images by encoder and image, so that the runs of a grid encode every image once.
 
-    They stay in memory: 2 kB an image with ResNet-18.
+    Those of all levels are kept, whichever are asked for: 4 kB an image with ResNet-18, in memory.
     """
 
     def __init__(self) -> None:
         self.encoders: dict[str, dict[str, Tensor]] = {}
 
     def encode(
-        self, encoder: nn.Module, images: LabelledFeatureSource, batch_size: int, device: torch.device
+        self, encoder: MLVICXModel, images: LabelledFeatureSource, batch_size: int, device: torch.device
     ) -> dict[str, Tensor]:
         """As `probing.encode`, for images that tell their names and can be asked for some of their rows.
 
@@ -95,10 +94,17 @@ class FeatureStore:
         """
         known = self.encoders.setdefault(f"{_hash_of(encoder)} {images.key}", {})
         lacking = [row for row, name in enumerate(images.names) if name not in known]
+        wanted = encoder.config.pooled_levels
         if lacking:
-            found = encode(encoder, images.rows(lacking), batch_size, device)["features"]
+            encoder.config.pooled_levels = "all"
+            try:
+                found = encode(encoder, images.rows(lacking), batch_size, device)["features"]
+            finally:
+                encoder.config.pooled_levels = wanted
             known.update(zip((images.names[row] for row in lacking), found, strict=True))
-        return {"features": torch.stack([known[name] for name in images.names]), "labels": images.labels}
+        features = torch.stack([known[name] for name in images.names])
+        last = features[:, -encoder.channels[-1] :].contiguous()
+        return {"features": features if wanted == "all" else last, "labels": images.labels}
 
 
 class LabelledFeatureSource(Protocol):
@@ -118,11 +124,11 @@ class LabelledFeatureSource(Protocol):
         """Some of the images."""
 
 
-def _hash_of(encoder: Any) -> str:
+def _hash_of(encoder: MLVICXModel) -> str:
     """Of weights and of what is done with them."""
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    architecture = [encoder.config.pooled_levels, encoder.config.context_gain]
-    return hashlib.sha256(safetensors.torch.save(tensors, {"architecture": json.dumps(architecture)})).hexdigest()
+    gain = {"context_gain": str(float(encoder.config.context_gain))}
+    return hashlib.sha256(safetensors.torch.save(tensors, gain)).hexdigest()
 
 
 def prepare_probe(
@@ -146,8 +152,8 @@ def prepare_probe(
     Returns:
         The probe, and a function that makes of the images of any split what the probe takes.
     """
-    encoder: nn.Module = model.mlvicx
-    encoder.to(device)
+    encoder = model.mlvicx
+    nn.Module.to(encoder, device)
     how: Callable[..., dict[str, Tensor]] = encode if store is None else store.encode
     scale = how(encoder, training, batch_size, device)
     probe = LinearProbe(model, scale["features"], encode=not cache_features)
