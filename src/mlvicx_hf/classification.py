@@ -41,7 +41,7 @@ from .finetuning import (
 )
 from .image_processing_mlvicx import MLVICXImageProcessor
 from .linear_probe import FeatureStore, LinearProbe, ProbeTrainer, prepare_probe
-from .metrics import Accuracy, MultiLabelAUPRC, MultiLabelAUROC, score_decisions, youden_thresholds
+from .metrics import score_accuracy, score_decisions, score_labels, score_precision, youden_thresholds
 from .modeling_mlvicx import MLVICXForImageClassification
 from .provenance import new_file, write_json
 
@@ -181,7 +181,6 @@ class Scorer:
 
     def __init__(self, label_names: tuple[str, ...], exclusive: bool) -> None:
         self.names, self.exclusive = list(label_names), exclusive
-        self.auroc, self.auprc, self.accuracy = MultiLabelAUROC(), MultiLabelAUPRC(), Accuracy()
 
     def __call__(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """`auroc_macro`, `auroc` by label, `num_scored_labels`, `auprc_macro`, `auprc` by label, `accuracy`.
@@ -190,11 +189,12 @@ class Scorer:
         """
         table = np.eye(len(self.names))[labels.astype(int)] if self.exclusive else labels
         scores = softmax(logits.astype(np.float64), axis=1) if self.exclusive else logits.astype(np.float64)
-        rows = {"predictions": scores, "references": table.astype(np.float64)}
+        references = table.astype(np.float64)
+        # What the classes of `metrics` compute, without the tables that `evaluate` writes: this runs every epoch.
         return (
-            self.auroc.compute(**rows, label_names=self.names)
-            | self.auprc.compute(**rows, label_names=self.names)
-            | self.accuracy.compute(**rows, label_names=self.names, exclusive=self.exclusive)
+            score_labels(scores, references, self.names)
+            | score_precision(scores, references, self.names)
+            | score_accuracy(scores, references, self.exclusive)
         )
 
     def for_trainer(self, prediction: EvalPrediction) -> dict[str, float]:

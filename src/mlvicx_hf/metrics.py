@@ -65,9 +65,7 @@ class MultiLabelAUPRC(_MultiLabelMetric):
     def _compute(
         self, predictions: Sequence[Any], references: Sequence[Any], label_names: Sequence[str]
     ) -> dict[str, Any]:
-        tables = _table(predictions, label_names), _table(references, label_names)
-        values, macro = _score_each(average_precision_score, *tables, label_names)
-        return {"auprc_macro": macro, "auprc": values}
+        return score_precision(_table(predictions, label_names), _table(references, label_names), label_names)
 
 
 class Accuracy(_MultiLabelMetric):
@@ -84,12 +82,7 @@ class Accuracy(_MultiLabelMetric):
         exclusive: bool = False,
         threshold: float = 0.0,
     ) -> dict[str, Any]:
-        scores, labels = _table(predictions, label_names), _table(references, label_names)
-        if exclusive:
-            return {"accuracy": float((scores.argmax(1) == labels.argmax(1)).mean())}
-        known = ~np.isnan(labels)
-        right = ((scores > threshold) == (labels > 0.5))[known]
-        return {"accuracy": float(right.mean()) if right.size else NOT_SCORED}
+        return score_accuracy(_table(predictions, label_names), _table(references, label_names), exclusive, threshold)
 
 
 def score_labels(scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
@@ -97,6 +90,23 @@ def score_labels(scores: np.ndarray, labels: np.ndarray, label_names: Sequence[s
     values, macro = _score_each(roc_auc_score, scores, labels, label_names)
     scored = sum(value != NOT_SCORED for value in values.values())
     return {"auroc_macro": macro, "auroc": values, "num_scored_labels": scored}
+
+
+def score_precision(scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
+    """What `MultiLabelAUPRC` computes, from arrays [N, L]."""
+    values, macro = _score_each(average_precision_score, scores, labels, label_names)
+    return {"auprc_macro": macro, "auprc": values}
+
+
+def score_accuracy(
+    scores: np.ndarray, labels: np.ndarray, exclusive: bool = False, threshold: float = 0.0
+) -> dict[str, Any]:
+    """What `Accuracy` computes, from arrays [N, L]."""
+    if exclusive:
+        return {"accuracy": float((scores.argmax(1) == labels.argmax(1)).mean())}
+    known = ~np.isnan(labels)
+    right = ((scores > threshold) == (labels > 0.5))[known]
+    return {"accuracy": float(right.mean()) if right.size else NOT_SCORED}
 
 
 def _score_each(
