@@ -157,7 +157,7 @@ def pretraining_seconds(
         words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         with (Path(folder) / "log").open("w+") as log, subprocess.Popen(words, stdout=log, stderr=log) as command:
             times = _times_of_lines(output / METRICS, steps // LOGGING_STEPS, command)
-            command.kill() if processes == 1 else command.terminate()
+            command.terminate()  # it ends its step, and its workers with it: a kill would leave them and their memory
             command.wait()
             if len(times) < 2:
                 log.seek(0)
