@@ -5,7 +5,7 @@
 
 Flags override the recipe. Several processes on the CPU:
 
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 scripts/pretrain.py …
+    torchrun --nproc_per_node 2 scripts/pretrain.py …
 """
 
 from mlvicx_hf.cli import run

@@ -89,6 +89,8 @@ class Pretrainer:
             mixed_precision=arguments.mixed_precision,
             log_with=None if arguments.report_to == "none" else arguments.report_to,
             project_dir=arguments.output_dir,
+            # Else Accelerate takes what torchrun starts without a GPU for independent runs.
+            cpu=not torch.accelerator.is_available(),
         )
         self.device = self.accelerator.device
         if arguments.mixed_precision == "fp16" and self.device.type == "cpu":  # Accelerate would compute in float32
