@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_other_settings_are_refused(parts: dict[str, Any], tmp_path: Path):
     suite["classification"] = OPTIONS | {"num_train_epochs": 3}
     with pytest.raises(ValueError, match=r"made with other settings \(options: .*2.*then.*3.*now\)"):
         run_suite(read_suite(write(tmp_path, suite)).cells, tmp_path / "out")
+
+
+def test_other_weights_in_the_same_folder_are_refused(parts: dict[str, Any], tmp_path: Path):
+    suite = parts | {"tasks": {"findings": parts["tasks"]["findings"]}, "label_fractions": [1]}
+    suite["models"] = {"pretrained": str(tmp_path / "model")}
+    shutil.copytree(parts["models"]["pretrained"][0], tmp_path / "model")
+    cells = read_suite(write(tmp_path, suite)).cells
+    assert run_suite(cells, tmp_path / "out") == []
+    shutil.copytree(parts["models"]["pretrained"][1], tmp_path / "model", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"made with other settings \(weights_hash: \w+ then, \w+ now\)"):
+        run_suite(cells, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import transformers
+
 from ..linear_probe import FeatureStore
 from .figures import check_matplotlib
 from .shortcuts import audit_shortcuts
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="draws of patients for every interval (default 1000)")
     arguments = parser.parse_args()
     check_matplotlib()
+    transformers.utils.logging.set_verbosity_error()  # every run begins with a head that no checkpoint has
     suite, output = read_suite(find_suite(arguments.suite)), arguments.output
     store = FeatureStore()
     failed = [] if arguments.report_only else run_suite(suite.cells, output, arguments.keep_models, store)

@@ -7,6 +7,7 @@ folder that is there as a whole or not at all, so a grid that was killed goes on
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -44,6 +45,11 @@ TASK_KEYS = ("kind", "dataset", "metric", "paper")
 SOURCES = ("weights", "random", "imagenet")
 
 
+@functools.cache
+def _hash_of(file: Path, changed: int) -> str:
+    return sha256(file)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run.
@@ -60,7 +66,6 @@ class Cell:
         label_fraction: share of the training patients.
         seed: of the head, the order of images and the label fraction.
         options: further flags of fine-tuning.
-        weights_hash: SHA-256 of the weights, where they lie in a folder.
     """
 
     task: str
@@ -74,7 +79,16 @@ class Cell:
     label_fraction: float
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
-    weights_hash: str | None = None
+
+    @property
+    def weights_hash(self) -> str | None:
+        """SHA-256 of the weights, where they lie in a folder."""
+        file = Path(self.weights, "model.safetensors")
+        return _hash_of(file, file.stat().st_mtime_ns) if file.is_file() else None
+
+    def describe(self) -> dict[str, Any]:
+        """What is written of it, and what a finished cell must have been made with."""
+        return asdict(self) | {"weights_hash": self.weights_hash}
 
     @property
     def path(self) -> Path:
@@ -179,7 +193,7 @@ def read_suite(path: Path) -> Suite:
     ):
         if about["kind"] == "segmentation" and protocol == "frozen_levels":
             continue  # a decoder sees all levels anyway
-        name, number, weights, architecture, digest, flags = member
+        name, number, weights, architecture, flags = member
         several = sum(other[0] == name for other in members) > 1
         if several and suite.get("pair_seeds", False) and seed != seeds[number % len(seeds)]:
             continue
@@ -197,7 +211,6 @@ def read_suite(path: Path) -> Suite:
                 label_fraction=float(fraction),
                 seed=int(seed),
                 options=suite.get(about["kind"], {}) | own | flags,
-                weights_hash=digest,
             )
         )
     first, *others = suite["models"]
@@ -222,8 +235,8 @@ def _check_names(path: Path, what: str, found: Iterable[Any], expected: Iterable
         raise ValueError(f"{path}: {what} {', '.join(unknown)} found; expected some of {', '.join(expected)}")
 
 
-def _members(path: Path, name: str, entry: Any) -> list[tuple[int, str, str | None, str | None, dict[str, Any]]]:
-    """Number, weights, architecture, hash and flags of the weights of a model's entry."""
+def _members(path: Path, name: str, entry: Any) -> list[tuple[int, str, str | None, dict[str, Any]]]:
+    """Number, weights, architecture and flags of the weights of a model's entry."""
     if not isinstance(entry, dict):
         entry = {"weights": entry}
     given = [source for source in SOURCES if source in entry]
@@ -234,12 +247,9 @@ def _members(path: Path, name: str, entry: Any) -> list[tuple[int, str, str | No
         )
     flags = {key: value for key, value in entry.items() if key not in SOURCES}
     if given != ["weights"]:
-        return [(0, given[0], str(entry[given[0]]), None, flags)]
-    members: list[tuple[int, str, str | None, str | None, dict[str, Any]]] = []
-    for number, weights in enumerate(entry["weights"] if isinstance(entry["weights"], list) else [entry["weights"]]):
-        file = Path(weights, "model.safetensors")
-        members.append((number, str(weights), None, sha256(file) if file.is_file() else None, flags))
-    return members
+        return [(0, given[0], str(entry[given[0]]), flags)]
+    weights = entry["weights"] if isinstance(entry["weights"], list) else [entry["weights"]]
+    return [(number, str(source), None, flags) for number, source in enumerate(weights)]
 
 
 def run_suite(
@@ -286,7 +296,7 @@ def is_finished(cell: Cell, output: Path) -> bool:
     file = output / cell.path / "cell.json"
     if not file.is_file():
         return False
-    found, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(asdict(cell)))
+    found, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(cell.describe()))
     changed = [key for key in wanted if found.get(key) != wanted[key]]
     if changed:
         listed = "; ".join(f"{key}: {found.get(key)} then, {wanted[key]} now" for key in changed)
@@ -312,4 +322,4 @@ def _run(cell: Cell, folder: Path, store: FeatureStore, keep_model: bool) -> Non
             segmentation.finetune(*parse_arguments(cell.kind, sections, cell.words(temporary)))
         if not keep_model:
             (temporary / "model.safetensors").unlink()
-        write_json(temporary / "cell.json", asdict(cell))
+        write_json(temporary / "cell.json", cell.describe())

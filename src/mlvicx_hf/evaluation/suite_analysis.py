@@ -120,7 +120,9 @@ def _read_settings(suite: Suite, output: Path, samples: int) -> list[Setting]:
             by_task.setdefault(cell.task, {})[str(folder)] = run.predictions
     for runs in by_task.values():
         check_same_images(runs)
-    return [Setting(*names, tuple(runs), samples) for names, runs in groups.items()]
+    order = [list(dict.fromkeys(axis)) for axis in zip(*groups, strict=True)]  # of every axis, as in the suite
+    names = sorted(groups, key=lambda name: [axis.index(value) for axis, value in zip(order, name, strict=True)])
+    return [Setting(*name, tuple(groups[name]), samples) for name in names]
 
 
 def _describe_tasks(suite: Suite, settings: Sequence[Setting]) -> dict[str, Any]:

@@ -14,7 +14,13 @@ from ..provenance import new_file, new_folder, write_json
 from .documents import Document
 from .figures import PROTOCOL_NAMES, forest, label_efficiency, reliability
 
-MAIN_SCORES = ("auroc_macro", "auprc_macro", "accuracy", "dice", "dice_positive")
+MAIN_SCORES = {
+    "auroc_macro": "AUROC, macro",
+    "auprc_macro": "AUPRC, macro",
+    "accuracy": "accuracy",
+    "dice": "Dice",
+    "dice_positive": "Dice, images that show it",
+}
 CITATION = "Singh, Gorade and Mishra, MLVICX, arXiv 2403.11504"
 
 
@@ -42,7 +48,7 @@ def describe_briefly(report: dict[str, Any]) -> str:
         metric = report["tasks"][row["task"]]["metric"]
         lines.append(
             f"{row['task']}, {PROTOCOL_NAMES[row['protocol']]}, {_percent(row)} of the labels, {row['model']}: "
-            f"{metric} {_score(row['scores'][metric])}"
+            f"{MAIN_SCORES.get(metric, metric)} {_score(row['scores'][metric])}"
         )
     return "\n".join(lines)
 
@@ -60,8 +66,8 @@ def compose(report: dict[str, Any]) -> Document:
         f"Intervals are 95 % bootstrap intervals over patients ({report['suite']['samples']} draws); ± is the standard "
         "deviation over runs."
     )
-    for path in cells["failed"]:
-        document.paragraph(f"Failed: {path}")
+    if cells["failed"]:
+        document.table(["failed runs"], [[path] for path in cells["failed"]])
     _add_data(document, report)
     _add_scores(document, report)
     _add_comparisons(document, report)
@@ -99,7 +105,7 @@ def _add_scores(document: Document, report: dict[str, Any]) -> None:
         rows = [row for row in report["settings"] if row["task"] == task]
         columns = [name for name in MAIN_SCORES if name in rows[0]["scores"]]
         document.table(
-            ["protocol, labels, model", "runs", *columns],
+            ["protocol, labels, model", "runs", *(MAIN_SCORES[name] for name in columns)],
             [
                 [
                     _setting(row),
@@ -129,7 +135,9 @@ def _add_comparisons(document: Document, report: dict[str, Any]) -> None:
         if paired:
             tests = [f"{paired['pairs']} {paired['unit']}", _p(paired["t_p"]), _p(paired["wilcoxon_p"])]
         interval = f"{_signed(row['low'])} to {_signed(row['high'])}"
-        lines.append([_pair(row), row["metric"], _signed(row["difference"]), interval, *tests])
+        lines.append(
+            [_pair(row), MAIN_SCORES.get(row["metric"], row["metric"]), _signed(row["difference"]), interval, *tests]
+        )
     document.table(["setting", "score", "difference", "95 % interval", "pairs", "t-test p", "Wilcoxon p"], lines)
     single = [(row, label, found) for row in rows for label, found in (row.get("delong") or {}).items()]
     if single:
