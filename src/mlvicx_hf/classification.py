@@ -335,7 +335,10 @@ def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:
 def main() -> None:
     """The command `scripts/finetune_classification.py`."""
     sections = (ClassifierArguments, DataArguments, ClassificationArguments)
-    results = finetune(*parse_arguments("classification", sections))
+    model, data, arguments = parse_arguments("classification", sections)
+    results = finetune(model, data, arguments)
+    if arguments.process_index != 0:
+        return
     test = results["test"]
     for name, value in [("macro", test["auroc_macro"]), *test["auroc"].items()]:
         print(f"test AUROC {name:24s} {value if isinstance(value, str) else f'{value:.4f}'}")

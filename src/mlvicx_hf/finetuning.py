@@ -106,6 +106,8 @@ class FinetuningArguments(TrainingArguments):
         self.label_names = ["labels"]
         self.dataloader_pin_memory = torch.cuda.is_available()
         self.disable_tqdm = True  # one line an epoch instead, see EpochProgress
+        # Else Accelerate takes what torchrun starts without a GPU for independent runs.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
 

@@ -280,7 +280,10 @@ def write_overlaps(path: Path, cache: Cache, scorer: OverlapScorer) -> None:
 def main() -> None:
     """The command `scripts/finetune_segmentation.py`."""
     sections = (ModelArguments, SegmentationDataArguments, SegmentationArguments)
-    results = finetune(*parse_arguments("segmentation", sections))
+    model, data, arguments = parse_arguments("segmentation", sections)
+    results = finetune(model, data, arguments)
+    if arguments.process_index != 0:
+        return
     test = results["test"]
     for name, scores in [("macro", test), *test["per_label"].items()]:
         listed = ", ".join(
