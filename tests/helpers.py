@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image, ImageDraw
 
-from mlvicx_hf import MLVICXConfig
+from mlvicx_hf import MLVICXConfig, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.masks import foreground
 from mlvicx_hf.data.prepare import prepare
@@ -175,3 +175,14 @@ def segmentation_cache(
         for number in range(count)
     ]
     return make_cache(folder, rows, mask_names=names, **options)
+
+
+def save_encoders(folder: Path, count: int) -> list[str]:
+    """Folders of tiny encoders with different random weights, and their image processors."""
+    models = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        models.append(str(folder / f"model-{seed}"))
+        MLVICXModel(tiny_config()).save_pretrained(models[-1])
+        MLVICXImageProcessor(image_size=32).save_pretrained(models[-1])
+    return models

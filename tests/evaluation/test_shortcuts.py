@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from helpers import make_cache, tiny_config
+from helpers import make_cache, save_encoders
 
-from mlvicx_hf import MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.data.cache import load_cache
-from mlvicx_hf.evaluation.shortcuts import audit
-from mlvicx_hf.evaluation.suite import Cell
+from mlvicx_hf.evaluation.shortcuts import audit, audit_shortcuts, read_audits
+from mlvicx_hf.evaluation.suite import Cell, Suite
 from mlvicx_hf.linear_probe import FeatureStore
 
 
@@ -39,10 +38,7 @@ def rows(seed: int, brighter: bool = False) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    MLVICXModel(tiny_config()).save_pretrained(folder)
-    MLVICXImageProcessor(image_size=32).save_pretrained(folder)
-    return Cell("t", "classification", "", "model", 0, str(folder), None, "frozen", 1.0, 0)
+    return Cell("t", "classification", "", "model", 0, *save_encoders(folder, 1), None, "frozen", 1.0, 0)
 
 
 def test_what_is_given_away_and_what_is_not(cell: Cell, tmp_path: Path):
@@ -62,6 +58,21 @@ def test_what_is_given_away_and_what_is_not(cell: Cell, tmp_path: Path):
         assert view["low"] <= view["auroc"] <= view["high"]
     assert found["source", "one, two"]["auroc"] > 0.9
     assert found["source", "one, two"]["images"] == 80
+
+
+def test_an_audit_is_made_anew_when_there_are_other_data(cell: Cell, tmp_path: Path):
+    cells = [replace(cell, dataset=str(make_cache(tmp_path, rows(i), name=f"data-{i}"))) for i in range(2)]
+    suite = Suite("", tmp_path, "", tuple(cells), {}, {}, (), (), ("sex", "source"))
+    file = tmp_path / "out/shortcuts/model/0.json"
+    audit_shortcuts(suite, cells[:1], tmp_path / "out", FeatureStore())
+    [[few]] = read_audits(suite, tmp_path / "out").values()
+    made = file.stat().st_mtime_ns
+    audit_shortcuts(suite, cells[:1], tmp_path / "out", FeatureStore())
+    assert file.stat().st_mtime_ns == made
+    audit_shortcuts(suite, cells, tmp_path / "out", FeatureStore())
+    [[more]] = read_audits(suite, tmp_path / "out").values()
+    assert {row["kind"] for row in few} == {"sex"}
+    assert {row["kind"] for row in more} == {"sex", "source"}
 
 
 def test_what_is_unknown_or_rare_is_left_out(cell: Cell, tmp_path: Path):

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from helpers import make_cache, run_script, tiny_config
+from helpers import make_cache, run_script, save_encoders
 
-from mlvicx_hf import MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.evaluation.suite import find_suite, read_suite, run_suite, suite_names
 from mlvicx_hf.evaluation.suite_analysis import paper_results
 
@@ -35,12 +33,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }
         for i in range(40)
     ]
-    models = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        models.append(str(folder / f"model-{seed}"))
-        MLVICXModel(tiny_config()).save_pretrained(models[-1])
-        MLVICXImageProcessor(image_size=32).save_pretrained(models[-1])
+    models = save_encoders(folder, 2)
     masked = [row | {"disc": "", "stripes": ""} for row in rows]
     return {
         "tasks": {

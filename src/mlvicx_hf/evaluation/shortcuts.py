@@ -21,6 +21,7 @@ from ..image_processing_mlvicx import MLVICXImageProcessor
 from ..linear_probe import FeatureStore
 from ..machine import use_cpu_threads
 from ..modeling_mlvicx import MLVICXForImageClassification
+from ..prediction import choose_device
 from ..probing import linear_scores
 from ..progress import progress_bar
 from ..provenance import write_json
@@ -34,7 +35,9 @@ FOLDER = "shortcuts"
 
 
 def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: FeatureStore) -> None:
-    """Audit every set of weights of the finished cells; `OUTPUT/shortcuts/MODEL/MEMBER.json` is not made twice.
+    """Audit every set of weights of the finished cells into `OUTPUT/shortcuts/MODEL/MEMBER.json`.
+
+    One that was made of the same weights, data and kinds is not made again.
 
     Args:
         suite: with the shortcuts to audit.
@@ -45,13 +48,15 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
     if not suite.shortcuts:
         return
     members = {(cell.model, cell.member): cell for cell in cells}
-    datasets = list(dict.fromkeys(cell.dataset for cell in cells))
-    waiting = {key: cell for key, cell in members.items() if not _file(output, *key).is_file()}
-    with progress_bar(len(members), "shortcuts", "model", initial=len(members) - len(waiting)) as bar:
-        for key, cell in waiting.items():
+    caches = [load_cache(path) for path in dict.fromkeys(cell.dataset for cell in cells)]
+    data = {str(cache.path): cache.manifest["data_hash"] for cache in caches}
+    with progress_bar(len(members), "shortcuts", "model") as bar:
+        for key, cell in members.items():
             file = _file(output, *key)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, audit(cell, [load_cache(path) for path in datasets], suite.shortcuts, store))
+            made_of = {"weights": cell.weights_hash, "data": data, "kinds": list(suite.shortcuts)}
+            if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["made_of"] != made_of:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, {"made_of": made_of, "found": audit(cell, caches, suite.shortcuts, store)})
             bar.update()
 
 
@@ -61,7 +66,7 @@ def read_audits(suite: Suite, output: Path) -> dict[str, list[list[dict[str, Any
     for model, member in dict.fromkeys((cell.model, cell.member) for cell in suite.cells):
         file = _file(output, model, member)
         if file.is_file():
-            found.setdefault(model, []).append(json.loads(file.read_text(encoding="utf-8")))
+            found.setdefault(model, []).append(json.loads(file.read_text(encoding="utf-8"))["found"])
     return found
 
 
@@ -82,10 +87,13 @@ def audit(cell: Cell, caches: Sequence[Cache], kinds: Sequence[str], store: Feat
         One row for each kind and data of which there are two values or more: `kind`, `data`, `classes`, `images`,
         `auroc` (mean of one against the rest; 0.5 is no knowledge) with its interval over patients, `low`, `high`.
     """
-    use_cpu_threads()
+    device = choose_device(None)
+    if device.type == "cpu":
+        use_cpu_threads()
     caches = [cache for cache in caches if set(SPLITS) <= set(cache.datasets)]
     encoder, processor = _encoder(cell, caches[0])
-    parts = {split: [_encode(encoder, processor, cache, split, store) for cache in caches] for split in SPLITS}
+    encoder.to(device)
+    parts = {split: [_encode(encoder, processor, cache, split, store, device) for cache in caches] for split in SPLITS}
     groups = [([number], kind) for kind in ("view", "sex") for number in range(len(caches))]
     groups += [(list(range(len(caches))), "source")] if len(caches) > 1 else []
     found = []
@@ -106,13 +114,15 @@ class Encoded:
     about: dict[str, np.ndarray]
 
 
-def _encode(encoder: Any, processor: MLVICXImageProcessor, cache: Cache, split: str, store: FeatureStore) -> Encoded:
+def _encode(
+    encoder: Any, processor: MLVICXImageProcessor, cache: Cache, split: str, store: FeatureStore, device: torch.device
+) -> Encoded:
     images = cache.datasets[split]
     rows = LabelledImages(images, processor, exclusive=False, data_hash=cache.manifest["data_hash"])
     about = {kind: np.array(images[kind], dtype=object) for kind in ("view", "sex")}
     about["source"] = np.full(len(images), cache.path.name, dtype=object)
     about["patient"] = np.array([f"{cache.path} {patient}" for patient in images["patient_id"]])
-    return Encoded(store.encode(encoder, rows, BATCH_SIZE, torch.device("cpu"))["features"], about)
+    return Encoded(store.encode(encoder, rows, BATCH_SIZE, device)["features"], about)
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:

@@ -96,6 +96,11 @@ class Cell:
         names = (self.task, self.model, self.member, self.protocol, f"{self.label_fraction:g}", self.seed)
         return Path("cells", *map(str, names))
 
+    @property
+    def error_path(self) -> Path:
+        """Of the traceback, beside the folder, when it failed."""
+        return self.path.with_name(f"{self.path.name}.error.txt")
+
     def words(self, output: Path) -> list[str]:
         """The flags of the fine-tuning command."""
         flags: dict[str, Any] = {
@@ -274,7 +279,7 @@ def run_suite(
     store = FeatureStore() if store is None else store
     with progress_bar(len(cells), "suite", "cell", initial=len(cells) - len(waiting)) as bar:
         for cell in waiting:
-            error = output / cell.path.with_name(f"{cell.path.name}.error.txt")
+            error = output / cell.error_path
             error.unlink(missing_ok=True)
             try:
                 _run(cell, output / cell.path, store, keep_models)

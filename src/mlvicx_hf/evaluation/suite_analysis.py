@@ -22,8 +22,6 @@ from .significance import calibration, delong_test, paired_tests
 from .statistics import Estimate, Predictions, RunResults, check_same_images, difference, estimate, read_run
 from .suite import Cell, Suite, is_finished
 
-ERRORS = ".error.txt"
-
 
 @dataclass(frozen=True)
 class Run:
@@ -98,7 +96,7 @@ def analyse(suite: Suite, output: Path, samples: int = 1000) -> dict[str, Any]:
         "cells": {
             "planned": len(suite.cells),
             "finished": finished,
-            "failed": [str(cell.path) for cell in suite.cells if (output / f"{cell.path}{ERRORS}").is_file()],
+            "failed": [str(cell.path) for cell in suite.cells if (output / cell.error_path).is_file()],
         },
         "tasks": _describe_tasks(suite, settings),
         "settings": described,
@@ -162,8 +160,9 @@ def _describe(setting: Setting, metric: str) -> dict[str, Any]:
         "scores": {name: value.describe() for name, value in setting.estimates.items()},
         "subgroups": _subgroups(setting, metric),
     }
-    if isinstance(first.predictions, Predictions):
-        found["calibration"] = _calibration([run.predictions for run in runs])  # type: ignore[misc]
+    classifiers = [run.predictions for run in runs if isinstance(run.predictions, Predictions)]
+    if classifiers:
+        found["calibration"] = _calibration(classifiers)
         found["decisions"] = _mean_decisions([run.results["test"].get("decisions") for run in runs])
     return found
 

@@ -272,7 +272,8 @@ def _add_shortcuts(document: Document, report: dict[str, Any]) -> None:
     document.heading("Shortcut audit")
     document.paragraph(
         "How well a linear layer on the same frozen features tells what is no finding: AUROC of one value against the "
-        "rest, 0.5 is no knowledge. Features that know the view or the source can score well for the wrong reason."
+        "rest, 0.5 is no knowledge; of several pretrainings the mean, with the lowest and highest end of their "
+        "intervals. Features that know the view or the source can score well for the wrong reason."
     )
     document.table(
         ["model", "tells", "data", "values", "test images", "AUROC", "95 % interval"],
