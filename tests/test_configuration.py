@@ -74,6 +74,7 @@ def test_saved_and_loaded_unchanged(tmp_path: Path):
         ({"global_weight": 0, "multi_level_weight": 0}, "expected at least one above 0"),
         ({"variance_epsilon": 0.0}, "variance_epsilon=0.0 found; expected a positive number"),
         ({"context_gain": 0.0}, "context_gain=0.0 found; expected a positive number"),
+        ({"context_init_scale": 0}, "context_init_scale=0 found; expected a positive number"),
         ({"pooled_levels": "first"}, "pooled_levels='first' found; expected 'last' or 'all'"),
         ({"invariance_reduction": "max"}, "'max' found; expected 'mean' or 'sum'"),
         ({"problem_type": "regression"}, "'regression' found; expected 'multi_label_classification'"),

@@ -225,6 +225,23 @@ def test_the_gain_is_a_factor_of_each_gate_and_2_lets_maps_through():
         torch.testing.assert_close(gained(x), x)
 
 
+@pytest.mark.parametrize("reduction", [None, 2])
+def test_the_scale_of_the_first_gates_is_a_factor_of_their_weights_alone(tmp_path: Path, reduction: int | None):
+    models = []
+    for scale in (1.0, 0.01):
+        torch.manual_seed(3)
+        config = tiny_config(context_reduction=reduction, context_init_scale=scale)
+        models.append(MLVICXForPreTraining(config))
+    plain, small = (model.state_dict() for model in models)
+    gates = [name for name in plain if ".context." in name]
+    assert len(gates) == 5 * (2 if reduction is None else 3)
+    for name in plain:
+        torch.testing.assert_close(small[name], 0.01 * plain[name] if name in gates else plain[name])
+    models[1].save_pretrained(tmp_path)
+    loaded = MLVICXModel.from_pretrained(tmp_path).state_dict()  # not scaled again
+    assert all(torch.equal(value, small[f"mlvicx.{name}"]) for name, value in loaded.items())
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("reduction", [None, 2])
 def test_gradients_of_context_equal_those_of_equations_1_and_2(reduction: int | None, layout: torch.memory_format):

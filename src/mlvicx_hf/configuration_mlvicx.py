@@ -37,6 +37,9 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
             C → C/reduction → C of the authors' code.
         context_gain: factor of each of the two gates. 1 as in the paper, whose gates σ(0) · σ(0) quarter every map of
             an untrained network; 2 lets maps through as they are at first.
+        context_init_scale: factor of the gates' random weights. 0.01 starts every gate near the middle of its range, so
+            that all maps begin with the same scale; with 1, as torch draws a convolution, chance opens some and shuts
+            others. Not 0: LARS would give weights of norm 0 a rate a thousand times the others'.
         pooled_levels: "last" pools the last refined map into `pooler_output`; "all" pools every level's, one behind
             the other, for the classification head too.
         aggregation_levels: levels that enter the multi-level embedding; None for all.
@@ -76,6 +79,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     use_context: bool = True
     context_reduction: int | None = None
     context_gain: float | int = 1.0
+    context_init_scale: float | int = 0.01
     pooled_levels: str = "last"
     aggregation_levels: list[int] | tuple[int, ...] | None = None
     aggregation_size: int = 4
@@ -144,7 +148,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} found; expected 0 or more")
         if self.global_weight == 0 and self.multi_level_weight == 0:
             raise ValueError("global_weight=0 and multi_level_weight=0 found; expected at least one above 0")
-        for name in ("variance_epsilon", "context_gain"):
+        for name in ("variance_epsilon", "context_gain", "context_init_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} found; expected a positive number")
         if self.pooled_levels not in ("last", "all"):

@@ -36,6 +36,13 @@ from .integrity_mlvicx import SUMS, check_weights
 from .loss_mlvicx import LossTerms, segmentation_loss, variance_covariance_loss
 
 
+class GateConv2d(nn.Conv2d):
+    """Convolution of a gate, without bias; its first weights are drawn at `config.context_init_scale`."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias=False, **kwargs)
+
+
 class ContextBottleneck(nn.Module):
     """Refine one level's map by a channel gate, then a spatial gate (Eqs. 1 and 2).
 
@@ -50,13 +57,11 @@ class ContextBottleneck(nn.Module):
         self.gain = gain
         self.channel: nn.Module
         if reduction is None:
-            self.channel = nn.Conv2d(channels, channels, 1, bias=False)
+            self.channel = GateConv2d(channels, channels, 1)
         else:
             hidden = max(1, channels // reduction)
-            self.channel = nn.Sequential(
-                nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=False)
-            )
-        self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+            self.channel = nn.Sequential(GateConv2d(channels, hidden, 1), nn.ReLU(), GateConv2d(hidden, channels, 1))
+        self.spatial = GateConv2d(2, 1, 7, padding=3)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H, W]."""
@@ -264,9 +269,11 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Torch's own initialisation for what is ours; a backbone built with values keeps timm's (see MLVICXModel)."""
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            if isinstance(module, GateConv2d):
+                bound *= self.config.context_init_scale
+            init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
-                bound = 1 / math.sqrt(module.weight[0].numel())
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
             super()._init_weights(module)

@@ -21,6 +21,9 @@ class ModelArguments:
     use_context: bool = field(default=True, metadata={"help": "Refine every level by a context bottleneck."})
     context_reduction: int | None = field(default=None, metadata={"help": "Two-layer channel gate C/reduction."})
     context_gain: float = field(default=1.0, metadata={"help": "Factor of each gate; 2 makes gates start at 1."})
+    context_init_scale: float = field(
+        default=0.01, metadata={"help": "Factor of the gates' random weights; 1 draws them as torch does."}
+    )
     aggregation_levels: list[int] | None = field(
         default=None, metadata={"help": "Levels in the multi-level embedding, finest 0; by default all."}
     )
