@@ -427,6 +427,22 @@ def test_only_a_network_with_context_blocks_warns_of_plain_exports(
     assert "context blocks" not in render_card(TEMPLATES["backbone"], plain, []).text
 
 
+@pytest.mark.parametrize(("weight", "loss"), [("multi_level_weight", "L_G"), ("global_weight", "L_L")])
+def test_a_loss_alone_is_said(render: Render, saved: dict[str, Path], tmp_path: Path, weight: str, loss: str):
+    assert " alone" not in section(render("backbone"), "Differences from the paper")
+    model = write_model(saved["backbone"], tmp_path / "mine", **{weight: 0})
+    write_run(model, **{f"model.{weight}": 0})
+    said = section(render_card(TEMPLATES["backbone"], model, []), "Differences from the paper")
+    assert re.search(rf"loss {loss} alone[,;]", said)
+
+
+def test_a_classifier_without_context_blocks_is_not_said_to_keep_them(saved: dict[str, Path], tmp_path: Path):
+    for use, name in ((True, "with"), (False, "without")):
+        model = write_model(saved["classifier"], tmp_path / name, result(), use_context=use)
+        card = render_card(TEMPLATES["classifier"], model, [model / "results.json"], repo_id="org/tiny")
+        assert ("keeps its context blocks" in card.text) == use
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
