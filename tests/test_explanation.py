@@ -406,6 +406,21 @@ def test_pictures_and_scores(boxed: Path, model: Path, tmp_path: Path):
     assert all((tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in names)
 
 
+@pytest.mark.parametrize(("split", "said"), [("test", []), ("train", ["the model was trained on these images"])])
+def test_images_of_the_training_are_explained_with_a_warning(
+    boxed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: str, said: list[str]
+):
+    hashes = {name: load_cache(boxed).manifest[name] for name in ("data_hash", "split_hash")}
+    trained = save_classifier(
+        tmp_path / "trained", ("Edema",), decision_thresholds={"values": {"Edema": 0.5}, **hashes}
+    )
+    found = explain_on({"ours": trained}, boxed, tmp_path / "out", split=split, max_images=1)
+    overlap = found["models"]["ours"]["overlap"]
+    assert overlap["compared"] == "the training's own division into splits"
+    assert len(overlap["warnings"]) == len(said) == caplog.text.count("the model was trained on these images")
+    assert all(words in warning for words, warning in zip(said, overlap["warnings"], strict=True))
+
+
 def test_scores_are_those_of_the_heat_maps(boxed: Path, model: Path, tmp_path: Path):
     """Each image by itself, and a batch that does not divide them; the cache's squares are not the model's."""
     found = explain_on(

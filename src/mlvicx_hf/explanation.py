@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .data.cache import Cache, load_cache
 from .data.vocabulary import match
 from .evaluation.localization import Localization, Subject, chance, find_subject, localize, summarize
-from .evaluation.overlap import read_training
+from .evaluation.overlap import check_overlap, read_training
 from .evaluation.overlays import Panel, draw_grid, draw_overlay
 from .evaluation.transfer import load_classifier
 from .machine import describe_hardware, use_cpu_threads
@@ -264,6 +264,8 @@ def explain(
 ) -> dict[str, Any]:
     """Explain what classifiers see in the images that show a finding, without random transforms.
 
+    Images that a model was trained on are explained, too, with a warning that is recorded.
+
     Args:
         models: name → folder or Hub name of a classifier; labels are matched by `data.vocabulary`.
         dataset: cache written by `prepare_data.py`.
@@ -304,6 +306,7 @@ def explain(
         find_layer(each.model, level)  # refuses a level that is not there
         each.model.requires_grad_(False)
     outputs = {name: find_outputs(each, cache) for name, each in loaded.items()}
+    seen = {name: check_overlap(read_training(each), cache, split, True, progress) for name, each in loaded.items()}
     chosen = choose_findings(cache, split, outputs, findings)
     if mask_name is not None and len(chosen) > 1:
         raise ValueError(f"mask_name={mask_name!r} for {', '.join(chosen)} found; expected one finding (--findings)")
@@ -321,7 +324,7 @@ def explain(
             "task": "explanation",
             "method": f"Grad-CAM of captum {version('captum')}",
             "findings": {subject.finding: explainer.explain(subject, folder, bar) for subject in subjects},
-            "models": {name: _describe(each, level) for name, each in loaded.items()},
+            "models": {name: _describe(each, level) | {"overlap": seen[name]} for name, each in loaded.items()},
             "data": {"cache": str(dataset), "split": split}
             | {name: cache.manifest[name] for name in ("collection", "synthetic", "size", "data_hash", "split_hash")},
             "settings": {
