@@ -183,6 +183,6 @@ def save_encoders(folder: Path, count: int) -> list[str]:
     for seed in range(count):
         torch.manual_seed(seed)
         models.append(str(folder / f"model-{seed}"))
-        MLVICXModel(tiny_config()).save_pretrained(models[-1])
+        MLVICXModel(tiny_config(context_init_scale=1)).save_pretrained(models[-1])  # gates that do something
         MLVICXImageProcessor(image_size=32).save_pretrained(models[-1])
     return models

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -192,15 +192,15 @@ def test_every_number_of_an_evaluation_is_in_the_files(render: Render):
     for name in ("auroc_macro", "accuracy"):
         for group in (ours, theirs):
             values = [c["test"][name] for c in group]
-            known |= {f"{fmean(values):.3f}", f"{pstdev(values):.3f}"}
+            known |= {f"{fmean(values):.3f}", f"{stdev(values):.3f}"}
         known.add(f"{fmean(a['test'][name] - b['test'][name] for a, b in zip(ours, theirs, strict=True)):.3f}")
     for label in LABELS:
         for group in (ours, theirs):
             values = [c["test"]["auroc"][label] for c in group]
-            known |= {f"{fmean(values):.3f}", f"{pstdev(values):.3f}"}
+            known |= {f"{fmean(values):.3f}", f"{stdev(values):.3f}"}
     assert figures(text) <= known
-    assert "| pretrained, frozen encoder | 597 | 0, 1, 2 (n = 3) | 0.714 (SD 0.011) | 0.614 (SD 0.011) |" in text
-    assert "| random weights, frozen encoder | 597 | 0, 1, 2 (n = 3) | 0.609 (SD 0.007) | 0.509 (SD 0.007) |" in text
+    assert "| pretrained, frozen encoder | 597 | 0, 1, 2 (n = 3) | 0.714 (SD 0.014) | 0.614 (SD 0.014) |" in text
+    assert "| random weights, frozen encoder | 597 | 0, 1, 2 (n = 3) | 0.609 (SD 0.009) | 0.509 (SD 0.009) |" in text
     assert "| pretrained, frozen encoder, 10 % of the labels | 61 | 0 | 0.550 | 0.450 |" in text
     assert (
         "random weights (frozen encoder): macro AUROC +0.105, accuracy +0.105; mean over the seeds 0, 1, 2 (n = 3)."
@@ -292,7 +292,7 @@ def test_a_head_shows_its_own_figures_before_the_mean_of_its_seeds(render: Rende
     text = section(card, "Evaluation")
     rows = table_rows(text)
     assert rows[1].startswith("| **this model** (`mine`, frozen encoder) | 597 | 0 | 0.700 |")
-    assert rows[2].startswith("| `mine`, frozen encoder | 597 | 0, 1 (n = 2) | 0.707 (SD 0.007) |")
+    assert rows[2].startswith("| `mine`, frozen encoder | 597 | 0, 1 (n = 2) | 0.707 (SD 0.010) |")
     assert rows[3].startswith("| random weights, frozen encoder | 597 | 0 | 0.600 |")
     assert "None were chosen for this model" in text
     assert [(e.metric_type, e.metric_value) for e in card.data.eval_results or []] == [
@@ -329,7 +329,7 @@ def test_subgroups_are_shown_and_the_others_said_not_to_be_measured(render: Rend
     )
     second = result(1, **{"test.subgroups": {"view": {"PA": {"images": 139, "patients": 90, "auroc_macro": 0.73}}}})
     text = section(render("backbone", first, second, result(2)), "Limits and subgroups")
-    assert "| PA | pretrained, frozen encoder | 0, 1 (n = 2) | 139 | 90 | 0.720 (SD 0.010) |" in text
+    assert "| PA | pretrained, frozen encoder | 0, 1 (n = 2) | 139 | 90 | 0.720 (SD 0.014) |" in text
     assert "| AP | pretrained, frozen encoder | 0, 1 (n = 2) | 100 | 80 | n/a |" in text
     assert "- Scores by sex, age: not measured." in text
     assert "- Scores by view, sex, age: not measured." in render("backbone", result(0)).text

@@ -421,6 +421,14 @@ def test_images_of_the_training_are_explained_with_a_warning(
     assert all(words in warning for words, warning in zip(said, overlap["warnings"], strict=True))
 
 
+@pytest.mark.parametrize(("level", "warned"), [(None, True), (3, False)])
+def test_maps_of_one_pixel_are_warned_of(
+    boxed: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, level: int | None, warned: bool
+):
+    explain_on({"ours": model}, boxed, tmp_path / "out", level=level, max_images=1)  # 32 pixels, stride 32
+    assert ("cannot point; --level 3 can" in caplog.text) == warned
+
+
 def test_scores_are_those_of_the_heat_maps(boxed: Path, model: Path, tmp_path: Path):
     """Each image by itself, and a batch that does not divide them; the cache's squares are not the model's."""
     found = explain_on(

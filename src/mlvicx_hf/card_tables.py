@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult
@@ -306,12 +306,12 @@ def evaluation_results(tables: Sequence[Table], repo_id: str) -> list[EvalResult
 
 
 def _mean(values: Sequence[float | str], signed: bool = False) -> str:
-    """Mean, and the standard deviation where there are several; "n/a" as soon as one was not scored."""
+    """Mean, and the sample standard deviation where there are several; "n/a" as soon as one was not scored."""
     numbers = [value for value in values if not isinstance(value, str)]
     if len(numbers) < len(values):
         return NOT_SCORED
     mean = f"{fmean(numbers):{'+' if signed else ''}.3f}"
-    return mean if signed or len(numbers) == 1 else f"{mean} (SD {pstdev(numbers):.3f})"
+    return mean if signed or len(numbers) == 1 else f"{mean} (SD {stdev(numbers):.3f})"
 
 
 def _counts(split: dict[str, int]) -> str:

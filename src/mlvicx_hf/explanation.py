@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -32,6 +33,8 @@ from .progress import progress_bar
 from .provenance import code_version, new_folder, write_json
 
 RESULTS = "explanations.json"
+
+logger = logging.getLogger(__name__)
 
 
 def check_libraries() -> None:
@@ -304,6 +307,7 @@ def explain(
     loaded = {name: load_classifier(source, None, device) for name, source in models.items()}
     for each in loaded.values():
         find_layer(each.model, level)  # refuses a level that is not there
+        _warn_of_one_pixel(each, level)
         each.model.requires_grad_(False)
     outputs = {name: find_outputs(each, cache) for name, each in loaded.items()}
     seen = {name: check_overlap(read_training(each), cache, split, True, progress) for name, each in loaded.items()}
@@ -339,6 +343,18 @@ def explain(
         }
         write_json(folder / RESULTS, results)
     return results
+
+
+def _warn_of_one_pixel(loaded: LoadedModel, level: int | None) -> None:
+    reductions = loaded.model.mlvicx.backbone.feature_info.reduction()
+    reduction, size = reductions[-1 if level is None else level], loaded.processor.image_size
+    if size <= reduction:
+        logger.warning(
+            "%s: a level has one pixel of an image of %d: its heat maps cannot point; --level %d can",
+            loaded.source,
+            size,
+            max((i for i, each in enumerate(reductions) if each < size), default=0),
+        )
 
 
 def _describe(loaded: LoadedModel, level: int | None) -> dict[str, Any]:

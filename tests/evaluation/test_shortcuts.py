@@ -61,7 +61,7 @@ def test_what_is_given_away_and_what_is_not(cell: Cell, tmp_path: Path):
 
 
 def test_an_audit_is_made_anew_when_there_are_other_data(cell: Cell, tmp_path: Path):
-    cells = [replace(cell, dataset=str(make_cache(tmp_path, rows(i), name=f"data-{i}"))) for i in range(2)]
+    cells = [replace(cell, dataset=str(make_cache(tmp_path, rows(i, brighter=i == 1), name=f"data-{i}"))) for i in range(2)]
     suite = Suite("", tmp_path, "", tuple(cells), {}, {}, (), (), ("sex", "source"))
     file = tmp_path / "out/shortcuts/model/0.json"
     audit_shortcuts(suite, cells[:1], tmp_path / "out", FeatureStore())
@@ -79,3 +79,9 @@ def test_what_is_unknown_or_rare_is_left_out(cell: Cell, tmp_path: Path):
     few = [row | {"sex": "F" if i < 9 else "M", "view": "UNKNOWN"} for i, row in enumerate(rows(2))]
     cache = load_cache(make_cache(tmp_path, few))
     assert audit(cell, [cache], ["view", "sex", "source"], FeatureStore()) == []
+
+
+def test_the_source_of_caches_that_share_images_is_not_asked(cell: Cell, tmp_path: Path):
+    caches = [load_cache(make_cache(tmp_path, rows(0), name=name)) for name in ("one", "two")]
+    found = audit(cell, caches, ["sex", "source"], FeatureStore())
+    assert {(row["kind"], row["data"]) for row in found} == {("sex", "one"), ("sex", "two")}

@@ -85,13 +85,15 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(parts: dict[str, Any
     assert "3 of 4 cells finished, 1 failed" in done.stdout
     error = tmp_path / "out/cells/findings/absent/0/frozen/1/0.error.txt"
     assert "absent" in error.read_text()
-    assert str(error) in done.stderr
+    reason = error.read_text().splitlines()[-1]
+    assert f"failed: cells/findings/absent/0/frozen/1/0: {reason}; traceback in {error}" in done.stderr
+    assert f"| {reason}" in (tmp_path / "out/report.md").read_text()
     suite["models"]["absent"] = parts["models"]["pretrained"][0]
     done = run_script("evaluate_suite.py", write(tmp_path, suite), "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert not error.exists()
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["cells"] == {"planned": 4, "finished": 4, "failed": []}
+    assert report["cells"] == {"planned": 4, "finished": 4, "failed": {}}
 
 
 def test_seeds_can_be_paired_with_pretrainings(parts: dict[str, Any], tmp_path: Path):
@@ -155,9 +157,22 @@ def test_suites_of_the_package_name_what_the_paper_has():
         find_suite("table_5")
 
 
-def test_a_wrong_flag_fails_its_cell_alone(parts: dict[str, Any], tmp_path: Path):
+def test_a_flag_that_does_not_exist_is_refused_at_once(parts: dict[str, Any], tmp_path: Path):
+    for key, value in {
+        "models": {"wrong": {"weights": parts["models"]["pretrained"][0], "num_train_epoch": 1}},
+        "classification": {"num_train_epoch": 1},
+        "tasks": {"findings": parts["tasks"]["findings"] | {"num_train_epoch": 1}},
+    }.items():
+        with pytest.raises(
+            ValueError, match=r"num_train_epoch found, which is no flag of \w+; expected num_train_epochs"
+        ):
+            read_suite(write(tmp_path, parts | {key: value}))
+
+
+def test_an_impossible_value_of_a_flag_fails_its_cell_alone(parts: dict[str, Any], tmp_path: Path):
     suite = parts | {"tasks": {"findings": parts["tasks"]["findings"]}, "label_fractions": [1]}
-    suite["models"] = {"wrong": {"weights": parts["models"]["pretrained"][0], "no_such_flag": 1}, **parts["models"]}
+    wrong = {"weights": parts["models"]["pretrained"][0], "num_train_epochs": "many"}
+    suite["models"] = {"wrong": wrong, **parts["models"]}
     cells = read_suite(write(tmp_path, suite)).cells
     assert [cell.model for cell in run_suite(cells, tmp_path / "out")] == ["wrong"]
 

@@ -85,7 +85,8 @@ def audit(cell: Cell, caches: Sequence[Cache], kinds: Sequence[str], store: Feat
 
     Returns:
         One row for each kind and data of which there are two values or more: `kind`, `data`, `classes`, `images`,
-        `auroc` (mean of one against the rest; 0.5 is no knowledge) with its interval over patients, `low`, `high`.
+        `auroc` (mean of one against the rest; 0.5 is no knowledge) with its interval over patients, `low`, `high`. No
+        source where caches share images.
     """
     device = choose_device(None)
     if device.type == "cpu":
@@ -95,7 +96,7 @@ def audit(cell: Cell, caches: Sequence[Cache], kinds: Sequence[str], store: Feat
     encoder.to(device)
     parts = {split: [_encode(encoder, processor, cache, split, store, device) for cache in caches] for split in SPLITS}
     groups = [([number], kind) for kind in ("view", "sex") for number in range(len(caches))]
-    groups += [(list(range(len(caches))), "source")] if len(caches) > 1 else []
+    groups += [(list(range(len(caches))), "source")] if len(caches) > 1 and not _share_images(caches) else []
     found = []
     for numbers, kind in groups:
         if kind in kinds:
@@ -104,6 +105,12 @@ def audit(cell: Cell, caches: Sequence[Cache], kinds: Sequence[str], store: Feat
             data = ", ".join(caches[number].path.name for number in numbers)
             found += [{"kind": kind, "data": data} | row] if row else []
     return found
+
+
+def _share_images(caches: Sequence[Cache]) -> bool:
+    """Whether an image is in two caches, of which no feature could tell where it is from."""
+    files = [{file for split in SPLITS for file in cache.datasets[split]["sha256"]} for cache in caches]
+    return sum(map(len, files)) > len(set().union(*files))
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,11 @@ class Estimate:
         return float(self.runs.mean())
 
     @property
+    def deviation(self) -> float:
+        """Sample standard deviation over the runs (divisor n - 1); 0 of a single one."""
+        return float(self.runs.std(ddof=1)) if len(self.runs) > 1 else 0.0
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Percentile bootstrap, 95 %, over the draws in which the score is defined."""
         return _interval(self.draws)
@@ -188,7 +193,7 @@ class Estimate:
     def describe(self) -> dict[str, Any]:
         """`mean`, `sd` over the runs, `low`, `high`, `runs`; "n/a" for what is not defined."""
         low, high = self.interval
-        found = {"mean": self.value, "sd": float(self.runs.std()), "low": low, "high": high}
+        found = {"mean": self.value, "sd": self.deviation, "low": low, "high": high}
         return {name: value if np.isfinite(value) else NOT_SCORED for name, value in found.items()} | {
             "runs": len(self.runs)
         }
@@ -275,9 +280,9 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
     return {
         "metric": first.title,
         "runs": ours.value,
-        "runs_sd": float(ours.runs.std()),
+        "runs_sd": ours.deviation,
         "baselines": theirs.value,
-        "baselines_sd": float(theirs.runs.std()),
+        "baselines_sd": theirs.deviation,
         **difference(ours, theirs),
     }
 

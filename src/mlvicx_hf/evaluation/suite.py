@@ -7,6 +7,7 @@ folder that is there as a whole or not at all, so a grid that was killed goes on
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from ..provenance import new_file, new_folder, write_json
 from ..recipes import recipe_names
 
 KINDS = {"classification": "auroc_macro", "segmentation": "dice"}
+SECTIONS: dict[str, tuple[type, ...]] = {
+    "classification": (classification.ClassifierArguments, DataArguments, classification.ClassificationArguments),
+    "segmentation": (ModelArguments, segmentation.SegmentationDataArguments, segmentation.SegmentationArguments),
+}
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "frozen": {"freeze_backbone": True},
     "frozen_levels": {"freeze_backbone": True, "pooled_levels": "all"},
@@ -177,7 +182,7 @@ def read_suite(path: Path) -> Suite:
             the first; `paper_tables`; `shortcuts`, by default all; `title`.
 
     Raises:
-        ValueError: a key, kind, protocol or model that does not exist, or one that is missing.
+        ValueError: a key, kind, protocol, model or flag that does not exist, or one that is missing.
     """
     text = path.read_text(encoding="utf-8")
     suite = yaml.safe_load(text)
@@ -203,6 +208,8 @@ def read_suite(path: Path) -> Suite:
         if several and suite.get("pair_seeds", False) and seed != seeds[number % len(seeds)]:
             continue
         own = {key: value for key, value in about.items() if key not in TASK_KEYS}
+        options = suite.get(about["kind"], {}) | own | flags
+        _check_flags(path, f"task {task}, model {name}", about["kind"], options)
         cells.append(
             Cell(
                 task=task,
@@ -215,7 +222,7 @@ def read_suite(path: Path) -> Suite:
                 protocol=protocol,
                 label_fraction=float(fraction),
                 seed=int(seed),
-                options=suite.get(about["kind"], {}) | own | flags,
+                options=options,
             )
         )
     first, *others = suite["models"]
@@ -238,6 +245,14 @@ def _check_names(path: Path, what: str, found: Iterable[Any], expected: Iterable
     unknown = sorted({str(name) for name in found} - set(expected))
     if unknown:
         raise ValueError(f"{path}: {what} {', '.join(unknown)} found; expected some of {', '.join(expected)}")
+
+
+def _check_flags(path: Path, where: str, kind: str, options: Iterable[str]) -> None:
+    known = {"recipe", *(each.name for section in SECTIONS[kind] for each in fields(section))}
+    for name in options:
+        if name not in known:
+            similar = ", ".join(difflib.get_close_matches(name, known)) or f"those of finetune_{kind}.py --help"
+            raise ValueError(f"{path}: {where}: {name} found, which is no flag of {kind}; expected {similar}")
 
 
 def _members(path: Path, name: str, entry: Any) -> list[tuple[int, str, str | None, dict[str, Any]]]:
@@ -283,13 +298,18 @@ def run_suite(
             error.unlink(missing_ok=True)
             try:
                 _run(cell, output / cell.path, store, keep_models)
-            except (Exception, SystemExit):  # of whatever kind, a flag that does not exist among them: the others go on
+            except (Exception, SystemExit):  # of whatever kind, a flag's impossible value among them: the others go on
                 failed.append(cell)
                 with new_file(error) as temporary:
                     temporary.write_text(traceback.format_exc(), encoding="utf-8")
-                bar.write(f"failed: {cell.path}, see {error}", file=sys.stderr)
+                bar.write(f"failed: {cell.path}: {read_reason(error)}; traceback in {error}", file=sys.stderr)
             bar.update()
     return failed
+
+
+def read_reason(error: Path) -> str:
+    """The last line of the traceback of a failed cell: what was wrong."""
+    return error.read_text(encoding="utf-8").strip().splitlines()[-1]
 
 
 def is_finished(cell: Cell, output: Path) -> bool:
@@ -315,16 +335,10 @@ def _run(cell: Cell, folder: Path, store: FeatureStore, keep_model: bool) -> Non
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as temporary:
         if cell.kind == "classification":
-            sections: tuple[type, ...] = (
-                classification.ClassifierArguments,
-                DataArguments,
-                classification.ClassificationArguments,
-            )
-            model, data, arguments = parse_arguments(cell.kind, sections, cell.words(temporary))
+            model, data, arguments = parse_arguments(cell.kind, SECTIONS[cell.kind], cell.words(temporary))
             classification.finetune(model, data, arguments, store)
         else:
-            sections = (ModelArguments, segmentation.SegmentationDataArguments, segmentation.SegmentationArguments)
-            segmentation.finetune(*parse_arguments(cell.kind, sections, cell.words(temporary)))
+            segmentation.finetune(*parse_arguments(cell.kind, SECTIONS[cell.kind], cell.words(temporary)))
         if not keep_model:
             (temporary / "model.safetensors").unlink()
         write_json(temporary / "cell.json", cell.describe())

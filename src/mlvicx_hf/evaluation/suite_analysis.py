@@ -20,7 +20,7 @@ from ..provenance import code_version
 from .shortcuts import read_audits
 from .significance import calibration, delong_test, paired_tests
 from .statistics import Estimate, Predictions, RunResults, check_same_images, difference, estimate, read_run
-from .suite import Cell, Suite, is_finished
+from .suite import Cell, Suite, is_finished, read_reason
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,11 @@ def analyse(suite: Suite, output: Path, samples: int = 1000) -> dict[str, Any]:
         "cells": {
             "planned": len(suite.cells),
             "finished": finished,
-            "failed": [str(cell.path) for cell in suite.cells if (output / cell.error_path).is_file()],
+            "failed": {
+                str(cell.path): read_reason(output / cell.error_path)
+                for cell in suite.cells
+                if (output / cell.error_path).is_file()
+            },
         },
         "tasks": _describe_tasks(suite, settings),
         "settings": described,

@@ -63,11 +63,12 @@ def compose(report: dict[str, Any]) -> Document:
         f"{report['suite']['file']} (SHA-256 {report['suite']['sha256'][:12]}), report by mlvicx_hf "
         f"{report['code']['mlvicx_hf']}, {_plain(describe_commit(report['code']['commit']))}. Scores are means over "
         "the runs on the test split, which was looked at once, after validation had chosen epoch and thresholds. "
-        f"Intervals are 95 % bootstrap intervals over patients ({report['suite']['samples']} draws); ± is the standard "
-        "deviation over runs."
+        f"Intervals are 95 % bootstrap intervals over patients ({report['suite']['samples']} draws): how far a "
+        "score depends on who was tested. ± is the standard deviation over runs: how far it depends on the training. "
+        "Neither covers the other."
     )
     if cells["failed"]:
-        document.table(["failed runs"], [[path] for path in cells["failed"]])
+        document.table(["failed run", "reason"], [[path, reason] for path, reason in cells["failed"].items()])
     _add_data(document, report)
     _add_scores(document, report)
     _add_comparisons(document, report)
@@ -233,7 +234,8 @@ def _add_calibration(document: Document, report: dict[str, Any]) -> None:
     document.heading("Calibration and decisions")
     document.paragraph(
         "ECE is the expected calibration error over ten bins, the mean over the findings, of the probabilities of all "
-        "runs. Sensitivity and specificity are at the thresholds that Youden's index chose on validation."
+        "runs. Sensitivity, specificity and this accuracy are at the thresholds that Youden's index chose on "
+        "validation; the accuracy among the scores above is at 0.5, or that of the likeliest class."
     )
     document.picture("reliability.png", picture, "Frequency of findings over their probability")
     rows = [row for row in report["settings"] if "calibration" in row]
@@ -273,7 +275,8 @@ def _add_shortcuts(document: Document, report: dict[str, Any]) -> None:
     document.paragraph(
         "How well a linear layer on the same frozen features tells what is no finding: AUROC of one value against the "
         "rest, 0.5 is no knowledge; of several pretrainings the mean, with the lowest and highest end of their "
-        "intervals. Features that know the view or the source can score well for the wrong reason."
+        "intervals. The source is the cache that an image is from. What has one value only is left out, and so is the "
+        "source of caches that share images. Features that know view or source can score well for the wrong reason."
     )
     document.table(
         ["model", "tells", "data", "values", "test images", "AUROC", "95 % interval"],
