@@ -61,7 +61,9 @@ def test_what_is_given_away_and_what_is_not(cell: Cell, tmp_path: Path):
 
 
 def test_an_audit_is_made_anew_when_there_are_other_data(cell: Cell, tmp_path: Path):
-    cells = [replace(cell, dataset=str(make_cache(tmp_path, rows(i, brighter=i == 1), name=f"data-{i}"))) for i in range(2)]
+    cells = [
+        replace(cell, dataset=str(make_cache(tmp_path, rows(i, brighter=i == 1), name=f"data-{i}"))) for i in range(2)
+    ]
     suite = Suite("", tmp_path, "", tuple(cells), {}, {}, (), (), ("sex", "source"))
     file = tmp_path / "out/shortcuts/model/0.json"
     audit_shortcuts(suite, cells[:1], tmp_path / "out", FeatureStore())
