@@ -19,7 +19,13 @@ from mlvicx_hf import (
     MLVICXModel,
 )
 from mlvicx_hf.loss_mlvicx import variance_covariance_loss
-from mlvicx_hf.modeling_mlvicx import ContextBottleneck, Expander, MultiLevelAggregator, multi_label_loss
+from mlvicx_hf.modeling_mlvicx import (
+    ContextBottleneck,
+    Expander,
+    GateConv2d,
+    MultiLevelAggregator,
+    multi_label_loss,
+)
 from mlvicx_hf.pretraining import ModelArguments, PretrainingArguments, create_model, create_optimizer
 
 CHANNELS = [32, 32, 48, 192, 96]  # of test_resnet, stem first
@@ -481,9 +487,9 @@ def test_a_fresh_backbone_keeps_timms_initialisation(model_class: Any, backbone:
 
 
 def assert_fresh(layer: nn.Module) -> None:
-    """Torch's own scale: uniform within one over the root of the inputs."""
+    """Torch's own scale: uniform within one over the root of the inputs; a hundredth of it for gates."""
     weight = layer.weight.detach()
-    bound = 1 / weight[0].numel() ** 0.5
+    bound = (0.01 if isinstance(layer, GateConv2d) else 1) / weight[0].numel() ** 0.5
     assert weight.isfinite().all()
     assert weight.abs().max() <= bound
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.25)
