@@ -74,13 +74,16 @@ class ClassifierArguments(ModelArguments):
 class ClassificationArguments(FinetuningArguments):
     """How a classifier is trained."""
 
-    learning_rate: float | None = field(  # type: ignore[assignment]
+    learning_rate: float | None = field(  # type: ignore[assignment]  # None is ours: by protocol
         default=None, metadata={"help": "Peak of AdamW; by default 1e-3 for a frozen encoder, 1e-4 for fine-tuning."}
     )
 
     def __post_init__(self) -> None:
         self.metric_for_best_model = "auroc_macro"
         super().__post_init__()
+
+
+SECTIONS = (ClassifierArguments, DataArguments, ClassificationArguments)  # of the command line
 
 
 class LabelledImages(Dataset[dict[str, Tensor]]):
@@ -199,7 +202,7 @@ class Scorer:
 
     def for_trainer(self, prediction: EvalPrediction) -> dict[str, float]:
         """The scalars alone."""
-        scores = self(prediction.predictions, prediction.label_ids)  # type: ignore[arg-type]
+        scores = self(prediction.predictions, prediction.label_ids)  # type: ignore[arg-type]  # arrays, here
         return {k: v for k, v in scores.items() if isinstance(v, (int, float))}
 
 
@@ -334,8 +337,7 @@ def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:
 
 def main() -> None:
     """The command `scripts/finetune_classification.py`."""
-    sections = (ClassifierArguments, DataArguments, ClassificationArguments)
-    model, data, arguments = parse_arguments("classification", sections)
+    model, data, arguments = parse_arguments("classification", SECTIONS)
     results = finetune(model, data, arguments)
     if arguments.process_index != 0:
         return

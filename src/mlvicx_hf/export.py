@@ -303,7 +303,7 @@ def export_onnx(source: str | Path, output: str | Path) -> float:
 @torch.no_grad()
 def compare_onnx(tensors: Tensors, graph: Path, size: tuple[int, ...]) -> float:
     """Largest absolute difference between an ONNX graph and its model; RuntimeError where it is not rounding."""
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     largest = 0.0

@@ -226,8 +226,8 @@ def write_embeddings(path: Path, suffix: str, files: list[str], batches: list[Te
     if suffix == ".safetensors":
         save_file({"embeddings": torch.cat(batches)}, path, metadata={"files": json.dumps(files)})
         return
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     kind = pyarrow.list_(pyarrow.float32())
     column = pyarrow.chunked_array([pyarrow.array(list(batch.numpy()), kind) for batch in batches], kind)

@@ -82,6 +82,9 @@ class SegmentationArguments(FinetuningArguments):
         super().__post_init__()
 
 
+SECTIONS = (ModelArguments, SegmentationDataArguments, SegmentationArguments)  # of the command line
+
+
 class MaskedImages(Dataset[dict[str, Tensor]]):
     """Images of one split as model input, with masks through the same geometry.
 
@@ -279,8 +282,7 @@ def write_overlaps(path: Path, cache: Cache, scorer: OverlapScorer) -> None:
 
 def main() -> None:
     """The command `scripts/finetune_segmentation.py`."""
-    sections = (ModelArguments, SegmentationDataArguments, SegmentationArguments)
-    model, data, arguments = parse_arguments("segmentation", sections)
+    model, data, arguments = parse_arguments("segmentation", SECTIONS)
     results = finetune(model, data, arguments)
     if arguments.process_index != 0:
         return

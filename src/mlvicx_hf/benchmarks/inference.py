@@ -29,7 +29,7 @@ def benchmark_inference(
     config = MLVICXConfig(backbone=backbone, id2label={i: str(i) for i in range(labels)})
 
     def place(network: nn.Module) -> nn.Module:
-        return network.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        return network.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub lacks it
 
     ours = place(MLVICXForImageClassification(config))
     theirs = place(timm.create_model(backbone, in_chans=1, num_classes=labels))

@@ -52,7 +52,7 @@ def benchmark_prepare(root: Path, size: int, num_workers: int, rounds: int) -> d
                 options = {"size": size, "num_workers": num_workers, "max_images": images, "progress": False}
                 runs: dict[str, Callable[[], Any]] = {
                     "bare": partial(bare_loop, files[:images], size, num_workers),
-                    "prepare": partial(prepare, FolderCollection(root), output, **options),  # type: ignore[arg-type]
+                    "prepare": partial(prepare, FolderCollection(root), output, **options),  # type: ignore[arg-type]  # a dict of several types
                 }
                 for name, run in runs.items():
                     start = time.perf_counter()

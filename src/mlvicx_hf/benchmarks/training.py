@@ -49,7 +49,7 @@ def training_step(name: str, setting: Setting) -> Callable[[], None]:
     shape = (2, setting.batch_size, channels, setting.image_size, setting.image_size)
     views = [view.contiguous(memory_format=layout) for view in torch.randn(shape, device=setting.device)]
     network, loss = _candidate(name, setting)
-    network.to(device=setting.device, memory_format=layout)  # type: ignore[call-overload]
+    network.to(device=setting.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def step() -> None:
         with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.half):

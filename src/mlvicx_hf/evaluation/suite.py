@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from .. import classification, recipes, segmentation
-from ..finetuning import DataArguments, ModelArguments, parse_arguments
+from ..finetuning import parse_arguments
 from ..integrity_mlvicx import sha256
 from ..linear_probe import FeatureStore
 from ..progress import progress_bar
@@ -32,8 +32,8 @@ from ..recipes import recipe_names
 
 KINDS = {"classification": "auroc_macro", "segmentation": "dice"}
 SECTIONS: dict[str, tuple[type, ...]] = {
-    "classification": (classification.ClassifierArguments, DataArguments, classification.ClassificationArguments),
-    "segmentation": (ModelArguments, segmentation.SegmentationDataArguments, segmentation.SegmentationArguments),
+    "classification": classification.SECTIONS,
+    "segmentation": segmentation.SECTIONS,
 }
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "frozen": {"freeze_backbone": True},

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute  # type: ignore[import-untyped]
+import pyarrow.compute
 
 from ..masks import decode_mask
 from ..pixels import UnreadableImageError

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 import huggingface_hub
-import pyarrow.parquet  # type: ignore[import-untyped]
+import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.arrow.arrow import ArrowConfig
 from datasets.packaged_modules.parquet.parquet import ParquetConfig

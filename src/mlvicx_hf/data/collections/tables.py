@@ -87,8 +87,8 @@ def _read_jsonl(table: Path) -> Columns:
 
 
 def _read_parquet(table: Path) -> Columns:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         columns = pyarrow.parquet.read_table(table).to_pydict()
