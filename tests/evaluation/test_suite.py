@@ -107,6 +107,18 @@ def test_seeds_can_be_paired_with_pretrainings(parts: dict[str, Any], tmp_path: 
     ]
 
 
+def test_protocols_with_flags_of_their_own_give_way_to_others(parts: dict[str, Any], tmp_path: Path):
+    kinds = {"classification": {"patience": 3}, "segmentation": {"num_train_epochs": 4}}
+    suite = parts | kinds | {"protocols": {"frozen": None, "finetuned": {"num_train_epochs": 2, "patience": 5}}}
+    options = {(cell.kind, cell.protocol): cell.options for cell in read_suite(write(tmp_path, suite)).cells}
+    assert options["classification", "frozen"] == {"patience": 3}
+    assert options["classification", "finetuned"] == {"num_train_epochs": 2, "patience": 3}
+    assert options["segmentation", "finetuned"] == {"num_train_epochs": 4, "patience": 5, "image_size": 32}
+    suite["protocols"]["finetuned"] = {"freeze": True}
+    with pytest.raises(ValueError, match=r"pretrained, finetuned: freeze found, which is no flag of classification"):
+        read_suite(write(tmp_path, suite))
+
+
 def test_other_settings_are_refused(parts: dict[str, Any], tmp_path: Path):
     suite = parts | {"tasks": {"findings": parts["tasks"]["findings"]}, "label_fractions": [1]}
     suite["models"] = {"pretrained": parts["models"]["pretrained"][0]}

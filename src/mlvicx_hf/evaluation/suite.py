@@ -176,8 +176,8 @@ def read_suite(path: Path) -> Suite:
         path: `tasks`: by name `{kind: classification | segmentation, dataset: CACHE}`, and where wanted `metric` (that
             tables show), `paper` (what the paper calls this data) and flags of fine-tuning; `models`: by name a folder
             or Hub name, a list of them, or a mapping of `weights`, `random` or `imagenet` (the folder whose
-            configuration they have) and flags of fine-tuning; `protocols`, `label_fractions`, `seeds`: lists;
-            `pair_seeds`: whether each of several weights of a model has one seed, the one at its place, instead of all;
+            configuration they have) and flags of fine-tuning; `protocols`: a list, or by name flags of fine-tuning that
+            give way to all others; `label_fractions`, `seeds`: lists; `pair_seeds`: whether each of several weights of a model has one seed, the one at its place, instead of all;
             `classification`, `segmentation`: flags of fine-tuning; `compare`: pairs of models, by default all against
             the first; `paper_tables`; `shortcuts`, by default all; `title`.
 
@@ -190,6 +190,8 @@ def read_suite(path: Path) -> Suite:
         raise ValueError(f"{path}: expected a mapping with tasks and models at least")
     _check_names(path, "key(s)", suite, KEYS)
     protocols = suite.get("protocols", ["frozen", "finetuned"])
+    if not isinstance(protocols, dict):
+        protocols = dict.fromkeys(protocols, {})
     _check_names(path, "protocols", protocols, PROTOCOLS)
     _check_names(path, "shortcuts", suite.get("shortcuts", SHORTCUTS), SHORTCUTS)
     for task, about in suite["tasks"].items():
@@ -198,8 +200,8 @@ def read_suite(path: Path) -> Suite:
     seeds = suite.get("seeds", [0])
     members = [(name, *member) for name, entry in suite["models"].items() for member in _members(path, name, entry)]
     cells = []
-    for (task, about), member, protocol, fraction, seed in itertools.product(
-        suite["tasks"].items(), members, protocols, suite.get("label_fractions", [1.0]), seeds
+    for (task, about), member, (protocol, usual), fraction, seed in itertools.product(
+        suite["tasks"].items(), members, protocols.items(), suite.get("label_fractions", [1.0]), seeds
     ):
         if about["kind"] == "segmentation" and protocol == "frozen_levels":
             continue  # a decoder sees all levels anyway
@@ -208,8 +210,8 @@ def read_suite(path: Path) -> Suite:
         if several and suite.get("pair_seeds", False) and seed != seeds[number % len(seeds)]:
             continue
         own = {key: value for key, value in about.items() if key not in TASK_KEYS}
-        options = suite.get(about["kind"], {}) | own | flags
-        _check_flags(path, f"task {task}, model {name}", about["kind"], options)
+        options = (usual or {}) | suite.get(about["kind"], {}) | own | flags
+        _check_flags(path, f"task {task}, model {name}, {protocol}", about["kind"], options)
         cells.append(
             Cell(
                 task=task,
