@@ -177,9 +177,10 @@ def read_suite(path: Path) -> Suite:
             tables show), `paper` (what the paper calls this data) and flags of fine-tuning; `models`: by name a folder
             or Hub name, a list of them, or a mapping of `weights`, `random` or `imagenet` (the folder whose
             configuration they have) and flags of fine-tuning; `protocols`: a list, or by name flags of fine-tuning that
-            give way to all others; `label_fractions`, `seeds`: lists; `pair_seeds`: whether each of several weights of a model has one seed, the one at its place, instead of all;
-            `classification`, `segmentation`: flags of fine-tuning; `compare`: pairs of models, by default all against
-            the first; `paper_tables`; `shortcuts`, by default all; `title`.
+            give way to all others; `label_fractions`, `seeds`: lists; `pair_seeds`: whether each of several weights of
+            a model has one seed, the one at its place, instead of all; `classification`, `segmentation`: flags of
+            fine-tuning; `compare`: pairs of models, by default all against the first; `paper_tables`; `shortcuts`, by
+            default all; `title`.
 
     Raises:
         ValueError: a key, kind, protocol, model or flag that does not exist, or one that is missing.
@@ -191,7 +192,7 @@ def read_suite(path: Path) -> Suite:
     _check_names(path, "key(s)", suite, KEYS)
     protocols = suite.get("protocols", ["frozen", "finetuned"])
     if not isinstance(protocols, dict):
-        protocols = dict.fromkeys(protocols, {})
+        protocols = dict.fromkeys(protocols)
     _check_names(path, "protocols", protocols, PROTOCOLS)
     _check_names(path, "shortcuts", suite.get("shortcuts", SHORTCUTS), SHORTCUTS)
     for task, about in suite["tasks"].items():
