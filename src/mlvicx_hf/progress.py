@@ -43,6 +43,7 @@ def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, s
         disable=not show,
         dynamic_ncols=terminal,
         ncols=None if terminal else 110,
+        position=None if terminal else 0,  # a bar inside another one would move the cursor up
         mininterval=0.2 if terminal else 10,
         maxinterval=10 if terminal else 60,
         file=sys.stderr if terminal else _Lines(sys.stderr),

@@ -73,7 +73,9 @@ def label_efficiency(settings: Sequence[dict[str, Any]], metrics: dict[str, str]
         panel.set_xticks(fractions, [f"{value:g}" for value in fractions])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    axes[0].legend(fontsize="small", framealpha=0.6)
+    drawn = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in axes]
+    handles = {model: handle for panel in drawn for handle, model in panel}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize="small")
     return _png(figure)
 
 
