@@ -13,6 +13,7 @@ import pytest
 import yaml
 from helpers import make_cache, run_script, save_encoders
 
+from mlvicx_hf.evaluation import command
 from mlvicx_hf.evaluation.suite import find_suite, read_suite, run_suite, suite_names
 from mlvicx_hf.evaluation.suite_analysis import paper_results
 
@@ -81,6 +82,7 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(parts: dict[str, Any
     suite = parts | {"tasks": {"findings": parts["tasks"]["findings"]}, "label_fractions": [1]}
     suite["models"] = {"absent": str(tmp_path / "absent"), **parts["models"]}
     done = run_script("evaluate_suite.py", write(tmp_path, suite), "--output", tmp_path / "out")
+    assert done.stderr.startswith(f"no folder {tmp_path / 'absent'}: it is looked for on the Hub for model absent\n")
     assert done.returncode == 1, done.stderr
     assert "3 of 4 cells finished, 1 failed" in done.stdout
     error = tmp_path / "out/cells/findings/absent/0/frozen/1/0.error.txt"
@@ -94,6 +96,20 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(parts: dict[str, Any
     assert not error.exists()
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["cells"] == {"planned": 4, "finished": 4, "failed": {}}
+
+
+def test_what_is_not_there_is_said_before_anything_runs(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    absent = {"kind": "segmentation", "dataset": str(tmp_path / "lungs")}
+    suite = parts | {"tasks": {"lungs": absent, **parts["tasks"]}, "models": {"random": {"random": "org/none"}}}
+    monkeypatch.setattr(command, "run_suite", lambda *_: [])
+    monkeypatch.setattr("sys.argv", ["evaluate", str(write(tmp_path, suite)), "--output", str(tmp_path / "out")])
+    command.main()
+    assert capsys.readouterr().err.splitlines() == [
+        f"no folder {tmp_path / 'lungs'}: task lungs will fail until its cache is there",
+        "no folder org/none: it is looked for on the Hub for model random",
+    ]
 
 
 def test_seeds_can_be_paired_with_pretrainings(parts: dict[str, Any], tmp_path: Path):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
@@ -11,7 +13,7 @@ import transformers
 from ..linear_probe import FeatureStore
 from .figures import check_matplotlib
 from .shortcuts import audit_shortcuts
-from .suite import find_suite, is_finished, read_suite, run_suite, suite_names
+from .suite import SOURCES, Cell, find_suite, is_finished, read_suite, run_suite, suite_names
 from .suite_analysis import analyse
 from .suite_report import describe_briefly, write_report
 
@@ -34,6 +36,8 @@ def main() -> None:
     check_matplotlib()
     transformers.utils.logging.set_verbosity_error()  # every run begins with a head that no checkpoint has
     suite, output = read_suite(find_suite(arguments.suite)), arguments.output
+    for name, what in _absent(suite.cells).items():
+        print(f"no folder {name}: {what}", file=sys.stderr)
     store = FeatureStore()
     failed = [] if arguments.report_only else run_suite(suite.cells, output, arguments.keep_models, store)
     finished = [cell for cell in suite.cells if is_finished(cell, output)]
@@ -47,3 +51,15 @@ def main() -> None:
     print(f"{len(finished)} of {len(suite.cells)} cells finished, {len(failed)} failed")
     if failed:
         raise SystemExit(1)
+
+
+def _absent(cells: Iterable[Cell]) -> dict[str, str]:
+    """What a grid needs and has no folder, with what follows from it, said before hours of work on the other cells."""
+    found = {}
+    for cell in cells:
+        if not Path(cell.dataset).is_dir():
+            found[cell.dataset] = f"task {cell.task} will fail until its cache is there"
+        for source in (cell.weights, cell.architecture):
+            if source is not None and source not in SOURCES and not Path(source).is_dir():
+                found[source] = f"it is looked for on the Hub for model {cell.model}"
+    return found
