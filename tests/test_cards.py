@@ -252,6 +252,12 @@ def test_runs_of_other_settings_are_rows_of_their_own(render: Render):
     assert "| pretrained, fine-tuned | 597 | 2 | 0.727 |" in text
 
 
+def test_runs_without_context_blocks_or_at_another_size_are_never_averaged_with_others(render: Render):
+    text = section(render("backbone", result(0), result(1, drop_context=True), result(2, image_size=64)), "Evaluation")
+    assert "n = " not in text
+    assert "| pretrained without context blocks, frozen encoder | 597 | 1 | 0.714 |" in text
+
+
 def test_pretraining_data_and_recipe(render: Render, saved: dict[str, Path], tmp_path: Path):
     card = render("backbone")
     assert "| steps, images seen | 45, 2,880 |" in card.text  # 3 epochs of 15 whole batches of 64

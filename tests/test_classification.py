@@ -248,7 +248,7 @@ def test_a_store_encodes_every_image_once(cache: Path, pretrained: Path):
     device = torch.device("cpu")
     some = store.encode(model.mlvicx, few, 2, device)
     everything = store.encode(model.mlvicx, validation, 64, device)
-    assert counts == [2, 1, len(validation) - 3]
+    assert counts == [2, 2, 64]  # 3 images in batches of 2, and in one of 64 those that were lacking
     torch.testing.assert_close(everything["features"][:3], some["features"], rtol=0, atol=0)
     plain = encode(model.mlvicx, validation)
     torch.testing.assert_close(everything["features"], plain["features"])
@@ -256,11 +256,28 @@ def test_a_store_encodes_every_image_once(cache: Path, pretrained: Path):
     store.encode(
         model.mlvicx, LabelledImages(images.datasets["validation"], processor, False, "other data"), 64, device
     )
-    assert sum(counts) == 2 * len(validation) + len(validation)
+    assert counts[3:] == [64, 64]  # plain, and the other data
     with torch.no_grad():
         next(model.mlvicx.parameters()).mul_(1.5)  # another encoder
     store.encode(model.mlvicx, few, 64, device)
-    assert sum(counts) == 3 * len(validation) + 3
+    assert len(counts) == 6
+
+
+def test_other_squares_of_the_same_images_have_features_of_their_own(pretrained: Path, tmp_path: Path):
+    rows = [{"patient_id": f"p{i}", "split": "train", "disc": i % 2, "_draw": {"disc": i % 2 == 1}} for i in range(6)]
+    caches = [load_cache(make_cache(tmp_path, rows, size=size, name=f"{size}")) for size in (32, 24)]
+    assert caches[0].manifest["data_hash"] == caches[1].manifest["data_hash"]
+    model, processor = load_classifier(ClassifierArguments(str(pretrained)), caches[0])
+    sets = [LabelledImages(cache.datasets["train"], processor, cache.exclusive, cache.digest) for cache in caches]
+    store = FeatureStore()
+    for images in sets:
+        found = store.encode(model.mlvicx, images, 64, torch.device("cpu"))["features"]
+        torch.testing.assert_close(found, encode(model.mlvicx, images)["features"], rtol=0, atol=0)
+
+
+def test_a_score_that_does_not_choose_the_epoch_is_refused(cache: Path, pretrained: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="metric_for_best_model='accuracy' found; expected auroc_macro"):
+        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, "--metric_for_best_model", "accuracy")
 
 
 def test_folding_keeps_the_logits():

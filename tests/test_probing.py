@@ -10,6 +10,7 @@ import torch
 from helpers import make_cache, tiny_config
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from torch.utils.data import Subset
 
 from mlvicx_hf import MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.data.cache import load_cache
@@ -53,6 +54,18 @@ def test_features_are_those_of_single_images(cache: Path, encoder: MLVICXModel, 
     with torch.no_grad():
         alone = [encoder(processor(row["image"])["pixel_values"]).pooler_output for row in images]
     torch.testing.assert_close(features, torch.cat(alone), rtol=1e-4, atol=1e-6)
+
+
+def test_features_do_not_depend_on_how_many_images_are_left(
+    cache: Path, encoder: MLVICXModel, processor: MLVICXImageProcessor
+):
+    images = PreparedImages(load_cache(cache).datasets["validation"], processor)
+    shapes: list[int] = []
+    encoder.register_forward_hook(lambda module, inputs, output: shapes.append(len(inputs[0])))
+    everything = encode(encoder, images, batch_size=4)["features"]
+    few = encode(encoder, Subset(images, [4, 1, 2]), batch_size=4)["features"]
+    assert set(shapes) == {4}
+    torch.testing.assert_close(few, everything[[4, 1, 2]], rtol=0, atol=0)
 
 
 def test_what_else_the_images_give_comes_along(encoder: MLVICXModel):

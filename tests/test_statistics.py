@@ -1,12 +1,13 @@
 """Intervals of the difference between groups of runs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from mlvicx_hf.evaluation.statistics import compare_runs
+from mlvicx_hf.evaluation.statistics import Predictions, compare_runs, estimate, main
 
 PATIENTS = 150
 
@@ -48,6 +49,41 @@ def test_runs_on_other_images_or_without_predictions_are_refused(tmp_path: Path)
         compare_runs([run], [tmp_path / "absent"], samples=10)
 
 
+def test_a_macro_score_is_the_same_mean_in_every_draw() -> None:
+    truth = np.zeros((60, 3))
+    truth[:30, 0] = 1
+    truth[:2, 1] = 1  # the third label cannot be scored at all
+    scores = np.random.default_rng(0).random((60, 3))
+    patients = np.arange(60).astype(str)
+    run = Predictions(patients, patients, ("common", "rare", "absent"), {}, truth, scores)
+    everything, lacking = np.ones(60), np.ones(60)
+    lacking[:2] = 0
+    found = run.scores(np.stack([everything, lacking]))
+    assert found["auroc_macro"][0] == pytest.approx((found["auroc:common"][0] + found["auroc:rare"][0]) / 2)
+    assert np.isfinite(found["auroc:common"][1])
+    assert np.isnan(found["auroc_macro"][1])
+    assert np.isfinite(estimate([run], samples=200)["auroc_macro"].interval).all()  # both patients lack in one of 7
+    truth[1, 1] = 0  # in one of 3
+    truth[:, 2] = truth[:, 1][::-1]  # and the third label in another third
+    found = estimate([run], samples=500)
+    assert np.isnan(found["auroc_macro"].interval).all()  # fewer than half of the draws have all
+    assert np.isfinite(found["auroc:common"].interval).all()
+
+
+def test_what_cannot_be_scored_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        file = write_run(tmp_path / name, 1, 0) / "test_predictions.csv"
+        pd.read_csv(file).assign(**{"label:Edema": 1}).to_csv(file, index=False)
+    output = tmp_path / "found.json"
+    words = ["--runs", tmp_path / "one", "--baselines", tmp_path / "two", "--samples", 20, "--output", output]
+    monkeypatch.setattr("sys.argv", ["compare_runs", *map(str, words)])
+    main()
+    assert "AUROC macro n/a (SD n/a) against n/a (SD n/a): difference n/a" in capsys.readouterr().out
+    assert json.loads(output.read_text())["difference"] == "n/a"
+
+
 def write_overlaps(folder: Path, share: float, seed: int) -> Path:
     """Masks of 100 pixels of which about that share was found, with nothing beside them."""
     generator = np.random.default_rng(seed)
@@ -63,6 +99,11 @@ def test_segmenters_are_compared_by_dice(tmp_path: Path) -> None:
     good, bad = write_overlaps(tmp_path / "good", 0.8, 0), write_overlaps(tmp_path / "bad", 0.7, 1)
     found = compare_runs([good], [bad], samples=100)
     assert found["metric"] == "Dice"
+    larger = bad / "test_overlaps.csv"
+    table = pd.read_csv(larger, dtype={"patient_id": str})
+    names = [name for name in table if name.endswith(":lungs")]
+    table.assign(**{name: 4 * table[name] for name in names}).to_csv(larger, index=False)
+    assert compare_runs([good], [bad], samples=100) == found  # scored at twice the side
     counts = pd.read_csv(good / "test_overlaps.csv")
     overlap = counts["overlap:lungs"].to_numpy()
     assert found["runs"] == pytest.approx(np.mean(2 * overlap / (overlap + 100)))

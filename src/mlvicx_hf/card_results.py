@@ -138,8 +138,8 @@ class Result:
     def setting(self, model: bool = True) -> Hashable:
         """What runs that differ only in their seed have in common; without the model, what a fair comparison has."""
         c = self.content
-        protocol = (c["protocol"], float(c["label_fraction"]), canonical(c["hyperparameters"]))
-        return (*protocol, c["model"], c.get("architecture")) if model else protocol
+        protocol = (c["protocol"], float(c["label_fraction"]), canonical(c["hyperparameters"]), c.get("image_size"))
+        return (*protocol, c["model"], c.get("architecture"), bool(c.get("drop_context"))) if model else protocol
 
     def score(self, name: str) -> float | str:
         """A score of the test split."""

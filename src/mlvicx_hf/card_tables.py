@@ -181,7 +181,8 @@ def _encoder_name(result: Result, own: Result | None, encoder: Collection[str]) 
     model = result.content["model"]
     if model == "random":
         return "random weights" + ("" if _same_architecture(result, encoder) else f" of {_architecture(result)}")
-    return "pretrained" if own is None else f"`{last_part(model)}`"
+    dropped = " without context blocks" if result.content.get("drop_context") else ""
+    return ("pretrained" if own is None else f"`{last_part(model)}`") + dropped
 
 
 def _run_names(row: Row) -> str:

@@ -79,6 +79,8 @@ class ClassificationArguments(FinetuningArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.metric_for_best_model not in (None, "auroc_macro"):
+            raise ValueError(f"metric_for_best_model={self.metric_for_best_model!r} found; expected auroc_macro")
         self.metric_for_best_model = "auroc_macro"
         super().__post_init__()
 
@@ -93,13 +95,13 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
         images: split of a cache.
         processor: of the model.
         exclusive: labels are one class an image: its index instead of the vector.
-        data_hash: of the cache.
+        digest: of the cache.
     """
 
-    def __init__(self, images: Any, processor: MLVICXImageProcessor, exclusive: bool, data_hash: str = "") -> None:
-        self.images, self.processor, self.exclusive, self.data_hash = images, processor, exclusive, data_hash
+    def __init__(self, images: Any, processor: MLVICXImageProcessor, exclusive: bool, digest: str = "") -> None:
+        self.images, self.processor, self.exclusive, self.digest = images, processor, exclusive, digest
         self.names: list[str] = images["source"][:]
-        self.key = f"{data_hash} {processor.to_json_string()}"
+        self.key = f"{digest} {processor.to_json_string()}"
 
     @property
     def labels(self) -> Tensor:
@@ -109,7 +111,7 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
 
     def rows(self, indices: Sequence[int]) -> LabelledImages:
         """Some of the images."""
-        return LabelledImages(self.images.select(indices), self.processor, self.exclusive, self.data_hash)
+        return LabelledImages(self.images.select(indices), self.processor, self.exclusive, self.digest)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -254,8 +256,7 @@ def finetune(
     set_seed(arguments.seed)
     model, processor = load_classifier(model_arguments, cache)
     splits: Mapping[str, Dataset[Any]] = {
-        split: LabelledImages(cache.datasets[split], processor, cache.exclusive, cache.manifest["data_hash"])
-        for split in SPLITS
+        split: LabelledImages(cache.datasets[split], processor, cache.exclusive, cache.digest) for split in SPLITS
     }
     trained: nn.Module = model
     prepare: Callable[[Dataset[Any]], Dataset[Any]] = _unchanged

@@ -557,7 +557,9 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
             `loss` (when labels are given), `logits` [B, L], `hidden_states`.
         """
         encoded = self.mlvicx(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        logits = self.classifier(encoded.pooler_output)
+        # Under autocast, too, in the layer's own precision: rounded to bfloat16 many scores would tie.
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            logits = self.classifier(encoded.pooler_output.to(self.classifier.weight.dtype))
         loss = None if labels is None else self.compute_loss(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 

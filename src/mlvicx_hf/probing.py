@@ -83,7 +83,9 @@ def encode(
     with evaluating(encoder), progress_bar(len(images), "encoding", "img", show=show) as bar:  # type: ignore[arg-type]
         for batch in loader:
             pixels = batch.pop("pixel_values")
-            columns["features"].append(encoder(pixels.to(device)).pooler_output.float().cpu())
+            # Kernels are chosen by shape: with full batches alone no last digit depends on how many images are left.
+            full = nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, 0, batch_size - len(pixels)))
+            columns["features"].append(encoder(full.to(device)).pooler_output[: len(pixels)].float().cpu())
             for name, values in batch.items():
                 columns.setdefault(name, []).append(values)
             bar.update(len(pixels))

@@ -11,6 +11,7 @@ import pytest
 from helpers import make_cache, save_encoders
 
 from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.evaluation import shortcuts
 from mlvicx_hf.evaluation.shortcuts import audit, audit_shortcuts, read_audits
 from mlvicx_hf.evaluation.suite import Cell, Suite
 from mlvicx_hf.linear_probe import FeatureStore
@@ -75,6 +76,30 @@ def test_an_audit_is_made_anew_when_there_are_other_data(cell: Cell, tmp_path: P
     [[more]] = read_audits(suite, tmp_path / "out").values()
     assert {row["kind"] for row in few} == {"sex"}
     assert {row["kind"] for row in more} == {"sex", "source"}
+
+
+def test_an_audit_is_made_anew_for_other_weights_and_settings(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[Cell] = []
+    monkeypatch.setattr(shortcuts, "audit", lambda cell, *_: made.append(cell) or [])
+    first = replace(cell, dataset=str(make_cache(tmp_path, rows(0))))
+
+    def run(*planned: Cell, finished: int = 0, kinds: tuple[str, ...] = ("sex",)) -> int:
+        suite = Suite("", tmp_path, "", planned, {}, {}, (), (), kinds)
+        made.clear()
+        audit_shortcuts(suite, planned[finished:], tmp_path / "out", FeatureStore())
+        return len(made)
+
+    assert run(first) == 1
+    assert run(first, replace(first, seed=1), finished=1) == 0  # the seed of a model is the first that is planned
+    assert run(replace(first, seed=1)) == 1
+    assert run(replace(first, options={"drop_context": True})) == 1
+    assert run(replace(first, architecture=first.weights)) == 1
+    assert run(replace(first, options={"num_train_epochs": 3})) == 1
+    assert run(replace(first, options={"num_train_epochs": 4})) == 0  # features do not depend on it
+    suite = Suite("", tmp_path, "", (first,), {}, {}, (), (), ())
+    assert read_audits(suite, tmp_path / "out") == {}
 
 
 def test_what_is_unknown_or_rare_is_left_out(cell: Cell, tmp_path: Path):

@@ -67,7 +67,11 @@ def test_delong_of_the_same_scores_and_of_perfect_ones():
 
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
-    [([1, 1, np.nan], [1, 2, 3], "2 positive and 0 negative"), ([1, 0], [np.inf, 0], "not finite")],
+    [
+        ([1, 1, np.nan], [1, 2, 3], "2 positive and 0 negative"),
+        ([1, 0, 0], [1, 2, 3], "1 positive and 2 negative"),
+        ([1, 1, 0, 0], [np.inf, 0, 0, 0], "not finite"),
+    ],
 )
 def test_what_delong_refuses(labels: list[float], scores: list[float], message: str):
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ import yaml
 from helpers import make_cache, run_script, save_encoders
 
 from mlvicx_hf.evaluation import command
-from mlvicx_hf.evaluation.suite import find_suite, read_suite, run_suite, suite_names
+from mlvicx_hf.evaluation.suite import find_suite, is_finished, read_reason, read_suite, run_suite, suite_names
 from mlvicx_hf.evaluation.suite_analysis import paper_results
 
 OPTIONS = {"num_train_epochs": 2, "report_to": "none", "use_cpu": True}
@@ -151,8 +151,28 @@ def test_other_weights_in_the_same_folder_are_refused(parts: dict[str, Any], tmp
     cells = read_suite(write(tmp_path, suite)).cells
     assert run_suite(cells, tmp_path / "out") == []
     shutil.copytree(parts["models"]["pretrained"][1], tmp_path / "model", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"made with other settings \(weights_hash: \w+ then, \w+ now\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(\S+model\.safetensors: \w+ then, \w+ now\)"):
         run_suite(cells, tmp_path / "out")
+    shutil.rmtree(tmp_path / "model")  # the report can be made elsewhere
+    assert is_finished(cells[0], tmp_path / "out")
+
+
+def test_a_changed_cache_recipe_or_configuration_is_refused(parts: dict[str, Any], tmp_path: Path):
+    recipe, cache, model = tmp_path / "mine.yaml", tmp_path / "cache", tmp_path / "model"
+    recipe.write_text("learning_rate: 0.01\n")
+    shutil.copytree(parts["tasks"]["findings"]["dataset"], cache)
+    shutil.copytree(parts["models"]["pretrained"][0], model)
+    suite = parts | {"tasks": {"findings": {"kind": "classification", "dataset": str(cache), "recipe": str(recipe)}}}
+    suite |= {"models": {"random": {"random": str(model)}}, "label_fractions": [1]}
+    [cell] = read_suite(write(tmp_path, suite)).cells
+    assert run_suite([cell], tmp_path / "out") == []
+    for file in (recipe, cache / "cache.json", model / "config.json"):
+        before = file.read_text()
+        file.write_text(before + "\n")
+        with pytest.raises(ValueError, match=rf"made with other settings \({file}: \w+ then, \w+ now\)"):
+            is_finished(cell, tmp_path / "out")
+        file.write_text(before)
+    assert is_finished(cell, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +180,10 @@ def test_other_weights_in_the_same_folder_are_refused(parts: dict[str, Any], tmp
     [
         ({"fractions": [1]}, "key(s) fractions found; expected some of title, tasks"),
         ({"protocols": ["linear"]}, "protocols linear found; expected some of frozen, frozen_levels, finetuned"),
+        ({"paper_tables": ["V"]}, "paper_tables V found; expected some of I, II, III, IV"),
+        ({"tasks": {"a": {"kind": "segmentation", "dataset": "x", "metric": "iou"}}}, "task a: metric iou found"),
+        ({"classification": {"seed": 3}}, "frozen: flag seed found, which is up to the grid"),
+        ({"segmentation": {"freeze_backbone": True}}, "frozen: flag freeze_backbone found"),
         ({"shortcuts": ["scanner"]}, "shortcuts scanner found; expected some of view, sex, source"),
         ({"compare": [["pretrained", "simclr"]]}, "compare simclr found; expected some of pretrained, random"),
         ({"tasks": {"a": {"kind": "detection", "dataset": "x"}}}, "task a"),
@@ -202,7 +226,10 @@ def test_an_impossible_value_of_a_flag_fails_its_cell_alone(parts: dict[str, Any
     wrong = {"weights": parts["models"]["pretrained"][0], "num_train_epochs": "many"}
     suite["models"] = {"wrong": wrong, **parts["models"]}
     cells = read_suite(write(tmp_path, suite)).cells
-    assert [cell.model for cell in run_suite(cells, tmp_path / "out")] == ["wrong"]
+    [failed] = run_suite(cells, tmp_path / "out")
+    assert failed.model == "wrong"
+    reason = read_reason(tmp_path / "out" / failed.error_path)
+    assert reason == "ValueError: argument --num_train_epochs/--num-train-epochs: invalid float value: 'many'"
 
 
 def test_models_with_flags_of_their_own(parts: dict[str, Any], tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from helpers import ROOT, environment, make_cache, run_script, save_encoders
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from mlvicx_hf.data.collections.nih14 import FINDINGS
 from mlvicx_hf.evaluation.suite import read_suite
 from mlvicx_hf.evaluation.suite_analysis import analyse, paper_results, paper_table
 from mlvicx_hf.evaluation.suite_report import layout
@@ -159,6 +161,7 @@ def test_paper_tables_have_the_papers_layout_and_our_figures_beside(report: dict
 
 def test_the_papers_figures():
     known = paper_results()
+    assert set(known["column"]) == {"Mean", "Dice", *FINDINGS}
     assert known.groupby("table").size().to_dict() == {"I": 720, "II": 240, "III": 48, "IV": 18}
     means = known[(known["table"] == "I") & (known["column"] == "Mean")].set_index(["label_fraction", "method"])[
         "value"
@@ -237,4 +240,14 @@ def test_other_test_images_are_refused(suite: Path, output: Path, tmp_path: Path
     table["label:disc"] = 1 - table["label:disc"]
     table.to_csv(file, index=False)
     with pytest.raises(ValueError, match=r"MLVICX/0/frozen/1/0 was tested on other images or labels than"):
+        analyse(read_suite(suite), tmp_path / "out", 10)
+
+
+def test_cells_of_another_cache_are_refused(suite: Path, output: Path, tmp_path: Path):
+    shutil.copytree(output, tmp_path / "out")
+    file = tmp_path / "out/cells/findings/MLVICX/0/frozen/1/0/results.json"
+    file.write_text(re.sub(r'"split_hash": "\w+"', '"split_hash": "0"', file.read_text()))
+    with pytest.raises(
+        ValueError, match=r"MLVICX/0/frozen/1/0 was run with split_hash 0, other cells of task findings"
+    ):
         analyse(read_suite(suite), tmp_path / "out", 10)

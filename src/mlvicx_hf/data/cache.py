@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 
+from ..integrity_mlvicx import sha256
 from ..progress import no_datasets_bars
 from .pixels import CACHE_MARK
 from .splits import check_no_patient_overlap
@@ -67,6 +68,11 @@ class Cache:
     def exclusive(self) -> bool:
         """Whether every image has exactly one of the labels."""
         return bool(self.manifest["exclusive"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `cache.json`: of original files, splits and everything that was done to the images."""
+        return sha256(self.path / MANIFEST)
 
     @property
     def mask_names(self) -> tuple[str, ...]:

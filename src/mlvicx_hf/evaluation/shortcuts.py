@@ -37,7 +37,7 @@ FOLDER = "shortcuts"
 def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: FeatureStore) -> None:
     """Audit every set of weights of the finished cells into `OUTPUT/shortcuts/MODEL/MEMBER.json`.
 
-    One that was made of the same weights, data and kinds is not made again.
+    One that was made of the same weights, seed, data and kinds is not made again.
 
     Args:
         suite: with the shortcuts to audit.
@@ -47,13 +47,14 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
     """
     if not suite.shortcuts:
         return
-    members = {(cell.model, cell.member): cell for cell in cells}
+    finished = {(cell.model, cell.member) for cell in cells}
+    members = {(cell.model, cell.member): cell for cell in reversed(suite.cells)}  # the first of each
     caches = [load_cache(path) for path in dict.fromkeys(cell.dataset for cell in cells)]
-    data = {str(cache.path): cache.manifest["data_hash"] for cache in caches}
-    with progress_bar(len(members), "shortcuts", "model") as bar:
-        for key, cell in members.items():
-            file = _file(output, *key)
-            made_of = {"weights": cell.weights_hash, "data": data, "kinds": list(suite.shortcuts)}
+    data = {str(cache.path): cache.digest for cache in caches}
+    with progress_bar(len(finished), "shortcuts", "model") as bar:
+        for key in sorted(finished):
+            cell, file = members[key], _file(output, *key)
+            made_of = _made_of(cell) | {"data": data, "kinds": list(suite.shortcuts)}
             if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["made_of"] != made_of:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, {"made_of": made_of, "found": audit(cell, caches, suite.shortcuts, store)})
@@ -63,11 +64,24 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
 def read_audits(suite: Suite, output: Path) -> dict[str, list[list[dict[str, Any]]]]:
     """By model what `audit` gave for each of its weights."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
+    if not suite.shortcuts:
+        return found
     for model, member in dict.fromkeys((cell.model, cell.member) for cell in suite.cells):
         file = _file(output, model, member)
         if file.is_file():
             found.setdefault(model, []).append(json.loads(file.read_text(encoding="utf-8"))["found"])
     return found
+
+
+def _made_of(cell: Cell) -> dict[str, Any]:
+    """What the features depend on beside the images."""
+    options = {name: cell.options[name] for name in ("drop_context",) if name in cell.options}
+    return {
+        "weights": cell.weights,
+        "architecture": cell.architecture,
+        "seed": cell.seed,
+        "files": cell.files,
+    } | options
 
 
 def _file(output: Path, model: str, member: int) -> Path:
@@ -125,7 +139,7 @@ def _encode(
     encoder: Any, processor: MLVICXImageProcessor, cache: Cache, split: str, store: FeatureStore, device: torch.device
 ) -> Encoded:
     images = cache.datasets[split]
-    rows = LabelledImages(images, processor, exclusive=False, data_hash=cache.manifest["data_hash"])
+    rows = LabelledImages(images, processor, exclusive=False, digest=cache.digest)
     about = {kind: np.array(images[kind], dtype=object) for kind in ("view", "sex")}
     about["source"] = np.full(len(images), cache.path.name, dtype=object)
     about["patient"] = np.array([f"{cache.path} {patient}" for patient in images["patient_id"]])

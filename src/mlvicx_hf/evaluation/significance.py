@@ -52,14 +52,14 @@ def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dic
         `auroc`, `other_auroc`, `difference`, its standard error `se`, and `p`; a p of 1 where the scores rank alike.
 
     Raises:
-        ValueError: not both values among the labels, or a score that is not finite.
+        ValueError: fewer than two images of either label, or a score that is not finite.
     """
     known = ~np.isnan(labels)
     scores = np.stack([ours, theirs])[:, known].astype(float)  # [2, N]
     positive = labels[known] == 1
     m, n = int(positive.sum()), int((~positive).sum())
-    if not m or not n:
-        raise ValueError(f"{m} positive and {n} negative labels found; expected both")
+    if min(m, n) < 2:
+        raise ValueError(f"{m} positive and {n} negative labels found; expected two of each at least")
     if not np.isfinite(scores).all():
         raise ValueError("a score that is not finite found; expected finite ones")
     # Share of the other kind that each image beats, ties half, by ranks (Sun and Xu, IEEE SPL 21, 2014).
@@ -67,7 +67,7 @@ def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dic
     wins = (ranks[:, positive] - stats.rankdata(scores[:, positive], axis=1)) / n  # [2, m]
     losses = 1 - (ranks[:, ~positive] - stats.rankdata(scores[:, ~positive], axis=1)) / m  # [2, n]
     first, second = wins.mean(1)
-    variance = sum(_variance_of_difference(part) for part in (wins, losses))
+    variance = sum((part[0] - part[1]).var(ddof=1) / part.shape[1] for part in (wins, losses))
     difference = float(first - second)
     p = 1.0 if difference == 0 else float(2 * stats.norm.sf(abs(difference) / np.sqrt(variance))) if variance else 0.0
     return {
@@ -77,12 +77,6 @@ def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dic
         "se": float(np.sqrt(variance)),
         "p": p,
     }
-
-
-def _variance_of_difference(parts: np.ndarray) -> float:
-    """Variance of the difference of the two means of [2, K]; 0 for a single image, of which nothing is known."""
-    count = parts.shape[1]
-    return float((parts[0] - parts[1]).var(ddof=1) / count) if count > 1 else 0.0
 
 
 def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> dict[str, Any]:

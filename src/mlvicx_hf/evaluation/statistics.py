@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -79,9 +80,10 @@ class Predictions(RunResults):
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """`auroc_macro`, `auroc:NAME`, `auprc_macro`, `auprc:NAME`, `accuracy`."""
         areas = [weighted_areas(*columns, weights) for columns in zip(self.labels.T, self.probabilities.T, strict=True)]
+        scored = [bool((column == 0).any() and (column == 1).any()) for column in self.labels.T]
         found: dict[str, np.ndarray] = {}
         for kind, values in zip(("auroc", "auprc"), zip(*areas, strict=True), strict=True):
-            found[f"{kind}_macro"] = _mean_of_scored(values)
+            found[f"{kind}_macro"] = _mean_of_scored(values, scored)
             found |= {f"{kind}:{name}": value for name, value in zip(self.names, values, strict=True)}
         if self.exclusive:
             right, known = self.probabilities.argmax(1) == self.labels.argmax(1), np.ones(len(self.labels))
@@ -104,8 +106,8 @@ class Overlaps(RunResults):
 
     @property
     def truth(self) -> np.ndarray:
-        """Pixels of the true masks."""
-        return self.counts[..., 2]
+        """Whether an image shows a structure; pixels depend on the size at which a model is scored."""
+        return self.counts[..., 2] > 0
 
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """`dice`, `dice_positive` (over the images that show the structure), and both by structure."""
@@ -114,16 +116,15 @@ class Overlaps(RunResults):
         found: dict[str, np.ndarray] = {}
         for kind, counted in (("dice", np.ones_like(positive)), ("dice_positive", positive)):
             values = [weighted_mean(dice[:, i], weights, counted[:, i]) for i in range(len(self.names))]
-            found[kind] = _mean_of_scored(values)
+            found[kind] = _mean_of_scored(values, [bool(column.any()) for column in counted.T])
             found |= {f"{kind}:{name}": value for name, value in zip(self.names, values, strict=True)}
         return found
 
 
-def _mean_of_scored(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over the labels that have a value, in every draw."""
-    table = np.stack(values)
-    with np.errstate(invalid="ignore"):
-        return np.nansum(table, 0) / (~np.isnan(table)).sum(0)
+def _mean_of_scored(values: Sequence[np.ndarray], scored: Sequence[bool]) -> np.ndarray:
+    """Mean over the labels that all images together score; NaN in a draw that lacks one, as that is another mean."""
+    chosen = list(itertools.compress(values, scored))
+    return np.mean(chosen, axis=0) if chosen else np.full_like(values[0], np.nan)
 
 
 def read_run(run: Path) -> RunResults:
@@ -182,12 +183,12 @@ class Estimate:
 
     @property
     def deviation(self) -> float:
-        """Sample standard deviation over the runs (divisor n - 1); 0 of a single one."""
-        return float(self.runs.std(ddof=1)) if len(self.runs) > 1 else 0.0
+        """Sample standard deviation over the runs (divisor n - 1); 0 of a single one that has a value."""
+        return float(self.runs.std(ddof=1)) if len(self.runs) > 1 else 0.0 * self.value
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Percentile bootstrap, 95 %, over the draws in which the score is defined."""
+        """Percentile bootstrap, 95 %, over the draws in which the score is defined; NaN if those are not even half."""
         return _interval(self.draws)
 
     def describe(self) -> dict[str, Any]:
@@ -201,7 +202,7 @@ class Estimate:
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:
     defined = draws[~np.isnan(draws)]
-    if not len(defined):
+    if 2 * len(defined) < len(draws):
         return float("nan"), float("nan")
     low, high = np.percentile(defined, [2.5, 97.5])
     return float(low), float(high)
@@ -268,7 +269,8 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
         seed: of the draws.
 
     Returns:
-        `metric`, `runs`, `baselines`, their standard deviations over seeds, `difference`, `low` and `high`.
+        `metric`, `runs`, `baselines`, their standard deviations over seeds, `difference`, `low` and `high`; "n/a" for
+        what is not defined.
 
     Raises:
         ValueError: runs that were not tested on the same images and labels.
@@ -277,14 +279,19 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
     check_same_images(dict(zip(map(str, (*runs, *baselines)), groups[0] + groups[1], strict=True)))
     first = groups[0][0]
     ours, theirs = (estimate(group, samples, seed)[first.metric] for group in groups)
+    described, other = ours.describe(), theirs.describe()
     return {
         "metric": first.title,
-        "runs": ours.value,
-        "runs_sd": ours.deviation,
-        "baselines": theirs.value,
-        "baselines_sd": theirs.deviation,
+        "runs": described["mean"],
+        "runs_sd": described["sd"],
+        "baselines": other["mean"],
+        "baselines_sd": other["sd"],
         **difference(ours, theirs),
     }
+
+
+def _text(value: float | str, form: str) -> str:
+    return value if isinstance(value, str) else format(value, form)
 
 
 def main() -> None:
@@ -297,10 +304,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     found = compare_runs(arguments.runs, arguments.baselines, arguments.samples, arguments.seed)
+    runs, runs_sd, baselines, baselines_sd = (
+        _text(found[name], ".4f") for name in ("runs", "runs_sd", "baselines", "baselines_sd")
+    )
+    gain, low, high = (_text(found[name], "+.4f") for name in ("difference", "low", "high"))
     print(
-        f"test {found['metric']} {found['runs']:.4f} (SD {found['runs_sd']:.4f}) against {found['baselines']:.4f} "
-        f"(SD {found['baselines_sd']:.4f}): difference {found['difference']:+.4f}, "
-        f"95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
+        f"test {found['metric']} {runs} (SD {runs_sd}) against {baselines} (SD {baselines_sd}): difference {gain}, "
+        f"95 % interval {low} to {high}"
     )
     if arguments.output:
         write_json(arguments.output, found | {"samples": arguments.samples, "seed": arguments.seed})

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from .. import classification, recipes, segmentation
+from ..data.cache import MANIFEST
 from ..finetuning import parse_arguments
 from ..integrity_mlvicx import sha256
 from ..linear_probe import FeatureStore
@@ -30,7 +31,11 @@ from ..progress import progress_bar
 from ..provenance import new_file, new_folder, write_json
 from ..recipes import recipe_names
 
-KINDS = {"classification": "auroc_macro", "segmentation": "dice"}
+KINDS = {  # of tasks, and the scores that tables and curves can show, the usual one first
+    "classification": ("auroc_macro", "auprc_macro", "accuracy"),
+    "segmentation": ("dice", "dice_positive"),
+}
+PAPER_TABLES = ("I", "II", "III", "IV")
 SECTIONS: dict[str, tuple[type, ...]] = {
     "classification": classification.SECTIONS,
     "segmentation": segmentation.SECTIONS,
@@ -48,6 +53,8 @@ KEYS = (
 )
 TASK_KEYS = ("kind", "dataset", "metric", "paper")
 SOURCES = ("weights", "random", "imagenet")
+WEIGHTS, CONFIGURATIONS = "model.safetensors", ("config.json", "preprocessor_config.json")
+AXES = ("model", "architecture", "dataset", "label_fraction", "seed", "output_dir", "freeze_backbone", "pooled_levels")
 
 
 @functools.cache
@@ -86,14 +93,21 @@ class Cell:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def weights_hash(self) -> str | None:
-        """SHA-256 of the weights, where they lie in a folder."""
-        file = Path(self.weights, "model.safetensors")
-        return _hash_of(file, file.stat().st_mtime_ns) if file.is_file() else None
+    def weights_file(self) -> str:
+        """Where its weights lie, if they lie in a folder."""
+        return str(Path(self.weights, WEIGHTS))
+
+    @property
+    def files(self) -> dict[str, str]:
+        """SHA-256 of weights, configurations, cache and recipe, of those that lie on this disk."""
+        files = [Path(self.weights_file), Path(self.dataset, MANIFEST), Path(str(self.options.get("recipe", "")))]
+        folders = [folder for folder in (self.weights, self.architecture) if folder is not None]
+        files += [Path(folder, name) for folder in folders for name in CONFIGURATIONS]
+        return {str(file): _hash_of(file, file.stat().st_mtime_ns) for file in files if file.is_file()}
 
     def describe(self) -> dict[str, Any]:
         """What is written of it, and what a finished cell must have been made with."""
-        return asdict(self) | {"weights_hash": self.weights_hash}
+        return asdict(self) | {"files": self.files}
 
     @property
     def path(self) -> Path:
@@ -194,10 +208,12 @@ def read_suite(path: Path) -> Suite:
     if not isinstance(protocols, dict):
         protocols = dict.fromkeys(protocols)
     _check_names(path, "protocols", protocols, PROTOCOLS)
+    _check_names(path, "paper_tables", suite.get("paper_tables", ()), PAPER_TABLES)
     _check_names(path, "shortcuts", suite.get("shortcuts", SHORTCUTS), SHORTCUTS)
     for task, about in suite["tasks"].items():
         if about.get("kind") not in KINDS or "dataset" not in about:
             raise ValueError(f"{path}: task {task} {about} found; expected a kind ({' or '.join(KINDS)}) and a dataset")
+        _check_names(path, f"task {task}: metric", [about.get("metric", KINDS[about["kind"]][0])], KINDS[about["kind"]])
     seeds = suite.get("seeds", [0])
     members = [(name, *member) for name, entry in suite["models"].items() for member in _members(path, name, entry)]
     cells = []
@@ -236,7 +252,7 @@ def read_suite(path: Path) -> Suite:
         path=path,
         digest=hashlib.sha256(text.encode()).hexdigest(),
         cells=tuple(cells),
-        metrics={task: about.get("metric", KINDS[about["kind"]]) for task, about in suite["tasks"].items()},
+        metrics={task: about.get("metric", KINDS[about["kind"]][0]) for task, about in suite["tasks"].items()},
         paper={task: about["paper"] for task, about in suite["tasks"].items() if "paper" in about},
         paper_tables=tuple(suite.get("paper_tables", ())),
         compare=tuple((ours, theirs) for ours, theirs in pairs),
@@ -253,6 +269,8 @@ def _check_names(path: Path, what: str, found: Iterable[Any], expected: Iterable
 def _check_flags(path: Path, where: str, kind: str, options: Iterable[str]) -> None:
     known = {"recipe", *(each.name for section in SECTIONS[kind] for each in fields(section))}
     for name in options:
+        if name in AXES:
+            raise ValueError(f"{path}: {where}: flag {name} found, which is up to the grid; expected no such flag")
         if name not in known:
             similar = ", ".join(difflib.get_close_matches(name, known)) or f"those of finetune_{kind}.py --help"
             raise ValueError(f"{path}: {where}: {name} found, which is no flag of {kind}; expected {similar}")
@@ -301,7 +319,7 @@ def run_suite(
             error.unlink(missing_ok=True)
             try:
                 _run(cell, output / cell.path, store, keep_models)
-            except (Exception, SystemExit):  # of whatever kind, a flag's impossible value among them: the others go on
+            except Exception:  # of whatever kind, a flag's impossible value among them: the others go on
                 failed.append(cell)
                 with new_file(error) as temporary:
                     temporary.write_text(traceback.format_exc(), encoding="utf-8")
@@ -319,15 +337,17 @@ def is_finished(cell: Cell, output: Path) -> bool:
     """Whether a cell has its results.
 
     Raises:
-        ValueError: they were made with other settings.
+        ValueError: they were made with other settings or files. A file that is not there any more is no change.
     """
     file = output / cell.path / "cell.json"
     if not file.is_file():
         return False
     found, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(cell.describe()))
-    changed = [key for key in wanted if found.get(key) != wanted[key]]
+    files = {file: digest for file, digest in wanted.pop("files").items() if file in found["files"]}
+    then, now = found | found["files"], wanted | files
+    changed = [key for key in now if then.get(key) != now[key]]
     if changed:
-        listed = "; ".join(f"{key}: {found.get(key)} then, {wanted[key]} now" for key in changed)
+        listed = "; ".join(f"{key}: {then.get(key)} then, {now[key]} now" for key in changed)
         raise ValueError(
             f"{file.parent} was made with other settings ({listed}); choose another --output, or remove it"
         )

@@ -22,6 +22,8 @@ from .significance import calibration, delong_test, paired_tests
 from .statistics import Estimate, Predictions, RunResults, check_same_images, difference, estimate, read_run
 from .suite import Cell, Suite, is_finished, read_reason
 
+PAPER_METRICS = {"AUROC": "auroc_macro", "accuracy": "accuracy", "Dice": "dice"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -30,6 +32,7 @@ class Run:
     cell: Cell
     results: dict[str, Any]
     predictions: RunResults
+    files: dict[str, str]  # SHA-256 of what it was made with
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def analyse(suite: Suite, output: Path, samples: int = 1000) -> dict[str, Any]:
         task, protocol, label fraction and model), `comparisons`, `shortcuts`, `tables` (of the paper).
 
     Raises:
-        ValueError: no finished cell, or cells of a task that were tested on different images.
+        ValueError: no finished cell, or cells of a task that were run on different data.
     """
     settings = _read_settings(suite, output, samples)
     if not settings:
@@ -117,7 +120,8 @@ def _read_settings(suite: Suite, output: Path, samples: int) -> list[Setting]:
         folder = output / cell.path
         if is_finished(cell, output):
             results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            run = Run(cell, results, read_run(folder))
+            described = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+            run = Run(cell, results, read_run(folder), described["files"])
             groups.setdefault((cell.task, cell.protocol, cell.label_fraction, cell.model), []).append(run)
             by_task.setdefault(cell.task, {})[str(folder)] = run.predictions
     for runs in by_task.values():
@@ -146,6 +150,12 @@ def _describe_tasks(suite: Suite, settings: Sequence[Setting]) -> dict[str, Any]
             },
         )
         for run in setting.runs:
+            for name, value in about["data"].items():
+                if run.results["data"].get(name) != value:
+                    raise ValueError(
+                        f"{run.cell.path} was run with {name} {run.results['data'].get(name)}, other cells of task "
+                        f"{setting.task} with {value}; expected one cache"
+                    )
             about["train"][f"{run.cell.label_fraction:g}"] = run.results["counts"]["train"]
             for key, value in (("commits", run.results["code"]["commit"]), ("hardware", run.results["hardware"])):
                 if value not in about[key]:
@@ -159,14 +169,15 @@ def _describe(setting: Setting, metric: str) -> dict[str, Any]:
     found = setting.names | {
         "members": sorted({run.cell.member for run in runs}),
         "seeds": sorted({run.cell.seed for run in runs}),
-        "weights": {run.cell.weights: run.cell.weights_hash for run in runs},
+        "weights": {run.cell.weights: run.files.get(run.cell.weights_file) for run in runs},
         "hyperparameters": first.results["hyperparameters"],
         "scores": {name: value.describe() for name, value in setting.estimates.items()},
         "subgroups": _subgroups(setting, metric),
     }
     classifiers = [run.predictions for run in runs if isinstance(run.predictions, Predictions)]
     if classifiers:
-        found["calibration"] = _calibration(classifiers)
+        calibrated = _calibration(classifiers)
+        found |= {"calibration": calibrated} if calibrated else {}
         found["decisions"] = _mean_decisions([run.results["test"].get("decisions") for run in runs])
     return found
 
@@ -188,13 +199,15 @@ def _subgroups(setting: Setting, metric: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _calibration(runs: Sequence[Predictions]) -> dict[str, Any]:
-    """By label, of the probabilities of all runs together: `ece` and `bins`; and `ece_macro`."""
+def _calibration(runs: Sequence[Predictions]) -> dict[str, Any] | None:
+    """By label, of the probabilities of all runs together: `ece` and `bins`; and `ece_macro`. None without a label."""
     by_label = {}
     for i, name in enumerate(runs[0].names):
         labels = np.concatenate([run.labels[:, i] for run in runs])
         if (~np.isnan(labels)).any():
             by_label[name] = calibration(labels, np.concatenate([run.probabilities[:, i] for run in runs]))
+    if not by_label:
+        return None
     return {"ece_macro": float(np.mean([row["ece"] for row in by_label.values()])), "labels": by_label}
 
 
@@ -255,13 +268,15 @@ def pair_scores(ours: Setting, theirs: Setting, metric: str) -> dict[str, Any] |
 
 
 def _delong(ours: RunResults, theirs: RunResults) -> dict[str, Any] | None:
-    """By label of two classifiers; None for segmenters."""
+    """By label of two classifiers; None for segmenters, and where patients have several images, which depend."""
     if not (isinstance(ours, Predictions) and isinstance(theirs, Predictions)):
+        return None
+    if len(set(ours.patients)) < len(ours.patients):
         return None
     found = {}
     for i, name in enumerate(ours.names):
         labels = ours.labels[:, i]
-        if len(np.unique(labels[~np.isnan(labels)])) == 2:
+        if min((labels == value).sum() for value in (0, 1)) > 1:
             found[name] = delong_test(labels, ours.probabilities[:, i], theirs.probabilities[:, i])
     return found
 
@@ -296,8 +311,8 @@ def paper_results() -> pd.DataFrame:
 def paper_table(suite: Suite, settings: Sequence[Setting], table: str) -> list[dict[str, Any]]:
     """A table of the paper with our figure beside each of its own.
 
-    A setting belongs to a figure when its task is called (`paper` of the suite) what the paper calls the data set, and
-    its model what the paper calls the method, upper and lower case alike.
+    A setting belongs to a figure when its task is called (`paper` of the suite) what the paper calls the data set and
+    shows the paper's score, and its model what the paper calls the method, upper and lower case alike.
 
     Returns:
         Rows as of `paper_results` with `paper` (value), `paper_sd`, `ours`, `ours_sd`, `low` and `high`; None where one
@@ -314,13 +329,13 @@ def paper_table(suite: Suite, settings: Sequence[Setting], table: str) -> list[d
         )
     ours = {}
     for setting in settings:
-        dataset = suite.paper.get(setting.task)
-        for column, found in _columns(setting, suite.metrics[setting.task]).items():
-            ours[(dataset, setting.protocol, setting.label_fraction, setting.model.lower(), column)] = found
+        dataset, metric = suite.paper.get(setting.task), suite.metrics[setting.task]
+        for column, found in _columns(setting, metric).items():
+            ours[(metric, dataset, setting.protocol, setting.label_fraction, setting.model.lower(), column)] = found
     rows = []
     for row in known.to_dict("records"):
         key = (row["dataset"], row["protocol"], row["label_fraction"], row["method"].lower(), row["column"])
-        mine = ours.get(key, {})
+        mine = ours.get((PAPER_METRICS[row["metric"]], *key), {})
         rows.append(
             {name: row[name] for name in ("dataset", "protocol", "label_fraction", "method", "column", "metric")}
             | {"paper": row["value"], "paper_sd": None if np.isnan(row["sd"]) else row["sd"]}
