@@ -143,6 +143,10 @@ def _add_comparisons(document: Document, report: dict[str, Any]) -> None:
     single = [(row, label, found) for row in rows for label, found in (row.get("delong") or {}).items()]
     if single:
         document.heading("DeLong test of single pairs of runs", 3)
+        document.paragraph(
+            "It takes images for independent, so it is only made where every patient has one, for findings with two "
+            "images of each kind at least."
+        )
         lines = [
             [
                 f"{_pair(row)}, {label}",
