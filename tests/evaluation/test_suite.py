@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from helpers import make_cache, run_script, save_encoders
 
 from mlvicx_hf.evaluation import command
@@ -76,6 +77,18 @@ def test_a_grid_is_run_once(parts: dict[str, Any], tmp_path: Path):
     for cell in cells[:2]:
         for name in ("test_predictions.csv", "splits.csv"):
             assert (again / cell.path / name).read_bytes() == (output / cell.path / name).read_bytes()
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(parts: dict[str, Any], tmp_path: Path):
+    suite = parts | {"tasks": {"findings": parts["tasks"]["findings"]}, "label_fractions": [1]}
+    cells = read_suite(write(tmp_path, suite)).cells
+    lock = tmp_path / "out" / cells[1].lock_path
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        assert run_suite(cells, tmp_path / "out") == []
+        assert [is_finished(cell, tmp_path / "out") for cell in cells] == [True, False, True]
+    assert run_suite(cells, tmp_path / "out") == []
+    assert all(is_finished(cell, tmp_path / "out") for cell in cells)
 
 
 def test_a_cell_that_fails_is_reported_and_the_others_go_on(parts: dict[str, Any], tmp_path: Path):

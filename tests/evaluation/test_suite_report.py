@@ -233,6 +233,19 @@ def test_a_killed_grid_goes_on_to_the_same_report(suite: Path, output: Path, tmp
         assert (tmp_path / "out" / name).read_bytes() == (output / name).read_bytes(), name
 
 
+def test_two_processes_on_one_grid_make_the_same_report(suite: Path, output: Path, tmp_path: Path):
+    command = [sys.executable, ROOT / "scripts/evaluate_suite.py", suite, "--output", tmp_path / "out"]
+    words = [str(word) for word in (*command, "--samples", 200)]
+    processes = [
+        subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert (tmp_path / "out/report.json").read_bytes() == (output / "report.json").read_bytes()
+
+
 def test_other_test_images_are_refused(suite: Path, output: Path, tmp_path: Path):
     shutil.copytree(output, tmp_path / "out")
     file = tmp_path / "out/cells/findings/MLVICX/0/frozen/1/0/test_predictions.csv"

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
+from filelock import FileLock
 
 from ..linear_probe import FeatureStore
 from .figures import check_matplotlib
@@ -42,10 +43,11 @@ def main() -> None:
     failed = [] if arguments.report_only else run_suite(suite.cells, output, arguments.keep_models, store)
     finished = [cell for cell in suite.cells if is_finished(cell, output)]
     if finished:
-        if not arguments.report_only:
-            audit_shortcuts(suite, finished, output, store)
-        report = analyse(suite, output, arguments.samples)
-        write_report(report, output)
+        with FileLock(output / ".report.lock"):
+            if not arguments.report_only:
+                audit_shortcuts(suite, finished, output, store)
+            report = analyse(suite, output, arguments.samples)
+            write_report(report, output)
         print(describe_briefly(report))
         print(f"report: {output / 'report.html'}, report.md and report.json beside it")
     print(f"{len(finished)} of {len(suite.cells)} cells finished, {len(failed)} failed")

@@ -15,12 +15,14 @@ import json
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from .. import classification, recipes, segmentation
 from ..data.cache import MANIFEST
@@ -119,6 +121,11 @@ class Cell:
     def error_path(self) -> Path:
         """Of the traceback, beside the folder, when it failed."""
         return self.path.with_name(f"{self.path.name}.error.txt")
+
+    @property
+    def lock_path(self) -> Path:
+        """Of the file that a process locks while it runs the cell; the system unlocks those of the dead."""
+        return self.path.with_name(f".{self.path.name}.lock")
 
     def words(self, output: Path) -> list[str]:
         """The flags of the fine-tuning command."""
@@ -296,7 +303,7 @@ def _members(path: Path, name: str, entry: Any) -> list[tuple[int, str, str | No
 def run_suite(
     cells: Sequence[Cell], output: Path, keep_models: bool = False, store: FeatureStore | None = None
 ) -> list[Cell]:
-    """Run the cells that are not finished.
+    """Run the cells that are not finished, and that no other process is running in the same folder.
 
     Args:
         cells: of a suite.
@@ -315,17 +322,28 @@ def run_suite(
     store = FeatureStore() if store is None else store
     with progress_bar(len(cells), "suite", "cell", initial=len(cells) - len(waiting)) as bar:
         for cell in waiting:
-            error = output / cell.error_path
-            error.unlink(missing_ok=True)
-            try:
-                _run(cell, output / cell.path, store, keep_models)
-            except Exception:  # of whatever kind, a flag's impossible value among them: the others go on
-                failed.append(cell)
-                with new_file(error) as temporary:
-                    temporary.write_text(traceback.format_exc(), encoding="utf-8")
-                bar.write(f"failed: {cell.path}: {read_reason(error)}; traceback in {error}", file=sys.stderr)
+            lock = output / cell.lock_path
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout), FileLock(lock, blocking=False):  # else another process is at it
+                if not is_finished(cell, output) and not _succeeds(cell, output, store, keep_models):
+                    failed.append(cell)
+                    error = output / cell.error_path
+                    bar.write(f"failed: {cell.path}: {read_reason(error)}; traceback in {error}", file=sys.stderr)
             bar.update()
     return failed
+
+
+def _succeeds(cell: Cell, output: Path, store: FeatureStore, keep_model: bool) -> bool:
+    """Run a cell; whether it came to its end: else its traceback is in its error file."""
+    error = output / cell.error_path
+    error.unlink(missing_ok=True)
+    try:
+        _run(cell, output / cell.path, store, keep_model)
+    except Exception:  # of whatever kind, a flag's impossible value among them: the others go on
+        with new_file(error) as temporary:
+            temporary.write_text(traceback.format_exc(), encoding="utf-8")
+        return False
+    return True
 
 
 def read_reason(error: Path) -> str:
@@ -355,7 +373,6 @@ def is_finished(cell: Cell, output: Path) -> bool:
 
 
 def _run(cell: Cell, folder: Path, store: FeatureStore, keep_model: bool) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as temporary:
         if cell.kind == "classification":
             model, data, arguments = parse_arguments(cell.kind, SECTIONS[cell.kind], cell.words(temporary))
