@@ -283,9 +283,11 @@ def train(
         patients: patient of each training image, to draw all of them equally often; None draws every image once.
         options: further ones of the Trainer.
     """
+    if isinstance(model, MLVICXPreTrainedModel):  # others would have to be made contiguous for every checkpoint
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on most machines
     make = Trainer if patients is None else partial(BalancedTrainer, patients=patients)
     trainer = make(
-        model=model.to(memory_format=torch.channels_last),  # faster on most machines
+        model=model,
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
