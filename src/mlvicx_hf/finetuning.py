@@ -284,7 +284,7 @@ def train(
         options: further ones of the Trainer.
     """
     if isinstance(model, MLVICXPreTrainedModel):  # others would have to be made contiguous for every checkpoint
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on most machines
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # faster on most machines
     make = Trainer if patients is None else partial(BalancedTrainer, patients=patients)
     trainer = make(
         model=model,
