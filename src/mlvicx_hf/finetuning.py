@@ -283,8 +283,8 @@ def train(
         patients: patient of each training image, to draw all of them equally often; None draws every image once.
         options: further ones of the Trainer.
     """
-    if isinstance(model, MLVICXPreTrainedModel):  # others would have to be made contiguous for every checkpoint
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # faster on most machines
+    if isinstance(model, MLVICXPreTrainedModel):  # faster; others would have to be made contiguous for every checkpoint
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers' wrapper hides the signature
     make = Trainer if patients is None else partial(BalancedTrainer, patients=patients)
     trainer = make(
         model=model,
@@ -415,7 +415,7 @@ def parse_arguments(kind: str, sections: Sequence[type], words: list[str] | None
     )
     chosen, rest = first.parse_known_args(words)
     kind_of_parser = HfArgumentParser if words is None else _RaisingParser
-    parser = kind_of_parser(sections, parents=[first], allow_abbrev=False)  # type: ignore[arg-type]
+    parser = kind_of_parser(sections, parents=[first], allow_abbrev=False)  # type: ignore[arg-type]  # a tuple of several
     names = {f.name for section in sections for f in fields(section)} - {"dataset", "output_dir", "model"}
     parser.set_defaults(**load_recipe(chosen.recipe, names, kind))
     *parsed, _ = parser.parse_args_into_dataclasses(rest)

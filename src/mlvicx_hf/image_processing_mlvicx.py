@@ -207,7 +207,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
         self.image_std = image_std
         self.fit = fit
 
-    def normalize(self, unit: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def normalize(self, unit: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # constants are the processor's own
         """Grey values in [0, 1], [..., 1, H, W], to model input [..., num_channels, H, W]."""
         pixels = (unit - self.image_mean) / self.image_std
         return pixels.expand(*pixels.shape[:-3], self.num_channels, *pixels.shape[-2:])

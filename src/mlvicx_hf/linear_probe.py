@@ -277,7 +277,7 @@ class ProbeTrainer:
             optimizer,
             arguments.get_warmup_steps(total),
             total,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]  # parsed, no text any more
         )
         return optimizer, scheduler
 
@@ -292,7 +292,7 @@ class ProbeTrainer:
         """Score the validation split after an epoch; whether no epoch before was as good."""
         done = self.predict(self.splits["validation"])
         metric = str(self.arguments.metric_for_best_model)
-        score = self.compute_metrics(EvalPrediction(done.predictions, done.label_ids))[metric]  # type: ignore[arg-type]
+        score = self.compute_metrics(EvalPrediction(done.predictions, done.label_ids))[metric]  # type: ignore[arg-type]  # arrays, here
         self.state.epoch = float(epoch)
         row = {"step": self.state.global_step, "epoch": float(epoch), f"eval_{metric}": score}
         self.state.log_history.append(row)

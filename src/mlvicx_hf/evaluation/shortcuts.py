@@ -75,13 +75,13 @@ def read_audits(suite: Suite, output: Path) -> dict[str, list[list[dict[str, Any
 
 def _made_of(cell: Cell) -> dict[str, Any]:
     """What the features depend on beside the images."""
-    options = {name: cell.options[name] for name in ("drop_context",) if name in cell.options}
     return {
         "weights": cell.weights,
         "architecture": cell.architecture,
+        "drop_context": bool(cell.options.get("drop_context")),
         "seed": cell.seed,
         "files": cell.files,
-    } | options
+    }
 
 
 def _file(output: Path, model: str, member: int) -> Path:
