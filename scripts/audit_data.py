@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.data.audit import audit, report
-from mlvicx_hf.data.cache import load_cache
-from mlvicx_hf.data.duplicates import NEAR
-from mlvicx_hf.provenance import write_json
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.common.files import write_json
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.copies.audit import audit, report
+from mlvicx_hf.data.copies.duplicates import NEAR
 
 
 def parse() -> argparse.Namespace:

@@ -4,7 +4,7 @@
 python scripts/compare_runs.py --runs runs/pretrained-* --baselines runs/random-*
 """
 
-from mlvicx_hf.cli import run
+from mlvicx_hf.common.errors import run
 from mlvicx_hf.evaluation.statistics import main
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ python scripts/convert_official_checkpoint.py resnet18_nih_64_300.pth models/mlv
 python scripts/convert_official_checkpoint.py resnet18-imagenet.safetensors models/resnet18-grey
 """
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.conversion import main
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.encoders.conversion import main
 
 if __name__ == "__main__":
     run(main)

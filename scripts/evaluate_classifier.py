@@ -7,7 +7,7 @@
 Labels are matched by what they mean; what is lost by that is printed and recorded. Research use only.
 """
 
-from mlvicx_hf.cli import run
+from mlvicx_hf.common.errors import run
 from mlvicx_hf.evaluation.transfer import main
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 python scripts/evaluate_suite.py suite.yaml --output evaluation
 """
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.evaluation.command import main
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.evaluation.suite.command import main
 
 if __name__ == "__main__":
     run(main)

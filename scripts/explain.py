@@ -7,8 +7,8 @@
 Needs `pip install "mlvicx-hf[explain]"`. Research use only.
 """
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.explanation import main
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.evaluation.explanation.explaining import main
 
 if __name__ == "__main__":
     run(main)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.export import export_onnx, export_timm, export_torchvision
-from mlvicx_hf.hub import export
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.hub.exports import export_onnx, export_timm, export_torchvision
+from mlvicx_hf.hub.folder import export
 
 FORMATS = ("hub", "timm", "torchvision", "onnx")
 

@@ -7,8 +7,8 @@
 `--model random` gives the same network without pretraining. The HF Trainer's own flags work too.
 """
 
-from mlvicx_hf.classification import main
-from mlvicx_hf.cli import run
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.finetuning.classification import main
 
 if __name__ == "__main__":
     run(main)

@@ -8,8 +8,8 @@
 flags work too.
 """
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.segmentation import main
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.finetuning.segmentation import main
 
 if __name__ == "__main__":
     run(main)

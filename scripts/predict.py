@@ -16,9 +16,9 @@ from pathlib import Path
 
 import transformers
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.machine import use_cpu_threads
-from mlvicx_hf.prediction import choose_device, predict
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.common.machine import choose_device, use_cpu_threads
+from mlvicx_hf.prediction.prediction import predict
 
 
 def parse() -> argparse.Namespace:

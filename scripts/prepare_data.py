@@ -20,14 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.data.assembly import REJECTED
-from mlvicx_hf.data.cache import DUPLICATES
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.data.cache.assembly import REJECTED
+from mlvicx_hf.data.cache.cache import DUPLICATES
+from mlvicx_hf.data.cache.prepare import FITS, check_output, prepare
 from mlvicx_hf.data.collections import KINDS, Collection
 from mlvicx_hf.data.collections.tables import UNCERTAIN
-from mlvicx_hf.data.deduplication import DROPS
-from mlvicx_hf.data.phantom import MASKS
-from mlvicx_hf.data.prepare import FITS, check_output, prepare
+from mlvicx_hf.data.copies.deduplication import DROPS
+from mlvicx_hf.data.synthetic.phantom import MASKS
 
 # Options of a collection that its constructor calls otherwise, because `prepare` has options of these names.
 PARAMETERS = {

@@ -8,8 +8,8 @@ Flags override the recipe. Several processes on the CPU:
     torchrun --nproc_per_node 2 scripts/pretrain.py …
 """
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.pretraining import main
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.pretraining.loop import main
 
 if __name__ == "__main__":
     run(main)

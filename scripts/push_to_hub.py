@@ -9,10 +9,10 @@ Needs a token that may write: `hf auth login`, or the variable HF_TOKEN.
 """
 
 from functools import partial
-from pathlib import Path
+from importlib.resources import files
 
-from mlvicx_hf.cli import run
-from mlvicx_hf.publishing import main
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.hub.publishing import main
 
 if __name__ == "__main__":
-    run(partial(main, Path(__file__).parents[1] / "model_cards"))
+    run(partial(main, files("mlvicx_hf.hub.cards") / "templates"))

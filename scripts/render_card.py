@@ -5,8 +5,8 @@
         --results runs/*/results.json --repo_id org/mlvicx-resnet18 --output README.md
 """
 
-from mlvicx_hf.cards import main
-from mlvicx_hf.cli import run
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.hub.cards.rendering import main
 
 if __name__ == "__main__":
     run(main)

@@ -17,9 +17,9 @@ import torch.multiprocessing as mp
 from PIL import Image, ImageDraw
 
 from mlvicx_hf import MLVICXConfig, MLVICXImageProcessor, MLVICXModel
+from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.masks import foreground
-from mlvicx_hf.data.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mlvicx_hf.benchmarks.authors_order import TERMS, AuthorsOrder
+from benchmark.authors_order import TERMS, AuthorsOrder
 
 __all__ = ["TERMS", "OfficialReference", "calibrate", "converted_gradient", "randomise"]
 

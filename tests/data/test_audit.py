@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlvicx_hf.data.audit import Part, audit, compare, find_copies, report
-from mlvicx_hf.data.cache import FORMAT, MANIFEST, Cache, cache_features, load_cache
-from mlvicx_hf.data.duplicates import perceptual_hash
-from mlvicx_hf.data.phantom import draw_phantom
+from mlvicx_hf.data.cache.cache import FORMAT, MANIFEST, Cache, cache_features, load_cache
+from mlvicx_hf.data.copies.audit import Part, audit, compare, find_copies, report
+from mlvicx_hf.data.copies.duplicates import perceptual_hash
+from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
 SIZE = 64
 

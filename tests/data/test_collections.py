@@ -14,7 +14,7 @@ from mlvicx_hf.data.collections import FolderCollection, Listing, NIH14Collectio
 from mlvicx_hf.data.collections.base import normalize_view
 from mlvicx_hf.data.collections.nih14 import FINDINGS
 from mlvicx_hf.data.collections.tables import parse_age, parse_sex
-from mlvicx_hf.data.phantom import draw_phantom
+from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
 NAMES = ("a.png", "b.png", "sub/c.png", "sub/d.png")
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import FolderCollection
-from mlvicx_hf.data.deduplication import Duplicate, choose_dropped
-from mlvicx_hf.data.phantom import draw_phantom
-from mlvicx_hf.data.prepare import prepare
-from mlvicx_hf.finetuning import check_splits
+from mlvicx_hf.data.copies.deduplication import Duplicate, choose_dropped
+from mlvicx_hf.data.synthetic.phantom import draw_phantom
+from mlvicx_hf.finetuning.training import check_splits
 
 SPLITS = ("train", "train", "train", "validation", "test")
 

@@ -7,9 +7,9 @@ import pytest
 import scipy.fft
 from PIL import Image, ImageDraw, ImageOps
 
-from mlvicx_hf.data import duplicates
-from mlvicx_hf.data.duplicates import NEAR, SAME, agreement, confirm, groups, near_pairs, perceptual_hash
-from mlvicx_hf.data.phantom import draw_phantom
+from mlvicx_hf.data.copies import duplicates
+from mlvicx_hf.data.copies.duplicates import NEAR, SAME, agreement, confirm, groups, near_pairs, perceptual_hash
+from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
 Alteration = Callable[[Image.Image], Image.Image]
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mlvicx_hf.data.collections.base import Drawing, Record
-from mlvicx_hf.data.encoding import make_picture
+from mlvicx_hf.data.images.encoding import make_picture
 
 UPRIGHT = np.zeros((20, 30), np.uint8)  # of the mask
 UPRIGHT[:5, 10:] = 1

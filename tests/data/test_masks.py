@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from test_pixels import colour_png_16
 
+from mlvicx_hf.data.images.pixels import UnreadableImageError, fit_square_gray
 from mlvicx_hf.data.masks import check_mask_names, class_indices, decode_mask, encode_mask, foreground
-from mlvicx_hf.data.pixels import UnreadableImageError, fit_square_gray
 
 CLASSES = ("background", "lung", "heart")
 INDICES = np.arange(12, dtype=np.uint8).reshape(3, 4) % 3

@@ -14,10 +14,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mlvicx_hf.data import phantom as phantom_module
-from mlvicx_hf.data.phantom import FINDINGS, Phantom, draw_phantom, phantom_dataset, phantom_labels
-from mlvicx_hf.data.phantom_drawing import Canvas, Pose, attenuate
-from mlvicx_hf.data.pictures import contact_sheet
+from mlvicx_hf.data.images.pictures import contact_sheet
+from mlvicx_hf.data.synthetic import phantom as phantom_module
+from mlvicx_hf.data.synthetic.drawing import Canvas, Pose, attenuate
+from mlvicx_hf.data.synthetic.phantom import FINDINGS, Phantom, draw_phantom, phantom_dataset, phantom_labels
 
 NUM_PATIENTS, SIZE = 320, 64
 
@@ -51,7 +51,7 @@ def test_interface() -> None:
 
 def test_the_same_arguments_draw_the_same_picture_in_any_order_and_process() -> None:
     program = (
-        "import hashlib; from mlvicx_hf.data.phantom import draw_phantom\n"
+        "import hashlib; from mlvicx_hf.data.synthetic.phantom import draw_phantom\n"
         "phantom = draw_phantom(7, 2, size=64, seed=5)\n"
         "masks = b''.join(phantom.masks[name].tobytes() for name in sorted(phantom.masks))\n"
         "print(hashlib.sha256(phantom.image.tobytes() + masks).hexdigest())"
@@ -173,7 +173,7 @@ def test_brightness_says_nothing(phantoms: list[Phantom], labels: np.ndarray) ->
 
 
 def test_thumbnails_say_little(phantoms: list[Phantom], labels: np.ndarray) -> None:
-    """The measured figures for many images are in scripts/phantom_baselines.py; this is the alarm."""
+    """The measured figures for many images are in tools/phantom_baselines.py; this is the alarm."""
     pixels = np.stack([phantom.image.reshape(16, 4, 16, 4).mean(axis=(1, 3)).ravel() for phantom in phantoms])
     half, areas = NUM_PATIENTS // 2, []
     for column in range(len(FINDINGS)):

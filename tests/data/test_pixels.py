@@ -7,8 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mlvicx_hf.data.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES, UnreadableImageError, fit_square_gray, read_gray
-from mlvicx_hf.image_processing_mlvicx import FITS, fit_square, to_unit_gray
+from mlvicx_hf.data.images.pixels import (
+    DICOM_SUFFIXES,
+    IMAGE_SUFFIXES,
+    UnreadableImageError,
+    fit_square_gray,
+    read_gray,
+)
+from mlvicx_hf.models.image_processing_mlvicx import FITS, fit_square, to_unit_gray
 
 HEIGHT, WIDTH = 24, 40
 

@@ -11,12 +11,12 @@ import pytest
 from helpers import segmentation_cache
 from PIL import Image
 
-from mlvicx_hf.data.cache import FORMAT, cache_features, load_cache
+from mlvicx_hf.data.cache.cache import FORMAT, cache_features, load_cache
+from mlvicx_hf.data.cache.prepare import partial_folder, prepare
 from mlvicx_hf.data.collections import FolderCollection, PhantomCollection
 from mlvicx_hf.data.collections.base import Collection, Drawing, Listing, Record
-from mlvicx_hf.data.phantom import draw_phantom
-from mlvicx_hf.data.pixels import fit_square_gray, read_gray
-from mlvicx_hf.data.prepare import partial_folder, prepare
+from mlvicx_hf.data.images.pixels import fit_square_gray, read_gray
+from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
 NUM_PATIENTS = 20
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mlvicx_hf.data.cache import load_cache
-from mlvicx_hf.data.sampling import (
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.reading.sampling import (
     EpochBatches,
     PatientBalancedSampler,
     choose_views,

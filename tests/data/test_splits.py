@@ -5,13 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlvicx_hf.data.splits import (
-    NO_FINDING,
-    check_no_patient_overlap,
-    label_fraction,
-    patient_strata,
-    split_by_patient,
-)
+from mlvicx_hf.data.splits import NO_FINDING, check_no_patient_overlap, label_fraction, patient_strata, split_by_patient
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 

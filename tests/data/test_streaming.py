@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from mlvicx_hf.data import streaming
-from mlvicx_hf.data.cache import load_cache
-from mlvicx_hf.data.streaming import PLACE_BITS, ROW_BITS, Row, Stream, StreamBatches, decode_chunk, open_stream
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.reading import streaming
+from mlvicx_hf.data.reading.streaming import PLACE_BITS, ROW_BITS, Row, Stream, StreamBatches, decode_chunk, open_stream
 
 SIDE = 8
 SHARDS = (30, 9, 41, 20)  # images of each

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mlvicx_hf import MLVICXForPreTraining
-from mlvicx_hf.loss_mlvicx import gather_batch, variance_covariance_loss
+from mlvicx_hf.models.loss_mlvicx import gather_batch, variance_covariance_loss
 
 WORLDS = (2, 3)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from helpers import make_cache, save_encoders
 
-from mlvicx_hf.data.cache import load_cache
-from mlvicx_hf.evaluation import shortcuts
-from mlvicx_hf.evaluation.shortcuts import audit, audit_shortcuts, read_audits
-from mlvicx_hf.evaluation.suite import Cell, Suite
-from mlvicx_hf.linear_probe import FeatureStore
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.evaluation.suite import shortcuts
+from mlvicx_hf.evaluation.suite.grid import Cell, Suite
+from mlvicx_hf.evaluation.suite.shortcuts import audit, audit_shortcuts, read_audits
+from mlvicx_hf.finetuning.linear_probe import FeatureStore
 
 
 def rows(seed: int, brighter: bool = False) -> list[dict[str, Any]]:

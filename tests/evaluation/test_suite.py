@@ -14,9 +14,9 @@ import yaml
 from filelock import FileLock
 from helpers import make_cache, run_script, save_encoders
 
-from mlvicx_hf.evaluation import command
-from mlvicx_hf.evaluation.suite import find_suite, is_finished, read_reason, read_suite, run_suite, suite_names
-from mlvicx_hf.evaluation.suite_analysis import paper_results
+from mlvicx_hf.evaluation.suite import command
+from mlvicx_hf.evaluation.suite.analysis import paper_results
+from mlvicx_hf.evaluation.suite.grid import find_suite, is_finished, read_reason, read_suite, run_suite, suite_names
 
 OPTIONS = {"num_train_epochs": 2, "report_to": "none", "use_cpu": True}
 

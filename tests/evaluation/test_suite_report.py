@@ -22,9 +22,9 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mlvicx_hf.data.collections.nih14 import FINDINGS
-from mlvicx_hf.evaluation.suite import read_suite
-from mlvicx_hf.evaluation.suite_analysis import analyse, paper_results, paper_table
-from mlvicx_hf.evaluation.suite_report import layout
+from mlvicx_hf.evaluation.suite.analysis import analyse, paper_results, paper_table
+from mlvicx_hf.evaluation.suite.grid import read_suite
+from mlvicx_hf.evaluation.suite.report import layout
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .pixels import UnreadableImageError, decode, fit_square_gray
+from mlvicx_hf.common.errors import UserError
+
+from .images.pixels import UnreadableImageError, decode, fit_square_gray
 
 MASK_FORMATS = ("PNG",)  # lossless, and what annotation tools write
 MAX_CLASSES = 256  # of an 8-bit mask
@@ -40,7 +42,7 @@ def check_mask_names(names: Sequence[str]) -> None:
         ValueError: they are.
     """
     if not all(names) or len(set(names)) < len(names) or len(names) > MAX_CLASSES:
-        raise ValueError(
+        raise UserError(
             f"mask_names={','.join(names)!r} found; expected one structure, or up to {MAX_CLASSES} classes with the "
             "background first, each name once"
         )

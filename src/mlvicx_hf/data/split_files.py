@@ -8,6 +8,8 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
+from mlvicx_hf.common.errors import UserError
+
 from .collections.folder import SPLIT_NAMES
 from .collections.tables import read_columns
 
@@ -42,16 +44,16 @@ def read_split_file(path: Path) -> dict[str, str]:
     columns = read_columns(path)
     name = "source" if "source" in columns else "file_name"
     if name not in columns or "split" not in columns:
-        raise ValueError(f"{path}: columns {', '.join(columns)} found; expected source (or file_name) and split")
+        raise UserError(f"{path}: columns {', '.join(columns)} found; expected source (or file_name) and split")
     listed: dict[str, str] = {}
     for number, (image, split) in enumerate(zip(columns[name], columns["split"], strict=True), start=1):
         if split.lower() not in SPLIT_NAMES or not image:
-            raise ValueError(
+            raise UserError(
                 f"{path}: row {number}: {name} {image!r}, split {split!r} found; expected an image, and train, "
                 "validation or test"
             )
         image = image.partition(":")[2] if name == "source" else image
         if image in listed:
-            raise ValueError(f"{path}: row {number}: {image} found for the second time; expected each image once")
+            raise UserError(f"{path}: row {number}: {image} found for the second time; expected each image once")
         listed[image] = SPLIT_NAMES[split.lower()]
     return listed

@@ -15,6 +15,8 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
+from mlvicx_hf.common.errors import UserError
+
 NO_FINDING = -1  # stratum of patients without a positive label
 
 Labels = npt.ArrayLike | None
@@ -37,7 +39,7 @@ def patient_strata(patient_ids: Sequence[str], labels: Labels) -> dict[str, int]
         return dict.fromkeys(patients.tolist(), NO_FINDING)
     table = np.asarray(labels, dtype=float)
     if table.ndim != 2 or len(table) != len(patient_ids):
-        raise ValueError(f"labels of shape {table.shape} found; expected [{len(patient_ids)}, L] like the patients")
+        raise UserError(f"labels of shape {table.shape} found; expected [{len(patient_ids)}, L] like the patients")
     positive = np.zeros((len(patients), table.shape[1]), dtype=bool)  # [P, L]
     np.logical_or.at(positive, rows, table == 1)
     rarest_first = np.argsort(positive.sum(axis=0), kind="stable")
@@ -81,7 +83,7 @@ def split_by_patient(
         ValueError: fractions that are negative or do not add up to 1.
     """
     if any(share < 0 for share in fractions.values()) or not math.isclose(sum(fractions.values()), 1, abs_tol=1e-6):
-        raise ValueError(f"fractions={dict(fractions)} found; expected shares of 0 or more that add up to 1")
+        raise UserError(f"fractions={dict(fractions)} found; expected shares of 0 or more that add up to 1")
     names = [name for name, share in fractions.items() if share > 0]
     counts = dict.fromkeys(names, 0)
     split_of: dict[str, str] = {}
@@ -112,7 +114,7 @@ def label_fraction(patient_ids: Sequence[str], labels: Labels, fraction: float, 
         ValueError: a fraction outside (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction} found; expected above 0 and at most 1")
+        raise UserError(f"fraction={fraction} found; expected above 0 and at most 1")
     chosen = {
         patient
         for patients in _shuffled_strata(patient_ids, labels, seed)
@@ -135,7 +137,7 @@ def check_no_patient_overlap(splits: Mapping[str, Sequence[str]]) -> None:
         shared = sorted(patients[one] & patients[other])
         if shared:
             more = ", …" if len(shared) > 5 else ""
-            raise ValueError(
+            raise UserError(
                 f"{len(shared)} patient(s) in both {one} and {other}: {', '.join(shared[:5])}{more}; "
                 "expected each patient in one split"
             )

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 
+from mlvicx_hf.common.errors import UserError
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -328,7 +330,7 @@ def _same(model: _Side, data: _Side) -> list[Match]:
         if not spelled and len(ours) * len(theirs) > 1:
             side, columns = (model, ours) if len(ours) > 1 else (data, theirs)
             listed = ", ".join(side.labels[column] for column in columns)
-            raise ValueError(f"labels {listed} found, which all mean {key[1]}; expected one of them")
+            raise UserError(f"labels {listed} found, which all mean {key[1]}; expected one of them")
         names = Counter(data.name(j) for _, j in spelled)
         for i, j in spelled or [(ours[0], theirs[0])]:
             alike = _look_up(model.collection, model.labels[i]) == _look_up(data.collection, data.labels[j])

@@ -1,1 +1,1 @@
-"""How sure a result is."""
+"""How good a model is, and how sure that is."""

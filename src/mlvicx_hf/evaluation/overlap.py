@@ -12,11 +12,12 @@ from typing import Any
 import datasets
 from huggingface_hub import try_to_load_from_cache
 
-from ..card_results import field, read_json
-from ..data.cache import MANIFEST, Cache, load_cache
-from ..data.duplicates import confirm, near_pairs
-from ..data.vocabulary import COLLECTIONS, SHARED_IMAGES
-from ..prediction import LoadedModel
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.cache.cache import MANIFEST, Cache, load_cache
+from mlvicx_hf.data.copies.duplicates import confirm, near_pairs
+from mlvicx_hf.data.vocabulary import COLLECTIONS, SHARED_IMAGES
+from mlvicx_hf.encoders.inference import LoadedModel
+from mlvicx_hf.hub.cards.results import field, read_json
 
 RESULTS = "results.json"
 SEEN = {  # of the cache that the model was trained on
@@ -104,7 +105,7 @@ def check_overlap(
         compared = "nothing"
         warnings = _doubts(training, cache, where)
     if refused and not allow:
-        raise ValueError(f"{warnings[0]}; expected unseen ones (--allow_overlap goes on and records it)")
+        raise UserError(f"{warnings[0]}; expected unseen ones (--allow_overlap goes on and records it)")
     for warning in warnings:
         logger.warning("%s", warning)
     return {"compared": compared, "images": images, "patients": patients, "warnings": warnings}

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pandas as pd
 
-from ..metrics import NOT_SCORED, overlap_per_image
-from ..provenance import write_json
-from .bootstrap import draw_patients, weighted_areas, weighted_mean
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import write_json
+from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_areas, weighted_mean
+from mlvicx_hf.scoring.metrics import NOT_SCORED, overlap_per_image
 
 GROUPS = ("view", "sex", "age")
 
@@ -250,7 +251,7 @@ def check_same_images(runs: Mapping[str, RunResults]) -> None:
         same = type(other) is type(first) and other.names == first.names
         same = same and np.array_equal(other.sources, first.sources)
         if not same or not np.array_equal(other.truth, first.truth, equal_nan=True):
-            raise ValueError(
+            raise UserError(
                 f"{other_name} was tested on other images or labels than {name}; expected the same test split"
             )
 

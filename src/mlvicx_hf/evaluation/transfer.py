@@ -18,17 +18,20 @@ import transformers
 from scipy.special import logit, softmax
 from torch.utils.data import DataLoader
 
-from ..classification import LabelledImages, Scorer, write_predictions
-from ..data.cache import Cache, load_cache
-from ..data.collections.base import some
-from ..data.vocabulary import COLLECTIONS, Match, Matching, match, normalize
-from ..finetuning import score_subgroups
-from ..machine import describe_hardware, use_cpu_threads
-from ..metrics import NOT_SCORED
-from ..modeling_mlvicx import MLVICXForImageClassification
-from ..prediction import NOTICE, LoadedModel, choose_device, encode, load
-from ..progress import progress_bar
-from ..provenance import code_version, write_json
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import write_json
+from mlvicx_hf.common.machine import choose_device, describe_hardware, use_cpu_threads
+from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.common.text import NOTICE, some
+from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.data.vocabulary import COLLECTIONS, Match, Matching, match, normalize
+from mlvicx_hf.encoders.inference import LoadedModel, infer, load
+from mlvicx_hf.finetuning.classification import LabelledImages, Scorer, write_predictions
+from mlvicx_hf.finetuning.training import score_subgroups
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
+from mlvicx_hf.scoring.metrics import NOT_SCORED
+
 from .overlap import check_overlap, read_training
 from .statistics import Predictions
 
@@ -84,9 +87,9 @@ def evaluate(
         FloatingPointError: a model whose results are not finite.
     """
     if batch_size < 1 or num_workers < 0:
-        raise ValueError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
+        raise UserError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
     if collection is not None and collection not in COLLECTIONS:
-        raise ValueError(f"collection={collection!r} found; expected one of {', '.join(COLLECTIONS)}")
+        raise UserError(f"collection={collection!r} found; expected one of {', '.join(COLLECTIONS)}")
     output, table = check_outputs(Path(output))
     cache = load_cache(dataset, [split])
     loaded = load_classifier(model_source, revision, device)
@@ -136,7 +139,7 @@ def check_outputs(output: Path) -> tuple[Path, Path]:
         ValueError: no .json file.
     """
     if output.suffix != ".json":
-        raise ValueError(f"output={str(output)!r} found; expected a .json file")
+        raise UserError(f"output={str(output)!r} found; expected a .json file")
     table = output.parent / Predictions.file
     for path in (output, table):
         if path.exists():
@@ -152,7 +155,7 @@ def load_classifier(source: str, revision: str | None, device: str | None) -> Lo
     """
     loaded = load(source, revision, choose_device(device))
     if not isinstance(loaded.model, MLVICXForImageClassification):
-        raise ValueError(f"{source}: {type(loaded.model).__name__} found; expected a MLVICXForImageClassification")
+        raise UserError(f"{source}: {type(loaded.model).__name__} found; expected a MLVICXForImageClassification")
     return loaded
 
 
@@ -163,12 +166,10 @@ def match_labels(loaded: LoadedModel, collection: str | None, cache: Cache, find
         ValueError: a cache without labels, nothing in common, or findings that are not in common.
     """
     if not cache.label_names:
-        raise ValueError(
-            f"{cache.path} has no labels; expected some: prepare it with --metadata that has label columns"
-        )
+        raise UserError(f"{cache.path} has no labels; expected some: prepare it with --metadata that has label columns")
     matching = match(collection, loaded.labels, cache.manifest["collection"], cache.label_names)
     if not matching.matches:
-        raise ValueError(
+        raise UserError(
             f"no label in common: {loaded.source} ({collection or 'collection unknown'}) has "
             f"{some(loaded.labels, 30)}; {cache.path} ({cache.manifest['collection']}) has "
             f"{some(cache.label_names, 30)}"
@@ -179,7 +180,7 @@ def match_labels(loaded: LoadedModel, collection: str | None, cache: Cache, find
     absent = [name for name in findings if normalize(name) not in names]
     if absent:
         listed = ", ".join(found.name for found in matching.matches)
-        raise ValueError(f"findings {', '.join(absent)} found; expected some of {listed}")
+        raise UserError(f"findings {', '.join(absent)} found; expected some of {listed}")
     chosen = {normalize(name) for name in findings}
     return replace(matching, matches=tuple(found for name, found in names.items() if name in chosen))
 
@@ -221,7 +222,7 @@ def rename_labels(cache: Cache, split: str, matches: Sequence[Match], exclusive:
         if len(known) < len(table):
             logger.warning("%d images of %s have no class and are left out", len(table) - len(known), split)
         if not known:
-            raise ValueError(f"{cache.path}: no image of {split} has a known class")
+            raise UserError(f"{cache.path}: no image of {split} has a known class")
         images = images.select(known)
     names = tuple(found.name for found in matches)
     return Cache(datasets.DatasetDict({"test": images}), names, cache.manifest | {"exclusive": exclusive}, cache.path)
@@ -234,7 +235,7 @@ def compute_logits(loaded: LoadedModel, images: Any, batch_size: int, num_worker
     logits = []
     with progress_bar(len(rows), "evaluating", "img", show=progress) as bar:
         for batch in loader:
-            logits.append(encode(loaded, batch["pixel_values"], embed=False)[0].cpu())
+            logits.append(infer(loaded, batch["pixel_values"], embed=False)[0].cpu())
             bar.update(len(logits[-1]))
     return torch.cat(logits).numpy()
 

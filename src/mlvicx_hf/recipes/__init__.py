@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from mlvicx_hf.common.errors import UserError
+
 
 def recipe_names(kind: str = "pretraining") -> list[str]:
     """Names of the recipes for "pretraining", "classification" or "segmentation" that come with the package."""
@@ -33,14 +35,14 @@ def load_recipe(name: str, known: Collection[str], kind: str = "pretraining") ->
         text = (files(__name__) / kind / f"{name}.yaml").read_text()
     else:
         names = ", ".join(recipe_names(kind))
-        raise ValueError(f"recipe {name!r} found; expected {names}, or the path of a .yaml file")
+        raise UserError(f"recipe {name!r} found; expected {names}, or the path of a .yaml file")
     recipe = yaml.safe_load(text)
     if not isinstance(recipe, dict):
-        raise ValueError(f"recipe {name} holds a {type(recipe).__name__}; expected a mapping of keys to values")
+        raise UserError(f"recipe {name} holds a {type(recipe).__name__}; expected a mapping of keys to values")
     for key in recipe:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 3) or sorted(known)
-            raise ValueError(
+            raise UserError(
                 f"recipe {name} has the key {key!r}, which does not exist; did you mean {', '.join(close)}?"
             )
     return recipe

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import KINDS
 from mlvicx_hf.data.collections.base import Listing, Record, ReleasedCollection, file_below
 from mlvicx_hf.data.collections.folder import binary_labels, label_values
 from mlvicx_hf.data.collections.tables import read_columns, require_columns
-from mlvicx_hf.data.prepare import prepare
 
 PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
 

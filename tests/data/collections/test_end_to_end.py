@@ -21,14 +21,14 @@ from miniatures import disc_box, rsna_id, write_nih14, write_rsna, write_siim
 from miniatures_more import vin_rows, write_chexpert, write_mimic_cxr_jpg, write_vinbigdata, write_vindr
 from transformers import AutoModel
 
-from mlvicx_hf import classification, segmentation
-from mlvicx_hf.data.cache import Cache, load_cache
+from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import KINDS
 from mlvicx_hf.data.collections.base import Collection
-from mlvicx_hf.data.prepare import prepare
-from mlvicx_hf.finetuning import DataArguments, ModelArguments
-from mlvicx_hf.finetuning import parse_arguments as parse_finetuning
-from mlvicx_hf.pretraining import Pretrainer, parse_arguments
+from mlvicx_hf.finetuning import classification, segmentation
+from mlvicx_hf.finetuning.training import EncoderArguments, LabelledDataArguments
+from mlvicx_hf.finetuning.training import parse_arguments as parse_finetuning
+from mlvicx_hf.pretraining.loop import Pretrainer, parse_arguments
 
 SIZE = 32
 SPLITS = ("train", "validation", "test")
@@ -368,7 +368,7 @@ def finetune(task: ModuleType, sections: tuple[type, ...], prepared: Prepared, o
 @pytest.mark.parametrize("name", ["nih14", "rsna, detailed", "chexpert"])
 def test_classification_on_what_was_prepared(make: Callable[[str], Prepared], name: str, tmp_path: Path):
     prepared = make(name)
-    sections = (classification.ClassifierArguments, DataArguments, classification.ClassificationArguments)
+    sections = (classification.ClassifierArguments, LabelledDataArguments, classification.ClassificationArguments)
     results = finetune(classification, sections, prepared, tmp_path / "run")
     assert results["labels"] == list(prepared.cache.label_names)
     assert (results["thresholds"] is None) == prepared.case.exclusive
@@ -387,7 +387,7 @@ def test_classification_on_what_was_prepared(make: Callable[[str], Prepared], na
 @pytest.mark.parametrize("name", ["siim", "folder, csv"])
 def test_segmentation_on_what_was_prepared(make: Callable[[str], Prepared], name: str, tmp_path: Path):
     prepared = make(name)
-    sections = (ModelArguments, segmentation.SegmentationDataArguments, segmentation.SegmentationArguments)
+    sections = (EncoderArguments, segmentation.SegmentationDataArguments, segmentation.SegmentationArguments)
     results = finetune(segmentation, sections, prepared, tmp_path / "run")
     assert results["labels"] == list(prepared.cache.mask_names)
     assert math.isfinite(results["test"]["dice"])

@@ -13,11 +13,11 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
-from mlvicx_hf.data.cache import load_cache
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import Listing
 from mlvicx_hf.data.collections.hf import HFCollection
-from mlvicx_hf.data.pixels import UnreadableImageError, decode_gray
-from mlvicx_hf.data.prepare import prepare
+from mlvicx_hf.data.images.pixels import UnreadableImageError, decode_gray
 
 FINDINGS = ["No Finding", "Edema", "Mass"]
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlvicx_hf.common.errors import UserError
+
 from ..masks import check_mask_names
 
 SPLITS = ("train", "validation", "test")
@@ -195,12 +197,6 @@ def normalize_view(view: str) -> str | None:
     return VIEWS.get(word) or VIEWS.get(word.split()[0])
 
 
-def some(items: Iterable[str], limit: int = 5) -> str:
-    """The first few items for an error message."""
-    listed = list(items)
-    return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")
-
-
 def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a comma-separated file (perhaps .gz), all text, without surrounding blanks.
 
@@ -211,9 +207,9 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
         with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
             rows = [[field.strip() for field in row] for row in csv.reader(file) if row]
     except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable CSV file in UTF-8: {error}") from error
+        raise UserError(f"{path}: not a readable CSV file in UTF-8: {error}") from error
     if not rows:
-        raise ValueError(f"{path}: empty file found; expected a header line")
+        raise UserError(f"{path}: empty file found; expected a header line")
     return rows[0], rows[1:]
 
 
@@ -221,7 +217,7 @@ def check_fields(path: Path, header: list[str], rows: list[list[str]]) -> None:
     """Refuse rows that are not as long as the header."""
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
-            raise ValueError(f"{path}: row {number} has {len(row)} fields; expected {len(header)} as in the header")
+            raise UserError(f"{path}: row {number} has {len(row)} fields; expected {len(header)} as in the header")
 
 
 @cache
@@ -242,9 +238,9 @@ def file_below(root: Path, name: str, where: str = "") -> Path:
     """
     relative = PurePosixPath(name.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts or Path(name).is_absolute():
-        raise ValueError(f"{where}file {name!r} found; expected a path below the root {root}")
+        raise UserError(f"{where}file {name!r} found; expected a path below the root {root}")
     path = root / relative
     real = os.path.realpath(path) if path.is_symlink() else os.path.join(_real(str(path.parent)), path.name)
     if not Path(real).is_relative_to(_real(str(root))):
-        raise ValueError(f"{where}file {name!r} is a link that leads out of the root {root}")
+        raise UserError(f"{where}file {name!r} is a link that leads out of the root {root}")
     return path

@@ -8,8 +8,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
 from ..splits import check_no_patient_overlap, split_by_patient
-from .base import Listing, Record, ReleasedCollection, normalize_view, some
+from .base import Listing, Record, ReleasedCollection, normalize_view
 from .folder import binary_labels, label_values
 from .tables import parse_age, parse_sex, read_columns, require_columns
 
@@ -105,7 +108,7 @@ def _split_path(table: Path, number: int, path: str) -> tuple[str, str, str]:
     """File below the root, patient, and frontal or lateral."""
     found = FILE.fullmatch(path)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{table}: row {number}, column Path: {path!r} found; expected a file such as "
             "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
         )
@@ -116,7 +119,7 @@ def _person(table: Path, number: int, side: str, cells: tuple[str, ...]) -> tupl
     """View, sex and age of a row."""
     sex, age = parse_sex(cells[0]), parse_age(cells[1])
     if sex is None or age is None or cells[2].lower() not in ("", side):
-        raise ValueError(
+        raise UserError(
             f"{table}: row {number}, columns {', '.join(PERSON_COLUMNS[:3])}: {', '.join(map(repr, cells[:3]))} found; "
             f"expected Female, Male or Unknown, years, and {side.capitalize()} as the file's name has it"
         )
@@ -130,6 +133,4 @@ def check_unique(table: Path, names: list[str]) -> None:
     """Refuse a table that lists an image, or a study, twice."""
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(
-            f"{table}: {len(repeated)} found in more than one row: {some(repeated)}; expected one row each"
-        )
+        raise UserError(f"{table}: {len(repeated)} found in more than one row: {some(repeated)}; expected one row each")

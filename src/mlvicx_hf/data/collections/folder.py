@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..pixels import IMAGE_SUFFIXES, image_files
-from .base import SPLITS, Collection, Listing, Record, file_below, normalize_view, some
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
+from ..images.pixels import IMAGE_SUFFIXES, image_files
+from .base import SPLITS, Collection, Listing, Record, file_below, normalize_view
 from .tables import UNCERTAIN, Columns, parse_age, parse_sex, read_columns
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -110,7 +113,7 @@ class FolderCollection(Collection):
             raise FileNotFoundError(f"{self.metadata}: no such file, neither here nor in {self.root}")
         found = [self.root / name for name in METADATA_NAMES if (self.root / name).is_file()]
         if len(found) > 1:
-            raise ValueError(f"{some(map(str, found))} found; say which one counts with --metadata")
+            raise UserError(f"{some(map(str, found))} found; say which one counts with --metadata")
         return found[0] if found else None
 
     def _scan(self) -> Listing:
@@ -126,7 +129,7 @@ class FolderCollection(Collection):
             names.append(name)
         skipped = f" ({outside} links that lead outside were skipped)" if outside else ""
         if not names:
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: no images found{skipped}; expected files ending in {some(IMAGE_SUFFIXES, 99)}"
             )
         notes = ["no metadata, so no patients are known: each image is counted as a patient of its own"]
@@ -176,7 +179,7 @@ class FolderCollection(Collection):
         for name in candidates:
             if name in columns:
                 return name
-        raise ValueError(
+        raise UserError(
             f"{table}: columns {some(columns, 30)} found; expected the file in {' or '.join(candidates)} "
             "(--file_column names another)"
         )
@@ -187,7 +190,7 @@ class FolderCollection(Collection):
             return column
         if self.mask_column is None and self.mask_names is None:
             return None
-        raise ValueError(
+        raise UserError(
             f"{table}: columns {some(columns, 30)} found; expected the mask in {column} (--mask_column names another)"
         )
 
@@ -196,10 +199,10 @@ class FolderCollection(Collection):
         if column in columns:
             for number, patient in enumerate(columns[column], start=1):
                 if not patient:
-                    raise ValueError(f"{table}: row {number}: empty {column} found; expected a patient")
+                    raise UserError(f"{table}: row {number}: empty {column} found; expected a patient")
             return columns[column], []
         if self.patient_column is not None:
-            raise ValueError(f"{table}: columns {some(columns, 30)} found; expected the patient in {column}")
+            raise UserError(f"{table}: columns {some(columns, 30)} found; expected the patient in {column}")
         return names, [
             f"{table.name} has no column patient_id: each image is counted as a patient of its own, so one patient's "
             "images may fall into two splits (--patient_column names the column)"
@@ -225,7 +228,7 @@ def _usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> 
     twice = [name for name, count in Counter(new.values()).items() if count > 1]
     if twice:
         listed = some((name for name in columns if new[name] == twice[0]), 9)
-        raise ValueError(f"{table}: columns {listed} found; expected one of them as {twice[0]}")
+        raise UserError(f"{table}: columns {listed} found; expected one of them as {twice[0]}")
     notes = [f"column {old!r} is taken for {name}" for old, name in new.items() if old != name]
     return {new[name]: cells for name, cells in columns.items()}, notes
 
@@ -237,10 +240,10 @@ def _plain(name: str) -> str:
 def _check_files(table: Path, column: str, names: list[str]) -> None:
     for number, name in enumerate(names, start=1):
         if not name:
-            raise ValueError(f"{table}: row {number}: empty {column} found; expected a file")
+            raise UserError(f"{table}: row {number}: empty {column} found; expected a file")
     repeated = [name for name, count in Counter(os.path.normpath(name) for name in names).items() if count > 1]
     if repeated:
-        raise ValueError(
+        raise UserError(
             f"{table}: {len(repeated)} file(s) in more than one row: {some(repeated)}; expected one row each"
         )
 
@@ -267,7 +270,7 @@ def _splits(table: Path, values: list[str]) -> list[str | None]:
         return [None] * len(values)
     for number, value in enumerate(values, start=1):
         if value.lower() not in SPLIT_NAMES:
-            raise ValueError(
+            raise UserError(
                 f"{table}: row {number}, column split: {value!r} found; expected train, validation (or val, "
                 "valid, dev) or test in every row"
             )
@@ -286,7 +289,7 @@ def label_values(uncertain: str | None) -> dict[str, float]:
     if uncertain is None:
         return BINARY
     if uncertain not in UNCERTAIN:
-        raise ValueError(f"uncertain={uncertain!r} found; expected one of {', '.join(UNCERTAIN)}")
+        raise UserError(f"uncertain={uncertain!r} found; expected one of {', '.join(UNCERTAIN)}")
     return BINARY | dict.fromkeys(MINUS_ONE, UNCERTAIN[uncertain])
 
 
@@ -308,17 +311,15 @@ def read_labels(
     if explicit is not None:
         absent = [name for name in explicit if name not in columns]
         if absent:
-            raise ValueError(
-                f"{table}: columns {some(columns, 30)} found; expected the label(s) {some(absent)} as well"
-            )
+            raise UserError(f"{table}: columns {some(columns, 30)} found; expected the label(s) {some(absent)} as well")
         return LabelTable(binary_labels(table, columns, explicit, values, hint), tuple(explicit))
     if "label" in columns and "labels" in columns:
-        raise ValueError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
+        raise UserError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
     rest = [name for name in columns if name not in (*RESERVED_COLUMNS, *skip) and not name.endswith("_file_name")]
     for lone, reader in (("label", _class_labels), ("labels", _joined_labels)):
         if lone in columns:
             if uncertain is not None:
-                raise ValueError(f"{table}: column {lone} holds names, where no -1 can be; --uncertain does not fit")
+                raise UserError(f"{table}: column {lone} holds names, where no -1 can be; --uncertain does not fit")
             ignored = [name for name in rest if name != lone]
             return reader(table, columns[lone], (f"columns ignored: {some(ignored, 30)}",) if ignored else ())
     chosen, notes = _label_columns(columns, rest)
@@ -363,7 +364,7 @@ def binary_labels(
             decoded.append([values[text] for text in columns[name]])
         except KeyError as error:
             number = columns[name].index(error.args[0]) + 1
-            raise ValueError(
+            raise UserError(
                 f"{table}: row {number}, column {name}: {error.args[0]!r} found; expected {expected}, or empty for "
                 f"unknown{hint}"
             ) from None
@@ -376,7 +377,7 @@ def _class_labels(table: Path, values: list[str], notes: tuple[str, ...]) -> Lab
     for name in names:
         if not name.lstrip("+-").isdigit() and _is_number(name):
             row = values.index(name) + 1
-            raise ValueError(f"{table}: row {row}, column label: {name!r} found; expected a class name or whole number")
+            raise UserError(f"{table}: row {row}, column label: {name!r} found; expected a class name or whole number")
     if not names:
         return LabelTable([()] * len(values), notes=(*notes, "column label is empty: no labels"))
     whole = all(name.lstrip("+-").isdigit() for name in names)
@@ -408,7 +409,7 @@ def split_findings(table: Path, number: int, column: str, value: str) -> set[str
     parts = {part.strip() for part in value.split("|")}
     normal = {part for part in parts if part.lower() == NO_FINDING}
     if "" in parts or (normal and len(parts) > 1):
-        raise ValueError(
+        raise UserError(
             f"{table}: row {number}, column {column}: {value!r} found; expected names joined by |, or No Finding alone"
         )
     return parts - normal

@@ -13,9 +13,12 @@ import datasets
 import numpy as np
 import pyarrow.compute
 
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
+from ..images.pixels import UnreadableImageError
 from ..masks import decode_mask
-from ..pixels import UnreadableImageError
-from .base import Collection, Listing, Record, some
+from .base import Collection, Listing, Record
 from .folder import NO_FINDING, RESERVED_COLUMNS, SPLIT_NAMES, LabelTable, _splits, _understood, read_labels, read_views
 from .opening import ROWS, TABLE_ROWS, Opened, find_image_column, kind, open_dataset, read_content
 from .tables import Columns, _text, parse_age, parse_sex
@@ -91,9 +94,9 @@ class HFCollection(Collection):
     def read(self) -> Listing:
         """List the rows of all splits, without their pixels."""
         if self.mask_names is not None and self.mask_column is None:
-            raise ValueError(f"mask_names={','.join(self.mask_names)} found; expected --mask_column to name the masks")
+            raise UserError(f"mask_names={','.join(self.mask_names)} found; expected --mask_column to name the masks")
         if self.mask_column is not None and self.streaming:
-            raise ValueError(f"mask_column={self.mask_column} found with streaming; a stream has no masks")
+            raise UserError(f"mask_column={self.mask_column} found with streaming; a stream has no masks")
         opened = self.open()
         splits = self._choose_splits(opened)
         features = next(iter(opened.splits.values())).features
@@ -137,7 +140,7 @@ class HFCollection(Collection):
             strange = [split for split in self.splits if split not in found]
             if strange or not set(self.splits.values()) <= set(SPLIT_NAMES):
                 given = ", ".join(f"{theirs}={ours}" for theirs, ours in self.splits.items())
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: splits {given} found; expected some of {some(found, 30)}, each as train, "
                     "validation or test"
                 )
@@ -146,7 +149,7 @@ class HFCollection(Collection):
             return {"train": None}
         strange = [split for split in found if split not in SPLIT_NAMES]
         if strange:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: splits {some(strange)} found; expected train, validation (val, valid, dev) and test, or "
                 "`splits` to say which is which"
             )
@@ -155,7 +158,7 @@ class HFCollection(Collection):
     def _check_mask_column(self, features: Any) -> None:
         if self.mask_column is not None and not isinstance(features.get(self.mask_column), datasets.Image):
             images = some((n for n, feature in features.items() if isinstance(feature, datasets.Image)), 30)
-            raise ValueError(f"{self.path}: Image columns {images} found; expected the masks in {self.mask_column}")
+            raise UserError(f"{self.path}: Image columns {images} found; expected the masks in {self.mask_column}")
 
     def _ignored(self, features: Any, table: Sequence[str], image: str) -> list[str]:
         return [f"{n} ({kind(f)})" for n, f in features.items() if n not in (*table, image, self.mask_column)]
@@ -179,7 +182,7 @@ class HFCollection(Collection):
                         columns[name] += batch[name]
             counts[split] = count
         if not sum(counts.values()):
-            raise ValueError(f"{self.path}: no rows found; expected one row an image")
+            raise UserError(f"{self.path}: no rows found; expected one row an image")
         return columns, counts
 
     def _patients(self, text: Columns, names: list[str], notes: list[str]) -> tuple[list[str], bool]:
@@ -187,10 +190,10 @@ class HFCollection(Collection):
         if column in text:
             if "" in text[column]:
                 row = names[text[column].index("")]
-                raise ValueError(f"{self.path}: row {row}: empty {column} found; expected a patient")
+                raise UserError(f"{self.path}: row {row}: empty {column} found; expected a patient")
             return text[column], True
         if self.patient_column is not None:
-            raise ValueError(f"{self.path}: columns {some(text, 30)} found; expected the patient in {column}")
+            raise UserError(f"{self.path}: columns {some(text, 30)} found; expected the patient in {column}")
         notes.append(
             "no column patient_id: each image is counted as a patient of its own, so one patient's images may fall "
             "into two splits (--patient_column names the column)"
@@ -206,14 +209,12 @@ class HFCollection(Collection):
         alone = self.label_columns is None or list(self.label_columns) == chosen
         if len(chosen) == 1 and alone:
             if self.uncertain is not None:
-                raise ValueError(f"{self.path}: column {chosen[0]} holds classes; --uncertain does not fit")
+                raise UserError(f"{self.path}: column {chosen[0]} holds classes; --uncertain does not fit")
             rest = [n for n in columns if n not in (chosen[0], *RESERVED_COLUMNS, *skip)]
             note = (f"columns ignored: {some(rest, 30)}",) if rest and self.label_columns is None else ()
             return _typed_labels(features[chosen[0]], columns[chosen[0]], note)
         if len(chosen) > 1 and self.label_columns is None:
-            raise ValueError(
-                f"{self.path}: columns of classes {some(chosen)} found; expected --label_columns to choose"
-            )
+            raise UserError(f"{self.path}: columns of classes {some(chosen)} found; expected --label_columns to choose")
         if not text:
             return LabelTable([()] * count)
         numbers = {name: [_text(value) for value in columns[name]] for name in chosen}  # 0 and 1 instead of the names

@@ -7,7 +7,10 @@ import math
 import re
 from pathlib import Path
 
-from .base import Listing, Record, ReleasedCollection, some
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
+from .base import Listing, Record, ReleasedCollection
 from .chexpert import FINDINGS, check_unique
 from .folder import binary_labels, label_values, read_views
 from .tables import Columns, read_columns, require_columns
@@ -56,9 +59,7 @@ class MIMICCXRJPGCollection(ReleasedCollection):
         images = zip(columns["dicom_id"], *(columns[name] for name in STUDY), views, strict=True)
         for number, (image, patient, study, view) in enumerate(images, start=1):
             if image not in splits:
-                raise ValueError(
-                    f"{table}: row {number}: image {image} found; expected it in the split's table as well"
-                )
+                raise UserError(f"{table}: row {number}: image {image} found; expected it in the split's table as well")
             unlabelled += (patient, study) not in labels
             row = labels.get((patient, study), unknown)
             name = f"files/p{patient[:2]}/p{patient}/s{study}/{image}.jpg"
@@ -76,7 +77,7 @@ class MIMICCXRJPGCollection(ReleasedCollection):
                 f"mimic-cxr-2.0.0-{kind}.csv.gz"
             )
         if len({path.name.removesuffix(".gz") for path in found}) > 1:
-            raise ValueError(f"{some(map(str, found))} found; expected one version")
+            raise UserError(f"{some(map(str, found))} found; expected one version")
         return found[0]
 
     def _labels(self) -> dict[Study, tuple[float, ...]]:
@@ -95,7 +96,7 @@ class MIMICCXRJPGCollection(ReleasedCollection):
         check_unique(table, columns["dicom_id"])
         for number, split in enumerate(columns["split"], start=1):
             if split not in SPLITS:
-                raise ValueError(
+                raise UserError(
                     f"{table}: row {number}, column split: {split!r} found; expected one of {', '.join(SPLITS)}"
                 )
         return {image: SPLITS[split] for image, split in zip(columns["dicom_id"], columns["split"], strict=True)}
@@ -106,8 +107,8 @@ def _check_ids(table: Path, columns: Columns) -> None:
     for name in STUDY:
         for number, value in enumerate(columns[name], start=1):
             if not value.isdecimal():
-                raise ValueError(f"{table}: row {number}, column {name}: {value!r} found; expected a whole number")
+                raise UserError(f"{table}: row {number}, column {name}: {value!r} found; expected a whole number")
     for number, value in enumerate(columns["dicom_id"], start=1):
         if not DICOM_ID.fullmatch(value):
-            raise ValueError(f"{table}: row {number}, column dicom_id: {value!r} found; expected a file's name")
+            raise UserError(f"{table}: row {number}, column dicom_id: {value!r} found; expected a file's name")
     check_unique(table, columns["dicom_id"])

@@ -8,8 +8,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
 from ..splits import check_no_patient_overlap, split_by_patient
-from .base import Box, Listing, Record, ReleasedCollection, check_fields, normalize_view, read_csv, some
+from .base import Box, Listing, Record, ReleasedCollection, check_fields, normalize_view, read_csv
 from .folder import split_findings
 from .tables import AGE, OLDEST, parse_age, parse_sex
 
@@ -140,14 +143,14 @@ class NIH14Collection(ReleasedCollection):
         header, rows = read_csv(table)
         header, rows = _without_empty_end(header), [_without_empty_end(row) for row in rows]
         if header != BOX_HEADER:
-            raise ValueError(f"{table}: columns {', '.join(header)} found; expected {', '.join(BOX_HEADER)}")
+            raise UserError(f"{table}: columns {', '.join(header)} found; expected {', '.join(BOX_HEADER)}")
         check_fields(table, header, rows)
         boxes: dict[str, tuple[Box, ...]] = {}
         for number, (name, finding, *corner) in enumerate(rows, start=1):
             label = BOX_LABELS.get(finding, finding)
             if label not in FINDINGS:
                 expected = some((*FINDINGS, *BOX_LABELS), 99)
-                raise ValueError(
+                raise UserError(
                     f"{table}: row {number}, column Finding Label: {finding!r} found; expected one of {expected}"
                 )
             box = parse_box(f"{table}: row {number}", label, BOX_HEADER[2:], corner)
@@ -159,7 +162,7 @@ class NIH14Collection(ReleasedCollection):
         test = self._read_list("test_list.txt")
         strays = [name for name in names if (name in train_val) == (name in test)]
         if strays:
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: {len(strays)} image(s) of the table in neither or both of train_val_list.txt and "
                 f"test_list.txt: {some(strays)}; expected each in one of them"
             )
@@ -186,11 +189,11 @@ def _read_table(table: Path) -> list[list[str]]:
         length = len(header)
         header, rows = header[:-1], [row[:-1] if len(row) == length else row for row in rows]
     if header != HEADER:
-        raise ValueError(f"{table}: columns {', '.join(header)} found; expected {', '.join(HEADER)}")
+        raise UserError(f"{table}: columns {', '.join(header)} found; expected {', '.join(HEADER)}")
     check_fields(table, header, rows)
     repeated = len(rows) - len({row[0] for row in rows})
     if repeated:
-        raise ValueError(f"{table}: {repeated} image(s) found in more than one row; expected one row each")
+        raise UserError(f"{table}: {repeated} image(s) found in more than one row; expected one row each")
     return rows
 
 
@@ -221,11 +224,11 @@ def parse_box(where: str, label: str, columns: Sequence[str], values: Sequence[s
         except ValueError:
             number = math.nan
         if not 0 <= number <= side:
-            raise ValueError(f"{where}, column {column}: {value!r} found; expected pixels from 0 to {side}")
+            raise UserError(f"{where}, column {column}: {value!r} found; expected pixels from 0 to {side}")
         numbers.append(number)
     x, y, width, height = numbers
     if not (width and height) or x + width > side or y + height > side:
-        raise ValueError(
+        raise UserError(
             f"{where}: a box of {width:g} x {height:g} pixels at ({x:g}, {y:g}) found; expected one inside "
             f"{side} x {side}, not empty"
         )
@@ -235,7 +238,7 @@ def parse_box(where: str, label: str, columns: Sequence[str], values: Sequence[s
 def add_box(where: str, boxes: tuple[Box, ...], box: Box) -> tuple[Box, ...]:
     """The boxes of an image and one more, which must be another one."""
     if box in boxes:
-        raise ValueError(f"{where}: a box of {box.label} found for the second time; expected each once")
+        raise UserError(f"{where}: a box of {box.label} found for the second time; expected each once")
     return (*boxes, box)
 
 
@@ -243,7 +246,7 @@ def check_sex(where: str, value: str) -> str:
     """F, M, or empty for unknown; anything else is refused."""
     sex = parse_sex(value)
     if sex is None:
-        raise ValueError(f"{where}: {value!r} found; expected F, M or nothing")
+        raise UserError(f"{where}: {value!r} found; expected F, M or nothing")
     return sex
 
 
@@ -251,7 +254,7 @@ def check_age(where: str, value: str) -> float:
     """Years; NaN where it is empty or implausible (old releases have 411), and what is no age is refused."""
     age = parse_age(value)
     if age is None and not AGE.fullmatch(value):
-        raise ValueError(f"{where}: {value!r} found; expected an age such as 57, 058Y, 013M or 011D")
+        raise UserError(f"{where}: {value!r} found; expected an age such as 57, 058Y, 013M or 011D")
     return math.nan if age is None else age
 
 
@@ -265,16 +268,14 @@ def _patient(table: Path, number: int, row: list[str]) -> str:
     """Patient of a file name such as 00000001_000.png, checked against the table's own column."""
     patient = row[0].split("_")[0]
     if not patient.isdigit() or not row[3].isdigit() or int(patient) != int(row[3]):
-        raise ValueError(
-            f"{table}: row {number}: Patient ID {row[3]!r} found for {row[0]!r}; expected its first number"
-        )
+        raise UserError(f"{table}: row {number}: Patient ID {row[3]!r} found for {row[0]!r}; expected its first number")
     return patient
 
 
 def _labels(table: Path, number: int, value: str) -> tuple[float, ...]:
     found = split_findings(table, number, "Finding Labels", value)
     if found is None or not found <= set(FINDINGS):
-        raise ValueError(
+        raise UserError(
             f"{table}: row {number}, column Finding Labels: {value!r} found; expected No Finding or, joined by |, "
             f"some of {', '.join(FINDINGS)}"
         )

@@ -18,9 +18,11 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.arrow.arrow import ArrowConfig
 from datasets.packaged_modules.parquet.parquet import ParquetConfig
 
-from ...progress import no_datasets_bars
-from ..pixels import UnreadableImageError
-from .base import some
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.progress import no_datasets_bars
+from mlvicx_hf.common.text import some
+
+from ..images.pixels import UnreadableImageError
 
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 ROWS = 16  # images that are read at a time; a parquet file may hold a thousand in one piece
@@ -76,7 +78,7 @@ def open_dataset(
             return _build(_location(path, name, revision), streaming, columns, rows)
     except (RuntimeError, DatasetGenerationError, pyarrow.ArrowException) as error:
         cause = error.__cause__ or error
-        raise ValueError(f"{path}: `datasets` cannot read it: {cause}") from error
+        raise UserError(f"{path}: `datasets` cannot read it: {cause}") from error
 
 
 def as_stream(dataset: Any) -> Any:
@@ -116,7 +118,7 @@ def _map_files(files: Sequence[str]) -> Any:
     try:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{some(files, 3)}: not readable as Arrow files of one kind: {error}") from error
+        raise UserError(f"{some(files, 3)}: not readable as Arrow files of one kind: {error}") from error
 
 
 def _location(path: str | Path, name: str | None, revision: str | None) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def find_image_column(
         ValueError: none, or several.
     """
     if features is None:
-        raise ValueError(f"{where}: columns of unknown types found; expected a dataset that declares an Image column")
+        raise UserError(f"{where}: columns of unknown types found; expected a dataset that declares an Image column")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and name != mask_column]
     listed = some((f"{name}: {kind(feature)}" for name, feature in features.items()), 30)
     raw = wanted or "image"
@@ -187,9 +189,9 @@ def find_image_column(
     ):
         return raw
     if wanted is not None or not images:
-        raise ValueError(f"{where}: columns {listed} found; expected the pixels in {wanted or 'an Image column'}")
+        raise UserError(f"{where}: columns {listed} found; expected the pixels in {wanted or 'an Image column'}")
     if len(images) > 1:
-        raise ValueError(f"{where}: Image columns {some(images)} found; expected one, or --image_column to name it")
+        raise UserError(f"{where}: Image columns {some(images)} found; expected one, or --image_column to name it")
     return images[0]
 
 

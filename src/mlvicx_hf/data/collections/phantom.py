@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..phantom import FINDINGS, MASKS, draw_phantom, phantom_labels
+from mlvicx_hf.common.errors import UserError
+
+from ..synthetic.phantom import FINDINGS, MASKS, draw_phantom, phantom_labels
 from .base import Collection, Drawing, Listing, Record
 
 SMALLEST = 32  # pixels; what `draw_phantom` can draw
@@ -39,11 +41,11 @@ class PhantomCollection(Collection):
         mask: str | None = None,
     ) -> None:
         if num_patients < 1 or images_per_patient < 1:
-            raise ValueError(
+            raise UserError(
                 f"num_patients={num_patients}, images_per_patient={images_per_patient} found; expected 1 or more"
             )
         if mask is not None and mask not in MASKS:
-            raise ValueError(f"mask {mask!r} found; expected one of {', '.join(MASKS)}")
+            raise UserError(f"mask {mask!r} found; expected one of {', '.join(MASKS)}")
         self.num_patients = num_patients
         self.images_per_patient = images_per_patient
         self.size = size

@@ -8,8 +8,11 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..pixels import image_files
-from .base import Box, Listing, Record, ReleasedCollection, normalize_view, some
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
+from ..images.pixels import image_files
+from .base import Box, Listing, Record, ReleasedCollection, normalize_view
 from .nih14 import FRAME, add_box, check_age, check_sex, note_ages, parse_box
 from .siim import files_by_name
 from .tables import Columns, read_columns, require_columns
@@ -58,7 +61,7 @@ class RSNACollection(ReleasedCollection):
         headers: str | Path | None = None,
     ) -> None:
         if classes not in ("target", "detailed"):
-            raise ValueError(f"classes={classes!r} found; expected target or detailed")
+            raise UserError(f"classes={classes!r} found; expected target or detailed")
         self.root = Path(root)
         self.classes = classes
         self.mapping = mapping
@@ -147,15 +150,15 @@ def _read_boxes(table: Path) -> dict[str, tuple[Box, ...]]:
     for number, (image, target, *corner) in enumerate(rows, start=1):
         where = f"{table}: row {number}"
         if not image:
-            raise ValueError(f"{where}: empty patientId found; expected the name of an image")
+            raise UserError(f"{where}: empty patientId found; expected the name of an image")
         if target not in ("0", "1"):
-            raise ValueError(f"{where}, column Target: {target!r} found; expected 0 or 1")
+            raise UserError(f"{where}, column Target: {target!r} found; expected 0 or 1")
         if any(corner) != (target == "1"):
             expected = "a box" if target == "1" else "no box"
-            raise ValueError(f"{where}: Target {target} and x, y, width, height {corner} found; expected {expected}")
+            raise UserError(f"{where}: Target {target} and x, y, width, height {corner} found; expected {expected}")
         others = boxes.get(image)
         if others is not None and not (others and any(corner)):
-            raise ValueError(
+            raise UserError(
                 f"{where}: Target {target} found for {image}, listed before; expected one row of Target 0, or rows of "
                 "boxes"
             )
@@ -172,14 +175,12 @@ def _read_classes(table: Path, boxes: dict[str, tuple[Box, ...]]) -> dict[str, s
     for number, (image, value) in enumerate(zip(columns["patientId"], columns["class"], strict=True), start=1):
         where = f"{table}: row {number}, column class: {value!r} found"
         if value not in CLASS_NAMES:
-            raise ValueError(f"{where}; expected one of {some(CLASS_NAMES)}")
+            raise UserError(f"{where}; expected one of {some(CLASS_NAMES)}")
         if classes.setdefault(image, value) != value:
-            raise ValueError(f"{where} for {image}; expected {classes[image]!r} as in an earlier row")
+            raise UserError(f"{where} for {image}; expected {classes[image]!r} as in an earlier row")
         if image in boxes and (value == FINDING) != bool(boxes[image]):
             target = int(bool(boxes[image]))
-            raise ValueError(
-                f"{where} for {image}, whose Target in {LABELS} is {target}; expected {FINDING} for 1 only"
-            )
+            raise UserError(f"{where} for {image}, whose Target in {LABELS} is {target}; expected {FINDING} for 1 only")
     _require_images(table, classes, boxes)
     return classes
 
@@ -195,11 +196,11 @@ def _read_mapping(table: Path, images: Iterable[str]) -> dict[str, str]:
             continue
         patient, _, rest = file.partition("_")
         if not patient.isdigit() or not rest:
-            raise ValueError(
+            raise UserError(
                 f"{table}: row {number}, column img_id: {file!r} found; expected an NIH file such as 00000001_000.png"
             )
         if image in patients:
-            raise ValueError(
+            raise UserError(
                 f"{table}: row {number}, column {name}: {image!r} found for the second time; expected it once"
             )
         patients[image] = patient
@@ -212,9 +213,9 @@ def _read_objects(table: Path) -> Columns:
     try:
         rows = json.loads(table.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{table}: not JSON in UTF-8: {error}") from error
+        raise UserError(f"{table}: not JSON in UTF-8: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{table}: no list of objects found; expected one object an image")
+        raise UserError(f"{table}: no list of objects found; expected one object an image")
     return {
         name: [str(row.get(name, "")) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)
     }
@@ -229,7 +230,7 @@ def _read_headers(table: Path) -> tuple[dict[str, Details], list[str]]:
     for number, (image, sex, age, view) in enumerate(rows, start=1):
         where = f"{table}: row {number}, column "
         if image in details:
-            raise ValueError(f"{where}PatientID: {image!r} found for the second time; expected it once")
+            raise UserError(f"{where}PatientID: {image!r} found for the second time; expected it once")
         details[image] = (
             normalize_view(view) or "UNKNOWN",
             check_sex(f"{where}PatientSex", sex),
@@ -241,4 +242,4 @@ def _read_headers(table: Path) -> tuple[dict[str, Details], list[str]]:
 def _require_images(table: Path, found: Iterable[str], images: Iterable[str]) -> None:
     absent = sorted(set(images) - set(found))
     if absent:
-        raise ValueError(f"{table}: {len(absent)} image(s) of {LABELS} lacking: {some(absent)}; expected all of them")
+        raise UserError(f"{table}: {len(absent)} image(s) of {LABELS} lacking: {some(absent)}; expected all of them")

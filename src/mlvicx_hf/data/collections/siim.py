@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pixels import UnreadableImageError, image_files
+from mlvicx_hf.common.errors import UserError
+
+from ..images.pixels import UnreadableImageError, image_files
 from .base import Listing, Record, ReleasedCollection
 from .tables import read_columns, require_columns
 
@@ -43,7 +45,7 @@ class SIIMCollection(ReleasedCollection):
 
     def __init__(self, root: str | Path, *, masks: str = "table") -> None:
         if masks not in ("table", "files"):
-            raise ValueError(f"masks={masks!r} found; expected table or files")
+            raise UserError(f"masks={masks!r} found; expected table or files")
         self.root = Path(root)
         self.masks = masks
 
@@ -111,7 +113,7 @@ def files_by_name(files: Iterable[Path], names: Iterable[str]) -> dict[str, Path
     found: dict[str, Path] = {}
     for file in files:
         if file.stem in wanted and found.setdefault(file.stem, file) is not file:
-            raise ValueError(f"{found[file.stem]} and {file} found; expected one file an image")
+            raise UserError(f"{found[file.stem]} and {file} found; expected one file an image")
     return found
 
 
@@ -123,14 +125,12 @@ def _read_codes(table: Path) -> dict[str, Codes]:
     for number, (image, code) in enumerate(zip(*(columns[name] for name in COLUMNS), strict=True), start=1):
         if not image or not code:
             column = COLUMNS[0] if not image else COLUMNS[1]
-            raise ValueError(
-                f"{table}: row {number}, column {column}: empty cell found; expected an image and its code"
-            )
+            raise UserError(f"{table}: row {number}, column {column}: empty cell found; expected an image and its code")
         others = codes.get(image)
         if code == NO_MASK and others is None:
             codes[image] = ()
         elif code == NO_MASK or others == () or code in (other for _, other in others or ()):
-            raise ValueError(
+            raise UserError(
                 f"{table}: row {number}, column {COLUMNS[1]}: {code[:40]!r} found for {image}, which an earlier row "
                 "lists; expected -1 in its only row, or codes that differ"
             )

@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .base import check_fields, read_csv, some
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
+from .base import check_fields, read_csv
 
 Columns = dict[str, list[str]]  # a table by column, all text
 UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # what a label of -1 becomes, by policy
@@ -29,16 +32,16 @@ def read_columns(table: Path) -> Columns:
         check_fields(table, header, rows)
         repeated = [name for name, count in Counter(header).items() if count > 1]
         if repeated:
-            raise ValueError(f"{table}: column(s) {some(repeated)} found twice; expected each name once")
+            raise UserError(f"{table}: column(s) {some(repeated)} found twice; expected each name once")
         columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
     elif suffix == ".jsonl":
         columns = _read_jsonl(table)
     elif suffix == ".parquet":
         columns = _read_parquet(table)
     else:
-        raise ValueError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .jsonl or .parquet file")
+        raise UserError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .jsonl or .parquet file")
     if not any(columns.values()):
-        raise ValueError(f"{table}: no rows found; expected one row an image")
+        raise UserError(f"{table}: no rows found; expected one row an image")
     return columns
 
 
@@ -47,7 +50,7 @@ def require_columns(table: Path, columns: Columns, names: Iterable[str]) -> None
     names = list(names)
     absent = [name for name in names if name not in columns]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"{table}: columns {some(columns, 30)} found; expected {some(absent, 30)} as well (all of "
             f"{some(names, 30)})"
         )
@@ -78,9 +81,9 @@ def _read_jsonl(table: Path) -> Columns:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{table}: line {number} is not JSON: {error}") from error
+            raise UserError(f"{table}: line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{table}: line {number} is a {type(row).__name__}; expected an object")
+            raise UserError(f"{table}: line {number} is a {type(row).__name__}; expected an object")
         rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [_text(row.get(name)) for row in rows] for name in names}
@@ -93,7 +96,7 @@ def _read_parquet(table: Path) -> Columns:
     try:
         columns = pyarrow.parquet.read_table(table).to_pydict()
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{table}: not a readable parquet file: {error}") from error
+        raise UserError(f"{table}: not a readable parquet file: {error}") from error
     return {name: [_text(value) for value in values] for name, values in columns.items()}
 
 

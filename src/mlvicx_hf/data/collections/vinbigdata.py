@@ -13,8 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..pixels import DICOM_SUFFIXES
-from .base import Box, Listing, Record, ReleasedCollection, some
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
+from ..images.pixels import DICOM_SUFFIXES
+from .base import Box, Listing, Record, ReleasedCollection
 from .tables import Columns, read_columns, require_columns
 
 FINDINGS = (  # in the order of class_id
@@ -109,7 +112,7 @@ class VinBigDataCollection(ReleasedCollection):
         for name in names:
             for number, value in enumerate(columns[name], start=1):
                 if not value.isdecimal() or int(value) == 0:
-                    raise ValueError(f"{table}: row {number}, column {name}: {value!r} found; expected pixels")
+                    raise UserError(f"{table}: row {number}, column {name}: {value!r} found; expected pixels")
         images, widths, heights = (columns[name] for name in ("image_id", *names))
         return {image: (int(width), int(height)) for image, width, height in zip(images, widths, heights, strict=True)}
 
@@ -122,7 +125,7 @@ def _readings(table: Path, columns: Columns) -> dict[str, Reading]:
     for number, ((image, name, key, reader), corner) in enumerate(zip(rows, corners, strict=True), start=1):
         check_row(table, number, image, reader)
         if CLASSES.get(key) != name:
-            raise ValueError(
+            raise UserError(
                 f"{table}: row {number}, columns class_id, class_name: {key!r}, {name!r} found; expected one of "
                 f"{some((f'{key} {name}' for key, name in CLASSES.items()), 15)}"
             )
@@ -131,7 +134,7 @@ def _readings(table: Path, columns: Columns) -> dict[str, Reading]:
             readings[image].votes[name].add(reader)
             readings[image].boxes.append(parse_box(table, number, name, corner))
         elif any(corner):
-            raise ValueError(f"{table}: row {number}: a box found for {NO_FINDING}; expected none")
+            raise UserError(f"{table}: row {number}: a box found for {NO_FINDING}; expected none")
     return dict(readings)
 
 
@@ -142,14 +145,14 @@ def votes_needed(readers: str) -> int:
         ValueError: another policy than "any" and "majority".
     """
     if readers not in READERS:
-        raise ValueError(f"readers={readers!r} found; expected one of {', '.join(READERS)}")
+        raise UserError(f"readers={readers!r} found; expected one of {', '.join(READERS)}")
     return READERS[readers]
 
 
 def check_row(table: Path, number: int, image: str, reader: str) -> None:
     """Refuse a row whose image is no plain name, or which has no reader."""
     if Path(image).name != image or "\\" in image or not image or not reader:
-        raise ValueError(
+        raise UserError(
             f"{table}: row {number}: image_id {image!r}, rad_id {reader!r} found; expected a file's name and a reader"
         )
 
@@ -159,7 +162,7 @@ def check_readers(table: Path, readings: dict[str, Reading]) -> None:
     counts = {image: len(reading.readers) for image, reading in readings.items()}
     strange = [f"{image} ({count})" for image, count in counts.items() if count != NUM_READERS]
     if strange:
-        raise ValueError(
+        raise UserError(
             f"{table}: {len(strange)} image(s) with more or fewer readers found: {some(strange)}; expected "
             f"{NUM_READERS} different rad_id each"
         )
@@ -196,7 +199,7 @@ def parse_box(table: Path, number: int, label: str, corners: tuple[str, ...]) ->
     except ValueError:
         box = None
     if box is None or not all(map(math.isfinite, box[1:])) or box.x_min >= box.x_max or box.y_min >= box.y_max:
-        raise ValueError(
+        raise UserError(
             f"{table}: row {number}, columns {', '.join(CORNERS)}: {', '.join(map(repr, corners))} found for {label}; "
             "expected numbers with min below max"
         )

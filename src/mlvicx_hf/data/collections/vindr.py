@@ -7,8 +7,11 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
 from ..splits import split_by_patient
-from .base import Listing, Record, ReleasedCollection, some
+from .base import Listing, Record, ReleasedCollection
 from .tables import Columns, read_columns, require_columns
 from .vinbigdata import (
     CORNERS,
@@ -83,7 +86,7 @@ class VinDrCollection(ReleasedCollection):
         check_readers(self.root / "annotations" / "image_labels_train.csv", train)
         both = train.keys() & test.keys()
         if both:
-            raise ValueError(f"{self.root}: {len(both)} image(s) in both train and test: {some(sorted(both))}")
+            raise UserError(f"{self.root}: {len(both)} image(s) in both train and test: {some(sorted(both))}")
         records = self._carve(self._records("train", train, self.needed), train)
         records += self._records("test", test, 1)
         notes = [
@@ -132,12 +135,12 @@ def _read_votes(table: Path, columns: Columns) -> dict[str, Reading]:
     for number, (image, reader) in enumerate(zip(images, readers, strict=True), start=1):
         check_row(table, number, image, reader)
         if reader in readings[image].readers:
-            raise ValueError(f"{table}: row {number}: image {image} of {reader} found again; expected one row each")
+            raise UserError(f"{table}: row {number}: image {image} of {reader} found again; expected one row each")
         readings[image].readers.add(reader)
     for name in FINDINGS:
         for number, value in enumerate(columns[name]):
             if value not in ("0", "1", "0.0", "1.0"):
-                raise ValueError(f"{table}: row {number + 1}, column {name}: {value!r} found; expected 0 or 1")
+                raise UserError(f"{table}: row {number + 1}, column {name}: {value!r} found; expected 0 or 1")
             if float(value):
                 readings[images[number]].votes[name].add(readers[number])
     return dict(readings)
@@ -150,13 +153,13 @@ def _read_boxes(table: Path, columns: Columns, readings: dict[str, Reading]) -> 
     for number, (image, written, corner) in enumerate(rows, start=1):
         name = COMMON_NAMES.get(written, written)
         if image not in readings:
-            raise ValueError(f"{table}: row {number}: image_id {image!r} found; expected one of the image labels")
+            raise UserError(f"{table}: row {number}: image_id {image!r} found; expected one of the image labels")
         if name not in (*FINDINGS, NO_FINDING):
-            raise ValueError(
+            raise UserError(
                 f"{table}: row {number}, column class_name: {written!r} found; expected one of "
                 f"{some((*FINDINGS, NO_FINDING), 30)}"
             )
         if name in LOCAL_FINDINGS:
             readings[image].boxes.append(parse_box(table, number, name, corner))
         elif any(corner):
-            raise ValueError(f"{table}: row {number}: a box found for {written}; expected none")
+            raise UserError(f"{table}: row {number}: a box found for {written}; expected none")

@@ -1,0 +1,1 @@
+"""The command `mlvicx`: arguments in, exit code out; one small module a subcommand."""

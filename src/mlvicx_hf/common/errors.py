@@ -1,0 +1,63 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Errors that the user can mend, and how a command ends: one line for these, a traceback for anything else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Input that the user can mend: a flag, a file, a table, a model. The message names what was found and expected."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """An optional library is not installed. The message names the extra that brings it."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Turn a ValueError into a `UserError`, around a call that does nothing but check what the user gave.
+
+    The models and other libraries do not know `UserError`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether the user can mend an error: `UserError`, files, the network, a loss that is not finite, a configuration.
+
+    A plain ValueError, ours or of a library, is a bug and keeps its traceback.
+    """
+    if isinstance(error, (UserError, OSError, FloatingPointError)):
+        return True
+    hub = sys.modules.get("huggingface_hub.errors")  # not imported: then it raised nothing
+    return hub is not None and isinstance(error, hub.StrictDataclassError)
+
+
+def run(main: Callable[[], T]) -> T:
+    """Call a command's `main` and turn a user's error into one clear line on stderr.
+
+    Set `MLVICX_TRACEBACK=1` to see where the error came from.
+
+    Raises:
+        SystemExit: with code 2 after a user's error, 130 after Ctrl-C.
+    """
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:  # everything else goes on its way
+        if not is_users(error) or os.environ.get("MLVICX_TRACEBACK") == "1":
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,95 @@
+"""What this machine has."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_cpu_threads(threads: int | None = None) -> None:
+    """Give torch this process's share of the cores.
+
+    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, which would leave the other cores idle.
+
+    Args:
+        threads: that many instead.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    import torch
+
+    if threads is not None and threads < 1:
+        raise UserError(f"cpu_threads={threads} found; expected 1 or more")
+    share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, share))
+
+
+def keep_freed_memory() -> None:
+    """Make the C library keep what torch frees, for the next tensor of that size.
+
+    By default it gives large blocks back at once, and the system fills the pages of each new one with zeros, which
+    takes longer than most operations on them: in a training step on the CPU every map is such a block. Only glibc
+    is told; elsewhere nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def describe_hardware(device: Any, processes: int = 1) -> dict[str, Any]:
+    """What a run computed on, for its result files.
+
+    Args:
+        device: `torch.device` of one process.
+        processes: how many took part.
+
+    Returns:
+        `device` (its type), `name`, `cores` (of a process's machine) and `processes`.
+    """
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"device": device.type, "name": name, "cores": available_cores(), "processes": processes}
+
+
+def _cpu_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():  # Linux; platform.processor() is empty there
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; by default a GPU where there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    gpus = torch.cuda.device_count()
+    try:
+        device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device={name!r} found; expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name!r} found; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"device={name!r} found; this machine has {gpus} usable GPU(s)")
+    return device

@@ -1,0 +1,41 @@
+"""Which code made a result, and files that are either whole or absent."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+
+def code_version() -> dict[str, str]:
+    """Versions of package and libraries, and the git commit of the package's checkout."""
+    import torch
+    import transformers
+
+    from mlvicx_hf import __version__
+
+    return {
+        "mlvicx_hf": __version__,
+        "commit": git_commit(Path(__file__).parent),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def git_commit(folder: Path) -> str:
+    """Commit of a checkout, with "+changes" appended where tracked files differ; "unknown" outside one."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def describe_commit(commit: str) -> str:
+    """The beginning of a commit's hash, and whether the code differed from it."""
+    plain = commit.removesuffix("+changes")
+    return f"commit `{plain[:12]}`" + (" with local changes" if plain != commit else "")

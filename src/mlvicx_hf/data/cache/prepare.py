@@ -1,0 +1,314 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""From a collection to a prepared cache: 8-bit grey squares in a `datasets` folder, with a manifest beside them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.machine import available_cores
+from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.common.text import some
+
+from ..collections.base import SPLITS, Collection, Listing, Record
+from ..copies.deduplication import DROPS, choose_dropped, find_duplicates
+from ..split_files import read_split_file
+from ..splits import check_no_patient_overlap, patient_hash, split_by_patient
+from .assembly import assemble, count_duplicates, describe, read_shards
+from .cache import MANIFEST, cache_features
+from .shards import Making, Shard, is_finished, plan_shards, write_in_order, write_shards
+
+SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
+FITS = ("pad", "squash", "crop")
+USED = "used"  # the folder `shards` when the new cache is complete
+ROBUST = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")  # decoders that do not crash
+
+
+def prepare(
+    collection: Collection,
+    output: str | Path,
+    *,
+    size: int = 256,
+    fit: str = "pad",
+    splits: str | Path = "auto",
+    seed: int = 0,
+    drop_duplicates: str = "none",
+    allow_missing: bool = False,
+    max_images: int | None = None,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Read every image of a collection and write the cache.
+
+    The content depends on the arguments alone, not on the number of workers. Everything is written beside `output` and
+    renamed at the end, so a cache is there as a whole or not at all; the same call after a kill goes on with the shards
+    that were not finished. Images that cannot be read, or whose mask does not fit, are listed in `rejected.csv`;
+    identical and nearly identical ones in `duplicates.csv`.
+
+    Args:
+        collection: what to read.
+        output: folder of the cache, absent or empty.
+        size: side of the images in pixels.
+        fit: what happens to an image that is not square: "pad", "squash" or "crop".
+        splits: "auto" takes the collection's own splits, or divides a collection with labels or masks 70/10/20 by
+            patient and keeps one with neither in train; "none" puts everything in train; else a CSV file with the
+            columns source (or file_name) and split, such as another cache's `splits.csv`: images that it does not list
+            are left out.
+        seed: seeds that division.
+        drop_duplicates: "identical" keeps one of identical files, "near" one of nearly identical images as well: that
+            of the test split before validation before train, else the first.
+        allow_missing: go on without files that the collection lists and the disk lacks.
+        max_images: only that many images, whole patients first, for a trial.
+        num_workers: processes; by default one a core, or none for a small collection. 0 uses this process.
+        overwrite: replace a cache that is there, once the new one is complete.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The manifest, with "notes" for the user added.
+
+    Raises:
+        ValueError: an argument, a table or all images that do not fit.
+        OSError: files missing or in the way.
+    """
+    _check_arguments(size, fit, drop_duplicates, max_images, num_workers)
+    output = Path(output).resolve()
+    check_output(output, overwrite)
+    listing = _spelled_out(collection.read())
+    records, notes = _assign_splits(_present(listing, allow_missing), splits, seed, bool(listing.mask_names))
+    if max_images is not None:
+        records = _first_patients(records, max_images, seed)
+    features = cache_features(bool(listing.mask_names), any(record.boxes is not None for record in records))
+    making = Making(features.arrow_schema, collection.source, size, fit, listing.mask_names)
+    options = {"size": size, "fit": fit, "seed": seed, "max_images": max_images}
+    with _replacing(output) as folder:
+        shards = plan_shards(folder / "shards", records, SPLITS)
+        _take_back(folder, shards)
+        resumed = _write_shards(shards, making, listing, num_workers, progress)
+        whole = read_shards(shards)
+        duplicates = find_duplicates(whole.parts, progress=progress)
+        images = whole.without(choose_dropped(whole.parts, duplicates, drop_duplicates))
+        notes = [*listing.notes, *notes]
+        manifest = describe(collection, listing, options, images)
+        manifest["duplicates"] = count_duplicates(duplicates, images, len(images.rejected) - len(whole.rejected))
+        lacking = assemble(folder / "cache", shards, images, duplicates, manifest, notes, features)
+    return {**manifest, "notes": [*notes, *resumed, *lacking]}
+
+
+def _check_arguments(size: int, fit: str, drop: str, max_images: int | None, num_workers: int | None) -> None:
+    if size < 1 or fit not in FITS or drop not in DROPS:
+        raise UserError(
+            f"size={size}, fit={fit!r}, drop_duplicates={drop!r} found; expected size of 1 or more, fit one of "
+            f"{', '.join(FITS)}, drop_duplicates one of {', '.join(DROPS)}"
+        )
+    if (max_images is not None and max_images < 1) or (num_workers is not None and num_workers < 0):
+        raise UserError(
+            f"max_images={max_images}, num_workers={num_workers} found; expected 1 or more images, 0 or more workers"
+        )
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse to write over anything but an empty folder or, if the user says so, a cache."""
+    if output.is_file():
+        raise FileExistsError(f"{output}: a file found; expected a folder to write, absent or empty")
+    _put_right(output.resolve())
+    if _is_free(output):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{output}: exists and is not empty; --overwrite replaces a cache")
+    if not (output / MANIFEST).is_file():
+        raise FileExistsError(f"{output}: holds no {MANIFEST}, so it is no cache and is not overwritten")
+
+
+def _is_free(output: Path) -> bool:
+    return not output.is_dir() or not any(output.iterdir())
+
+
+def partial_folder(output: Path) -> Path:
+    """Where a cache grows; a killed run leaves it, and the next one goes on there."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def _old_folder(output: Path) -> Path:
+    """Where the cache that is replaced is, for the moment in between."""
+    return output.with_name(f".{output.name}.old")
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[Path]:
+    """The folder in which a cache grows, for one run at a time."""
+    folder = partial_folder(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"{folder}: another run is writing {output}; expected one at a time") from None
+        yield folder
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """The folder in which `cache` grows that takes the place of `output`.
+
+    Input that does not fit removes it; what an interruption leaves is resumed.
+    """
+    with _locked(output) as folder:
+        try:
+            yield folder
+        except ValueError:
+            shutil.rmtree(folder)
+            raise
+        _swap(folder, output)
+
+
+def _swap(folder: Path, output: Path) -> None:
+    """Put the new cache in the place of the old one; `_put_right` knows where a kill came by what is there."""
+    old = _old_folder(output)
+    shutil.rmtree(old, ignore_errors=True)
+    (folder / "shards").rename(folder / USED)
+    if (output / MANIFEST).is_file():
+        output.rename(old)
+    (folder / "cache").rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder)
+
+
+def _put_right(output: Path) -> None:
+    """After a run that was killed in `_swap`: bring the old cache back, or tidy up behind the new one."""
+    old = _old_folder(output)
+    if not (partial_folder(output).is_dir() or old.is_dir()):
+        return
+    with _locked(output) as folder:
+        if (old / MANIFEST).is_file() and _is_free(output):
+            old.rename(output)
+        if (folder / USED).is_dir():
+            if (folder / "cache").is_dir():
+                (folder / USED).rename(folder / "shards")
+            else:  # the new one is in its place
+                shutil.rmtree(old, ignore_errors=True)
+        if not (folder / "shards").is_dir():  # nothing to go on with
+            shutil.rmtree(folder)
+
+
+def _take_back(folder: Path, shards: Sequence[Shard]) -> None:
+    """Fetch the finished shards that a killed run had moved into its cache; a note without its shard goes."""
+    for shard in shards:
+        moved = folder / "cache" / shard.path.parent.name / shard.path.name
+        if shard.note.is_file() and moved.is_file() and not shard.path.exists():
+            moved.rename(shard.path)
+    for note in (folder / "shards").glob("*/*.json"):
+        if not note.with_suffix(".arrow").is_file():
+            note.unlink()
+
+
+def _spelled_out(listing: Listing) -> Listing:
+    """The same with names that UTF-8 cannot hold, as of files from old archives, made such as it can."""
+
+    def spell(text: str) -> str:
+        return text.encode("utf-8", "backslashreplace").decode()
+
+    records = [
+        record
+        if record.name.isascii() and record.patient_id.isascii()
+        else replace(record, name=spell(record.name), patient_id=spell(record.patient_id))
+        for record in listing.records
+    ]
+    return replace(listing, records=records)
+
+
+def _present(listing: Listing, allow_missing: bool) -> list[Record]:
+    if listing.missing and not allow_missing:
+        lacking = "are missing or lack their mask" if listing.mask_names else "are missing"
+        raise FileNotFoundError(
+            f"{len(listing.missing)} of {len(listing.missing) + len(listing.records)} listed images {lacking}: "
+            f"{some(listing.missing)}; --allow_missing goes on without them"
+        )
+    if not listing.records:
+        raise FileNotFoundError(f"none of the {len(listing.missing)} listed images found: {some(listing.missing)}")
+    return listing.records
+
+
+def _assign_splits(records: list[Record], splits: str | Path, seed: int, masks: bool) -> tuple[list[Record], list[str]]:
+    """Give every record a split, and refuse a patient in two; also says what was done."""
+    patients = [record.patient_id for record in records]
+    given = sum(record.split is not None for record in records)
+    if splits not in ("auto", "none"):
+        return _splits_of_file(records, Path(splits))
+    if splits == "none" or not (given or records[0].labels or masks):
+        names, note = ["train"] * len(records), "no split: everything is in train"
+    elif not given:
+        # Without labels known masks are shared out alike, so that validation and test get theirs.
+        strata = [record.labels or (float(record.mask_path is not None),) for record in records]
+        names = split_by_patient(patients, strata, SHARES, seed)
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items())
+        note = f"split by patient into {shares}, seed {seed}"
+    elif given == len(records):
+        names, note = [str(record.split) for record in records], "split as the collection says"
+    else:
+        raise UserError(f"{len(records) - given} of {len(records)} images without a split; expected all or none")
+    return _with_splits(records, names), [note]
+
+
+def _splits_of_file(records: list[Record], path: Path) -> tuple[list[Record], list[str]]:
+    listed = read_split_file(path)
+    chosen = [record for record in records if record.name in listed]
+    if not chosen:
+        raise UserError(f"{path}: {some(listed)} found; expected images of this collection, such as {records[0].name}")
+    notes = [f"split as {path.name} says, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"]
+    if len(chosen) < len(records):
+        notes.append(f"{len(records) - len(chosen)} images that {path.name} does not list were left out")
+    if len(chosen) < len(listed):
+        notes.append(f"{len(listed) - len(chosen)} images that {path.name} lists are not there")
+    return _with_splits(chosen, [listed[record.name] for record in chosen]), notes
+
+
+def _with_splits(records: list[Record], names: list[str]) -> list[Record]:
+    by_split: dict[str, list[str]] = {}
+    for name, record in zip(names, records, strict=True):
+        by_split.setdefault(name, []).append(record.patient_id)
+    check_no_patient_overlap(by_split)
+    return [replace(record, split=name) for record, name in zip(records, names, strict=True)]
+
+
+def _first_patients(records: list[Record], limit: int, seed: int) -> list[Record]:
+    """At most `limit` records, patient after patient in a seeded order, in their original order."""
+    order = sorted(range(len(records)), key=lambda index: (patient_hash(records[index].patient_id, seed), index))
+    return [records[index] for index in sorted(order[:limit])]
+
+
+def _write_shards(
+    shards: list[Shard], making: Making, listing: Listing, num_workers: int | None, progress: bool
+) -> list[str]:
+    """Make the shards that an earlier run did not finish; says how many it did."""
+    finished = [is_finished(shard, making) for shard in shards]
+    todo = [shard for shard, done in zip(shards, finished, strict=True) if not done]
+    if num_workers is None:
+        num_workers = _choose_workers([record for shard in todo for record in shard.records])
+    if listing.contents is not None:
+        made = write_in_order(todo, listing.records, making, listing.contents)
+    else:
+        made = write_shards(todo, making, num_workers)
+    total, rest = (sum(len(shard.records) for shard in some_shards) for some_shards in (shards, todo))
+    with progress_bar(total, "preparing", "img", initial=total - rest, show=progress) as bar:
+        for shard in made:
+            bar.update(len(shard.records))
+    return [f"resumed: {sum(finished)} of {len(shards)} shards were finished before"] if any(finished) else []
+
+
+def _choose_workers(records: Sequence[Record]) -> int:
+    """One a core; starting them takes seconds, which few images are not worth unless their decoder may crash."""
+    if all(record.draw is not None for record in records):
+        enough = len(records) // 128
+    elif all(record.path is not None and record.path.suffix.lower() in ROBUST for record in records):
+        enough = len(records) // 1024
+    else:
+        enough = available_cores()
+    return min(available_cores(), enough)

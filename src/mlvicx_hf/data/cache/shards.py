@@ -1,0 +1,341 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""The Arrow files of a cache, written in worker processes, each whole or not at all, so that a killed run resumes.
+
+A shard is a fixed piece of a split, whatever the number of workers. Its note (`.json`) is written last: where it is
+and still describes the records, the shard is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mlvicx_hf import __version__
+
+from ..collections.base import Record
+from ..images.encoding import Picture, make_picture
+
+ROWS = 100  # images held in memory by a worker before they are written
+IMAGES_PER_SHARD = 128  # at least
+SHARDS_PER_SPLIT = 256  # at most: every one is an open file for who reads the cache
+DIED = "a worker process died (out of memory?); fewer --num_workers may help"
+# How a decoder ends that a damaged file crashes; SIGKILL is the system short of memory, or a user.
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
+
+@dataclass(frozen=True)
+class Making:
+    """How the images of a cache are made.
+
+    Attributes:
+        schema: columns of the Arrow files, with or without `mask` and `boxes`.
+        source: what the column `source` begins with.
+        size: side of the squares in pixels.
+        fit: "pad", "squash" or "crop".
+        mask_names: see `Listing`.
+    """
+
+    schema: pa.Schema
+    source: str
+    size: int
+    fit: str
+    mask_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some records of a split, in order, and the Arrow file that they go to."""
+
+    path: Path
+    records: Sequence[Record]
+
+    @property
+    def note(self) -> Path:
+        """JSON beside it: identity, rejections, masks."""
+        return self.path.with_suffix(".json")
+
+    @property
+    def position(self) -> Path:
+        """Number of the record that is being read, to find it after a crash."""
+        return self.path.with_suffix(".at")
+
+
+def plan_shards(folder: Path, records: Sequence[Record], splits: Sequence[str]) -> list[Shard]:
+    """Divide the records of each split, in order, into shards below `folder`."""
+    shards = []
+    for split in splits:
+        chosen = [record for record in records if record.split == split]
+        length = max(IMAGES_PER_SHARD, -(-len(chosen) // SHARDS_PER_SPLIT))
+        pieces = [chosen[start : start + length] for start in range(0, len(chosen), length)]
+        names = (f"{split}/data-{number:05d}-of-{len(pieces):05d}.arrow" for number in range(len(pieces)))
+        shards += [Shard(folder / name, piece) for name, piece in zip(names, pieces, strict=True)]
+    return shards
+
+
+def identity(shard: Shard, making: Making) -> str:
+    """What a finished shard depends on: records, sizes and times of their files, options, version."""
+    digest = hashlib.sha256(repr((__version__, making.source, making.size, making.fit, making.mask_names)).encode())
+    for record in shard.records:
+        files = (record.path, record.mask_path)
+        plain = (record.name, record.patient_id, record.view, record.labels, record.sex, record.age)
+        digest.update(repr((*plain, record.boxes, record.frame, *map(_stamp, files))).encode())
+        for maker in (record.draw, record.load, record.draw_mask):
+            digest.update(b"" if maker is None else pickle.dumps(maker))
+    return digest.hexdigest()
+
+
+def _stamp(path: Path | None) -> tuple[str, int, int] | None:
+    try:
+        found = path and path.stat()
+    except OSError:
+        found = None
+    return (str(path), found.st_size, found.st_mtime_ns) if found else None
+
+
+def read_note(shard: Shard) -> dict[str, Any]:
+    """Note of a finished shard."""
+    note: dict[str, Any] = json.loads(shard.note.read_text(encoding="utf-8"))
+    return note
+
+
+def is_finished(shard: Shard, making: Making) -> bool:
+    """Whether the shard is there, made of the same records in the same way."""
+    if not (shard.path.is_file() and shard.note.is_file()):
+        return False
+    return read_note(shard)["identity"] == identity(shard, making)
+
+
+class ShardWriter:
+    """Writes one shard, row by row; the note appears when all its records have been given."""
+
+    def __init__(self, shard: Shard, making: Making) -> None:
+        self.shard, self.making = shard, making
+        self.identity = identity(shard, making)  # before the files are read: a later change is noticed
+        self.rows: list[dict[str, Any]] = []
+        self.rejected: list[tuple[str, str]] = []
+        self.masks: list[dict[str, Any] | None] = []
+
+    def open(self) -> ShardWriter:
+        """Begin the file; a note of an earlier one goes."""
+        self.shard.path.parent.mkdir(parents=True, exist_ok=True)
+        self.shard.note.unlink(missing_ok=True)
+        self.file = self.shard.path.open("wb")
+        self.stream = pa.ipc.new_stream(self.file, self.making.schema)
+        return self
+
+    def add(self, record: Record, picture: Picture) -> None:
+        """Write a row, or note why there is none."""
+        if picture.reason:
+            self.rejected.append((record.name, picture.reason))
+            return
+        mask = picture.mask
+        row = {
+            "image": {"bytes": picture.png, "path": None},
+            "mask": mask and {"bytes": mask.png, "path": None},
+            "patient_id": record.patient_id,
+            "view": record.view,
+            "sex": record.sex,
+            "age": record.age,
+            "labels": list(record.labels),
+            "boxes": None if picture.boxes is None else [box._asdict() for box in picture.boxes],
+            "source": f"{self.making.source}:{record.name}",
+            "sha256": picture.sha256,
+            "phash": picture.phash,
+            "width": picture.width,
+            "height": picture.height,
+        }
+        self.rows.append({name: row[name] for name in self.making.schema.names})
+        self.masks.append(None if mask is None else {"sha256": mask.sha256, "values": list(mask.values)})
+        if len(self.rows) == ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.stream.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=self.making.schema))
+        self.rows.clear()
+
+    def finish(self) -> None:
+        """End the file, wait for the disk, and write the note."""
+        if self.rows:
+            self._flush()
+        self.stream.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        note = {"identity": self.identity, "rejected": self.rejected, "masks": self.masks}
+        temporary = self.shard.note.with_suffix(".tmp")
+        temporary.write_text(json.dumps(note), encoding="utf-8")
+        temporary.replace(self.shard.note)
+
+
+def make_shard(shard: Shard, making: Making, refused: Mapping[int, str] | None = None) -> None:
+    """Read the records of a shard and write it.
+
+    Args:
+        shard: which.
+        making: how.
+        refused: records by number that are not read, with the reason.
+    """
+    refused = refused or {}
+    writer = ShardWriter(shard, making).open()
+    with closing(writer.file), shard.position.open("w") as position:
+        for number, record in enumerate(shard.records):
+            os.pwrite(position.fileno(), b"%08d" % number, 0)
+            if number in refused:
+                writer.add(record, Picture(reason=refused[number]))
+            else:
+                writer.add(record, make_picture(record, making.size, making.fit, making.mask_names))
+        writer.finish()
+    shard.position.unlink()
+
+
+def write_shards(shards: Sequence[Shard], making: Making, num_workers: int) -> Iterator[Shard]:
+    """Make the shards that are not finished; yields each one that is, in no certain order.
+
+    Args:
+        shards: all of a cache.
+        making: how.
+        num_workers: processes; 0 uses this one, which a decoder that crashes then ends.
+
+    Raises:
+        ChildProcessError: a worker was killed.
+    """
+    missing = []
+    for shard in shards:
+        if is_finished(shard, making):
+            yield shard
+        else:
+            missing.append(shard)
+    if num_workers == 0:
+        for shard in missing:
+            make_shard(shard, making)
+            yield shard
+        return
+    context = _context()
+    while missing:
+        try:
+            yield from _make_in_pool(missing, making, num_workers, context)
+            return
+        except BrokenProcessPool:
+            before, missing = missing, [shard for shard in missing if not is_finished(shard, making)]
+        begun = [shard for shard in missing if shard.position.is_file()]
+        if not begun and len(missing) == len(before):  # else it would be tried for ever
+            raise ChildProcessError(DIED)
+        for shard in begun:  # one of them holds what crashed its worker; the pool ended the others
+            _make_alone(shard, making, context)
+            yield shard
+        missing = [shard for shard in missing if shard not in begun]
+
+
+def _context() -> Any:
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["__main__", __name__])  # imported once, not once a worker
+    return context
+
+
+def _make_in_pool(shards: Sequence[Shard], making: Making, num_workers: int, context: Any) -> Iterator[Shard]:
+    waiting = iter(shards)
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as pool:
+        pending: dict[Future[None], Shard] = {}
+        try:
+            while True:
+                for shard in islice(waiting, 2 * num_workers - len(pending)):
+                    pending[pool.submit(make_shard, shard, making)] = shard
+                if not pending:
+                    return
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    yield pending.pop(future)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _make_alone(shard: Shard, making: Making, context: Any) -> None:
+    """Make a shard in a process of its own, leaving out one record after another that crashes it."""
+    refused: dict[int, str] = {}
+    while True:
+        process = context.Process(target=_alone, args=(shard, making, refused))
+        process.start()
+        process.join()
+        code = process.exitcode or 0
+        if code == 0:
+            return
+        if -code not in CRASHES:
+            raise ChildProcessError(DIED)
+        refused[int(shard.position.read_text())] = f"crashes its decoder ({signal.Signals(-code).name})"
+
+
+def _alone(shard: Shard, making: Making, refused: Mapping[int, str]) -> None:
+    start_worker()
+    make_shard(shard, making, refused)
+
+
+def start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it: else a killed run would leave its workers waiting for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def write_in_order(
+    shards: Sequence[Shard], records: Sequence[Record], making: Making, contents: Callable[[int], Iterator[bytes]]
+) -> Iterator[Shard]:
+    """`write_shards` for a collection that can only be read in order, in this process.
+
+    Args:
+        shards: all of a cache.
+        records: in the order of the contents.
+        making: how.
+        contents: of every record from a given one on.
+    """
+    shard_of: dict[str, Shard] = {}
+    for shard in shards:
+        if is_finished(shard, making):
+            yield shard
+        else:
+            shard_of |= {record.name: shard for record in shard.records}
+    start = next((number for number, record in enumerate(records) if record.name in shard_of), None)
+    if start is None:
+        return
+    writers: dict[Path, ShardWriter] = {}
+    left = {shard.path: len(shard.records) for shard in shard_of.values()}
+    make = partial(make_picture, size=making.size, fit=making.fit, mask_names=making.mask_names)
+    try:
+        for record, content in zip(records[start:], contents(start), strict=True):
+            if record.name not in shard_of:
+                continue
+            shard = shard_of[record.name]
+            if shard.path not in writers:
+                writers[shard.path] = ShardWriter(shard, making).open()
+            writers[shard.path].add(record, make(record, content=content))
+            left[shard.path] -= 1
+            if not left[shard.path]:
+                writers.pop(shard.path).finish()
+                yield shard
+    finally:
+        for writer in writers.values():
+            writer.file.close()

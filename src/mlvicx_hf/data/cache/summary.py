@@ -1,0 +1,216 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a cache holds, for people: counts, a histogram, a contact sheet and a dataset card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import DatasetCard, DatasetCardData
+from PIL import Image
+
+from ..images.pictures import contact_sheet
+from ..masks import foreground
+
+CARD = "README.md"
+CONTACT_SHEET = "contact_sheet.png"
+HISTOGRAM = "histogram.png"
+SAMPLE = 512  # images of which the histogram is made
+SHEET = (8, 6)  # images in a row, rows
+TILE = 128  # pixels a side of an image on the sheet
+TITLE = 22  # characters of a file's name on it
+
+
+def column(part: Any, name: str) -> list[Any]:
+    """A column of a data set, all of it."""
+    values: list[Any] = part[name][:]
+    return values
+
+
+def count_split(
+    part: Any, masks: Sequence[Mapping[str, Any] | None], label_names: Sequence[str], mask_names: Sequence[str]
+) -> dict[str, Any]:
+    """Images, patients, views, sexes, labels and masks of a split.
+
+    Args:
+        part: data set.
+        masks: hash and values of the mask of each row; None where it is unknown.
+        label_names: [L].
+        mask_names: see `Listing`.
+    """
+    labels = np.array(column(part, "labels"), dtype=float).reshape(len(part), len(label_names))
+    counts = {
+        "images": len(part),
+        "patients": len(set(column(part, "patient_id"))),
+        "views": dict(sorted(Counter(column(part, "view")).items())),
+        "sexes": dict(sorted(Counter(sex or "unknown" for sex in column(part, "sex")).items())),
+        "positives": dict(zip(label_names, (labels == 1).sum(axis=0).tolist(), strict=True)),
+        "unknown": dict(zip(label_names, np.isnan(labels).sum(axis=0).tolist(), strict=True)),
+    }
+    if mask_names:
+        known = [mask for mask in masks if mask is not None]
+        images_with = {
+            name: sum(value in mask["values"] for mask in known) for name, value in foreground(mask_names).items()
+        }
+        counts["masks"] = {"known": len(known), "images_with": images_with}
+    if "boxes" in part.features:
+        boxes = column(part, "boxes")
+        counts["boxes"] = {
+            "known": sum(found is not None for found in boxes),
+            "boxes": sum(len(found or ()) for found in boxes),
+        }
+    return counts
+
+
+def original_sizes(parts: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Least, median and greatest width and height of the original images."""
+    sizes = {}
+    for name in ("width", "height"):
+        values = np.concatenate([np.array(column(part, name)) for part in parts.values()])
+        sizes[name] = {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
+    return sizes
+
+
+def write_pictures(folder: Path, parts: Mapping[str, Any]) -> list[str]:
+    """Write `contact_sheet.png` and, where matplotlib is installed, `histogram.png`.
+
+    Args:
+        folder: of the cache.
+        parts: data set by split.
+
+    Returns:
+        What the user should know.
+    """
+    places = [(split, row) for split, part in parts.items() for row in range(len(part))]
+    shown = _spread(places, SHEET[0] * SHEET[1])
+    titles = [f"{split}\n{Path(parts[split][row]['source']).name[-TITLE:]}" for split, row in shown]
+    contact_sheet([_tile(parts[split][row]) for split, row in shown], SHEET[0], titles).save(folder / CONTACT_SHEET)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return [f'no {HISTOGRAM}: it needs matplotlib, pip install "mlvicx-hf[report]"']
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    grays, sides = figure.subplots(1, 2)
+    counts = np.zeros(256)
+    for split, row in _spread(places, SAMPLE):
+        counts += parts[split][row]["image"].histogram()
+    grays.bar(range(256), counts / counts.sum(), width=1)
+    grays.set(xlabel="grey level", ylabel="share of pixels", yscale="log")
+    shorter = [np.minimum(column(part, "width"), column(part, "height")) for part in parts.values()]
+    sides.hist(shorter, bins=40, stacked=True, label=list(parts))
+    sides.set(xlabel="shorter side of the original, pixels", ylabel="images")
+    sides.legend(frameon=False)
+    figure.savefig(folder / HISTOGRAM, dpi=100, metadata={"Software": None})
+    return []
+
+
+def _spread(places: list[tuple[str, int]], count: int) -> list[tuple[str, int]]:
+    """That many of them, evenly over all."""
+    return [places[index] for index in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int))]
+
+
+def _tile(row: Mapping[str, Any]) -> np.ndarray:
+    """An image as the sheet shows it, with the outline of its mask."""
+    tile = np.array(row["image"].resize((TILE, TILE), Image.Resampling.BILINEAR))
+    if row.get("mask") is not None:
+        mask = np.asarray(row["mask"].resize((TILE, TILE), Image.Resampling.NEAREST))
+        edge = np.zeros(mask.shape, bool)
+        edge[1:] |= mask[1:] != mask[:-1]
+        edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+        tile[edge] = 255
+    return tile
+
+
+def write_card(folder: Path, manifest: Mapping[str, Any], notes: Sequence[str]) -> None:
+    """Write the dataset card, `README.md`, which also tells the Hub where the splits are.
+
+    Args:
+        folder: of the cache.
+        manifest: content of `cache.json`.
+        notes: what the user was told.
+    """
+    tasks = ["image-classification"] if manifest["label_names"] else []
+    tasks += ["image-segmentation"] if manifest.get("mask_names") else []
+    data = DatasetCardData(
+        license="unknown",
+        task_categories=tasks or ["image-feature-extraction"],
+        tags=["chest-x-ray", "radiology", "mlvicx", *(["synthetic"] if manifest["synthetic"] else [])],
+        pretty_name=f"{manifest['collection']}, {manifest['size']} px",
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"{split}/*.arrow"} for split in manifest["splits"]],
+            }
+        ],
+    )
+    text = f"---\n{data}\n---\n\n{_card_text(manifest, notes)}"
+    DatasetCard(text).save(folder / CARD)
+
+
+def _card_text(manifest: Mapping[str, Any], notes: Sequence[str]) -> str:
+    splits = manifest["splits"]
+    total = sum(counts["images"] for counts in splits.values())
+    kind = "Synthetic radiographs" if manifest["synthetic"] else "Chest radiographs"
+    policy = "".join(f", {name}: {value}" for name, value in manifest["policy"].items())
+    lines = [
+        f"# {manifest['collection']}, prepared for mlvicx_hf",
+        "",
+        f"{kind} of the collection `{manifest['collection']}`{policy}: {total} images, 8-bit grey, "
+        f"{manifest['size']} × {manifest['size']} pixels ({manifest['fit']}), by mlvicx_hf {manifest['version']} "
+        f"(commit {manifest['commit']}).",
+        "",
+        "**Research use only. Not a medical device. The licence and terms of the original collection hold for these "
+        "images as well: read them before you share this data set.**",
+        "",
+        *_table(["", *splits], _rows(manifest)),
+        "",
+        "Original sizes: "
+        + ", ".join(
+            f"{name} {found['min']} to {found['max']}, median {found['median']}"
+            for name, found in manifest["original_sizes"].items()
+        )
+        + " pixels.",
+        "Labels: 1 present, 0 absent, NaN unknown; names in `cache.json`. `sha256` is the original file's.",
+        f"Split hash `{manifest['split_hash']}` (SHA-256 of `splits.csv`), data hash `{manifest['data_hash']}`.",
+        f"Rejected: {manifest['rejected']} (`rejected.csv`). Missing: {manifest['missing']}. Copies: "
+        f"{manifest['duplicates']['identical']} identical, {manifest['duplicates']['near']} nearly identical, "
+        f"{manifest['duplicates']['dropped']} left out (`duplicates.csv`).",
+        "",
+        *(f"- {note}" for note in notes),
+        "",
+        "```python",
+        "from mlvicx_hf.data.cache.cache import load_cache",
+        "from mlvicx_hf.data.cache.sharing import fetch_cache",
+        "",
+        'cache = load_cache(fetch_cache("org/name"))  # or load_cache("folder"); cache.datasets["train"]',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(manifest: Mapping[str, Any]) -> list[list[str]]:
+    """Cells of the card's table: one row a fact, one column a split."""
+    splits = manifest["splits"].values()
+    patients = "patients" if manifest["patients_known"] else "patients (each image counts as one)"
+    rows = [["images", *(str(counts["images"]) for counts in splits)]]
+    rows.append([patients, *(str(counts["patients"]) for counts in splits)])
+    for fact, singular in (("views", "view"), ("sexes", "sex")):
+        for value in sorted({value for counts in splits for value in counts[fact]}):
+            rows.append([f"{singular} {value}", *(str(counts[fact].get(value, 0)) for counts in splits)])
+    for name in manifest["label_names"]:
+        cells = (f"{counts['positives'][name]} of {counts['images'] - counts['unknown'][name]}" for counts in splits)
+        rows.append([name, *cells])
+    for name in foreground(manifest.get("mask_names", ())):
+        cells = (f"{counts['masks']['images_with'][name]} of {counts['masks']['known']}" for counts in splits)
+        rows.append([f"mask {name}", *cells])
+    if all("boxes" in counts for counts in splits):
+        rows.append(["boxes", *(f"{c['boxes']['boxes']} on {c['boxes']['known']} images" for c in splits)])
+    return rows
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]

@@ -1,0 +1,1 @@
+"""Copies of one image: found, counted, left out, and listed across caches."""

@@ -1,0 +1,371 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""What prepared caches hold, and what their splits share: patients, identical files, copies of one image.
+
+A leak is anything that two splits of one cache share, and anything that the train split of one cache shares with the
+validation or test split of another. What else caches share, and copies inside a split, is reported and no leak.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations, product
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mlvicx_hf.common.errors import UserError
+
+from ..cache.cache import Cache
+from ..vocabulary import COLLECTIONS
+from .duplicates import BITS, NEAR, SAME, confirm, near_pairs
+
+COLUMNS = ("patient_id", "source", "view", "labels", "sha256", "phash")
+KINDS = ("patients", "identical", "near")
+WORDS = {"patients": "shared patient(s)", "identical": "identical image(s)", "near": "nearly identical image(s)"}
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an audit reads of one split.
+
+    Attributes:
+        cache: its path.
+        split: its name.
+        patients: of each image, [N].
+        sources: where each image is from, [N].
+        sha256: of each file, [N].
+        phash: of each square, [N].
+        square: gives the image of a row.
+        numbered_by: whose patient numbers these are; None where patients are not known.
+        labels: 1, 0 or NaN, [N, L].
+        label_names: [L].
+        views: [N].
+    """
+
+    cache: str
+    split: str
+    patients: Sequence[str]
+    sources: Sequence[str]
+    sha256: Sequence[str]
+    phash: Sequence[str]
+    square: Callable[[int], Image.Image]
+    numbered_by: str | None
+    labels: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+    label_names: Sequence[str] = ()
+    views: Sequence[str] = ()
+
+
+def audit(
+    caches: Sequence[Cache], *, near: int = NEAR, examples: int = EXAMPLES, progress: bool = False
+) -> dict[str, Any]:
+    """Compare all splits of some caches with each other.
+
+    Args:
+        caches: as `load_cache(path, check=False)` opens them.
+        near: bits of the perceptual hash up to which two images are looked at; see `near_pairs`.
+        examples: how many of each kind are named.
+        progress: show a bar on stderr where there are many images.
+
+    Returns:
+        What JSON can hold: "near" and "agreement" (the two thresholds), "caches" (their splits with images, patients,
+        labels and views), "splits" (copies inside each), "pairs" (what each two splits share, and whether that
+        is a leak), "leaks" and "notes" (lines of text).
+
+    Raises:
+        ValueError: no cache, one given twice, or a distance that does not fit.
+    """
+    paths = [str(cache.path) for cache in caches]
+    twice = [path for path, count in Counter(str(cache.path.resolve()) for cache in caches).items() if count > 1]
+    if not paths or twice:
+        raise UserError(f"caches {', '.join(paths) or 'none'} found; expected at least one, and each once")
+    if not 0 <= near < BITS // 2:
+        raise UserError(f"near={near} found; expected bits from 0 to {BITS // 2 - 1}")
+    parts = [part for cache in caches for part in read_parts(cache)]
+    result = compare(parts, near=near, examples=examples, progress=progress)
+    return {
+        "near": near,
+        "agreement": SAME,
+        "caches": [
+            {"cache": str(cache.path)}
+            | {
+                key: cache.manifest.get(key)
+                for key in ("collection", "patients_known", "patient_source", "size", "fit")
+            }
+            | {"splits": {part.split: describe(part) for part in parts if part.cache == str(cache.path)}}
+            for cache in caches
+        ],
+        **result,
+        "notes": _notes(caches),
+    }
+
+
+def read_parts(cache: Cache) -> Iterator[Part]:
+    """The splits of a cache."""
+    known = cache.manifest["patients_known"]
+    for split, dataset in cache.datasets.items():
+        columns = dataset.select_columns(list(COLUMNS))[:]
+        yield Part(
+            cache=str(cache.path),
+            split=str(split),
+            patients=columns["patient_id"],
+            sources=columns["source"],
+            sha256=columns["sha256"],
+            phash=columns["phash"],
+            square=partial(_square, dataset.select_columns("image")),
+            numbered_by=cache.manifest["patient_source"] if known else None,
+            labels=np.array(columns["labels"], dtype=float).reshape(len(dataset), len(cache.label_names)),
+            label_names=cache.label_names,
+            views=columns["view"],
+        )
+
+
+def _square(images: datasets.Dataset, row: int) -> Image.Image:
+    image: Image.Image = images[row]["image"]
+    return image
+
+
+def describe(part: Part) -> dict[str, Any]:
+    """Images, patients (None: not known), labels and views of a split."""
+    columns = zip(part.label_names, part.labels.T, strict=True)
+    return {
+        "images": len(part.patients),
+        "patients": len(set(part.patients)) if part.numbered_by is not None else None,
+        "labels": {
+            name: {
+                "positive": int((values == 1).sum()),
+                "known": int((~np.isnan(values)).sum()),
+                "unknown": int(np.isnan(values).sum()),
+            }
+            for name, values in columns
+        },
+        "views": dict(sorted(Counter(part.views).items())),
+    }
+
+
+def _notes(caches: Sequence[Cache]) -> list[str]:
+    """What the comparison cannot see."""
+    notes = ["flipped, inverted, turned, or much cropped copies are not found"]
+    fits = {str(cache.manifest["fit"]) for cache in caches}
+    if len(fits) > 1:
+        notes.append(
+            f"squares made by {' and '.join(sorted(fits))}: nearly identical images that are not square are not found "
+            "between them; prepare the caches with the same --fit"
+        )
+    return notes
+
+
+def compare(
+    parts: Sequence[Part], *, near: int = NEAR, examples: int = EXAMPLES, progress: bool = False
+) -> dict[str, Any]:
+    """What splits share, and which of it is a leak: "splits", "pairs" and "leaks" of `audit`."""
+    copies = find_copies(parts, near, progress)
+    pairs = []
+    for one, other in combinations(range(len(parts)), 2):
+        shared = {
+            "patients": _shared_patients(parts[one], parts[other], examples),
+            "identical": _shared_files(parts[one], parts[other], examples),
+            "near": _summarize(copies[one, other], parts[one], parts[other], examples),
+        }
+        pair = {
+            "one": {"cache": parts[one].cache, "split": parts[one].split},
+            "other": {"cache": parts[other].cache, "split": parts[other].split},
+        }
+        leaks = [kind for kind in KINDS if shared[kind]["count"]] if may_leak(parts[one], parts[other]) else []
+        pairs.append(pair | shared | {"leaks": leaks})
+    return {
+        "splits": [_within(part, copies[number, number], examples) for number, part in enumerate(parts)],
+        "pairs": pairs,
+        "leaks": [_leak(pair, kind) for pair in pairs for kind in pair["leaks"]],
+    }
+
+
+def may_leak(one: Part, other: Part) -> bool:
+    """Whether anything that two splits share is a leak."""
+    return one.cache == other.cache or (one.split == "train") != (other.split == "train")
+
+
+def _shared_patients(one: Part, other: Part, examples: int) -> dict[str, Any]:
+    """How many patients two splits share; None with the reason where nobody can tell."""
+    unknown = [part for part in (one, other) if part.numbered_by is None]
+    reason = None
+    if unknown:
+        reason = f"the patients of {unknown[0].cache} are not known"
+    elif one.cache != other.cache and one.numbered_by != other.numbered_by:
+        reason = f"patients are numbered by {one.numbered_by} here, by {other.numbered_by} there"
+    elif one.cache != other.cache and one.numbered_by not in COLLECTIONS:
+        reason = f"two collections of kind {one.numbered_by} number their patients as they like"
+    shared = sorted(set(one.patients) & set(other.patients))
+    if reason is not None:
+        alike = len(shared) if not unknown and one.numbered_by == other.numbered_by else 0
+        return {"count": None, "reason": reason, "alike": alike, "examples": shared[:examples]}
+    return {"count": len(shared), "examples": shared[:examples]}
+
+
+def _shared_files(one: Part, other: Part, examples: int) -> dict[str, Any]:
+    """How many images of two splits have a file of the same content in the other split."""
+    rows = [_rows_by(part.sha256) for part in (one, other)]
+    shared = [content for content in rows[0] if content in rows[1]]
+    images = [sum(len(found[content]) for content in shared) for found in rows]
+    named = [[one.sources[rows[0][content][0]], other.sources[rows[1][content][0]]] for content in shared[:examples]]
+    return {"count": max(images), "images": images, "examples": named}
+
+
+def _rows_by(values: Sequence[str]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, value in enumerate(values):
+        rows[value].append(row)
+    return dict(rows)
+
+
+Copies = dict[tuple[int, int], list[tuple[int, int, int]]]  # by two numbers of parts: two rows and their distance
+
+
+def find_copies(parts: Sequence[Part], near: int = NEAR, progress: bool = False) -> Copies:
+    """Nearly identical images whose files differ, of every two parts and inside each.
+
+    Args:
+        parts: splits.
+        near: bits of the perceptual hash up to which two images are looked at.
+        progress: show a bar on stderr where there are many images.
+
+    Returns:
+        Rows and distance by the numbers of the parts, the smaller one first.
+    """
+    places: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(
+        list
+    )  # of each file, many copies of which cost one
+    for number, part in enumerate(parts):
+        for row, content in enumerate(zip(part.sha256, part.phash, strict=True)):
+            places[content].append((number, row))
+    contents = list(places)
+
+    def square(index: int) -> Image.Image:
+        number, row = places[contents[index]][0]
+        return parts[number].square(row)
+
+    candidates = near_pairs([phash for _, phash in contents], near, progress=progress)
+    candidates = [pair for pair in candidates if contents[pair[0]][0] != contents[pair[1]][0]]
+    copies: Copies = defaultdict(list)
+    for one, other, distance in confirm(candidates, square):
+        for place in product(places[contents[one]], places[contents[other]]):
+            (first, row), (second, other_row) = sorted(place)
+            copies[first, second].append((row, other_row, distance))
+    return copies
+
+
+def _summarize(pairs: Sequence[tuple[int, int, int]], one: Part, other: Part, examples: int) -> dict[str, Any]:
+    """How many images of two splits have a copy in the other, and the nearest of them."""
+    images = [len({pair[side] for pair in pairs}) for side in (0, 1)]
+    nearest = sorted(pairs, key=lambda pair: (pair[2], pair[:2]))[:examples]
+    named = [[one.sources[row], other.sources[other_row], distance] for row, other_row, distance in nearest]
+    return {"count": max(images), "images": images, "examples": named}
+
+
+def _within(part: Part, copies: Sequence[tuple[int, int, int]], examples: int) -> dict[str, Any]:
+    """Copies inside a split: how many of its images have one."""
+    groups = [rows for rows in _rows_by(part.sha256).values() if len(rows) > 1]
+    named = [[part.sources[rows[0]], part.sources[rows[1]]] for rows in groups[:examples]]
+    near = _summarize(copies, part, part, examples)
+    return {
+        "cache": part.cache,
+        "split": part.split,
+        "identical": {"count": sum(map(len, groups)), "examples": named},
+        "near": {"count": len({row for pair in copies for row in pair[:2]}), "examples": near["examples"]},
+    }
+
+
+def _leak(pair: dict[str, Any], kind: str) -> str:
+    """One line for one kind of leak."""
+    found = pair[kind]
+    where = " and ".join(f"{pair[side]['cache']} {pair[side]['split']}" for side in ("one", "other"))
+    first = found["examples"][:1]
+    such = f", such as {_example(first[0])}" if first else ""
+    return f"{found['count']} {WORDS[kind]} in {where}{such}"
+
+
+def _example(example: str | list[Any]) -> str:
+    if isinstance(example, str):
+        return f"patient {example}"
+    distance = f" ({example[2]} bits)" if len(example) == 3 else ""
+    return f"{example[0]} = {example[1]}{distance}"
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result of `audit` as text: tables, a line `LEAK: …` for each leak, and their number at the end."""
+    lines: list[str] = []
+    for cache in result["caches"]:
+        lines += [*_cache_lines(cache), ""]
+    lines += [
+        f"copies inside a split (no leak); nearly identical: {result['near']} bits, agreement {result['agreement']}"
+    ]
+    inside = [(_place(part), _number(part["identical"]), _number(part["near"])) for part in result["splits"]]
+    lines += [*_table([("split", "identical", "near"), *inside]), ""]
+    if result["pairs"]:
+        header = ("split", "and split", *KINDS, "")
+        rows = [
+            (_place(pair["one"]), _place(pair["other"]), *(_number(pair[kind]) for kind in KINDS), _mark(pair))
+            for pair in result["pairs"]
+        ]
+        lines += ["shared by two splits (images of the one with more of them)", *_table([header, *rows])]
+        reasons = {pair["patients"]["reason"] for pair in result["pairs"] if pair["patients"]["count"] is None}
+        lines += [*(f"- patients not comparable: {reason}" for reason in sorted(reasons)), *_alike(result["pairs"]), ""]
+    lines += [f"note: {note}" for note in result["notes"]]
+    lines += [f"LEAK: {leak}" for leak in result["leaks"]]
+    return "\n".join([*lines, f"{len(result['leaks'])} leak(s)" if result["leaks"] else "no leak found"])
+
+
+def _alike(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """Patients of the same name where nobody knows whether they are the same."""
+    return [
+        f"- {pair['patients']['alike']} patients have the same name in {_place(pair['one'])} and "
+        f"{_place(pair['other'])}, such as {pair['patients']['examples'][0]}: if they are the same, this is a leak"
+        for pair in pairs
+        if pair["patients"].get("alike")
+    ]
+
+
+def _cache_lines(cache: dict[str, Any]) -> list[str]:
+    """Images, views and prevalences of a cache, one column a split."""
+    splits = cache["splits"]
+    views = sorted({view for split in splits.values() for view in split["views"]})
+    labels = list(dict.fromkeys(name for split in splits.values() for name in split["labels"]))
+    rows = [("", *splits), ("images", *(str(split["images"]) for split in splits.values()))]
+    rows += [
+        ("patients", *("unknown" if split["patients"] is None else str(split["patients"]) for split in splits.values()))
+    ]
+    rows += [(f"view {view}", *(str(split["views"].get(view, 0)) for split in splits.values())) for view in views]
+    rows += [(name, *(_prevalence(split["labels"][name]) for split in splits.values())) for name in labels]
+    return [f"{cache['cache']}: {cache['collection']}, {cache['size']} px, {cache['fit']}", *_table(rows)]
+
+
+def _prevalence(counts: dict[str, int]) -> str:
+    share = f"{counts['positive'] / counts['known']:.1%}" if counts["known"] else "-"
+    unknown = f", {counts['unknown']} unknown" if counts["unknown"] else ""
+    return f"{counts['positive']} of {counts['known']} ({share}){unknown}"
+
+
+def _place(part: dict[str, Any]) -> str:
+    return f"{part['cache']} {part['split']}"
+
+
+def _number(found: dict[str, Any]) -> str:
+    return "-" if found["count"] is None else str(found["count"])
+
+
+def _mark(pair: dict[str, Any]) -> str:
+    return "LEAK" if pair["leaks"] else ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows with aligned columns."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -1,0 +1,1 @@
+"""One image: its file, its pixels, its square in a cache."""

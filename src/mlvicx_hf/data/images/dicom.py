@@ -1,0 +1,619 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""DICOM radiographs to 8-bit grey. Imported only where a file is DICOM: pydicom is an extra.
+
+Two rules hold throughout. No size that a file declares is believed before it is checked, since declaring one costs
+nothing. And no message quotes text of a file, nor pydicom's messages, which do: a damaged attribute may hold the name
+of a patient.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mlvicx_hf.common.errors import MissingExtraError, UserError
+
+from .pixels import DAMAGED, UnreadableImageError
+
+try:
+    from pydicom.dataset import Dataset
+    from pydicom.encaps import encapsulate, generate_fragments
+    from pydicom.errors import BytesLengthException
+    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.multival import MultiValue
+    from pydicom.pixels import apply_windowing, get_decoder
+    from pydicom.tag import Tag
+    from pydicom.uid import (
+        JPEG2000,
+        UID,
+        DeflatedExplicitVRLittleEndian,
+        ExplicitVRBigEndian,
+        ImplicitVRLittleEndian,
+        JPEG2000Lossless,
+        JPEG2000TransferSyntaxes,
+        JPEGBaseline8Bit,
+        JPEGExtended12Bit,
+        JPEGLossless,
+        JPEGLosslessSV1,
+        JPEGLSLossless,
+        JPEGLSNearLossless,
+        JPEGTransferSyntaxes,
+        RLELossless,
+    )
+    from pydicom.valuerep import DSfloat
+except ModuleNotFoundError as error:
+    raise MissingExtraError('DICOM files need pydicom: pip install "mlvicx-hf[dicom]"') from error
+
+# Nothing else of a file is kept: names, dates and numbers of patients are never in memory as attributes.
+COLOURS = ("Red", "Green", "Blue")
+TAGS = tuple(
+    int(Tag(keyword))
+    for keyword in (
+        *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PlanarConfiguration", "PhotometricInterpretation"),
+        *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+        *("PixelPaddingValue", "PixelPaddingRangeLimit"),
+        *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
+        *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+        *(f"{colour}PaletteColorLookupTable{part}" for colour in COLOURS for part in ("Descriptor", "Data")),
+        "PixelData",
+    )
+)
+# pydicom's plug-in for each compressed transfer syntax: permissive licences only, and only one, since what one decoder
+# refuses as damaged another may fill up with grey. gdcm's JPEG 2000 decoder is too old to be fed unknown files.
+PLUGIN = {
+    JPEGBaseline8Bit: "pillow",
+    JPEGExtended12Bit: "gdcm",
+    JPEGLossless: "gdcm",
+    JPEGLosslessSV1: "gdcm",
+    JPEGLSLossless: "gdcm",
+    JPEGLSNearLossless: "gdcm",
+    JPEG2000Lossless: "pillow",
+    JPEG2000: "pillow",
+    RLELossless: "pydicom",
+}
+PHOTOMETRIC = {
+    1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"),
+    3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
+}
+MAX_INFLATED = 256 * 2**20  # bytes of a deflated file: 16 bits for as many pixels as Pillow accepts, and half as much
+J2K_START = b"\xff\x4f\xff\x51"  # markers SOC and SIZ
+BLOCK = 2**16  # pixels looked up at a time, which the cache holds
+# What pydicom and its plug-ins raise for damaged content, as well as Pillow's.
+DAMAGED_DICOM = (
+    *DAMAGED,
+    BytesLengthException,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    NameError,
+)
+
+
+class _RefusedError(UserError):
+    """Why a file is not read; the message is fit to be shown."""
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the pixel data are; of damaged or dangerous files there is none."""
+
+    rows: int
+    columns: int
+    samples: int
+    planar: int
+    photometric: str
+    allocated: int  # bits
+    stored: int
+    high: int
+    signed: bool
+
+    @property
+    def container(self) -> int:
+        """Bits of a decoded value."""
+        return max(8, self.allocated)
+
+    def stored_values(self) -> np.ndarray:
+        """The value that each pattern of bits stands for: [2**container]; bits that are not in use do not count."""
+        words = np.arange(2**self.container, dtype=f"u{self.container // 8}")
+        aligned = (words << (self.container - 1 - self.high)).view(f"{'i' if self.signed else 'u'}{words.itemsize}")
+        return aligned >> (self.container - self.stored)
+
+
+def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
+    """Content of a DICOM file of any modality, body part and view to 8-bit grey.
+
+    Read are all uncompressed transfer syntaxes, deflated, JPEG (8 bits), JPEG Lossless, JPEG-LS, JPEG 2000 and RLE, of
+    8 and 16 bits allocated (and 1). A file without preamble, meta information or transfer syntax is little or big
+    endian as it looks. ACR-NEMA files lack attributes: the photometric interpretation is MONOCHROME2, then, of one
+    unsigned sample.
+
+    Grey values go through (PS3.3 C.11) the modality LUT or rescale, the first VOI LUT or else the first window
+    (LINEAR, LINEAR_EXACT, SIGMOID), and the inversion of MONOCHROME1. The output range of the window, or from the least
+    to the greatest entry of the VOI LUT, becomes 0 to 255. Without either it is the range of the image's own values. A
+    window or VOI LUT is ignored if it is damaged, if its width is no number or too small (below 1 for LINEAR, 0 or
+    less for others), or if it leaves a single grey value of an image that has several; a rescale, if it is no numbers
+    or leaves a single value. Pixels of the padding value or range are black and outside of that range. Colours become
+    luminance.
+
+    The grid is that of the file: pixels that are not square stay so, since boxes and masks refer to that grid.
+    Overlays are not drawn. One frame only.
+
+    Args:
+        data: the content.
+        file: what errors call it.
+
+    Returns:
+        Picture of mode "L", Columns × Rows.
+
+    Raises:
+        UnreadableImageError: no image, several frames, damaged, suspiciously large, or a kind that is not supported.
+    """
+    with _silence():
+        try:
+            return Image.fromarray(_decode(data))
+        except _RefusedError as refusal:
+            reason = str(refusal)
+        except DAMAGED_DICOM as damage:  # its message may quote the file
+            reason = f"damaged or unsupported DICOM: {type(damage).__name__}"
+    raise UnreadableImageError(file, reason)  # out here it does not carry the other one as its context
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Neither warnings nor log records of pydicom: they quote the file."""
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _decode(data: bytes) -> np.ndarray:
+    dataset, syntax = _read(data)
+    if "PixelData" not in dataset:
+        raise _RefusedError("no PixelData found; expected an image")
+    header = _header(dataset)
+    if syntax.is_encapsulated:
+        if syntax not in PLUGIN:
+            known = ", ".join(uid.name for uid in PLUGIN)
+            raise _RefusedError(f"transfer syntax {syntax.name} found; expected an uncompressed one, {known}")
+        frame, header = _check_codestream(_frame(dataset), header, syntax)
+        pixels, photometric = _decompress(frame, header, syntax)
+    else:
+        pixels, photometric = _uncompressed(dataset, header, syntax)
+    if header.samples == 3:
+        return _luminance(pixels, photometric, header.stored)
+    words = pixels.view(f"{pixels.dtype.byteorder}u{pixels.dtype.itemsize}")
+    if photometric == "PALETTE COLOR":
+        return _look_up(_palette(dataset, header), words)
+    return _monochrome(dataset, header, words)
+
+
+def _read(data: bytes) -> tuple[Dataset, UID]:
+    """The attributes that matter, and the transfer syntax of the pixel data."""
+    stream = io.BytesIO(data)
+    read_preamble(stream, force=True)
+    meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    syntax = UID(str(meta.get("TransferSyntaxUID") or ""))
+    if syntax == DeflatedExplicitVRLittleEndian:
+        stream = io.BytesIO(_inflate(data[stream.tell() :]))
+    if not syntax:
+        start = data[stream.tell() :][:2]  # of the first tag, whose group is small: 0008 in nearly all files
+        syntax = ExplicitVRBigEndian if start[:1] == b"\0" else ImplicitVRLittleEndian
+    if not syntax.is_transfer_syntax:
+        raise _RefusedError("unknown transfer syntax")
+    # Whether the VR is implicit is what the first element looks like, whatever the syntax says.
+    dataset = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian, specific_tags=list(TAGS))
+    return dataset, syntax
+
+
+def _inflate(deflated: bytes) -> bytes:
+    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    for start in range(0, len(deflated), 2**14):  # which become 16 MiB at most; kept is nothing before all are counted
+        size += len(inflater.decompress(deflated[start : start + 2**14]))
+        if size > MAX_INFLATED:
+            raise _RefusedError(f"suspiciously large (decompression bomb?): inflates to more than {MAX_INFLATED} bytes")
+        if inflater.eof:
+            return zlib.decompress(deflated, -zlib.MAX_WBITS, size)
+    raise _RefusedError("deflated data end early")
+
+
+def _integer(dataset: Dataset, keyword: str, default: int | None = None) -> int:
+    value = dataset.get(keyword)
+    if isinstance(value, int):
+        return int(value)
+    if value in (None, "", b"") and default is not None:
+        return default
+    raise _RefusedError(f"{keyword} is {'absent' if value is None else 'no integer'}")
+
+
+def _header(dataset: Dataset) -> _Header:
+    """Attributes of the pixel data, each within what is supported.
+
+    Raises:
+        _RefusedError: one is not.
+    """
+    frames = _integer(dataset, "NumberOfFrames", 1) or 1
+    rows, columns = _integer(dataset, "Rows"), _integer(dataset, "Columns")
+    allocated = _integer(dataset, "BitsAllocated")
+    stored = _integer(dataset, "BitsStored", allocated)
+    samples = _integer(dataset, "SamplesPerPixel", 1)
+    planar = _integer(dataset, "PlanarConfiguration", 0)
+    signed = _integer(dataset, "PixelRepresentation", 0)
+    high = _integer(dataset, "HighBit", stored - 1)
+    photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper()
+    if frames != 1:
+        raise _RefusedError(f"NumberOfFrames {frames} found; expected 1")
+    if not (0 < rows < 2**16 and 0 < columns < 2**16):
+        raise _RefusedError(f"Rows {rows} and Columns {columns} found; expected 1 to 65535")
+    limit = Image.MAX_IMAGE_PIXELS  # the one of all other formats
+    if limit is not None and rows * columns > limit:
+        raise _RefusedError(
+            f"suspiciously large (decompression bomb?): {columns} × {rows} pixels found; expected at most {limit}"
+        )
+    if photometric not in PHOTOMETRIC.get(samples, ()):
+        known = " or ".join(f"{count} of {', '.join(names)}" for count, names in PHOTOMETRIC.items())
+        found = photometric if photometric in PHOTOMETRIC[1] + PHOTOMETRIC[3] else "another interpretation"
+        raise _RefusedError(f"SamplesPerPixel {samples} of {found} found; expected {known}")
+    if allocated not in ((1, 8, 16) if samples == 1 else (8, 16)) or not 0 < stored <= allocated:
+        raise _RefusedError(f"BitsAllocated {allocated} and BitsStored {stored} found; expected 8 or 16 allocated")
+    if signed not in (0, 1) or planar not in (0, 1) or (signed and samples == 3):
+        raise _RefusedError(
+            f"PixelRepresentation {signed}, PlanarConfiguration {planar} and SamplesPerPixel {samples} found; "
+            "expected 0 or 1, and unsigned colours"
+        )
+    if not stored - 1 <= high < allocated:
+        high = stored - 1
+    return _Header(rows, columns, samples, planar, photometric, allocated, stored, high, bool(signed))
+
+
+def _options(header: _Header) -> dict[str, Any]:
+    return {
+        "rows": header.rows,
+        "columns": header.columns,
+        "samples_per_pixel": header.samples,
+        "planar_configuration": header.planar,
+        "photometric_interpretation": header.photometric,
+        "bits_allocated": header.allocated,
+        "bits_stored": header.stored,
+        "pixel_representation": int(header.signed),
+        "number_of_frames": 1,
+        "pixel_keyword": "PixelData",
+        "raw": True,
+        "allow_excess_frames": False,
+        "correct_unused_bits": False,  # `_Header.stored_values` does
+    }
+
+
+def _uncompressed(dataset: Dataset, header: _Header, syntax: UID) -> tuple[np.ndarray, str]:
+    element = dataset["PixelData"]
+    if element.is_undefined_length:
+        raise _RefusedError("compressed PixelData without a transfer syntax that says how")
+    bits = header.rows * header.columns * header.samples * header.allocated
+    expected = math.ceil((bits * 2 // 3 if header.photometric == "YBR_FULL_422" else bits) / 8)
+    found = len(element.value)
+    if not expected <= found < 2 * expected + 2:  # some padding occurs
+        raise _RefusedError(
+            f"{found} bytes of PixelData found; expected {expected} for {header.columns} × {header.rows} pixels of "
+            f"{header.samples} × {header.allocated} bits"
+        )
+    options = _options(header) | {"pixel_vr": element.VR, "view_only": True}
+    pixels, properties = get_decoder(syntax).as_array(element.value, **options)
+    return pixels, str(properties["photometric_interpretation"])
+
+
+def _frame(dataset: Dataset) -> bytes:
+    """The only frame, all fragments of it; the first item is an offset table, which nobody needs for one frame."""
+    return b"".join(list(generate_fragments(dataset["PixelData"].value))[1:])
+
+
+def _check_codestream(frame: bytes, header: _Header, syntax: UID) -> tuple[bytes, _Header]:
+    """Compare the size that a compressed frame declares itself with the file's, before a decoder believes it.
+
+    Returns:
+        What is left to decode, and the header with the bits of the decoded values.
+
+    Raises:
+        _RefusedError: they differ, or there is no such frame.
+    """
+    if syntax == RLELossless:
+        count, size = header.samples * header.allocated // 8, header.rows * header.columns
+        found = _rle_sizes(frame, 2 * size + 2)
+        if len(found) != count or not size <= min(found) <= max(found) < 2 * size + 2:  # some padding occurs
+            raise _RefusedError(f"RLE segments of {found} bytes or more found; expected {count} of {size}")
+        return frame, header
+    if syntax in JPEG2000TransferSyntaxes:
+        frame = frame[max(0, frame.find(J2K_START)) :]  # bare: JP2 boxes declare sizes, too
+        stream = _j2k_size(frame)
+    else:
+        stream = _jpeg_size(frame)
+        if syntax in JPEGTransferSyntaxes and PLUGIN[syntax] == "gdcm":
+            frame = _bare_jpeg(frame)
+    if stream is None:
+        raise _RefusedError(f"no {syntax.name} codestream found in PixelData")
+    rows, columns, samples, bits = stream
+    if (rows, columns, samples) != (header.rows, header.columns, header.samples) or bits > header.allocated:
+        raise _RefusedError(
+            f"codestream of {columns} × {rows} pixels of {samples} × {bits} bits found; expected {header.columns} × "
+            f"{header.rows} of {header.samples} × {header.allocated} or fewer"
+        )
+    allocated = 8 if bits <= 8 else 16
+    stored = min(header.stored, allocated) if syntax in JPEGTransferSyntaxes else bits
+    return frame, replace(header, allocated=allocated, stored=stored, high=stored - 1)  # decoders align right
+
+
+def _rle_sizes(frame: bytes, limit: int) -> list[int]:
+    """Bytes that each segment of an RLE frame becomes, counted up to a limit: two may become 128 (PS3.5 G.3 to G.5)."""
+    count, *starts = struct.unpack_from("<16I", frame)
+    if not 0 < count <= 15:
+        raise _RefusedError("no RLE Lossless codestream found in PixelData")
+    sizes, ends = [], [*starts[1:count], len(frame)]
+    for position, end in zip(starts[:count], ends, strict=True):
+        end, size = min(end, len(frame)), 0
+        while position < end and size < limit:
+            run = frame[position]
+            position += 1
+            if run < 128:
+                size += min(run + 1, end - position)  # the last one may be cut
+                position += run + 1
+            elif run > 128 and position < end:
+                size += 257 - run
+                position += 1
+        sizes.append(size)
+    return sizes
+
+
+def _jpeg_segments(frame: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and all bytes of each segment of a JPEG or JPEG-LS codestream (ITU-T T.81 B.1); the image is the last.
+
+    Raises:
+        _RefusedError: damaged before the image.
+    """
+    position = 2
+    while frame[:2] == b"\xff\xd8" and len(frame) >= position + 4 and frame[position] == 0xFF:
+        marker = frame[position + 1]
+        end = position + 2 + int.from_bytes(frame[position + 2 : position + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            position += 1
+        elif marker == 0xDA:
+            yield marker, frame[position:]
+            return
+        else:
+            yield marker, frame[position:end]
+            position = end
+    raise _RefusedError("no JPEG codestream found in PixelData")
+
+
+def _is_frame_header(marker: int) -> bool:
+    return marker == 0xF7 or (marker & 0xF0 == 0xC0 and marker not in (0xC4, 0xC8, 0xCC))
+
+
+def _jpeg_size(frame: bytes) -> tuple[int, int, int, int] | None:
+    """Rows, columns, samples and bits of the frame header of a JPEG or JPEG-LS codestream (ITU-T T.81 B.2.2)."""
+    headers = [segment for marker, segment in _jpeg_segments(frame) if _is_frame_header(marker)]
+    if len(headers) != 1:  # decoders differ in which of several they believe
+        return None
+    bits, rows, columns, samples = struct.unpack_from(">BHHB", headers[0], 4)
+    return rows, columns, samples, bits
+
+
+def _bare_jpeg(frame: bytes) -> bytes:
+    """A JPEG codestream without comments and application data: what libjpeg only warns of there makes gdcm abort."""
+    needed = (0xC4, 0xCC, 0xDA, 0xDB, 0xDD)  # tables, restart interval and the image
+    segments = (part for marker, part in _jpeg_segments(frame) if marker in needed or _is_frame_header(marker))
+    return b"\xff\xd8" + b"".join(segments)
+
+
+def _j2k_size(frame: bytes) -> tuple[int, int, int, int] | None:
+    """Rows, columns, samples and bits of the SIZ marker that a JPEG 2000 codestream starts with."""
+    if not frame.startswith(J2K_START) or len(frame) < 43:
+        return None
+    right, bottom, left, top = struct.unpack_from(">4I", frame, 8)
+    (samples,) = struct.unpack_from(">H", frame, 40)
+    return bottom - top, right - left, samples, (frame[42] & 0x7F) + 1
+
+
+def _decompress(frame: bytes, header: _Header, syntax: UID) -> tuple[np.ndarray, str]:
+    """Values of a compressed frame, [H, W] or [H, W, 3], and their photometric interpretation."""
+    if syntax == JPEGExtended12Bit:  # 8 bits are baseline; 12 pydicom hands to gdcm's one decoder as lossless only
+        syntax = JPEGBaseline8Bit if header.allocated == 8 else JPEGLossless
+    decoder = get_decoder(syntax)
+    if PLUGIN[syntax] not in decoder.available_plugins:
+        raise _RefusedError(f'{syntax.name} needs python-gdcm: pip install "mlvicx-hf[dicom]"')
+    pixels, properties = decoder.as_array(
+        encapsulate([frame], has_bot=False),
+        **_options(header),
+        decoding_plugin=PLUGIN[syntax],
+    )
+    return pixels, str(properties["photometric_interpretation"])
+
+
+def _luminance(pixels: np.ndarray, photometric: str, bits: int) -> np.ndarray:
+    """Colours [H, W, 3] of so many bits to luminance [H, W]."""
+    if bits != 8:
+        pixels = (pixels * np.float32(255 / (2**bits - 1))).round().clip(0, 255).astype(np.uint8)
+    if photometric.startswith("YBR"):
+        return np.ascontiguousarray(pixels[..., 0])
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))
+
+
+def _palette(dataset: Dataset, header: _Header) -> np.ndarray:
+    """Luminance of each stored value of a palette image: [2**container]."""
+    if "RedPaletteColorLookupTableData" not in dataset:
+        raise _RefusedError("no palette found; segmented ones are not supported")
+    values, channels = header.stored_values(), []
+    for colour in COLOURS:
+        keyword = f"{colour}PaletteColorLookupTable"
+        channels.append(_apply_lut(values, *_entries(dataset, f"{keyword}Descriptor", f"{keyword}Data", dataset)))
+    colours = np.stack(channels, axis=-1)[None]
+    if colours.max() > 255:
+        return _luminance(colours, "RGB", 16)[0]
+    return _luminance(colours.astype(np.uint8), "RGB", 8)[0]
+
+
+def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> np.ndarray:
+    """Bit patterns [H, W] to grey. All that happens to a value happens to a table of all values, which is short."""
+    values = header.stored_values()
+    padding = _padding(dataset, values)
+    outputs = _modality(dataset, values)
+    invert = header.photometric == "MONOCHROME1"
+    for scale in (_voi_lut, _window):
+        unit = scale(dataset, outputs)
+        if unit is not None:
+            gray = _look_up(_table(unit, padding, invert), words)
+            if gray.min() < gray.max():
+                return gray
+    present = np.zeros(len(values), bool)
+    for block in _blocks(words):
+        present[block] = True
+    inside = outputs[present & ~padding] if (present & ~padding).any() else outputs[present]
+    unit = _to_unit(outputs, inside.min(), inside.max())
+    return _look_up(_table(unit, padding, invert), words)
+
+
+def _blocks(words: np.ndarray) -> Iterator[np.ndarray]:
+    flat = words.reshape(-1)
+    for start in range(0, len(flat), BLOCK):
+        yield flat[start : start + BLOCK]
+
+
+def _look_up(table: np.ndarray, words: np.ndarray) -> np.ndarray:
+    gray = np.empty(words.size, np.uint8)
+    for start, block in enumerate(_blocks(words)):
+        np.take(table, block, out=gray[start * BLOCK : start * BLOCK + len(block)], mode="clip")
+    return gray.reshape(words.shape)
+
+
+def _table(unit: np.ndarray, padding: np.ndarray, invert: bool) -> np.ndarray:
+    """Grey of values in [0, 1] and beyond: uint8 [2**container]."""
+    gray = np.round(unit.clip(0, 1) * 255).astype(np.uint8)
+    if invert:
+        gray = 255 - gray
+    gray[padding] = 0
+    return gray
+
+
+def _padding(dataset: Dataset, values: np.ndarray) -> np.ndarray:
+    """Which values mean that there is no image (PS3.3 C.7.5.1.1.2)."""
+    first = dataset.get("PixelPaddingValue")
+    last = dataset.get("PixelPaddingRangeLimit")
+    if not isinstance(first, int):
+        return np.zeros(len(values), bool)
+    ends = [_signed(end, values) for end in (first, last if isinstance(last, int) else first)]
+    return (values >= min(ends)) & (values <= max(ends))
+
+
+def _modality(dataset: Dataset, values: np.ndarray) -> np.ndarray:
+    """Stored values through the modality LUT or rescale: float64 (PS3.3 C.11.1)."""
+    lut = _lut(dataset, "ModalityLUTSequence")
+    if lut is not None:
+        return _apply_lut(values, *lut)
+    slope, intercept = _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
+    if slope is not None and intercept is not None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            rescaled = values * np.float64(slope) + intercept
+            if 0 < np.ptp(rescaled) < np.inf:  # else it is damaged
+                return rescaled
+    return values.astype(np.float64)
+
+
+def _lut(dataset: Dataset, keyword: str) -> tuple[int, np.ndarray] | None:
+    """The value that the first entry of a lookup table is for, and all entries (PS3.3 C.11.1.1); None without a table.
+
+    Raises:
+        _RefusedError: damaged.
+    """
+    try:
+        sequence = dataset.get(keyword)
+        if not sequence:
+            return None
+        return _entries(sequence[0], "LUTDescriptor", "LUTData", dataset)
+    except DAMAGED_DICOM:
+        raise _RefusedError(f"{keyword} is damaged") from None
+
+
+def _entries(item: Dataset, descriptor: str, data: str, dataset: Dataset) -> tuple[int, np.ndarray]:
+    """The value that the first entry of a lookup table is for, and all entries."""
+    count, first, _ = (int(number) for number in item[descriptor].value)
+    count, content = count or 2**16, item[data].value
+    if isinstance(content, bytes):
+        wide = "<u2" if dataset.original_encoding[1] else ">u2"
+        content = np.frombuffer(content + bytes(len(content) % 2), wide)
+    words = np.atleast_1d(content).astype("<u2")
+    entries = words if len(words) >= count else words.view(np.uint8)  # two in a word
+    if len(entries) < count:
+        raise _RefusedError(f"{len(entries)} entries of a lookup table found; expected {count}")
+    return first, entries[:count].astype(np.float64)
+
+
+def _apply_lut(values: np.ndarray, first: int, entries: np.ndarray) -> np.ndarray:
+    """Entries for values, the outermost beyond the ends.
+
+    pydicom's own wraps values that the type of the entries does not hold, and knows no modality LUT of 10 to 15 bits.
+    """
+    return entries[(values - np.float64(_signed(first, values))).clip(0, len(entries) - 1).astype(np.intp)]
+
+
+def _signed(number: int, values: np.ndarray) -> int:
+    """An attribute in terms of values, which are signed at times where its own type (US) is not."""
+    return number - 2**16 if number >= 2**15 and values.min() < 0 else number
+
+
+def _number(dataset: Dataset, keyword: str) -> float | None:
+    """First value of a decimal string; None where there is none that is finite."""
+    try:
+        value = dataset.get(keyword)
+        number = float(value[0] if isinstance(value, MultiValue) else value)
+    except DAMAGED_DICOM:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _voi_lut(dataset: Dataset, values: np.ndarray) -> np.ndarray | None:
+    """Values through the first VOI LUT, of which the least and greatest entry become 0 and 1 (PS3.3 C.11.2.1.1)."""
+    try:
+        lut = _lut(dataset, "VOILUTSequence")
+    except _RefusedError:
+        return None
+    if lut is None or lut[1].min() == lut[1].max():
+        return None
+    return _to_unit(_apply_lut(values, *lut), lut[1].min(), lut[1].max())
+
+
+def _window(dataset: Dataset, values: np.ndarray) -> np.ndarray | None:
+    """Values through the first window, whose output range becomes 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    center, width = _number(dataset, "WindowCenter"), _number(dataset, "WindowWidth")
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
+    if center is None or width is None or width <= 0 or (function == "LINEAR" and width < 1):
+        return None
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        return None
+    window = Dataset()
+    window.PhotometricInterpretation = "MONOCHROME2"  # this, and any range of outputs, pydicom asks for
+    window.BitsStored, window.PixelRepresentation = 16, 0
+    window.WindowCenter, window.WindowWidth = (DSfloat(number, auto_format=True) for number in (center, width))
+    window.VOILUTFunction = function
+    with np.errstate(over="ignore"):  # the exponential of SIGMOID
+        outputs = apply_windowing(np.append(values, (-np.inf, np.inf)), window)
+    return _to_unit(outputs[:-2], outputs[-2], outputs[-1])
+
+
+def _to_unit(outputs: np.ndarray, low: float, high: float) -> np.ndarray:
+    return (outputs - low) / (high - low) if high > low else np.zeros(len(outputs))

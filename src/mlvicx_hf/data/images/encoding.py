@@ -1,0 +1,159 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""From a record to what a cache holds of it: a square PNG, hashes, mask and boxes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mlvicx_hf.common.errors import UserError
+
+from ..collections.base import Box, Record
+from ..copies.duplicates import perceptual_hash
+from ..masks import Mask, class_indices, decode_mask, encode_mask
+from .pixels import UnreadableImageError, decode_gray, fit_square_gray, read_content
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is made of a record, or the reason why nothing is.
+
+    Attributes:
+        png: 8-bit grey square.
+        sha256: of the file, or of the drawn pixels.
+        phash: perceptual hash of the square.
+        width: of the original, upright.
+        height: of the original, upright.
+        mask: None where it is unknown.
+        boxes: in pixels of the square; None where they are unknown.
+        reason: why there is no picture; empty where there is one.
+    """
+
+    png: bytes = b""
+    sha256: str = ""
+    phash: str = ""
+    width: int = 0
+    height: int = 0
+    mask: Mask | None = None
+    boxes: tuple[Box, ...] | None = None
+    reason: str = ""
+
+
+def make_picture(
+    record: Record, size: int, fit: str, mask_names: Sequence[str] = (), content: bytes | None = None
+) -> Picture:
+    """Read or draw one image and its mask, make them square, encode them.
+
+    Args:
+        record: where the pixels are.
+        size: side of the square in pixels.
+        fit: "pad", "squash" or "crop".
+        mask_names: see `Listing`; without them no mask is read.
+        content: of the file, where it is at hand already.
+    """
+    drawn = None
+    try:
+        if record.draw is not None:
+            drawing = record.draw()
+            pixels, drawn = np.ascontiguousarray(drawing.pixels), drawing.mask
+            content, gray = pixels.tobytes(), Image.fromarray(pixels)
+        else:
+            content = _read(record) if content is None else content
+            gray = decode_gray(content, record.name)
+    except (UnreadableImageError, OSError) as error:
+        return Picture(reason=_reason(error))
+    except MemoryError:
+        return Picture(reason="needs more memory than there is")
+    try:
+        mask = _make_mask(record, drawn, gray.size, size, fit, mask_names) if mask_names else None
+    except (UnreadableImageError, OSError) as error:
+        return Picture(reason=f"mask {record.mask_path.name if record.mask_path else 'drawn'}: {_reason(error)}")
+    square = fit_square_gray(gray, size, fit)
+    buffer = io.BytesIO()
+    square.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # 4 times faster than level 6, no larger
+    boxes = None
+    if record.boxes is not None:
+        fitted = (fit_box(box, record.frame or gray.size, size, fit) for box in record.boxes)
+        boxes = tuple(box for box in fitted if box is not None)
+    digest = hashlib.sha256(content).hexdigest()
+    return Picture(buffer.getvalue(), digest, perceptual_hash(square), *gray.size, mask, boxes)
+
+
+def _read(record: Record) -> bytes:
+    if record.path is not None:
+        return read_content(record.path)
+    if record.load is not None:
+        return record.load()
+    raise UserError(f"{record.name}: neither a file nor a drawing found; expected one of them")
+
+
+def _make_mask(
+    record: Record,
+    drawn: np.ndarray | None,
+    image_size: tuple[int, int],
+    size: int,
+    fit: str,
+    mask_names: Sequence[str],
+) -> Mask | None:
+    """The mask that came with the drawing, or else the table's or the file's; None where there is none."""
+    if drawn is None and record.draw_mask is not None:
+        drawn = _scaled(record.draw_mask(), image_size)
+    if drawn is not None:
+        pixels, content = drawn, np.ascontiguousarray(drawn).tobytes()
+    elif record.mask_path is not None:
+        content = read_content(record.mask_path)
+        pixels = decode_mask(content, record.mask_path)
+    else:
+        return None
+    indices = class_indices(pixels, mask_names, image_size, record.mask_path or record.name)
+    return encode_mask(indices, content, size, fit)
+
+
+def _scaled(mask: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """A mask that a table describes at another resolution than the image has, by nearest pixels."""
+    height, width = mask.shape
+    if (width, height) == image_size or width * image_size[1] != height * image_size[0]:
+        return mask  # `class_indices` judges
+    return np.asarray(Image.fromarray(mask).resize(image_size, Image.Resampling.NEAREST))
+
+
+def fit_box(box: Box, frame: tuple[int, int], size: int, fit: str) -> Box | None:
+    """A box through the geometry of `fit_square_gray`.
+
+    Args:
+        box: in pixels of the frame.
+        frame: its width and height; the image's own, or proportional to them.
+        size: side of the square in pixels.
+        fit: "pad", "squash" or "crop".
+
+    Returns:
+        The box in pixels of the square, cut at its edges; None where nothing of it is left.
+    """
+    width, height = frame
+    left = top = 0.0
+    if fit == "pad":
+        scale = size / max(frame)
+        inner = [max(1, round(side * scale)) for side in frame]
+        scale_x, scale_y = inner[0] / width, inner[1] / height
+        left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
+    elif fit == "crop":
+        side = min(frame)
+        scale_x = scale_y = size / side
+        left, top = -round((width - side) / 2) * scale_x, -round((height - side) / 2) * scale_y
+    else:
+        scale_x, scale_y = size / width, size / height
+    x_min, x_max = (min(max(x * scale_x + left, 0), size) for x in (box.x_min, box.x_max))
+    y_min, y_max = (min(max(y * scale_y + top, 0), size) for y in (box.y_min, box.y_max))
+    return Box(box.label, x_min, y_min, x_max, y_max) if x_min < x_max and y_min < y_max else None
+
+
+def _reason(error: UnreadableImageError | OSError) -> str:
+    if isinstance(error, UnreadableImageError):
+        return error.reason
+    return f"cannot be read: {error.strerror or error}"

@@ -1,0 +1,185 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Which images of a cache training sees, and in which order: a function of (seed, epoch) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from mlvicx_hf.common.errors import UserError
+
+VIEWS = ("frontal", "all")  # of pretraining: frontal leaves out what is known to be lateral
+LATERAL = "LATERAL"
+
+
+class PretrainingImages(Dataset[tuple[Tensor, int]]):
+    """The images of a cache as uint8 [1, S, S], each with its index."""
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image: Image.Image = self.images[index]["image"]
+        return torch.from_numpy(np.array(image, dtype=np.uint8))[None], index
+
+
+def choose_views(images: Any, views: str = "frontal") -> tuple[Any, int]:
+    """The rows of a cache's split whose view is wanted, and how many others there are.
+
+    Args:
+        images: a `datasets.Dataset` with the column view.
+        views: "frontal" (PA, AP and unknown) or "all".
+
+    Raises:
+        ValueError: another value of `views`, or no image left.
+    """
+    check_views(views)
+    lateral = np.array(images["view"][:]) == LATERAL
+    if views == "all" or not lateral.any():
+        return images, 0
+    if lateral.all():
+        raise UserError(f"{len(images)} lateral images found and no other; expected frontal ones, or --views all")
+    return images.select(np.flatnonzero(~lateral)), int(lateral.sum())
+
+
+def check_views(views: str) -> None:
+    """Refuse anything but "frontal" and "all"."""
+    if views not in VIEWS:
+        raise UserError(f"views={views!r} found; expected one of {', '.join(VIEWS)}")
+
+
+def check_batch(batch_size: int, num_images: int, num_processes: int = 1) -> None:
+    """Refuse a batch that is larger than the data, too small, or not to be shared evenly by the processes."""
+    if batch_size > num_images:
+        raise UserError(f"batch_size={batch_size} found; expected at most {num_images}, the images there are")
+    if batch_size % num_processes:
+        raise UserError(f"batch_size={batch_size} found; expected a multiple of the {num_processes} processes")
+    if batch_size < 2:
+        raise UserError(f"batch_size={batch_size} found; variance and covariance need at least 2")
+
+
+def order_generator(seed: int, epoch: int) -> np.random.Generator:
+    """Random numbers for the order of an epoch; those of the views have 0 in the third word of the counter."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, 0]))
+
+
+def patient_balanced_order(patients: Sequence[str], rng: np.random.Generator) -> np.ndarray:
+    """An order of N draws in which every patient comes equally often, however many images there are of each.
+
+    Patients come in shuffled rounds of all of them, so two of them differ by one draw at most; the images of a patient
+    come in shuffled cycles. Where one patient has more images than others, some of them wait for another epoch, and
+    images of the others come more than once.
+
+    Args:
+        patients: patient of each of the N images.
+        rng: decides the order, together with the patients.
+
+    Returns:
+        N indices of images, int64.
+    """
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    total = len(owner)
+    if not total:
+        return np.empty(0, np.int64)
+    rounds = np.tile(np.arange(len(names)), (-(-total // len(names)), 1))
+    turns = rng.permuted(rounds, axis=1).ravel()[:total]  # [N] whose turn it is
+
+    images_of = np.bincount(owner)  # [P]
+    draws_of = np.bincount(turns, minlength=len(names))
+    # Every patient's images as often as there are cycles of them to begin, one patient behind the other.
+    needed = -(-draws_of // images_of) * images_of
+    patient = np.repeat(np.arange(len(names)), needed)
+    place = np.arange(needed.sum()) - np.repeat(_starts(needed), needed)  # within the patient
+    cycle, place = np.divmod(place, images_of[patient])
+    image = np.argsort(owner, kind="stable")[_starts(images_of)[patient] + place]
+    image = image[np.lexsort((rng.random(len(image)), cycle, patient))]
+
+    by_patient = np.argsort(turns, kind="stable")  # the turns of the first patient, of the second …
+    number = np.arange(total) - np.repeat(_starts(draws_of), draws_of)  # of a turn, within its patient
+    order = np.empty(total, np.int64)
+    order[by_patient] = image[_starts(needed)[turns[by_patient]] + number]
+    return order
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """Where pieces of these lengths begin when they are put one behind the other."""
+    return np.cumsum(lengths) - lengths
+
+
+class PatientBalancedSampler(Sampler[int]):
+    """Indices of an epoch in `patient_balanced_order`, for a DataLoader or a Trainer's `_get_train_sampler`.
+
+    Args:
+        patients: patient of each image.
+        seed: of the run.
+    """
+
+    def __init__(self, patients: Sequence[str], seed: int = 0) -> None:
+        self.patients, self.seed, self.epoch = patients, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives; Trainer and Accelerate call it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.patients)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from patient_balanced_order(self.patients, order_generator(self.seed, self.epoch)).tolist()
+
+
+class EpochBatches(Sampler[list[int]]):
+    """This process's share of every global batch of an epoch, in an order given by (seed, epoch) alone.
+
+    Args:
+        num_images: images in the data set; those that do not fill the last batch are left out of the epoch, so that
+            all batches are equally large. The order is another one in every epoch, hence also who is left out.
+        batch_size: images of a global batch.
+        seed: of the run.
+        rank: of this process.
+        num_processes: that share a batch.
+        patients: patient of each image, to draw all of them equally often; None draws every image once.
+
+    Raises:
+        ValueError: a batch larger than the data, or one that the processes cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_processes: int = 1,
+        patients: Sequence[str] | None = None,
+    ) -> None:
+        check_batch(batch_size, num_images, num_processes)
+        self.num_images, self.batch_size, self.seed, self.patients = num_images, batch_size, seed, patients
+        self.rank, self.share = rank, batch_size // num_processes
+        self.epoch = self.first_step = 0
+
+    def start_at(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, and the step in it to begin with."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = order_generator(self.seed, self.epoch)
+        if self.patients is None:
+            order = rng.permutation(self.num_images)
+        else:
+            order = patient_balanced_order(self.patients, rng)
+        for step in range(self.first_step, len(self)):
+            start = step * self.batch_size + self.rank * self.share
+            yield order[start : start + self.share].tolist()

@@ -1,0 +1,391 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Pretraining images that are read in order from start to end and never all at hand: larger than disk or memory.
+
+Two things that a cache gives for nothing must be made up for here.
+
+**Sample numbers.** The views of an image depend on its number (`augmentation.view_draws`). `datasets` counts anew in
+every worker, and a row may have no name; so the number is the place where the row lies: that of its shard times 2^32,
+and that of the row in the shard. It does not depend on processes, workers, order or views that are left out. A row that
+comes again in an epoch, because the first reading was too short, has the number of the reading times 2^56 added.
+
+**Resume.** `datasets` does not restore a shuffle buffer. An epoch's order is a function of (seed, epoch, number of
+processes and workers, buffer), so it is run through again up to the step of the checkpoint: rows are read and thrown
+away, but not decoded. For a checkpoint in the middle of an epoch of 100 GB, 50 GB are read before the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.signals import leave_signals_to_the_main_process
+from mlvicx_hf.common.text import some
+
+from ..cache.cache import MANIFEST, load_cache
+from ..collections.base import normalize_view
+from ..collections.opening import ROWS, TABLE_ROWS, as_stream, find_image_column, open_dataset, read_content
+from ..images.pixels import UnreadableImageError, decode_gray, fit_square_gray
+from .sampling import LATERAL, check_batch, check_views, choose_views
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 32  # images that a worker decodes and sends at a time
+MAX_UNREADABLE = 0.01  # share of the images beyond which the data is not what it should be
+ROW_BITS = 32  # of a sample's number: the row within its shard
+PLACE_BITS = 56  # the row, and the shard
+MAX_READINGS = 100  # of a stream in an epoch
+
+
+class Row(NamedTuple):
+    """An image before it is decoded: the number of the sample, what messages call it, the undecoded cell."""
+
+    number: int
+    name: str
+    cell: dict[str, Any] | None
+
+
+class Chunk(NamedTuple):
+    """Some samples as a worker sends them.
+
+    Attributes:
+        numbers: int64 [N].
+        squares: uint8 [N, 1, S, S]; None for samples that a resumed run has seen already.
+        unreadable: number of the sample, and why it could not be read.
+    """
+
+    numbers: Tensor
+    squares: Tensor | None
+    unreadable: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a run pretrains on.
+
+    Attributes:
+        rows: `datasets.IterableDataset` of `Row` fields.
+        num_images: of an epoch.
+        left_out: lateral images that are passed over; None where nobody counted them.
+        size: side of the squares in pixels.
+        fit: what happens to an image that is not square.
+        manifest: what `cache.json` says of a cache, or the same of other data.
+        folder: where files may lie that rows name by their path.
+    """
+
+    rows: Any
+    num_images: int
+    left_out: int | None
+    size: int
+    fit: str
+    manifest: dict[str, Any]
+    folder: str | None = None
+
+
+def open_stream(
+    path: str,
+    split: str = "train",
+    *,
+    views: str = "frontal",
+    num_images: int | None = None,
+    size: int = 256,
+    image_column: str | None = None,
+) -> Stream:
+    """Open a cache, parquet or Arrow files, or a dataset on the Hub as a stream of images; labels are not read.
+
+    Args:
+        path: folder of a cache, or what `open_dataset` takes.
+        split: name of the split, as the dataset calls it.
+        views: "frontal" leaves out rows whose column `view` says lateral; "all" does not look at it.
+        num_images: of an epoch, where the data does not say it or fewer are wanted.
+        size: side of the squares in pixels; a cache has its own.
+        image_column: by default the only Image column.
+
+    Raises:
+        OSError: nothing there.
+        ValueError: options that do not fit the data, or a number of images that nobody knows.
+    """
+    check_views(views)
+    for name, value in (("num_images", num_images), ("cache_size", size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} found; expected 1 or more")
+    if (Path(path) / MANIFEST).is_file():
+        return _open_cache(path, split, views, num_images)
+    opened = open_dataset(path, streaming=True)
+    if split not in opened.splits:
+        raise UserError(f"split={split!r} found; {path} has {', '.join(opened.splits)}")
+    features = opened.splits[split].features
+    image = find_image_column(path, features, image_column)
+    view = "view" if views == "frontal" and "view" in features else None
+    counted, left_out = opened.counts[split], None if view else 0
+    if num_images is None and view is not None and counted is not None:
+        if not opened.local:
+            raise UserError(
+                f"{path}: {counted} images in the files found, lateral ones among them; expected --num_images to say "
+                "how many are frontal, or --views all"
+            )
+        left_out = _count_lateral(open_dataset(path, streaming=True, columns=[view], rows=TABLE_ROWS), split, features)
+        counted -= left_out
+    if num_images is None and counted is None:
+        raise UserError(f"{path}: number of images of {split} not known without reading it; expected --num_images")
+    stream = open_dataset(path, streaming=True, columns=[image, *filter(None, [view])], rows=ROWS).splits[split]
+    stream = stream.cast_column(image, datasets.Image(decode=False))
+    manifest: dict[str, Any] = {
+        "fit": "pad",
+        "collection": "hf",
+        "synthetic": False,
+        "splits": {split: {"images": opened.counts[split]}},
+        "split_hash": "",
+        "data_hash": _identity(opened.files[split]),
+    }
+    rows = number_rows(stream, image, view, _class_names(features, view))
+    folder = str(Path(path) if Path(path).is_dir() else Path(path).parent) if Path(path).exists() else None
+    return Stream(rows, num_images or counted or 0, left_out, size, manifest["fit"], manifest, folder)
+
+
+def _open_cache(path: str, split: str, views: str, num_images: int | None) -> Stream:
+    """A cache, whose squares are taken as they are."""
+    cache = load_cache(path)
+    if split not in cache.datasets:
+        raise UserError(f"split={split!r} found; {path} has {', '.join(cache.datasets)}")
+    images = cache.datasets[split].select_columns(["image", "view", "source"])
+    chosen, left_out = choose_views(images, views)
+    stream = as_stream(images.cast_column("image", datasets.Image(decode=False)))
+    rows = number_rows(stream, "image", "view" if views == "frontal" else None, name="source")
+    return Stream(
+        rows, num_images or len(chosen), left_out, cache.manifest["size"], cache.manifest["fit"], cache.manifest
+    )
+
+
+def _class_names(features: Any, column: str | None) -> list[str] | None:
+    return features[column].names if column and isinstance(features[column], datasets.ClassLabel) else None
+
+
+def _count_lateral(opened: Any, split: str, features: Any) -> int:
+    names = _class_names(features, "view")
+    batches = opened.splits[split].iter(batch_size=TABLE_ROWS)
+    return sum(not is_frontal(value, names) for batch in batches for value in batch["view"])
+
+
+def is_frontal(view: Any, names: list[str] | None = None) -> bool:
+    """Whether a cell of the column `view` is anything but lateral; unknown views count as frontal."""
+    text = names[view] if names and isinstance(view, int) and view >= 0 else str(view or "")
+    return normalize_view(text) != LATERAL
+
+
+def _identity(files: Iterable[str]) -> str:
+    """What a resumed run must find again: addresses with their commit, or names and sizes of files."""
+    lines = [f"{os.path.basename(f)}\t{os.path.getsize(f)}" if os.path.exists(f) else f for f in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def number_rows(
+    stream: Any, image: str, view: str | None = None, names: list[str] | None = None, name: str | None = None
+) -> Any:
+    """A stream whose rows carry the number of their sample, in as many shards.
+
+    Args:
+        stream: `datasets.IterableDataset` with an undecoded image.
+        image: its column of images.
+        view: column of views, to leave out the lateral ones; None leaves out nothing.
+        names: of the views, where the column holds classes.
+        name: column that says what an image is called.
+    """
+    arguments = {"shards": list(range(stream.num_shards)), "stream": stream}
+    columns = {"image": image, "view": view, "names": names, "name": name}
+    return datasets.IterableDataset.from_generator(_numbered, gen_kwargs=arguments | {"columns": columns})
+
+
+def _numbered(shards: list[int], stream: Any, columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    image, view, names, name = (columns[key] for key in ("image", "view", "names", "name"))
+    for shard in shards:
+        part = stream.shard(num_shards=stream.num_shards, index=shard)
+        # By batches: iterated row by row, it would share itself among the workers a second time.
+        batches = part.iter(batch_size=ROWS)
+        for place, (batch, row) in enumerate((b, i) for b in batches for i in range(len(b[image]))):
+            if view is None or is_frontal(batch[view][row], names):
+                called = batch[name][row] if name else f"row {place + 1} of shard {shard + 1}"
+                number = shard << ROW_BITS | place
+                yield Row(number, called, batch[image][row])._asdict()
+
+
+def decode_chunk(rows: list[Row], size: int, fit: str, folder: str | None = None) -> Chunk:
+    """Decode some rows to squares.
+
+    One that cannot be read shows the next one that can, under its own number and so in other views: then the number of
+    samples, on which the place to resume depends, is known without decoding anything.
+
+    Args:
+        rows: N of them.
+        size: side of the squares in pixels.
+        fit: "pad", "squash" or "crop".
+        folder: see `read_content`.
+    """
+    squares: list[Tensor | None] = []
+    unreadable = []
+    for row in rows:
+        try:
+            gray = decode_gray(read_content(row.cell, folder), row.name)
+        except (UnreadableImageError, OSError) as error:
+            unreadable.append((row.number, f"{row.name}: {getattr(error, 'reason', error)}"))
+            squares.append(None)
+            continue
+        square = gray if gray.size == (size, size) else fit_square_gray(gray, size, fit)
+        squares.append(torch.from_numpy(np.array(square, dtype=np.uint8))[None])
+    numbers = torch.tensor([row.number for row in rows])
+    readable = [place for place, square in enumerate(squares) if square is not None]
+    if not readable:
+        return Chunk(numbers, torch.zeros(len(rows), 1, size, size, dtype=torch.uint8), unreadable)
+    # Of every place the first readable one behind it, or the very first.
+    chosen = [readable[i % len(readable)] for i in np.searchsorted(readable, range(len(rows)))]
+    return Chunk(numbers, torch.stack([square for i in chosen if (square := squares[i]) is not None]), unreadable)
+
+
+class _Chunks(IterableDataset[Chunk]):
+    """Chunks of a worker's share of the rows; the first ones undecoded."""
+
+    def __init__(self, rows: Any, stream: Stream, undecoded: int) -> None:
+        self.rows, self.size, self.fit, self.folder = rows, stream.size, stream.fit, stream.folder
+        self.undecoded = undecoded
+
+    def __iter__(self) -> Iterator[Chunk]:
+        rows = (Row(**row) for row in self.rows)  # `datasets` gives every worker shards of its own
+        for place, chunk in enumerate(_pieces(rows)):
+            if place < self.undecoded:
+                yield Chunk(torch.tensor([row.number for row in chunk]), None, [])
+            else:
+                yield decode_chunk(chunk, self.size, self.fit, self.folder)
+
+
+def _pieces(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Pieces of `CHUNK` rows, the last one longer rather than short: it should hold one that can be read."""
+    piece: list[Row] = []
+    for row in rows:
+        piece.append(row)
+        if len(piece) == 2 * CHUNK:
+            yield piece[:CHUNK]
+            piece = piece[CHUNK:]
+    if piece:
+        yield piece
+
+
+class StreamBatches:
+    """This process's share of every global batch of an epoch of a stream.
+
+    The shards are shuffled by (seed, epoch), shared among processes and workers, and read ten at a time into a buffer
+    from which rows are drawn. Where the processes cannot share the shards evenly each of them reads all and takes every
+    n-th row. An epoch has `num_images // batch_size` steps in every process, so none waits for another in vain: for one
+    whose rows end earlier the shards are dealt out anew; rows that are left at the end are dropped.
+
+    Args:
+        stream: what is read.
+        batch_size: images of a global batch.
+        seed: of the run.
+        rank: of this process.
+        num_processes: that share a batch.
+        num_workers: processes that read and decode; the order depends on their number.
+        shuffle_buffer: rows that wait, undecoded, to be drawn; shared by the workers of a process.
+
+    Raises:
+        ValueError: a batch larger than the data, or one that the processes cannot share evenly; in an epoch, too many
+            images that cannot be read, or none at all.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_processes: int = 1,
+        num_workers: int = 0,
+        shuffle_buffer: int = 4096,
+    ) -> None:
+        check_batch(batch_size, stream.num_images, num_processes)
+        if shuffle_buffer < 1:
+            raise UserError(f"shuffle_buffer={shuffle_buffer} found; expected 1 or more")
+        self.stream, self.num_images, self.batch_size, self.seed = stream, stream.num_images, batch_size, seed
+        self.rank, self.num_processes, self.share = rank, num_processes, batch_size // num_processes
+        shards = split_dataset_by_node(stream.rows, rank, num_processes).num_shards
+        self.num_workers = min(num_workers, shards)
+        self.shuffle_buffer = max(1, shuffle_buffer // max(1, self.num_workers))
+        self.unreadable: set[int] = set()  # numbers of samples
+        self.epoch = self.first_step = 0
+
+    def start_at(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, and the step in it to begin with."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, uint8 [B, 1, S, S], and the numbers of the samples, int64 [B]."""
+        steps = len(self) - self.first_step
+        size = self.stream.size
+        squares, numbers = torch.empty(0, 1, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        for more_squares, more_numbers in self._samples_behind(self.first_step * self.share) if steps else ():
+            squares, numbers = torch.cat([squares, more_squares]), torch.cat([numbers, more_numbers])
+            while len(numbers) >= self.share:
+                yield squares[: self.share], numbers[: self.share]
+                squares, numbers = squares[self.share :], numbers[self.share :]
+                steps -= 1
+                if not steps:
+                    return
+
+    def _samples_behind(self, seen: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Squares and numbers, some at a time and more than enough, behind the first samples of the epoch."""
+        for turn in range(MAX_READINGS):
+            found = 0
+            for numbers, squares, unreadable in self._read(turn, seen):
+                found += len(numbers)
+                self._check(len(numbers), unreadable)
+                skip = min(seen, len(numbers))
+                seen -= skip
+                if skip < len(numbers):
+                    assert squares is not None
+                    yield squares[skip:], numbers[skip:] + (turn << PLACE_BITS)
+            if not found:
+                break
+        raise UserError(f"num_images={self.num_images} found; process {self.rank} reads far fewer, or none")
+
+    def _read(self, turn: int, seen: int) -> Iterable[Chunk]:
+        """One reading of this process's rows, in an order of its own.
+
+        Args:
+            turn: how often the rows have been read in this epoch.
+            seen: samples at its beginning that nobody needs.
+        """
+        words = np.random.SeedSequence([self.seed, self.epoch, turn]).generate_state(2, np.uint32)
+        rows = self.stream.rows.shuffle(seed=int(words[0]) << 32 | int(words[1]), buffer_size=self.shuffle_buffer)
+        rows = split_dataset_by_node(rows, self.rank, self.num_processes)
+        # The workers' chunks come in turns; their last ones may be longer, hence one less.
+        undecoded = max(0, seen // (CHUNK * max(1, self.num_workers)) - 1)
+        chunks = _Chunks(rows, self.stream, undecoded)
+        options = {"num_workers": self.num_workers, "worker_init_fn": leave_signals_to_the_main_process}
+        return DataLoader(chunks, batch_size=None, **options)
+
+    def _check(self, count: int, unreadable: list[tuple[int, str]]) -> None:
+        """Warn of samples that could not be read, once each; too many, or all of a chunk, are an error."""
+        for number, reason in unreadable:
+            if number not in self.unreadable:
+                self.unreadable.add(number)
+                logger.warning("left out %s", reason)
+        images = self.num_images // self.num_processes
+        if len(self.unreadable) > MAX_UNREADABLE * images or 0 < len(unreadable) == count:
+            raise UserError(
+                f"{len(self.unreadable)} images of {images} cannot be read, such as "
+                f"{some((reason for _, reason in unreadable), 3)}; expected at most {MAX_UNREADABLE:.0%}"
+            )

@@ -1,0 +1,1 @@
+"""Phantoms: synthetic radiographs whose every label is known."""

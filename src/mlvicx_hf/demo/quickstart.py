@@ -1,0 +1,221 @@
+"""The whole of MLVICX in one go: prepare, pretrain, load, classify against random weights, report.
+
+`scripts/quickstart.sh` calls this; without arguments on synthetic radiographs, with `--images DIR` on the user's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoImageProcessor, AutoModel
+
+from mlvicx_hf.common import errors as cli
+from mlvicx_hf.common.files import write_json
+from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.encoders.features import PreparedImages, encode
+from mlvicx_hf.encoders.neighbours import neighbour_sheet
+from mlvicx_hf.finetuning.training import SPLITS
+from mlvicx_hf.pretraining.curves import LOSS_AND_RANK, plot_curves, view_sheet
+from mlvicx_hf.pretraining.views import TwoViewAugmentation
+from mlvicx_hf.scoring.embeddings import rankme
+from mlvicx_hf.scoring.metrics import NOT_SCORED
+
+PROTOCOLS = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
+STARTS = ("pretrained", "random")
+
+
+class Quickstart:
+    """One quick start.
+
+    Args:
+        images: the user's folder; None draws synthetic radiographs.
+        metadata: table of the folder, None for the one in it.
+        output: folder of the report; an earlier one is kept as `OUTPUT.previous`.
+        seed: of everything.
+        pretraining_images: how many images are seen, epochs times images, in pretraining.
+    """
+
+    def __init__(
+        self, images: Path | None, metadata: Path | None, output: Path, seed: int = 0, pretraining_images: int = 8500
+    ) -> None:
+        self.images, self.metadata, self.output, self.seed = images, metadata, output, seed
+        self.pretraining_images = pretraining_images
+        self.model_folder = output / "model"
+        self.started = time.monotonic()
+
+    def run(self) -> None:
+        """All steps in order."""
+        self._clear()
+        self._say("1/4 Prepare: radiographs to a cache")
+        cache = self._prepare()
+        self._say(f"2/4 Pretrain on {len(cache.datasets['train'])} images, without labels")
+        self._pretrain(cache)
+        self._say('3/4 Load the backbone: AutoModel.from_pretrained("' + str(self.model_folder) + '")')
+        report = self._describe(cache)
+        self._pictures(cache)
+        if cache.label_names and all(split in cache.datasets for split in SPLITS):
+            self._say("4/4 Classify held-out patients: pretrained against random weights")
+            report |= self._classify()
+        else:
+            self._say("4/4 No labels in three splits: nearest neighbours instead of a classifier")
+            report |= self._neighbours(cache)
+        report["seconds"] = round(time.monotonic() - self.started)
+        write_json(self.output / "report.json", report)
+        text = markdown(report)
+        (self.output / "report.md").write_text(text)
+        print(f"\n{text}\nReport: {self.output / 'report.md'} ({report['seconds']} s)", flush=True)
+
+    def _clear(self) -> None:
+        if self.output.exists():
+            previous = self.output.with_name(self.output.name + ".previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(self.output, previous)
+        self.output.mkdir(parents=True)
+
+    def _prepare(self) -> Cache:
+        words: list[Any] = ["--size", 128, "--seed", self.seed, "--output", self.output / "cache"]
+        if self.images is None:
+            words += ["--collection", "phantom", "--num_patients", 600, "--images_per_patient", 2]
+        else:
+            words += ["--collection", "folder", "--root", self.images]
+            words += ["--metadata", self.metadata] if self.metadata else []
+        self._command([sys.executable, "scripts/prepare_data.py", *words])
+        return load_cache(self.output / "cache")
+
+    def _pretrain(self, cache: Cache) -> None:
+        images = len(cache.datasets["train"])
+        batch = min(32, images)
+        epochs = max(2, min(50, round(self.pretraining_images / images)))
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", 1, "--mixed_precision", "no"]
+        launch += ["--num_processes", max(1, torch.cuda.device_count()), "--dynamo_backend", "no"]
+        words = ["--recipe", "quickstart", "--dataset", self.output / "cache", "--output_dir", self.model_folder]
+        words += ["--epochs", epochs, "--batch_size", batch, "--seed", self.seed]
+        self._command([*launch, "scripts/pretrain.py", *words])
+
+    def _describe(self, cache: Cache) -> dict[str, Any]:
+        """Encode images with the loaded backbone, and say what the report is about."""
+        model = AutoModel.from_pretrained(self.model_folder)
+        processor = AutoImageProcessor.from_pretrained(self.model_folder)
+        split = "test" if "test" in cache.datasets else "train"
+        self.features = encode(model, PreparedImages(cache.datasets[split], processor))["features"]
+        self.encoded = cache.datasets[split]
+        return {
+            "model": str(self.model_folder),
+            "synthetic": cache.manifest["synthetic"],
+            "data": "synthetic radiographs (phantoms)" if self.images is None else str(self.images),
+            "images": {name: len(images) for name, images in cache.datasets.items()},
+            "data_hash": cache.manifest["data_hash"],
+            "split_hash": cache.manifest["split_hash"],
+            "rankme": {"value": rankme(self.features), "split": split, "of": self.features.shape[1]},
+            "seed": self.seed,
+            "code": code_version(),
+        }
+
+    def _pictures(self, cache: Cache) -> None:
+        title = "synthetic radiographs" if self.images is None else self.images.name
+        plot_curves(self.model_folder / "metrics.jsonl", self.output / "loss.png", title, LOSS_AND_RANK)
+        train = cache.datasets["train"]
+        samples = [train[i]["image"] for i in range(0, len(train), max(1, len(train) // 8))][:8]
+        view_sheet(samples, TwoViewAugmentation(image_size=64), self.output / "views.png", self.seed)
+
+    def _classify(self) -> dict[str, Any]:
+        report: dict[str, Any] = {}
+        for protocol in PROTOCOLS:
+            report[protocol] = {}
+            for start in STARTS:
+                folder = self.output / f"{protocol}-{start}"
+                words: list[Any] = ["--dataset", self.output / "cache", "--output_dir", folder, "--seed", self.seed]
+                words += ["--model", self.model_folder if start == "pretrained" else "random"]
+                words += ["--architecture", self.model_folder] if start == "random" else []
+                words += ["--freeze_backbone"] if protocol == "frozen" else ["--num_train_epochs", 6]
+                self._command([sys.executable, "scripts/finetune_classification.py", *words])
+                test = json.loads((folder / "results.json").read_text())["test"]
+                report[protocol][start] = {key: test[key] for key in ("auroc_macro", "auroc", "accuracy")}
+        return report
+
+    def _neighbours(self, cache: Cache) -> dict[str, Any]:
+        neighbour_sheet(self.features, self.encoded, self.output / "neighbours.png")
+        return {"neighbours": "neighbours.png"}
+
+    def _command(self, words: list[Any]) -> None:
+        """Run one of the scripts as a user would, showing the command."""
+        words = [str(word) for word in words]
+        shown = ["python" if word == sys.executable else word for word in words]
+        print("$ " + shlex.join(shown).replace("python -m accelerate.commands.launch", "accelerate launch"), flush=True)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        done = subprocess.run(words, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+
+    def _say(self, text: str) -> None:
+        print(f"\n== {text} ({time.monotonic() - self.started:.0f} s)", flush=True)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    kind = "**synthetic** radiographs" if report["synthetic"] else "radiographs"
+    counts = ", ".join(f"{count} {split}" for split, count in report["images"].items())
+    lines = [
+        "# MLVICX quick start",
+        "",
+        f"Data: {report['data']}; {kind}: {counts} images. Seed {report['seed']}.",
+        "Research use only; not a medical device.",
+        "",
+    ]
+    for protocol, title in PROTOCOLS.items():
+        if protocol in report:
+            lines += [f"## {title.capitalize()}: AUROC on held-out patients (test)", "", *_table(report[protocol]), ""]
+    rank = report["rankme"]
+    lines += [
+        f"RankMe of the {rank['split']} features: {rank['value']:.1f} of {rank['of']}.",
+        "",
+        f'Backbone: `AutoModel.from_pretrained("{report["model"]}")`',
+        "",
+        "![loss curve](loss.png)",
+        "",
+        "![two views](views.png)",
+    ]
+    if "neighbours" in report:
+        lines += ["", "## Nearest neighbours", "", f"![nearest neighbours]({report['neighbours']})"]
+    return "\n".join(lines) + "\n"
+
+
+def _table(results: dict[str, Any]) -> list[str]:
+    rows = ["| label | pretrained | random weights |", "|---|---|---|"]
+    for label in results["pretrained"]["auroc"]:
+        rows.append(f"| {label} | " + " | ".join(_number(results[s]["auroc"][label]) for s in STARTS) + " |")
+    return [*rows, "| **macro** | " + " | ".join(_number(results[s]["auroc_macro"]) for s in STARTS) + " |"]
+
+
+def _number(value: float | str) -> str:
+    return NOT_SCORED if isinstance(value, str) else f"{value:.3f}"
+
+
+def main() -> None:
+    """The command behind `scripts/quickstart.sh`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="your own folder of radiographs; synthetic ones otherwise")
+    parser.add_argument("--metadata", type=Path, help="table of that folder; by default metadata.csv in it, if any")
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder of the report")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pretraining_images", type=int, default=8500, help="images seen in pretraining")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    Quickstart(**vars(arguments)).run()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Whatever turns images into features: saved models, start weights, other libraries' weights."""

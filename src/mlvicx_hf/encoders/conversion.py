@@ -1,0 +1,351 @@
+"""Weights made elsewhere to folders of this package: the authors' checkpoints, and plain ResNets such as ImageNet's.
+
+The format is recognised by its keys. Nothing is guessed and nothing left over: every key of the file has its place in
+the model and every weight of the model comes from the file, or it is an error that names the keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import re
+import struct
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import check_output, new_folder
+from mlvicx_hf.common.text import some
+from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForPreTraining, MLVICXModel, MLVICXPreTrainedModel
+
+# By the blocks of the four stages, and whether they are bottlenecks.
+BACKBONES: dict[tuple[tuple[int, ...], bool], str] = {
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+    ((3, 8, 36, 3), True): "resnet152",
+}
+# The authors keep the ResNet's modules in a Sequential.
+SEQUENTIAL = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+GLOBAL_EXPANDER = "projetion"  # sic
+MULTI_LEVEL_EXPANDER = "resize_project.conv_head.projection"
+NUM_LEVELS = 5
+CLASSIFIER = ("fc.weight", "fc.bias")  # of a plain ResNet
+# The mean of ImageNet's constants over red, green and blue, in which both formats were normalised.
+IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226
+# What the readers raise for a file that is cut short, altered or of another kind: a safe unpickler checks little else.
+UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    struct.error,
+    LookupError,
+    AssertionError,
+    TypeError,
+    ValueError,
+)
+# Functions that the authors' optimiser keeps in its state. They are not looked up: `_nothing` stands in for them.
+OPTIMIZER_FUNCTIONS = ("builtins.getattr", "trainer.mlvicx_trainer.MLVICXTrainer")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Content of a `.safetensors` file, or of one that torch.save wrote; code in it is refused and never runs.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is damaged, holds more than tensors and plain values, or is no dictionary.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} found; expected a checkpoint, a file that exists")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        allowed = torch.serialization.safe_globals([(_nothing, name) for name in OPTIMIZER_FUNCTIONS])
+        with allowed, warnings.catch_warnings(action="ignore"):  # about odd pickles, which end in an error anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code is not None:
+            raise UserError(f"{path} refused: {code[1]} found in it; expected tensors and plain values") from error
+        raise UserError(f"{path}: a damaged file or none of weights; expected a whole .pth or .safetensors") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {type(content).__name__} found; expected a dictionary of weights")
+    return content
+
+
+def _nothing(*_: Any) -> None:
+    """Stand-in for what a checkpoint names besides its weights."""
+
+
+def recognise(content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """Format of a checkpoint and its weights.
+
+    Returns:
+        "official" with the authors' keys (`encoder.0.weight`, …), from `{"online": …}` or from the training
+        dictionary's `model`; or "resnet" with `conv1.weight`, ….
+
+    Raises:
+        ValueError: neither of them.
+    """
+    keys = some(map(str, content), 3)
+    if "online" in content:
+        return "official", _tensors(content["online"], "online")
+    if "model" in content:
+        state = _tensors(content["model"], "model")
+        strange = [key for key in state if not key.startswith("encoder.")]
+        if strange:
+            raise UserError(
+                f"{some(strange, 3)} found in 'model'; expected the authors' keys, which begin with encoder."
+            )
+        return "official", {key.removeprefix("encoder."): value for key, value in state.items()}
+    if "conv1.weight" in content:
+        return "resnet", _tensors(content, "a ResNet")
+    raise UserError(f"keys {keys or 'none'} found; expected 'online' or 'model' (the authors'), or conv1.weight, …")
+
+
+def _tensors(state: Any, where: str) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping):
+        raise UserError(f"{type(state).__name__} found in {where!r}; expected a dictionary of weights")
+    strange = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise UserError(f"{some(strange, 3)} found in {where!r}; expected tensors")
+    return dict(state)
+
+
+# -- the authors' checkpoints ------------------------------------------------------------------------------------------
+
+
+def convert_official(state: Mapping[str, Tensor]) -> tuple[MLVICXConfig, dict[str, Tensor]]:
+    """The authors' weights to those of `MLVICXForPreTraining`, which then computes the same (section III of the paper).
+
+    The level projections lie side by side in one convolution. Biases that a batch normalisation follows go into its
+    running mean, computed in float64: exactly the same in evaluation, and in training they cancel.
+
+    Args:
+        state: the authors' keys, from `encoder.0.weight` to `resize_project.convs.4.bias`.
+
+    Returns:
+        Configuration, its sizes read off the tensors and its constants the authors'; weights, in the types of `state`.
+
+    Raises:
+        ValueError: keys that are missing, left over or of another shape.
+    """
+    config = _official_config(state)
+    ours = _empty_state(MLVICXForPreTraining, config)
+    projection = ours.pop("aggregator.projection.weight")
+    names = {key: _official_name(key) for key in ours}
+    linears = [key for key in ours if "expander" in key and ours[key].ndim == 2]
+    levels = [f"resize_project.convs.{level}.weight" for level in range(NUM_LEVELS)]
+    expected = {names[key]: value.shape for key, value in ours.items()}
+    expected |= {_bias(names[key]): ours[key].shape[:1] for key in linears}
+    for level, key in enumerate(levels):
+        channels = ours[f"mlvicx.context.{level}.channel.2.weight"].shape[0]
+        expected |= {key: torch.Size([projection.shape[0], channels, 1, 1]), _bias(key): projection.shape[:1]}
+    _check_keys(state, expected, config.backbone)
+
+    weights = {key: _take(state, name) for key, name in names.items()}
+    weights["aggregator.projection.weight"] = torch.cat([_take(state, key) for key in levels], 1)
+    shifts = {key: _take(state, _bias(names[key])).double() for key in linears}
+    # The bias of u reaches the first layer of h once for every cell of the grid.
+    bias = torch.stack([_take(state, _bias(key)).double() for key in levels]).sum(0)
+    first = "multi_level_expander.0.weight"
+    shifts[first] += weights[first].double() @ bias.repeat_interleave(config.aggregation_size**2)
+    for key, shift in shifts.items():
+        expander, layer, _ = key.split(".")
+        mean = f"{expander}.{int(layer) + 1}.running_mean"
+        weights[mean] = (weights[mean].double() - shift).to(weights[mean].dtype)
+    return config, weights
+
+
+def _official_config(state: Mapping[str, Tensor]) -> MLVICXConfig:
+    hidden, channels, *_ = _shape(state, "cbt1.cam.fc.0.weight", 4)
+    aggregation_channels = _shape(state, "resize_project.convs.0.weight", 4)[0]
+    inputs = _shape(state, f"{MULTI_LEVEL_EXPANDER}.2.weight", 2)[1]
+    return MLVICXConfig(
+        backbone=_backbone_name(state, [f"encoder.{SEQUENTIAL[f'layer{i}']}." for i in range(1, 5)]),
+        num_channels=_shape(state, "encoder.0.weight", 4)[1],
+        context_reduction=channels // max(1, hidden),
+        aggregation_size=math.isqrt(inputs // max(1, aggregation_channels)),
+        aggregation_channels=aggregation_channels,
+        aggregation_resize=64,
+        expander_dims=[_shape(state, f"{GLOBAL_EXPANDER}.l{i}.0.weight", 2)[0] for i in (1, 2, 3)],
+        expander_final_norm=True,
+        invariance_weight=25.0,
+        variance_weight=25.0,
+        covariance_weight=1.0,
+        multi_level_weight=1.0,
+        variance_epsilon=1e-4,
+        invariance_reduction="mean",
+    )
+
+
+def _official_name(key: str) -> str:
+    """The authors' key of one of ours."""
+    match key.split("."):
+        case ["mlvicx", "backbone", module, *rest]:
+            return ".".join(["encoder", SEQUENTIAL[module], *rest])
+        case ["mlvicx", "context", level, "channel", layer, leaf]:
+            return f"cbt{int(level) + 1}.cam.fc.{layer}.{leaf}"
+        case ["mlvicx", "context", level, "spatial", leaf]:
+            return f"cbt{int(level) + 1}.sam.conv1.{leaf}"
+        case ["global_expander", layer, leaf]:  # linear, normalisation, ReLU: three modules a layer
+            return f"{GLOBAL_EXPANDER}.l{int(layer) // 3 + 1}.{int(layer) % 3}.{leaf}"
+        case ["multi_level_expander", layer, leaf]:  # behind pooling and flattening
+            return f"{MULTI_LEVEL_EXPANDER}.{int(layer) + 2}.{leaf}"
+        case _:
+            raise AssertionError(f"{key} has no counterpart in the authors' checkpoints")
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+# -- plain ResNets -----------------------------------------------------------------------------------------------------
+
+
+def convert_resnet(state: Mapping[str, Tensor], num_channels: int = 1) -> tuple[MLVICXConfig, dict[str, Tensor]]:
+    """A ResNet of torchvision or timm, whose keys are the same, to the weights of `MLVICXModel` without context.
+
+    Args:
+        state: `conv1.weight`, …; the classifier (`fc.*`) is left out.
+        num_channels: 1 sums the first kernels over their input channels, which computes the same from a grey image
+            as the original from the image copied to all channels; the file's number keeps them.
+
+    Raises:
+        ValueError: keys that are missing, left over or of another shape, or channels that the file does not have.
+    """
+    given = _shape(state, "conv1.weight", 4)[1]
+    if num_channels not in (1, given):
+        raise UserError(f"num_channels={num_channels} found; expected 1 or the {given} of conv1.weight")
+    name = _backbone_name(state, [f"layer{i}." for i in range(1, 5)])
+    config = MLVICXConfig(backbone=name, num_channels=num_channels, use_context=False)
+    state = {key: value for key, value in state.items() if key not in CLASSIFIER}
+    ours = _empty_state(MLVICXModel, config)
+    expected = {key.removeprefix("backbone."): value.shape for key, value in ours.items()}
+    stem = expected["conv1.weight"]
+    _check_keys(state, expected | {"conv1.weight": torch.Size([stem[0], given, *stem[2:]])}, name)
+    weights = {key: _take(state, key.removeprefix("backbone.")) for key in ours}
+    if num_channels != given:
+        kernels = weights["backbone.conv1.weight"]
+        weights["backbone.conv1.weight"] = kernels.sum(1, keepdim=True, dtype=torch.float64).to(kernels.dtype)
+    return config, weights
+
+
+# -- both --------------------------------------------------------------------------------------------------------------
+
+
+def _shape(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+    """Shape of a weight from which a size of the network is read."""
+    if key not in state:
+        raise UserError(f"no {key} found; expected a weight of {dimensions} dimensions")
+    if state[key].ndim != dimensions:
+        raise UserError(f"{key} of shape {tuple(state[key].shape)} found; expected {dimensions} dimensions")
+    return tuple(state[key].shape)
+
+
+def _backbone_name(keys: Iterable[str], stages: Sequence[str]) -> str:
+    """Name of the ResNet by the blocks below the stages' prefixes."""
+    keys = list(keys)
+    blocks = tuple(len({k.removeprefix(s).split(".")[0] for k in keys if k.startswith(s)}) for s in stages)
+    bottleneck = any(key.startswith(tuple(stages)) and ".conv3." in key for key in keys)
+    if (blocks, bottleneck) not in BACKBONES:
+        kind = "bottleneck" if bottleneck else "basic"
+        raise UserError(f"stages of {blocks} {kind} blocks found; expected one of {', '.join(BACKBONES.values())}")
+    return BACKBONES[blocks, bottleneck]
+
+
+def _empty_state(model_class: type[MLVICXPreTrainedModel], config: MLVICXConfig) -> dict[str, Tensor]:
+    """Keys and shapes of a model's weights, without values."""
+    with torch.device("meta"):
+        return dict(model_class(config).state_dict())
+
+
+def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], backbone: str) -> None:
+    """Refuse anything but exactly these keys and shapes; only counters of batches may be absent."""
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    strange = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} {tuple(state[key].shape)}, expected {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
+    groups = {"missing": missing, "not expected": strange, "of another shape": shapes}
+    found = [f"{len(keys)} {kind} ({some(keys, 3)})" for kind, keys in groups.items() if keys]
+    if found:
+        raise UserError(f"weights that do not fit {backbone} found: {'; '.join(found)}")
+
+
+def _take(state: Mapping[str, Tensor], key: str) -> Tensor:
+    """A copy of one weight; a counter of batches that is absent starts at 0."""
+    return state[key].detach().clone(memory_format=torch.contiguous_format) if key in state else torch.tensor(0)
+
+
+def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None) -> str:
+    """Convert a file to a folder with model and image processor, which is written whole or not at all.
+
+    Both formats were trained on images normalised by ImageNet's constants, each channel by its own. The image
+    processor, which has one constant for all channels, gets their means, 0.449 and 0.226: what a channel sees differs
+    from its training by at most 0.2. It squashes images to the square for the authors' weights, as their code did.
+
+    Args:
+        path: the authors' checkpoint, or a ResNet's state dictionary, `.pth` or `.safetensors`.
+        output: folder, absent or empty.
+        num_channels: of a ResNet, see `convert_resnet`; None for 1. An official checkpoint says its own.
+
+    Returns:
+        What was converted, in one line.
+
+    Raises:
+        FileExistsError: an output that is a file or a folder that is not empty.
+        ValueError: a file that does not fit, named with its keys.
+    """
+    check_output(output)
+    content = read_checkpoint(path)
+    model_class: type[MLVICXPreTrainedModel]
+    try:
+        kind, state = recognise(content)
+        if kind == "official":
+            if num_channels is not None:
+                raise UserError(f"num_channels={num_channels} found; an official checkpoint says its own")
+            model_class, (config, weights), fit = MLVICXForPreTraining, convert_official(state), "squash"
+        else:
+            model_class, (config, weights), fit = MLVICXModel, convert_resnet(state, num_channels or 1), "pad"
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        model = model_class(config)
+    model.load_state_dict(weights, assign=True)
+    processor = MLVICXImageProcessor(config.image_size, config.num_channels, IMAGENET_MEAN, IMAGENET_STD, fit)
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    dropped = [key for key in CLASSIFIER if kind == "resnet" and key in state]
+    left_out = f"; left out: {', '.join(dropped)}" if dropped else ""
+    return f"{output}: {model_class.__name__}, {config.backbone}, {config.num_channels} channel(s){left_out}"
+
+
+def main() -> None:
+    """Command line of `scripts/convert_official_checkpoint.py`."""
+    parser = argparse.ArgumentParser(
+        description="Convert the authors' MLVICX checkpoint, or a plain ResNet of torchvision or timm, to a folder "
+        "for from_pretrained. The keys tell which of them it is."
+    )
+    parser.add_argument("checkpoint", type=Path, help="file of weights: .pth or .safetensors")
+    parser.add_argument("output_dir", type=Path, help="folder to write, absent or empty")
+    parser.add_argument(
+        "--num_channels", type=int, help="of a plain ResNet: 1 (default) for grey images, 3 keeps the first kernels"
+    )
+    arguments = parser.parse_args()
+    print(convert_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.num_channels))

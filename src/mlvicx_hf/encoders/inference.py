@@ -1,0 +1,107 @@
+"""A saved model in evaluation mode, with a record of where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import sha256
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.integrity_mlvicx import SUMS
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXModel
+
+from .loading import check_source, load_model, saved_class
+
+WEIGHTS = "model*.safetensors"  # one file, or shards
+FILES = ["*.json", WEIGHTS, SUMS]  # of a repository; no code
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, and where it came from.
+
+    Attributes:
+        source: folder or Hub name.
+        revision: commit on the Hub; None for a folder.
+        model: in float32; an encoder alone is a `MLVICXModel`.
+        processor: its image processor.
+        weights: SHA-256 hash of every weights file by name.
+        labels: names of the head's outputs, in their order.
+    """
+
+    source: str
+    revision: str | None
+    model: Any
+    processor: MLVICXImageProcessor
+    weights: dict[str, str]
+    labels: list[str]
+
+
+def load(source: str, revision: str | None = None, device: str | torch.device = "cpu") -> LoadedModel:
+    """Load a saved model by the installed classes, whatever code its repository holds.
+
+    Args:
+        source: folder or Hub name.
+        revision: branch, tag or commit on the Hub.
+        device: where the model goes.
+
+    Raises:
+        ValueError: a model of another type, whose weights do not fit its configuration, or whose labels repeat.
+        OSError: files that are absent, damaged or not reachable.
+    """
+    folder = _folder(check_source(source), revision)
+    saved = saved_class(folder)
+    headless = saved not in (MLVICXForImageClassification, MLVICXForSemanticSegmentation)
+    loaded: Any = load_model(folder, MLVICXModel if headless else saved)
+    model, processor = loaded
+    labels = [] if headless else [model.config.id2label[i] for i in range(model.num_labels)]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{source}: labels {', '.join(labels)} found; expected each name once")
+    weights = {path.name: sha256(path) for path in sorted(folder.glob(WEIGHTS))}
+    commit = None if Path(source).is_dir() else folder.name
+    return LoadedModel(source, commit, model.to(device, torch.float32).eval(), processor, weights, labels)
+
+
+def _folder(source: str, revision: str | None) -> Path:
+    """Where a model's files lie: its own folder, or the Hub's cache of one commit."""
+    if not Path(source).is_dir():
+        try:
+            return Path(snapshot_download(source, revision=revision, allow_patterns=FILES, ignore_patterns="*/*"))
+        except OSError as error:
+            raise OSError(f"{source}: not found here, nor on the Hub: {error}") from error
+    if revision is not None:
+        raise UserError(f"revision={revision!r} of the folder {source} found; only models on the Hub have revisions")
+    if not any(Path(source).glob(WEIGHTS)):
+        raise FileNotFoundError(f"{source} holds no {WEIGHTS}; expected the weights of a saved model")
+    return Path(source)
+
+
+def infer(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Tensor]:
+    """One forward pass in float32.
+
+    Args:
+        loaded: the model.
+        pixels: [R, C, S, S].
+        embed: embeddings are wanted.
+
+    Returns:
+        Logits [R, …] of the head, and embeddings [R, C] on the CPU; an empty tensor [R, 0] for what there is not.
+
+    Raises:
+        FloatingPointError: results that are not finite.
+    """
+    nothing = torch.empty(len(pixels), 0)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        output = loaded.model(pixels.to(loaded.model.device), output_hidden_states=embed)
+        logits = nothing if isinstance(loaded.model, MLVICXModel) else output.logits
+        # what `pooler_output` is, which the heads do not pass on
+        embeddings = loaded.model.base_model.pool(output.hidden_states).cpu() if embed else nothing
+    if not (logits.isfinite().all() and embeddings.isfinite().all()):
+        raise FloatingPointError(f"{loaded.source} gives values that are not finite; expected a trained model")
+    return logits, embeddings

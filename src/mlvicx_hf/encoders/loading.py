@@ -1,0 +1,107 @@
+"""Models by the name or folder that a user gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.models import modeling_mlvicx
+from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.modeling_mlvicx import MLVICXModel, MLVICXPreTrainedModel
+
+
+def check_source(source: str) -> str:
+    """Refuse a path that does not exist before the Hub client takes it for the name of a repository.
+
+    Args:
+        source: folder or Hub name ("name" or "organisation/name").
+
+    Returns:
+        The source.
+
+    Raises:
+        FileNotFoundError: a path, by its looks, at which there is no model.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{source} holds no config.json; expected the folder of a saved model")
+    if not path.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source):
+        raise FileNotFoundError(f"{source!r} found; expected a folder that exists, or a name on the Hub")
+    return source
+
+
+def saved_class(source: str | Path) -> type[MLVICXPreTrainedModel]:
+    """The class that a saved model's configuration names as its architecture.
+
+    Raises:
+        ValueError: a model of another type, or a class that is not of this package.
+    """
+    values, _ = MLVICXConfig.get_config_dict(check_source(str(source)))
+    model_type = values.get("model_type")
+    if model_type != MLVICXConfig.model_type:
+        raise UserError(f"{source}: a model of type {model_type!r} found; expected {MLVICXConfig.model_type!r}")
+    names = [name for name in modeling_mlvicx.__all__ if name != MLVICXPreTrainedModel.__name__]
+    found = values.get("architectures") or []
+    if len(found) != 1 or found[0] not in names:
+        raise UserError(f"{source}: architectures={found} found; expected one of {', '.join(names)}")
+    return getattr(modeling_mlvicx, found[0])
+
+
+def load_model(
+    source: str | Path, model_class: type[MLVICXPreTrainedModel] | None = None
+) -> tuple[MLVICXPreTrainedModel, MLVICXImageProcessor]:
+    """A saved model, whole, and its image processor.
+
+    Args:
+        source: folder or Hub name.
+        model_class: by default the class that was saved, but the encoder of a pretraining run.
+
+    Returns:
+        The model in evaluation mode and the type of its weights, and the image processor.
+
+    Raises:
+        OSError: no model, damaged weights, or no image processor beside them.
+        ValueError: a model of another type, weights that lack some of the class's, or an image processor that does not
+            fit the model.
+    """
+    saved = saved_class(source)
+    if model_class is None:
+        model_class = MLVICXModel if saved is modeling_mlvicx.MLVICXForPreTraining else saved
+    model, loading = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
+    expected = f"expected all of a {model_class.__name__} with {len(model.config.id2label)} label(s)"
+    mismatched = sorted(loading["mismatched_keys"])
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise UserError(f"{source}: weight {name} of shape {tuple(found)} found, not {tuple(wanted)}; {expected}")
+    missing, unknown = loading["missing_keys"], loading["unexpected_keys"]
+    if missing:
+        count = f"{len(missing)} of {len(model.state_dict())}"
+        raise UserError(f"{source}: weights without {count} tensors found, such as {min(missing)}; {expected}")
+    if unknown:
+        raise UserError(f"{source}: weights with {len(unknown)} more tensors found, such as {min(unknown)}; {expected}")
+    return model, load_image_processor(source, model.config)
+
+
+def load_image_processor(source: str | Path, config: MLVICXConfig) -> MLVICXImageProcessor:
+    """The image processor saved beside a model.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: one of another class, or with other channels than the model.
+    """
+    if cached_file(str(source), IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is None:
+        raise FileNotFoundError(f"{source} holds no {IMAGE_PROCESSOR_NAME}; expected the model's image processor")
+    values, _ = MLVICXImageProcessor.get_image_processor_dict(source)
+    found = values.get("image_processor_type")
+    if found != MLVICXImageProcessor.__name__:
+        raise UserError(f"{source}: image processor {found} found; expected {MLVICXImageProcessor.__name__}")
+    processor = MLVICXImageProcessor.from_pretrained(source)
+    if processor.num_channels != config.num_channels:
+        raise UserError(
+            f"{source}: image processor with num_channels={processor.num_channels} found; "
+            f"expected {config.num_channels}, as the model's"
+        )
+    return processor

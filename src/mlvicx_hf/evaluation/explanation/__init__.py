@@ -1,0 +1,1 @@
+"""Where a classifier looks: heat maps, drawn and scored."""

@@ -1,0 +1,445 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""What classifiers look at: Grad-CAM heat maps of the images of a prepared cache, drawn and scored."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlvicx_hf.common.errors import MissingExtraError, UserError
+from mlvicx_hf.common.files import new_folder, write_json
+from mlvicx_hf.common.machine import choose_device, describe_hardware, use_cpu_threads
+from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.common.text import NOTICE
+from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.data.vocabulary import match
+from mlvicx_hf.encoders.inference import LoadedModel
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
+from mlvicx_hf.scoring.metrics import NOT_SCORED
+
+from ..overlap import check_overlap, read_training
+from ..transfer import load_classifier
+from .localization import Localization, Subject, chance, find_subject, localize, summarize
+from .overlays import Panel, draw_grid, draw_overlay
+
+RESULTS = "explanations.json"
+
+logger = logging.getLogger(__name__)
+
+
+def check_libraries() -> None:
+    """Refuse to start without what heat maps need.
+
+    Raises:
+        ImportError: naming what is missing, and the extra that brings it.
+    """
+    for name in ("captum", "matplotlib"):
+        if find_spec(name) is None:
+            raise MissingExtraError(f'heat maps need {name}: pip install "mlvicx-hf[explain]"')
+
+
+# Heat maps
+
+
+def grad_cam(
+    model: MLVICXForImageClassification, pixel_values: Tensor, target: int, size: int, level: int | None = None
+) -> Tensor:
+    """Grad-CAM (arXiv 1610.02391) of one logit on the refined map of a level.
+
+    Args:
+        model: in evaluation mode; frozen weights spare their gradients.
+        pixel_values: [B, num_channels, S, S].
+        target: output whose logit is explained.
+        size: side of the heat maps in pixels.
+        level: of the encoder, 0 the finest; by default the last.
+
+    Returns:
+        [B, size, size], float32 of 0 or more, on the CPU.
+
+    Raises:
+        ImportError: without captum.
+        ValueError: a level that the encoder does not have.
+        FloatingPointError: a heat map that is not finite.
+    """
+    check_libraries()
+    from captum.attr import LayerGradCam
+
+    method = LayerGradCam(lambda pixels: model(pixels).logits, find_layer(model, level))
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        heat = method.attribute(pixel_values.detach().requires_grad_(), target=target, relu_attributions=True)
+    if not heat.isfinite().all():
+        raise FloatingPointError("a heat map with values that are not finite found; expected a trained model")
+    return F.interpolate(heat.detach(), (size, size), mode="bilinear", align_corners=False)[:, 0].cpu()
+
+
+def find_layer(model: MLVICXForImageClassification, level: int | None) -> nn.Module:
+    """The module whose output is the refined map of a level, by default the last.
+
+    Raises:
+        ValueError: a level that the encoder does not have.
+    """
+    layers = model.mlvicx.context
+    if level is not None and not 0 <= level < len(layers):
+        raise UserError(f"level={level} found; {model.config.backbone} has levels 0 to {len(layers) - 1}, or last")
+    return layers[len(layers) - 1 if level is None else level]
+
+
+def heat_maps(
+    loaded: LoadedModel, images: Any, rows: Sequence[int], target: int, size: int, level: int | None, batch_size: int
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Some rows of a cache's split, in order, each with its heat map [size, size]."""
+    for start in range(0, len(rows), batch_size):
+        batch = [images[row] for row in rows[start : start + batch_size]]
+        pixels = loaded.processor([row["image"] for row in batch])["pixel_values"].to(loaded.model.device)
+        # The images are squares, whatever `fit` says: the way back is a mere resize.
+        yield from zip(batch, grad_cam(loaded.model, pixels, target, size, level).numpy(), strict=True)
+
+
+# What is explained
+
+
+def find_outputs(loaded: LoadedModel, cache: Cache) -> dict[str, int]:
+    """Label of a cache → output of a model that means the same; not for findings that are a union of several."""
+    matching = match(read_training(loaded).collection, loaded.labels, cache.manifest["collection"], cache.label_names)
+    alone = [found for found in matching.matches if len(found.model_columns) == len(found.data_columns) == 1]
+    return {cache.label_names[found.data_columns[0]]: found.model_columns[0] for found in alone}
+
+
+def choose_findings(
+    cache: Cache, split: str, outputs: Mapping[str, Mapping[str, int]], wanted: Sequence[str] | None = None
+) -> list[str]:
+    """The findings that are explained.
+
+    Args:
+        cache: with the split.
+        split: its name.
+        outputs: model → what `find_outputs` gives.
+        wanted: labels of the cache; by default all that every model knows and some image shows.
+
+    Raises:
+        ValueError: a finding that the cache or a model does not know, or that no image shows.
+    """
+    images, names = cache.datasets[split], cache.label_names
+    labels = np.array(images["labels"], dtype=np.float64).reshape(len(images), len(names))
+    shown = dict(zip(names, (labels == 1).any(0).tolist(), strict=True))
+    common = [name for name in names if all(name in known for known in outputs.values())]
+    chosen = [name for name in common if shown[name]] if wanted is None else list(dict.fromkeys(wanted))
+    unknown = [name for name in chosen if name not in common]
+    if unknown or not common:
+        raise UserError(
+            f"{'findings ' + ', '.join(unknown) if unknown else 'no finding in common'} found; {cache.path} has "
+            f"{', '.join(names) or 'no labels'}, and all models know {', '.join(common) or 'none'} of these"
+        )
+    absent = [name for name in chosen or common if not shown[name]]
+    if absent:
+        raise UserError(f"{cache.path}: no image of {split} with {' or '.join(absent)} found; expected one or more")
+    return chosen
+
+
+# All of it
+
+
+@dataclass
+class HeatMaps:
+    """What one model's heat maps of a finding gave.
+
+    Attributes:
+        drawn: the first of them.
+        sources: names of their images.
+        empty: how many are zero everywhere.
+        scores: of those whose region is known.
+        chances: likewise.
+        patients: likewise.
+    """
+
+    drawn: list[Panel] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    empty: int = 0
+    scores: list[Localization] = field(default_factory=list)
+    chances: list[Localization] = field(default_factory=list)
+    patients: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """What is the same for all findings; see `explain`.
+
+    Attributes:
+        models: by name.
+        outputs: model → what `find_outputs` gives.
+        images: split of a cache.
+        level: whose refined map is explained.
+        max_images: that are drawn.
+        score: whether the maps of images with a known region are scored.
+        tolerance: of the pointing game.
+        batch_size: images a pass.
+    """
+
+    models: Mapping[str, LoadedModel]
+    outputs: Mapping[str, Mapping[str, int]]
+    images: Any
+    level: int | None
+    max_images: int
+    score: bool
+    tolerance: float
+    batch_size: int
+
+    def rows(self, subject: Subject) -> tuple[int, ...]:
+        """Those of a finding's images that are explained: the first are drawn, all with a known region scored."""
+        return subject.rows[: max(self.max_images, subject.located if self.score else 0)]
+
+    def explain(self, subject: Subject, folder: Path, bar: Any) -> dict[str, Any]:
+        """Draw and score the heat maps of a finding.
+
+        Args:
+            subject: the finding and its images.
+            folder: for the pictures.
+            bar: goes on by one a heat map.
+
+        Returns:
+            What `explanations.json` says of the finding.
+        """
+        name = quote(subject.finding, safe=" ")
+        (folder / name).mkdir()
+        done = {model: self._explain_by(model, subject, folder / name, bar) for model in self.models}
+        first = next(iter(done.values()))
+        if first.drawn:
+            draw_grid(folder / f"grid_{name}.png", subject.finding, {model: maps.drawn for model, maps in done.items()})
+        found = {
+            "images": len(subject.rows),
+            "located": subject.located,
+            "explained": len(self.rows(subject)),
+            "pictures": first.sources,
+            "empty_maps": {model: maps.empty for model, maps in done.items()},
+        }
+        if not self.score:
+            return found
+        if not first.scores:
+            return found | {"scores": NOT_SCORED}
+        scores = {model: np.array(maps.scores) for model, maps in done.items()}
+        patients = np.array(first.patients)
+        return found | {"patients": len(set(first.patients))} | summarize(scores, np.array(first.chances), patients)
+
+    def _explain_by(self, model: str, subject: Subject, folder: Path, bar: Any) -> HeatMaps:
+        maps, loaded, output = HeatMaps(), self.models[model], self.outputs[model][subject.finding]
+        rows = self.rows(subject)
+        for row, heat in heat_maps(loaded, self.images, rows, output, subject.size, self.level, self.batch_size):
+            region = subject.region(row)
+            maps.empty += not heat.any()
+            if len(maps.drawn) < self.max_images:
+                maps.drawn.append(Panel(np.asarray(row["image"]), region, heat))
+                maps.sources.append(row["source"])
+                image = row["source"].split(":", 1)[-1]  # without the collection
+                draw_overlay(folder / f"{quote(image, safe=' ')}_{quote(model, safe=' ')}.png", maps.drawn[-1])
+            if self.score and region is not None:
+                maps.scores.append(localize(heat, region, self.tolerance))
+                maps.chances.append(chance(region, self.tolerance))
+                maps.patients.append(row["patient_id"])
+            bar.update()
+        return maps
+
+
+def explain(
+    models: Mapping[str, str],
+    dataset: str | Path,
+    output: str | Path,
+    *,
+    split: str = "test",
+    level: int | None = None,
+    findings: Sequence[str] | None = None,
+    mask_name: str | None = None,
+    max_images: int = 8,
+    score: bool = False,
+    tolerance: float = 0,
+    batch_size: int = 16,
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Explain what classifiers see in the images that show a finding, without random transforms.
+
+    Images that a model was trained on are explained, too, with a warning that is recorded.
+
+    Args:
+        models: name → folder or Hub name of a classifier; labels are matched by `data.vocabulary`.
+        dataset: cache written by `prepare_data.py`.
+        output: folder for pictures and `explanations.json`, written as a whole or not at all.
+        split: of the cache.
+        level: whose refined map is explained, 0 the finest; by default the last.
+        findings: labels of the cache; by default all that every model knows and some image shows.
+        mask_name: structure of the masks that is the one finding, if it has another name.
+        max_images: that are drawn for each finding, those with a known region first.
+        score: compare the heat maps with the true regions, on all images that have one.
+        tolerance: pixels of the cache by which a map's maximum may miss the region.
+        batch_size: images a pass.
+        device: of torch; by default a GPU where there is one.
+        progress: show a bar.
+
+    Returns:
+        The content of `explanations.json`.
+
+    Raises:
+        ImportError: without captum or matplotlib.
+        FileExistsError: an output that is there already.
+        ValueError: arguments, models, labels or masks that do not fit, no image of a finding, or none to score.
+        OSError: a model or cache that is absent or damaged.
+        FloatingPointError: a model whose heat maps are not finite.
+    """
+    check_libraries()
+    if not models or batch_size < 1 or max_images < 0 or not tolerance >= 0:
+        raise UserError(
+            f"{len(models)} models, batch_size={batch_size}, max_images={max_images}, tolerance={tolerance} found; "
+            "expected at least 1, 1, 0 and 0"
+        )
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; expected a folder that is not")
+    cache = load_cache(dataset, [split])
+    loaded = {name: load_classifier(source, None, device) for name, source in models.items()}
+    for each in loaded.values():
+        find_layer(each.model, level)  # refuses a level that is not there
+        _warn_of_one_pixel(each, level)
+        each.model.requires_grad_(False)
+    outputs = {name: find_outputs(each, cache) for name, each in loaded.items()}
+    seen = {name: check_overlap(read_training(each), cache, split, True, progress) for name, each in loaded.items()}
+    chosen = choose_findings(cache, split, outputs, findings)
+    if mask_name is not None and len(chosen) > 1:
+        raise UserError(f"mask_name={mask_name!r} for {', '.join(chosen)} found; expected one finding (--findings)")
+    subjects = [find_subject(cache, split, finding, mask_name) for finding in chosen]
+    if score and not any(subject.located for subject in subjects):
+        raise UserError(
+            f"{cache.path}: no box and no mask of {', '.join(chosen)} found in {split}; expected some to score by"
+        )
+    images = cache.datasets[split]
+    explainer = Explainer(loaded, outputs, images, level, max_images, score, tolerance, batch_size)
+    total = len(loaded) * sum(len(explainer.rows(subject)) for subject in subjects)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(output) as folder, progress_bar(total, "explaining", "map", show=progress) as bar:
+        results = {
+            "task": "explanation",
+            "method": f"Grad-CAM of captum {version('captum')}",
+            "findings": {subject.finding: explainer.explain(subject, folder, bar) for subject in subjects},
+            "models": {name: _describe(each, level) | {"overlap": seen[name]} for name, each in loaded.items()},
+            "data": {"cache": str(dataset), "split": split}
+            | {name: cache.manifest[name] for name in ("collection", "synthetic", "size", "data_hash", "split_hash")},
+            "settings": {
+                "max_images": max_images,
+                "tolerance": tolerance,
+                "mask_name": mask_name,
+                "batch_size": batch_size,
+            },
+            "hardware": describe_hardware(next(iter(loaded.values())).model.device),
+            "code": code_version(),
+            "notice": NOTICE,
+        }
+        write_json(folder / RESULTS, results)
+    return results
+
+
+def _warn_of_one_pixel(loaded: LoadedModel, level: int | None) -> None:
+    reductions = loaded.model.mlvicx.backbone.feature_info.reduction()
+    reduction, size = reductions[-1 if level is None else level], loaded.processor.image_size
+    if size <= reduction:
+        logger.warning(
+            "%s: a level has one pixel of an image of %d: its heat maps cannot point; --level %d can",
+            loaded.source,
+            size,
+            max((i for i, each in enumerate(reductions) if each < size), default=0),
+        )
+
+
+def _describe(loaded: LoadedModel, level: int | None) -> dict[str, Any]:
+    return {
+        "model": loaded.source,
+        "revision": loaded.revision,
+        "weights_sha256": loaded.weights,
+        "level": len(loaded.model.mlvicx.context) - 1 if level is None else level,
+    }
+
+
+# The command
+
+
+def parse_models(words: Sequence[str]) -> dict[str, str]:
+    """Name → folder or Hub name, from NAME=SOURCE.
+
+    Raises:
+        ValueError: another form, or a name for the second time.
+    """
+    models: dict[str, str] = {}
+    for word in words:
+        name, _, source = word.partition("=")
+        if not (name and source):
+            raise UserError(f"--models {word!r} found; expected NAME=FOLDER or NAME=HUB_NAME")
+        if name in models:
+            raise UserError(f"--models {name}={models[name]} and {word} found; expected each name once")
+        models[name] = source
+    return models
+
+
+def _level(text: str) -> int | None:
+    return None if text == "last" else int(text)
+
+
+def _report(results: dict[str, Any]) -> None:
+    """Print the scores of every finding and model."""
+    for finding, found in results["findings"].items():
+        print(f"{finding}: {found['images']} images, {found['located']} with a known region")
+        if found.get("scores", NOT_SCORED) == NOT_SCORED:
+            continue
+        for model, scores in found["scores"].items():
+            values = (
+                f"{score} {value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f}, chance {value['chance']:.3f})"
+                for score, value in scores.items()
+            )
+            print(f"  {model}: {'; '.join(values)}; {found['empty_maps'][model]} empty maps")
+        first = next(iter(found["scores"]))
+        for other, scores in found["differences"].items():
+            values = (
+                f"{score} {value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
+                for score, value in scores.items()
+            )
+            print(f"  {first} over {other}: {'; '.join(values)}")
+
+
+def main() -> None:
+    """The command `scripts/explain.py`."""
+    parser = argparse.ArgumentParser(
+        description="Grad-CAM heat maps of saved classifiers on a prepared cache, and whether they point at findings.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--models", nargs="+", required=True, metavar="NAME=SOURCE", help="folders or Hub names of classifiers"
+    )
+    parser.add_argument("--dataset", required=True, help="cache written by prepare_data.py, labelled")
+    parser.add_argument("--output", required=True, type=Path, help="new folder for pictures and explanations.json")
+    parser.add_argument("--split", default="test", help="of the cache (default test)")
+    parser.add_argument(
+        "--level", type=_level, metavar="last|N", help="whose refined map is explained, 0 the finest (default last)"
+    )
+    parser.add_argument("--findings", nargs="+", help="labels of the cache (default all that the models know)")
+    parser.add_argument("--mask_name", help="structure of the masks that is the finding, if it has another name")
+    parser.add_argument("--max_images", type=int, default=8, help="pictures a finding and model (default 8)")
+    parser.add_argument("--score", action="store_true", help="compare with boxes and masks, with intervals")
+    parser.add_argument("--tolerance", type=float, default=0, help="pixels a maximum may miss a region by (default 0)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a pass (default 16)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default a GPU where there is one)")
+    arguments = vars(parser.parse_args())
+    transformers.utils.logging.disable_progress_bar()  # of loading a file
+    if choose_device(arguments["device"]).type == "cpu":
+        use_cpu_threads()
+    models = parse_models(arguments.pop("models"))
+    _report(explain(models, arguments.pop("dataset"), arguments.pop("output"), **arguments))

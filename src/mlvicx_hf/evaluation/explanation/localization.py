@@ -1,0 +1,216 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Does a heat map point at the finding? True regions, scores against them, intervals by resampling patients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.cache.cache import Cache
+from mlvicx_hf.data.masks import foreground
+from mlvicx_hf.data.vocabulary import normalize
+from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_mean
+
+from ..statistics import Estimate, difference
+
+ROUNDING = 1e-5  # of the maximum: what is this close to it is as high, since interpolation rounds
+
+
+# Where a finding is
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A finding, the images of a split that show it, and where it is in them.
+
+    Attributes:
+        finding: label of the cache.
+        mask_value: of the finding in the masks; None where they do not show it.
+        size: of the cache's images.
+        rows: of the images that show it, those with a known region first.
+        located: number of those.
+    """
+
+    finding: str
+    mask_value: int | None
+    size: int
+    rows: tuple[int, ...] = ()
+    located: int = 0
+
+    def region(self, row: Mapping[str, Any]) -> np.ndarray | None:
+        """Where the finding is in an image: its mask, or else every pixel that its boxes touch.
+
+        Args:
+            row: of the cache.
+
+        Returns:
+            Bool [size, size]; None where it is not known.
+        """
+        if self.mask_value is not None and row["mask"] is not None:
+            region = np.asarray(row["mask"]) == self.mask_value
+            if region.any():
+                return region
+        region = np.zeros((self.size, self.size), dtype=bool)
+        for box in row.get("boxes") or ():
+            if box["label"] == self.finding:
+                rows = slice(math.floor(box["y_min"]), math.ceil(box["y_max"]))
+                region[rows, math.floor(box["x_min"]) : math.ceil(box["x_max"])] = True
+        return region if region.any() else None
+
+
+def find_subject(cache: Cache, split: str, finding: str, mask_name: str | None = None) -> Subject:
+    """Look up which images of a split show a finding, and of which of them it is known where.
+
+    Args:
+        cache: with the split.
+        split: its name.
+        finding: label of the cache.
+        mask_name: structure of the masks that is the finding; by default the one of the same name, if there is one.
+
+    Raises:
+        ValueError: a structure that the masks do not have.
+    """
+    structures = foreground(cache.mask_names)
+    if mask_name is not None and mask_name not in structures:
+        listed = ", ".join(structures) or "nothing"
+        raise UserError(f"mask_name={mask_name!r} found; {cache.path} has masks of {listed}")
+    alike = {normalize(name): value for name, value in structures.items()}
+    value = alike.get(normalize(finding)) if mask_name is None else structures[mask_name]
+    subject = Subject(finding, value, cache.manifest["size"])
+    images, column = cache.datasets[split], cache.label_names.index(finding)
+    shown = [row for row, labels in enumerate(images["labels"]) if labels[column] == 1]
+    truth = images.select_columns(["source", *(name for name in ("mask", "boxes") if name in images.features)])
+    located = [row for row in shown if subject.region(truth[row]) is not None]
+    unknown = sorted(set(shown) - set(located))
+    return replace(subject, rows=(*located, *unknown), located=len(located))
+
+
+# Scores
+
+
+class Localization(NamedTuple):
+    """Scores of one heat map, between 0 and 1.
+
+    Attributes:
+        pointing: pointing game (arXiv 1608.00507): whether the maximum lies in the region.
+        energy: share of the map's sum that lies in the region (arXiv 1910.01279).
+        iou: intersection over union of the region and as many of the map's highest pixels.
+    """
+
+    pointing: float
+    energy: float
+    iou: float
+
+
+def localize(heat: np.ndarray, region: np.ndarray, tolerance: float = 0) -> Localization:
+    """Score a heat map against the region where the finding is.
+
+    Equally high pixels count their share, as if one of them were drawn: a map that is the same everywhere gets exactly
+    what `chance` says. A map that is zero everywhere is a miss, 0 in all scores.
+
+    Args:
+        heat: [H, W], nowhere negative.
+        region: bool [H, W], not empty.
+        tolerance: pixels by which the maximum may miss the region.
+
+    Raises:
+        ValueError: shapes that differ, values that are negative or not finite, or an empty region.
+    """
+    _check(region, tolerance)
+    if heat.shape != region.shape or not np.isfinite(heat).all() or heat.min() < 0:
+        raise UserError(
+            f"a heat map of shape {heat.shape} with values from {heat.min()} to {heat.max()} found; expected "
+            f"{region.shape} as the region, and values of 0 or more"
+        )
+    if not heat.any():
+        return Localization(0, 0, 0)
+    heat = heat.astype(np.float64)
+    peak = heat >= heat.max() * (1 - ROUNDING)
+    size = int(region.sum())
+    lowest = np.partition(heat, -size, axis=None)[-size]  # of as many of the highest pixels as the region has
+    above, level = heat > lowest, heat == lowest
+    common = (above & region).sum() + (size - above.sum()) * level[region].sum() / level.sum()
+    return Localization(
+        pointing=float(_widen(region, tolerance)[peak].mean()),
+        energy=float(heat[region].sum() / heat.sum()),
+        iou=float(common / (2 * size - common)),
+    )
+
+
+def chance(region: np.ndarray, tolerance: float = 0) -> Localization:
+    """What a map that is the same everywhere gets: the region's share a of the image, and a / (2 - a) for IoU.
+
+    Args:
+        region: bool [H, W], not empty.
+        tolerance: as of `localize`.
+    """
+    _check(region, tolerance)
+    area = float(region.mean())
+    return Localization(float(_widen(region, tolerance).mean()), area, area / (2 - area))
+
+
+def _check(region: np.ndarray, tolerance: float) -> None:
+    if region.ndim != 2 or region.dtype != bool or not region.any():
+        raise UserError(
+            f"a region of shape {region.shape}, type {region.dtype} and {region.sum()} pixels found; expected bool "
+            "[H, W] with a pixel or more"
+        )
+    if not tolerance >= 0:
+        raise UserError(f"tolerance={tolerance} found; expected 0 pixels or more")
+
+
+def _widen(region: np.ndarray, tolerance: float) -> np.ndarray:
+    """The region and what is at most so many pixels away from it, [H, W]."""
+    return distance_transform_edt(~region) <= tolerance if tolerance else region
+
+
+def summarize(
+    scores: Mapping[str, np.ndarray], chances: np.ndarray, patients: np.ndarray, samples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Mean scores of every model, and the differences of the first from the others, each with a 95 % interval.
+
+    The interval is the percentile bootstrap over patients, with the same draws for all models.
+
+    Args:
+        scores: [N, 3] of each model: a `Localization` an image, of the same images.
+        chances: [N, 3], what `chance` says of them.
+        patients: of the N images.
+        samples: draws of patients.
+        seed: of the draws.
+
+    Returns:
+        `scores`: model → score → `mean`, `low`, `high`, `chance`; `differences`: other model → score → `difference`
+        (of the first model from it), `low`, `high`.
+    """
+    draws = list(draw_patients(patients, samples, seed))
+    levels = dict(zip(Localization._fields, chances.mean(0).tolist(), strict=True))
+    estimates = {name: _estimate(table, draws) for name, table in scores.items()}
+    (_, first), *others = estimates.items()
+    return {
+        "scores": {
+            name: {score: _describe(found) | {"chance": levels[score]} for score, found in each.items()}
+            for name, each in estimates.items()
+        },
+        "differences": {
+            name: {score: difference(first[score], found) for score, found in other.items()} for name, other in others
+        },
+    }
+
+
+def _estimate(table: np.ndarray, draws: list[np.ndarray]) -> dict[str, Estimate]:
+    """Each column of [N, 3] as an estimate."""
+    return {
+        score: Estimate(np.array([column.mean()]), np.concatenate([weighted_mean(column, w) for w in draws]))
+        for score, column in zip(Localization._fields, table.T, strict=True)
+    }
+
+
+def _describe(found: Estimate) -> dict[str, float]:
+    low, high = found.interval
+    return {"mean": found.value, "low": low, "high": high}

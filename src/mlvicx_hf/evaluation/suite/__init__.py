@@ -1,0 +1,1 @@
+"""A grid of fine-tuning runs from one YAML file, its analysis and its report."""

@@ -1,0 +1,337 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""The report of a suite: `report.html`, which needs nothing else, and its twins `report.md` and `report.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlvicx_hf.common.files import new_file, new_folder, write_json
+from mlvicx_hf.common.provenance import describe_commit
+from mlvicx_hf.common.text import NOTICE
+from mlvicx_hf.scoring.metrics import NOT_SCORED
+
+from .documents import Document
+from .figures import PROTOCOL_NAMES, forest, label_efficiency, reliability
+
+MAIN_SCORES = {
+    "auroc_macro": "AUROC, macro",
+    "auprc_macro": "AUPRC, macro",
+    "accuracy": "accuracy",
+    "dice": "Dice",
+    "dice_positive": "Dice, images that show it",
+}
+CITATION = "Singh, Gorade and Mishra, MLVICX, arXiv 2403.11504"
+
+
+def write_report(report: dict[str, Any], output: Path) -> None:
+    """Write `report.html`, `report.md` with `figures/`, and `report.json`.
+
+    Args:
+        report: as of `suite_analysis.analyse`.
+        output: folder of the suite.
+    """
+    document = compose(report)
+    with new_folder(output / "figures") as folder:
+        for name, png in document.pictures.items():
+            (folder / name).write_bytes(png)
+    for name, text in (("report.md", document.to_markdown()), ("report.html", document.to_html())):
+        with new_file(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    write_json(output / "report.json", report)
+
+
+def describe_briefly(report: dict[str, Any]) -> str:
+    """A line a setting, for the terminal."""
+    lines = []
+    for row in report["settings"]:
+        metric = report["tasks"][row["task"]]["metric"]
+        lines.append(
+            f"{row['task']}, {PROTOCOL_NAMES[row['protocol']]}, {_percent(row)} of the labels, {row['model']}: "
+            f"{MAIN_SCORES.get(metric, metric)} {_score(row['scores'][metric])}"
+        )
+    return "\n".join(lines)
+
+
+def compose(report: dict[str, Any]) -> Document:
+    """The text of a report."""
+    document = Document(report["suite"]["title"])
+    document.paragraph(NOTICE, notice=True)
+    cells = report["cells"]
+    document.paragraph(
+        f"{cells['finished']} of {cells['planned']} runs finished, {len(cells['failed'])} failed. Suite "
+        f"{report['suite']['file']} (SHA-256 {report['suite']['sha256'][:12]}), report by mlvicx_hf "
+        f"{report['code']['mlvicx_hf']}, {_plain(describe_commit(report['code']['commit']))}. Scores are means over "
+        "the runs on the test split, which was looked at once, after validation had chosen epoch and thresholds. "
+        f"Intervals are 95 % bootstrap intervals over patients ({report['suite']['samples']} draws): how far a "
+        "score depends on who was tested. ± is the standard deviation over runs: how far it depends on the training. "
+        "Neither covers the other."
+    )
+    if cells["failed"]:
+        document.table(["failed run", "reason"], [[path, reason] for path, reason in cells["failed"].items()])
+    _add_data(document, report)
+    _add_scores(document, report)
+    _add_comparisons(document, report)
+    for table, rows in report["tables"].items():
+        _add_paper_table(document, table, rows)
+    _add_classes(document, report)
+    _add_calibration(document, report)
+    _add_subgroups(document, report)
+    _add_shortcuts(document, report)
+    return document
+
+
+def _add_data(document: Document, report: dict[str, Any]) -> None:
+    document.heading("Data")
+    rows = []
+    for task, about in report["tasks"].items():
+        train = ", ".join(f"{100 * float(k):g} %: {v['images']:,}" for k, v in about["train"].items())
+        test = f"{about['test']['images']:,} ({about['test']['patients']:,} patients)"
+        data = about["data"]
+        made = ", ".join(_plain(describe_commit(commit)) for commit in about["commits"])
+        collection = data["collection"] + (" (synthetic)" if data["synthetic"] else "")
+        hashes = (data[name][:12] for name in ("data_hash", "split_hash"))
+        rows.append([task, collection, train, f"{about['validation']['images']:,}", test, *hashes, made])
+    document.table(["task", "collection", "train images", "validation", "test", "data", "split", "runs made by"], rows)
+
+
+def _add_scores(document: Document, report: dict[str, Any]) -> None:
+    document.heading("Scores")
+    metrics = {task: about["metric"] for task, about in report["tasks"].items()}
+    document.picture(
+        "label_efficiency.png", label_efficiency(report["settings"], metrics), "Test score over the share of labels"
+    )
+    for task, about in report["tasks"].items():
+        document.heading(task, 3)
+        rows = [row for row in report["settings"] if row["task"] == task]
+        columns = [name for name in MAIN_SCORES if name in rows[0]["scores"]]
+        document.table(
+            ["protocol, labels, model", "runs", *(MAIN_SCORES[name] for name in columns)],
+            [
+                [
+                    _setting(row),
+                    str(row["scores"][about["metric"]]["runs"]),
+                    *(_score(row["scores"][c]) for c in columns),
+                ]
+                for row in rows
+            ],
+        )
+
+
+def _add_comparisons(document: Document, report: dict[str, Any]) -> None:
+    rows = report["comparisons"]
+    if not rows:
+        return
+    document.heading("Differences")
+    document.paragraph(
+        "The interval says how far a difference depends on who was tested. The paired tests say how far it depends on "
+        "the pretraining, or, where a model has one pretraining, on the seed; with few pairs they can hardly be "
+        "significant, whatever the difference. No correction for the number of comparisons."
+    )
+    document.picture("differences.png", forest(rows), "Differences of the test score with 95 % intervals")
+    lines = []
+    for row in rows:
+        paired = row["paired"]
+        tests = ["–", "–", "–"]
+        if paired:
+            tests = [f"{paired['pairs']} {paired['unit']}", _p(paired["t_p"]), _p(paired["wilcoxon_p"])]
+        interval = f"{_signed(row['low'])} to {_signed(row['high'])}"
+        lines.append(
+            [_pair(row), MAIN_SCORES.get(row["metric"], row["metric"]), _signed(row["difference"]), interval, *tests]
+        )
+    document.table(["setting", "score", "difference", "95 % interval", "pairs", "t-test p", "Wilcoxon p"], lines)
+    single = [(row, label, found) for row in rows for label, found in (row.get("delong") or {}).items()]
+    if single:
+        document.heading("DeLong test of single pairs of runs", 3)
+        document.paragraph(
+            "It takes images for independent, so it is only made where every patient has one, for findings with two "
+            "images of each kind at least."
+        )
+        lines = [
+            [
+                f"{_pair(row)}, {label}",
+                *(f"{found[name]:.3f}" for name in ("auroc", "other_auroc")),
+                _signed(found["difference"]),
+                _p(found["p"]),
+            ]
+            for row, label, found in single
+        ]
+        document.table(["setting, finding", "AUROC", "against", "difference", "p"], lines)
+
+
+def _add_paper_table(document: Document, table: str, rows: Sequence[dict[str, Any]]) -> None:
+    document.heading(f"Table {table} of the paper")
+    document.paragraph(f"Ours, and in parentheses the figure of the paper ({CITATION}); – is not measured by us.")
+    head, lines = layout(table, rows)
+    document.table(head, lines)
+
+
+def layout(table: str, rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a table of the paper, arranged as there.
+
+    Args:
+        table: I, II, III or IV.
+        rows: as of `suite_analysis.paper_table`.
+    """
+
+    def line_of(row: dict[str, Any]) -> tuple[str, ...]:
+        protocol = PROTOCOL_NAMES[row["protocol"]]
+        match table:
+            case "I":
+                return _percent(row), row["method"]
+            case "II":
+                return f"{row['dataset']} ({protocol})", _percent(row)
+            case "III":
+                return (row["method"],)
+            case _:
+                return protocol, row["method"]
+
+    def column_of(row: dict[str, Any]) -> str:
+        match table:
+            case "I":
+                return str(row["column"])
+            case "II":
+                return str(row["method"])
+            case "III":
+                return f"{PROTOCOL_NAMES[row['protocol']]}, {_percent(row)}"
+            case _:
+                return _percent(row)
+
+    columns = list(dict.fromkeys(column_of(row) for row in rows))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(line_of(row), {})[column_of(row)] = _beside(row)
+    names = {"I": ["labels", "method"], "II": ["data", "labels"], "III": ["method"], "IV": ["protocol", "loss"]}[table]
+    return [*names, *columns], [[*line, *(cells[column] for column in columns)] for line, cells in lines.items()]
+
+
+def _beside(row: dict[str, Any]) -> str:
+    """Our figure, and the paper's in parentheses."""
+    digits = 2 if row["paper_sd"] is not None else 3
+    paper = f"({row['paper']:.{digits}f}" + (f" ± {row['paper_sd']:.2f})" if row["paper_sd"] is not None else ")")
+    if row["ours"] is None or row["ours"] == NOT_SCORED:
+        return f"– {paper}"
+    return f"{row['ours']:.3f}" + (f" ± {row['ours_sd']:.3f}" if row["paper_sd"] is not None else "") + f" {paper}"
+
+
+def _add_classes(document: Document, report: dict[str, Any]) -> None:
+    document.heading("By finding")
+    for task, about in report["tasks"].items():
+        for kind, name in (
+            ("auroc", "AUROC"),
+            ("auprc", "AUPRC"),
+            ("dice", "Dice"),
+            ("dice_positive", "Dice, images that show it"),
+        ):
+            rows = [row for row in report["settings"] if row["task"] == task]
+            keys = [f"{kind}:{label}" for label in about["labels"]]
+            if keys[0] in rows[0]["scores"]:
+                document.heading(f"{task}: {name}", 3)
+                lines = [[_setting(row), *(_score(row["scores"][key]) for key in keys)] for row in rows]
+                document.table(["protocol, labels, model", *about["labels"]], lines)
+
+
+def _add_calibration(document: Document, report: dict[str, Any]) -> None:
+    picture = reliability(report["settings"])
+    if picture is None:
+        return
+    document.heading("Calibration and decisions")
+    document.paragraph(
+        "ECE is the expected calibration error over ten bins, the mean over the findings, of the probabilities of all "
+        "runs. Sensitivity, specificity and this accuracy are at the thresholds that Youden's index chose on "
+        "validation; the accuracy among the scores above is at 0.5, or that of the likeliest class."
+    )
+    document.picture("reliability.png", picture, "Frequency of findings over their probability")
+    rows = [row for row in report["settings"] if "calibration" in row]
+    document.table(
+        ["task, protocol, labels, model", "ECE"],
+        [[f"{row['task']}, {_setting(row)}", f"{row['calibration']['ece_macro']:.3f}"] for row in rows],
+    )
+    decided = [
+        [
+            f"{row['task']}, {_setting(row)}, {label}",
+            *(_number(scores[s]) for s in ("sensitivity", "specificity", "accuracy")),
+        ]
+        for row in rows
+        for label, scores in (row["decisions"] or {}).items()
+    ]
+    if decided:
+        document.table(["task, protocol, labels, model, finding", "sensitivity", "specificity", "accuracy"], decided)
+
+
+def _add_subgroups(document: Document, report: dict[str, Any]) -> None:
+    lines = [
+        [f"{row['task']}, {_setting(row)}", kind, name, f"{score['images']:,}", f"{score['patients']:,}", _score(score)]
+        for row in report["settings"]
+        for kind, groups in row["subgroups"].items()
+        for name, score in groups.items()
+    ]
+    if lines:
+        document.heading("Subgroups")
+        document.table(["task, protocol, labels, model", "by", "group", "images", "patients", "score"], lines)
+
+
+def _add_shortcuts(document: Document, report: dict[str, Any]) -> None:
+    rows = report["shortcuts"]
+    if not rows:
+        return
+    document.heading("Shortcut audit")
+    document.paragraph(
+        "How well a linear layer on the same frozen features tells what is no finding: AUROC of one value against the "
+        "rest, 0.5 is no knowledge; of several pretrainings the mean, with the lowest and highest end of their "
+        "intervals. The source is the cache that an image is from. What has one value only is left out, and so is the "
+        "source of caches that share images. Features that know view or source can score well for the wrong reason."
+    )
+    document.table(
+        ["model", "tells", "data", "values", "test images", "AUROC", "95 % interval"],
+        [
+            [
+                *(row[name] for name in ("model", "kind", "data")),
+                ", ".join(row["classes"]),
+                f"{row['images']:,}",
+                f"{row['auroc']:.3f}",
+                f"{row['low']:.3f} to {row['high']:.3f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def _percent(row: dict[str, Any]) -> str:
+    return f"{100 * row['label_fraction']:g} %"
+
+
+def _pair(row: dict[str, Any]) -> str:
+    setting = f"{row['task']}, {PROTOCOL_NAMES[row['protocol']]}, {_percent(row)}"
+    return f"{setting}: {row['model']} − {row['baseline']}"
+
+
+def _setting(row: dict[str, Any]) -> str:
+    return f"{PROTOCOL_NAMES[row['protocol']]}, {_percent(row)}, {row['model']}"
+
+
+def _score(score: dict[str, Any]) -> str:
+    if NOT_SCORED in (score["mean"], score["low"], score["high"]):
+        return _number(score["mean"])
+    spread = f" ± {score['sd']:.3f}" if score["runs"] > 1 else ""
+    return f"{score['mean']:.3f}{spread} ({score['low']:.3f}–{score['high']:.3f})"
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3f}"
+
+
+def _signed(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:+.3f}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.1e}" if value < 0.001 else f"{value:.3f}"
+
+
+def _plain(text: str) -> str:
+    return text.replace("`", "")

@@ -1,0 +1,190 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Shortcut audit: how well the frozen features that classify findings also tell view, sex and source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.trainer_utils import set_seed
+
+from mlvicx_hf.common.files import write_json
+from mlvicx_hf.common.machine import choose_device, use_cpu_threads
+from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.finetuning.classification import LabelledImages
+from mlvicx_hf.finetuning.linear_probe import FeatureStore
+from mlvicx_hf.finetuning.training import EncoderArguments, load_config, load_for_task
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
+from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_areas
+from mlvicx_hf.scoring.probes import linear_scores
+
+from .grid import Cell, Suite
+
+SPLITS = ("train", "test")
+BATCH_SIZE = 64
+FEWEST = 10  # images of a kind in train and in test, below which nothing is said of it
+FOLDER = "shortcuts"
+
+
+def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: FeatureStore) -> None:
+    """Audit every set of weights of the finished cells into `OUTPUT/shortcuts/MODEL/MEMBER.json`.
+
+    One that was made of the same weights, seed, data and kinds is not made again.
+
+    Args:
+        suite: with the shortcuts to audit.
+        cells: whose models and caches are audited.
+        output: folder of the suite.
+        store: features that the cells have computed.
+    """
+    if not suite.shortcuts:
+        return
+    finished = {(cell.model, cell.member) for cell in cells}
+    members = {(cell.model, cell.member): cell for cell in reversed(suite.cells)}  # the first of each
+    caches = [load_cache(path) for path in dict.fromkeys(cell.dataset for cell in cells)]
+    data = {str(cache.path): cache.digest for cache in caches}
+    with progress_bar(len(finished), "shortcuts", "model") as bar:
+        for key in sorted(finished):
+            cell, file = members[key], _file(output, *key)
+            made_of = _made_of(cell) | {"data": data, "kinds": list(suite.shortcuts)}
+            if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["made_of"] != made_of:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, {"made_of": made_of, "found": audit(cell, caches, suite.shortcuts, store)})
+            bar.update()
+
+
+def read_audits(suite: Suite, output: Path) -> dict[str, list[list[dict[str, Any]]]]:
+    """By model what `audit` gave for each of its weights."""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    if not suite.shortcuts:
+        return found
+    for model, member in dict.fromkeys((cell.model, cell.member) for cell in suite.cells):
+        file = _file(output, model, member)
+        if file.is_file():
+            found.setdefault(model, []).append(json.loads(file.read_text(encoding="utf-8"))["found"])
+    return found
+
+
+def _made_of(cell: Cell) -> dict[str, Any]:
+    """What the features depend on beside the images."""
+    return {
+        "weights": cell.weights,
+        "architecture": cell.architecture,
+        "drop_context": bool(cell.options.get("drop_context")),
+        "seed": cell.seed,
+        "files": cell.files,
+    }
+
+
+def _file(output: Path, model: str, member: int) -> Path:
+    return output / FOLDER / model / f"{member}.json"
+
+
+def audit(cell: Cell, caches: Sequence[Cache], kinds: Sequence[str], store: FeatureStore) -> list[dict[str, Any]]:
+    """What a linear probe on the features of train tells of the images of test.
+
+    Args:
+        cell: whose weights are audited.
+        caches: with the images.
+        kinds: of view, sex (in each cache) and source (which of the caches an image is from).
+        store: of features.
+
+    Returns:
+        One row for each kind and data of which there are two values or more: `kind`, `data`, `classes`, `images`,
+        `auroc` (mean of one against the rest; 0.5 is no knowledge) with its interval over patients, `low`, `high`. No
+        source where caches share images.
+    """
+    device = choose_device(None)
+    if device.type == "cpu":
+        use_cpu_threads()
+    caches = [cache for cache in caches if set(SPLITS) <= set(cache.datasets)]
+    encoder, processor = _encoder(cell, caches[0])
+    encoder.to(device)
+    parts = {split: [_encode(encoder, processor, cache, split, store, device) for cache in caches] for split in SPLITS}
+    groups = [([number], kind) for kind in ("view", "sex") for number in range(len(caches))]
+    groups += [(list(range(len(caches))), "source")] if len(caches) > 1 and not _share_images(caches) else []
+    found = []
+    for numbers, kind in groups:
+        if kind in kinds:
+            train, test = (_joined([parts[split][number] for number in numbers]) for split in SPLITS)
+            row = _tell(train, test, kind)
+            data = ", ".join(caches[number].path.name for number in numbers)
+            found += [{"kind": kind, "data": data} | row] if row else []
+    return found
+
+
+def _share_images(caches: Sequence[Cache]) -> bool:
+    """Whether an image is in two caches, of which no feature could tell where it is from."""
+    files = [{file for split in SPLITS for file in cache.datasets[split]["sha256"]} for cache in caches]
+    return sum(map(len, files)) > len(set().union(*files))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features [N, C] of images, and of each of them view, sex, source and patient."""
+
+    features: Tensor
+    about: dict[str, np.ndarray]
+
+
+def _encode(
+    encoder: Any, processor: MLVICXImageProcessor, cache: Cache, split: str, store: FeatureStore, device: torch.device
+) -> Encoded:
+    images = cache.datasets[split]
+    rows = LabelledImages(images, processor, exclusive=False, digest=cache.digest)
+    about = {kind: np.array(images[kind], dtype=object) for kind in ("view", "sex")}
+    about["source"] = np.full(len(images), cache.path.name, dtype=object)
+    about["patient"] = np.array([f"{cache.path} {patient}" for patient in images["patient_id"]])
+    return Encoded(store.encode(encoder, rows, BATCH_SIZE, device)["features"], about)
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    about = {name: np.concatenate([part.about[name] for part in parts]) for name in parts[0].about}
+    return Encoded(torch.cat([part.features for part in parts]), about)
+
+
+def _encoder(cell: Cell, cache: Cache) -> tuple[Any, MLVICXImageProcessor]:
+    arguments = EncoderArguments(cell.weights, cell.architecture, drop_context=bool(cell.options.get("drop_context")))
+    config = load_config(arguments)
+    config.pooled_levels = "last"
+    set_seed(cell.seed)
+    model, processor = load_for_task(MLVICXForImageClassification, config, arguments, cache.manifest["fit"])
+    return model.mlvicx, processor
+
+
+def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:
+    """Score a probe for the values that are known often enough; None if there are fewer than two."""
+    values, asked = train.about[kind], test.about[kind]
+    classes = [
+        name
+        for name in sorted(set(values) - {"", "UNKNOWN"})
+        if min((values == name).sum(), (asked == name).sum()) >= FEWEST
+    ]
+    if len(classes) < 2:
+        return None
+    fitted, scored = np.isin(values, classes), np.isin(asked, classes)
+    labels, truth = (
+        np.stack([part == name for name in classes], 1).astype(float) for part in (values[fitted], asked[scored])
+    )
+    scores = linear_scores(train.features[fitted], labels, test.features[scored])
+
+    def macro(weights: np.ndarray) -> np.ndarray:
+        return np.mean([weighted_areas(*pair, weights)[0] for pair in zip(truth.T, scores.T, strict=True)], axis=0)
+
+    draws = np.concatenate([macro(weights) for weights in draw_patients(test.about["patient"][scored])])
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return {
+        "classes": classes,
+        "images": len(truth),
+        "auroc": float(macro(np.ones((1, len(truth))))[0]),
+        "low": float(low),
+        "high": float(high),
+    }

@@ -1,0 +1,304 @@
+"""The frozen protocol: a linear layer on features that are computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+from transformers import EvalPrediction, Trainer, TrainerState, get_scheduler
+from transformers.trainer_utils import PredictionOutput
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.data.reading.sampling import PatientBalancedSampler
+from mlvicx_hf.encoders.features import encode
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXModel
+
+from .training import FinetuningArguments
+
+
+class LinearProbe(nn.Module):
+    """The linear layer of a classifier, trained on standardised features of its frozen encoder.
+
+    Standardising with the mean and deviation of the training features makes one learning rate fit encoders of any
+    scale, pretrained and random alike. It is an affine map before an affine map: `fold` moves it into the layer.
+
+    Args:
+        model: classifier whose linear layer is trained, in place.
+        features: training features [N, C].
+        encode: features are computed from `pixel_values` in every step instead of given.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, model: MLVICXForImageClassification, features: Tensor, encode: bool) -> None:
+        super().__init__()
+        model.freeze_backbone()
+        self.classifier = model.classifier
+        self.encoder = model.mlvicx if encode else None
+        self.loss: Callable[[Tensor, Tensor], Tensor] = model.compute_loss
+        deviation = features.std(0, correction=0)
+        self.register_buffer("mean", features.mean(0))
+        self.register_buffer("deviation", deviation.clamp(min=1e-3 * float(deviation.max()) + 1e-12))
+
+    def train(self, mode: bool = True) -> LinearProbe:
+        """As `nn.Module.train`; the encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.train(False)
+        return self
+
+    def forward(
+        self, features: Tensor | None = None, pixel_values: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Logits [B, L], and the loss if labels are given, from features [B, C] or images."""
+        if self.encoder is not None:
+            features = self.encoder(pixel_values).pooler_output
+        assert features is not None
+        logits = self.classifier((features - self.mean) / self.deviation)
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make the linear layer work on plain features, with the same logits."""
+        self.classifier.weight.div_(self.deviation)
+        self.classifier.bias.sub_(self.classifier.weight @ self.mean)
+
+
+class FeatureStore:
+    """Features of images by encoder and image, so that the runs of a grid encode every image once.
+
+    Those of all levels are kept, whichever are asked for: 4 kB an image with ResNet-18, in memory.
+    """
+
+    def __init__(self) -> None:
+        self.encoders: dict[str, dict[str, Tensor]] = {}
+
+    def encode(
+        self, encoder: MLVICXModel, images: LabelledFeatureSource, batch_size: int, device: torch.device
+    ) -> dict[str, Tensor]:
+        """As `probing.encode`, for images that tell their names and can be asked for some of their rows.
+
+        Args:
+            encoder: on that device.
+            images: with `key` (data and preparation), `names`, `labels` and `rows(indices)`.
+            batch_size: images encoded at a time.
+            device: of the encoder.
+        """
+        known = self.encoders.setdefault(f"{_hash_of(encoder)} {images.key}", {})
+        lacking = [row for row, name in enumerate(images.names) if name not in known]
+        wanted = encoder.config.pooled_levels
+        if lacking:
+            encoder.config.pooled_levels = "all"
+            try:
+                found = encode(encoder, images.rows(lacking), batch_size, device)["features"]
+            finally:
+                encoder.config.pooled_levels = wanted
+            known.update(zip((images.names[row] for row in lacking), found, strict=True))
+        features = torch.stack([known[name] for name in images.names])
+        last = features[:, -encoder.channels[-1] :].contiguous()
+        return {"features": features if wanted == "all" else last, "labels": images.labels}
+
+
+class LabelledFeatureSource(Protocol):
+    """What a `FeatureStore` asks of a data set."""
+
+    key: str
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the images, each another one."""
+
+    @property
+    def labels(self) -> Tensor:
+        """One row an image."""
+
+    def rows(self, indices: Sequence[int]) -> Dataset[dict[str, Tensor]]:
+        """Some of the images."""
+
+
+def _hash_of(encoder: MLVICXModel) -> str:
+    """Of weights and of what is done with them."""
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    gain = {"context_gain": str(float(encoder.config.context_gain))}
+    return hashlib.sha256(safetensors.torch.save(tensors, gain)).hexdigest()
+
+
+def prepare_probe(
+    model: MLVICXForImageClassification,
+    training: Dataset[Any],
+    cache_features: bool,
+    batch_size: int,
+    device: torch.device,
+    store: FeatureStore | None = None,
+) -> tuple[LinearProbe, Callable[[Dataset[Any]], Dataset[Any]]]:
+    """The probe of the frozen protocol, and what it takes: features computed once, or the images themselves.
+
+    Args:
+        model: classifier whose linear layer is trained, in place.
+        training: images whose features give the scale.
+        cache_features: whether the features are computed once.
+        batch_size: images encoded at a time.
+        device: on which they are.
+        store: of features that other runs have computed or will want.
+
+    Returns:
+        The probe, and a function that makes of the images of any split what the probe takes.
+    """
+    encoder = model.mlvicx
+    nn.Module.to(encoder, device)
+    how: Callable[..., dict[str, Tensor]] = encode if store is None else store.encode
+    scale = how(encoder, training, batch_size, device)
+    probe = LinearProbe(model, scale["features"], encode=not cache_features)
+
+    def prepare(images: Dataset[Any]) -> Dataset[Any]:
+        if not cache_features:
+            return images
+        columns = scale if images is training else how(encoder, images, batch_size, device)
+        return _Features(columns["features"], columns["labels"])
+
+    return probe, prepare
+
+
+class _Features(Dataset[dict[str, Tensor]]):
+    """Features and labels under the names that the probe takes."""
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.rows = TensorDataset(features, labels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        features, labels = self.rows[index]
+        return {"features": features, "labels": labels}
+
+
+class ProbeTrainer:
+    """`finetuning.train` for a probe on features in memory, without what a step of the Trainer costs.
+
+    Optimiser, schedule, batches, clipping and early stopping are the Trainer's; the order of the images is another one.
+
+    Args:
+        probe: trained in place.
+        splits: "train" and "validation", from `prepare_probe`.
+        arguments: of the Trainer.
+        compute_metrics: scores of the validation split, `metric_for_best_model` among them.
+        patients: patient of each training image, to draw all of them equally often.
+
+    Raises:
+        ValueError: arguments that it does not follow.
+    """
+
+    def __init__(
+        self,
+        probe: LinearProbe,
+        splits: Mapping[str, Dataset[Any]],
+        arguments: FinetuningArguments,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+        patients: Sequence[str] | None = None,
+    ) -> None:
+        for name, expected in {"gradient_accumulation_steps": 1, "max_steps": -1, "bf16": False, "fp16": False}.items():
+            if getattr(arguments, name) != expected:
+                raise UserError(f"{name}={getattr(arguments, name)} found with fast_probe; expected {expected}")
+        self.probe, self.splits, self.arguments = probe, splits, arguments
+        self.compute_metrics, self.patients = compute_metrics, patients
+        self.state = TrainerState()
+        self.device = arguments.device
+
+    def train(self) -> None:
+        """Train, and restore the best epoch."""
+        arguments = self.arguments
+        features, labels = self._tensors(self.splits["train"])
+        total = math.ceil(arguments.num_train_epochs * -(-len(labels) // arguments.train_batch_size))
+        self.probe.to(self.device)
+        optimizer, scheduler = self._optimizer(total)
+        best: dict[str, Tensor] = {}
+        with progress_bar(math.ceil(arguments.num_train_epochs), "training", "epoch") as bar:
+            for epoch, order in enumerate(self._orders(len(labels))):
+                for rows in order.split(arguments.train_batch_size)[: total - self.state.global_step]:
+                    self._step(features[rows], labels[rows], optimizer)
+                    scheduler.step()
+                    self.state.global_step += 1
+                if self._is_best(epoch + 1):
+                    best = {name: value.clone() for name, value in self.probe.state_dict().items()}
+                bar.update()
+                if epoch + 1 - self._best_epoch >= arguments.patience or self.state.global_step == total:
+                    break
+        self.probe.load_state_dict(best)
+
+    def predict(self, images: Dataset[Any]) -> PredictionOutput:
+        """Logits and labels of features in memory."""
+        features, labels = self._tensors(images)
+        self.probe.eval()
+        with torch.no_grad():
+            logits = self.probe(features)["logits"]
+        self.probe.train()
+        return PredictionOutput(logits.cpu().numpy(), labels.cpu().numpy(), {})
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes the results."""
+        return self.arguments.process_index == 0
+
+    def _tensors(self, images: Any) -> tuple[Tensor, Tensor]:
+        features, labels = images.rows.tensors
+        return features.to(self.device), labels.to(self.device)
+
+    def _orders(self, images: int) -> Iterator[Tensor]:
+        """Rows of every epoch, in the Trainer's order."""
+        arguments = self.arguments
+        sampler: Any
+        if self.patients is None:
+            seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+            sampler = SeedableRandomSampler(range(images), generator=torch.Generator(), data_seed=seed)
+        else:
+            sampler = PatientBalancedSampler(self.patients, arguments.seed)
+        for epoch in itertools.count():
+            sampler.set_epoch(epoch)
+            yield torch.tensor(list(sampler))
+
+    def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        arguments, layer = self.arguments, self.probe.classifier
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        groups = [
+            {"params": [layer.weight], "weight_decay": arguments.weight_decay},
+            {"params": [layer.bias], "weight_decay": 0.0},
+        ]
+        optimizer = kind(groups, **options)
+        scheduler = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            arguments.get_warmup_steps(total),
+            total,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]  # parsed, no text any more
+        )
+        return optimizer, scheduler
+
+    def _step(self, features: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        self.probe(features, labels=labels)["loss"].backward()
+        if self.arguments.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.probe.classifier.parameters(), self.arguments.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _is_best(self, epoch: int) -> bool:
+        """Score the validation split after an epoch; whether no epoch before was as good."""
+        done = self.predict(self.splits["validation"])
+        metric = str(self.arguments.metric_for_best_model)
+        score = self.compute_metrics(EvalPrediction(done.predictions, done.label_ids))[metric]  # type: ignore[arg-type]  # arrays, here
+        self.state.epoch = float(epoch)
+        row = {"step": self.state.global_step, "epoch": float(epoch), f"eval_{metric}": score}
+        self.state.log_history.append(row)
+        better = self.state.best_metric is None or score > self.state.best_metric
+        if better:
+            self.state.best_metric, self.state.best_global_step, self._best_epoch = score, self.state.global_step, epoch
+        return better

@@ -1,0 +1,1 @@
+"""Model cards, made from the files that runs wrote."""

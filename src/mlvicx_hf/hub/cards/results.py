@@ -1,0 +1,247 @@
+"""The files that a model card is made from, checked field by field, and how a card words what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.provenance import describe_commit
+from mlvicx_hf.scoring.metrics import NOT_SCORED
+
+NUMBER = (int, float)
+SCORE = (int, float, str)
+RESULTS_FILE = "the results.json of a fine-tuning"
+PROTOCOLS = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """How the scores of a task are called.
+
+    Attributes:
+        tag: of the Hub's tasks.
+        scores: field of a split's scores → its name.
+        metrics: field → identifier of the metric in `evaluate`.
+        per_class: field with a score for every class.
+        class_score: name of that.
+    """
+
+    tag: str
+    scores: dict[str, str]
+    metrics: dict[str, str]
+    per_class: str
+    class_score: str
+
+    @property
+    def main(self) -> str:
+        """Field of the score that subgroups have."""
+        return next(iter(self.scores))
+
+
+TASKS = {
+    "classification": Task(
+        "image-classification",
+        {"auroc_macro": "macro AUROC", "accuracy": "accuracy"},
+        {"auroc_macro": "roc_auc", "accuracy": "accuracy"},
+        "auroc",
+        "AUROC",
+    ),
+    "segmentation": Task(
+        "image-segmentation",
+        {"dice": "Dice", "dice_positive": "Dice, present", "iou": "IoU", "iou_positive": "IoU, present"},
+        {"dice": "dice", "iou": "mean_iou"},
+        "dice_per_class",
+        "Dice",
+    ),
+}
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "protocol": str, "labels": list, "model": str, "label_fraction": NUMBER, "seed": int,
+    **{f"counts.{split}.{what}": int for split in ("train", "validation", "test") for what in ("images", "patients")},
+    "data.cache": str, "data.collection": str, "data.synthetic": bool, "data.data_hash": str, "data.split_hash": str,
+    "hyperparameters": dict, "epochs_trained": NUMBER, "code.mlvicx_hf": str, "code.commit": str,
+}  # fmt: skip
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: anything else in it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected one that a run wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; expected JSON") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {type(content).__name__} found; expected a JSON object")
+    return content
+
+
+def field(
+    content: dict[str, Any], name: str, kind: type | tuple[type, ...], file: Path, expected: str = RESULTS_FILE
+) -> Any:
+    """A field, by its name with dots, of the right type.
+
+    Raises:
+        ValueError: naming file and field.
+    """
+    value: Any = content
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise UserError(f"{file}: no field {name!r} found; expected {expected}")
+        value = value[part]
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UserError(f"{file}: {name}={value!r} found; expected {' or '.join(k.__name__ for k in kinds)}")
+    return value
+
+
+def last_part(path: str) -> str:
+    """The last component of a path or of a name on the Hub: all that a card says of it."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def canonical(value: Any) -> str:
+    """A value as text that is the same for equal values."""
+    return json.dumps(value, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A checked `results.json`."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def task(self) -> Task:
+        """What its scores are called."""
+        return TASKS[self.content["task"]]
+
+    @property
+    def data(self) -> Hashable:
+        """What results in one table have in common."""
+        data, counts = self.content["data"], self.content["counts"]
+        evaluated = canonical([self.content["labels"], counts["validation"], counts["test"]])
+        return self.content["task"], data["data_hash"], data["split_hash"], evaluated
+
+    def setting(self, model: bool = True) -> Hashable:
+        """What runs that differ only in their seed have in common; without the model, what a fair comparison has."""
+        c = self.content
+        protocol = (c["protocol"], float(c["label_fraction"]), canonical(c["hyperparameters"]), c.get("image_size"))
+        return (*protocol, c["model"], c.get("architecture"), bool(c.get("drop_context"))) if model else protocol
+
+    def score(self, name: str) -> float | str:
+        """A score of the test split."""
+        value: float | str = self.content["test"][name]
+        return value
+
+    @property
+    def subgroups(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Scores of parts of the test split by kind and name of subgroup."""
+        groups: dict[str, dict[str, dict[str, Any]]] = self.content["test"].get("subgroups", {})
+        return groups
+
+    @property
+    def images_positive(self) -> dict[str, int]:
+        """Test images that show a structure."""
+        test = self.content["test"]
+        per_label = {name: scores["images_positive"] for name, scores in test.get("per_label", {}).items()}
+        return dict(test.get("images_positive", per_label))
+
+    @property
+    def empty_masks(self) -> str:
+        """What an image without a structure counts."""
+        test: dict[str, str] = self.content["test"]
+        return str(test.get("empty_mask_convention", self.content.get("empty_mask_convention", "")))
+
+
+def read_results(paths: Iterable[Path]) -> list[Result]:
+    """Results of fine-tuned runs, each once however often it is named or copied.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of another kind, or a field that is absent or no figure; both are named.
+    """
+    results: list[Result] = []
+    for path in paths:
+        result = Result(path, read_json(path))
+        _check(result)
+        if all(result.content != other.content for other in results):
+            results.append(result)
+    return results
+
+
+def _check(result: Result) -> None:
+    content, file = result.content, result.path
+    if field(content, "task", str, file) not in TASKS:
+        raise UserError(f"{file}: task={content['task']!r} found; expected {' or '.join(TASKS)}")
+    for name, kind in FIELDS.items():
+        field(content, name, kind, file)
+    if content["protocol"] not in PROTOCOLS:
+        raise UserError(f"{file}: protocol={content['protocol']!r} found; expected {' or '.join(PROTOCOLS)}")
+    task, test = result.task, field(content, "test", dict, file)
+    scores = {name: field(content, name, SCORE, file) for name in (f"test.{score}" for score in task.scores)}
+    classes = field(content, f"test.{task.per_class}", dict, file)
+    if sorted(classes) != sorted(content["labels"]):
+        listed = ", ".join(map(str, content["labels"]))
+        raise UserError(f"{file}: test.{task.per_class} of {', '.join(classes)} found; expected {listed}, the labels")
+    scores |= {f"test.{task.per_class}.{name}": value for name, value in classes.items()}
+    for kind, groups in test.get("subgroups", {}).items():
+        for name, group in groups.items():
+            place = f"test.subgroups.{kind}.{name}"
+            for what in ("images", "patients", task.main):
+                if what not in group:
+                    raise UserError(f"{file}: no field '{place}.{what}' found; expected {RESULTS_FILE}")
+            scores[f"{place}.{task.main}"] = group[task.main]
+    for name, value in scores.items():
+        if value != NOT_SCORED and not (isinstance(value, NUMBER) and math.isfinite(value)):
+            raise UserError(f"{file}: {name}={value!r} found; expected a number or {NOT_SCORED!r}")
+    if content["task"] == "segmentation" and not (result.empty_masks and result.images_positive):
+        missing = "images_positive" if result.empty_masks else "empty_mask_convention"
+        raise UserError(f"{file}: no field {missing!r} found; expected {RESULTS_FILE}")
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *map(list, rows)]
+    return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in line) + " |" for line in lines)
+
+
+def describe_machine(content: dict[str, Any], file: Path) -> str:
+    """What a run computed on; files of older versions say less, or nothing."""
+    if "hardware" in content:
+        kinds = {"name": str, "device": str, "cores": int, "processes": int}
+        found = {key: field(content, f"hardware.{key}", kind, file) for key, kind in kinds.items()}
+        processes = count(found["processes"], "process", "processes")
+        return f"{found['name']} ({found['device']}), {count(found['cores'], 'CPU core', 'CPU cores')}, {processes}"
+    if "device" in content:
+        processes = count(field(content, "num_processes", int, file), "process", "processes")
+        return f"{content['device']}, {processes}; the make of the machine was not recorded"
+    return "not recorded"
+
+
+def count(number: int, one: str, many: str) -> str:
+    """A number and its noun."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def describe_code(code: dict[str, str]) -> str:
+    """Versions and commit that made a result."""
+    libraries = "".join(f", {name} {code[name]}" for name in ("torch", "transformers") if name in code)
+    return f"mlvicx_hf {code['mlvicx_hf']}, {describe_commit(code['commit'])}{libraries}"

@@ -1,0 +1,323 @@
+"""Models for other libraries: timm, torchvision and ONNX.
+
+timm and torchvision get the **plain trunk**: the backbone without its context bottlenecks, as the paper's authors
+transfer it. Its features differ from the model's own, whose every level is refined before the next sees it, unless the
+model was trained with `use_context=False`. ONNX gets the whole model.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from timm.models import FeatureListNet
+from timm.models._hub import save_for_hf
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from mlvicx_hf.common.errors import MissingExtraError, UserError
+from mlvicx_hf.common.files import check_output, new_folder, write_json
+from mlvicx_hf.encoders.loading import load_model
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.modeling_mlvicx import MLVICXBackbone, MLVICXModel
+
+ONNX_NAME = "model.onnx"
+PREPROCESSING_NAME = "preprocessing.json"
+ONNX_TOLERANCE = 1e-4
+TIMM_CROP_MODES = {"pad": "border", "squash": "squash", "crop": "center"}
+# What timm's registry says about weights that are not these.
+TIMM_FOREIGN = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description", "label_offset")
+
+TRUNK_NOTE = """\
+# {backbone}, pretrained with MLVICX
+
+The plain trunk of a model pretrained with MLVICX (multi-level variance-covariance exploration, arXiv 2403.11504).
+{context}
+
+Input: grey values in [0, 1] of a chest radiograph, {size} x {size} pixels ("{fit}"), minus {mean}, divided by {std};
+{channels}.
+
+```python
+{code}
+```
+{rest}
+Research use only. Not a medical device; not for clinical decisions.
+"""
+WITHOUT_CONTEXT = """\
+The context bottlenecks between its levels are left out, as the paper's authors do in transfer: **its features differ
+from those of the MLVICX model that it was taken from.** Fine-tune it, or take the MLVICX model itself."""
+NO_CONTEXT = "The model was trained without context bottlenecks, so its features are the model's own."
+TIMM_CODE = 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or features_only=True, num_classes=5'
+TIMM_REST = """\
+With `features_only=True` it gives the maps of the levels. A whole timm model may put a last norm, layer or activation
+behind them{initial}."""
+TIMM_BORDERS = " For images that are not square timm's own transform has borders of the mean, MLVICX black ones."
+TIMM_INITIAL = "; these tensors were not pretrained and have initial values: {names}"
+TORCHVISION_CODE = f"""\
+model = torchvision.models.{{backbone}}(weights=None)
+model.load_state_dict(safetensors.torch.load_file("{SAFE_WEIGHTS_NAME}"), strict=False)  # lacks fc alone"""
+
+
+def load_encoder(source: str | Path) -> tuple[MLVICXModel, MLVICXImageProcessor]:
+    """The encoder of a saved model of any class, in float32 and evaluation mode, and its image processor."""
+    model, processor = load_model(source, MLVICXModel)
+    assert isinstance(model, MLVICXModel)
+    return model.float(), processor
+
+
+def trunk_note(encoder: MLVICXModel, processor: MLVICXImageProcessor, channels: str, code: str, rest: str = "") -> str:
+    """The README.md of a plain trunk."""
+    config = encoder.config
+    return TRUNK_NOTE.format(
+        backbone=config.backbone,
+        context=WITHOUT_CONTEXT if config.use_context else NO_CONTEXT,
+        size=processor.image_size,
+        fit=processor.fit,
+        mean=processor.image_mean,
+        std=processor.image_std,
+        channels=channels,
+        code=code,
+        rest=f"\n{rest}\n" if rest else "",
+    )
+
+
+def timm_trunk(encoder: MLVICXModel) -> tuple[nn.Module, list[str]]:
+    """A full timm model without classifier that has the encoder's backbone in it.
+
+    `FeatureListNet` renames modules ("stages_0" for "stages.0"). One made of the very modules of a full model takes the
+    encoder's weights under their names, and the full model has them under its own.
+
+    Returns:
+        The model, and the names of its tensors that belong to no level of the backbone, such as a last norm: initial
+        values, the same in every call.
+
+    Raises:
+        ValueError: no such pair of names, which no backbone that `create_backbone` accepts is known to lack.
+    """
+    config, weights = encoder.config, encoder.backbone.state_dict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        full = timm.create_model(config.backbone, in_chans=config.num_channels, num_classes=0).eval()
+    levels = encoder.backbone.feature_info.out_indices
+    for flatten in (False, True):
+        try:
+            features = FeatureListNet(full, out_indices=levels, flatten_sequential=flatten)
+        except AssertionError:  # timm's word for levels that are not modules of the first or second depth
+            continue
+        if features.state_dict().keys() == weights.keys():
+            features.load_state_dict(weights)
+            owned = {tensor.data_ptr() for tensor in features.state_dict().values()}
+            return full, [name for name, tensor in full.state_dict().items() if tensor.data_ptr() not in owned]
+    raise UserError(f"backbone={config.backbone!r} found; expected one whose features timm takes from named modules")
+
+
+def export_timm(source: str | Path, output: str | Path) -> Path:
+    """Write the plain trunk, without context bottlenecks, as a folder or repository of timm.
+
+    Its features differ from the model's, see the module's docstring. It loads as
+    `timm.create_model("local-dir:OUTPUT", pretrained=True)`, also with `features_only=True` or another `num_classes`.
+    What timm puts behind the last level (of a ConvNeXt a norm, of a ResNet nothing) was not pretrained and keeps its
+    initial values; the README.md names it.
+
+    Args:
+        source: folder or Hub name of a saved model of any class.
+        output: new or empty folder.
+
+    Returns:
+        The output folder: `config.json`, `model.safetensors`, `README.md`.
+
+    Raises:
+        OSError: see `hub.load_model`; an output that is not empty.
+        ValueError: see `hub.load_model`.
+    """
+    output = check_output(Path(output))
+    encoder, processor = load_encoder(source)
+    config = encoder.config
+    full, initial = timm_trunk(encoder)
+    cfg: Any = full.pretrained_cfg
+    for name in TIMM_FOREIGN:
+        cfg.pop(name, None)
+    data = {
+        "input_size": (config.num_channels, processor.image_size, processor.image_size),
+        "mean": (processor.image_mean,) * config.num_channels,
+        "std": (processor.image_std,) * config.num_channels,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": TIMM_CROP_MODES[processor.fit],
+    }
+    rest = TIMM_REST.format(initial=TIMM_INITIAL.format(names=", ".join(initial)) if initial else "")
+    rest += TIMM_BORDERS if processor.fit == "pad" else ""
+    note = trunk_note(encoder, processor, f"{config.num_channels} channel(s)", TIMM_CODE, rest)
+    with new_folder(output) as folder:
+        save_for_hf(full, str(folder), safe_serialization=True, data_config=data)
+        (folder / "README.md").write_text(note, encoding="utf-8")
+    return output
+
+
+def torchvision_state(encoder: MLVICXModel) -> dict[str, Tensor]:
+    """The backbone's weights under torchvision's names, for three channels.
+
+    Of one channel's first kernel each colour gets a third, which is exact for a grey image copied to RGB.
+
+    Raises:
+        ValueError: a backbone that torchvision has not as a ResNet, or with neither one nor three channels.
+    """
+    name = encoder.config.backbone.split(".")[0]
+    known = torchvision.models.list_models(torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
+    if name not in known:
+        raise UserError(f"backbone={name!r} found; expected a ResNet of torchvision: {', '.join(known)}")
+    if encoder.config.num_channels not in (1, 3):
+        raise UserError(f"num_channels={encoder.config.num_channels} found; torchvision's models expect 1 or 3")
+    state = {key: tensor.contiguous() for key, tensor in encoder.backbone.state_dict().items()}
+    if encoder.config.num_channels == 1:
+        state["conv1.weight"] = (state["conv1.weight"] / 3).repeat(1, 3, 1, 1)
+    with torch.device("meta"):
+        expected = torchvision.models.get_model(name, weights=None).state_dict()
+    found = {key: tensor.shape for key, tensor in state.items()}
+    assert found == {key: tensor.shape for key, tensor in expected.items() if not key.startswith("fc.")}
+    return state
+
+
+def export_torchvision(source: str | Path, output: str | Path) -> Path:
+    """Write the plain trunk of a ResNet, without context bottlenecks, for torchvision.
+
+    Its features differ from the model's, see the module's docstring. The weights are for three channels and load into
+    `torchvision.models.resnet18(weights=None)` (or its like) with `strict=False`; `fc` alone is missing.
+
+    Args:
+        source: folder or Hub name of a saved model of any class.
+        output: new or empty folder.
+
+    Returns:
+        The output folder: `model.safetensors`, `preprocessing.json`, `README.md`.
+
+    Raises:
+        OSError: see `hub.load_model`; an output that is not empty.
+        ValueError: see `hub.load_model`; a backbone that torchvision does not have as a ResNet.
+    """
+    output = check_output(Path(output))
+    encoder, processor = load_encoder(source)
+    state = torchvision_state(encoder)
+    name = encoder.config.backbone.split(".")[0]
+    code = TORCHVISION_CODE.format(backbone=name)
+    note = trunk_note(encoder, processor, "the grey image three times", code)
+    with new_folder(output) as folder:
+        save_file(state, folder / SAFE_WEIGHTS_NAME, {"format": "pt", "architecture": name})
+        write_json(folder / PREPROCESSING_NAME, preprocessing(processor) | {"num_channels": 3})
+        (folder / "README.md").write_text(note, encoding="utf-8")
+    return output
+
+
+def preprocessing(processor: MLVICXImageProcessor) -> dict[str, Any]:
+    """The constants by which an image becomes input, for those who do without transformers."""
+    names = ("image_size", "num_channels", "image_mean", "image_std", "fit")
+    return {name: getattr(processor, name) for name in names}
+
+
+class Tensors(nn.Module):
+    """A model whose outputs are a plain tuple of tensors, as an ONNX graph's are.
+
+    Args:
+        model: any but the pretraining class.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.names: tuple[str, ...] = ("logits",)
+        if isinstance(model, MLVICXModel):
+            self.names = ("last_hidden_state", "pooler_output")
+        elif isinstance(model, MLVICXBackbone):
+            self.names = tuple(model.out_features)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """[B, C, H, W] to the tensors of `names`."""
+        output = self.model(pixel_values, return_dict=True)
+        if isinstance(self.model, MLVICXBackbone):
+            return output.feature_maps
+        return tuple(output[name] for name in self.names)
+
+
+def require_onnx() -> None:
+    """Check for the packages of the extra.
+
+    Raises:
+        ImportError: some are missing; names them and the extra that brings them.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f'ONNX export needs {", ".join(missing)}: pip install "mlvicx-hf[onnx]"')
+
+
+def export_onnx(source: str | Path, output: str | Path) -> float:
+    """Write a whole model, context bottlenecks included, as an ONNX graph, and compare it with torch.
+
+    The graph takes `pixel_values` [B, num_channels, image_size, image_size] for any B. Outputs: `logits` of a
+    classifier or segmenter; `last_hidden_state` and `pooler_output` of an encoder, also of a pretraining run's; the
+    maps of a backbone's `out_features` by name.
+
+    Args:
+        source: folder or Hub name of a saved model.
+        output: new or empty folder; gets `model.onnx` and `preprocessing.json`.
+
+    Returns:
+        The largest absolute difference between onnxruntime and torch, for 1 and 3 images of noise.
+
+    Raises:
+        ImportError: without the extra `onnx`.
+        OSError: see `hub.load_model`; an output that is not empty.
+        ValueError: see `hub.load_model`.
+        RuntimeError: a difference above 1e-4 of an output's largest value.
+    """
+    require_onnx()
+    import onnx
+
+    output = check_output(Path(output))
+    model, processor = load_model(source)
+    tensors = Tensors(model.float()).eval()
+    size = (processor.num_channels, processor.image_size, processor.image_size)
+    with new_folder(output) as folder:
+        torch.onnx.export(
+            tensors,
+            (torch.zeros(2, *size),),  # export takes a batch of 1 for a constant
+            folder / ONNX_NAME,
+            input_names=["pixel_values"],
+            output_names=list(tensors.names),
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        onnx.checker.check_model(folder / ONNX_NAME, full_check=True)
+        difference = compare_onnx(tensors, folder / ONNX_NAME, size)
+        write_json(folder / PREPROCESSING_NAME, preprocessing(processor))
+    return difference
+
+
+@torch.no_grad()
+def compare_onnx(tensors: Tensors, graph: Path, size: tuple[int, ...]) -> float:
+    """Largest absolute difference between an ONNX graph and its model; RuntimeError where it is not rounding."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for batch in (1, 3):
+        x = torch.randn(batch, *size, generator=torch.Generator().manual_seed(batch))
+        for name, expected, found in zip(
+            tensors.names, tensors(x), session.run(list(tensors.names), {"pixel_values": x.numpy()}), strict=True
+        ):
+            difference, scale = float(np.abs(found - expected.numpy()).max()), float(expected.abs().max())
+            if not difference <= ONNX_TOLERANCE * scale:
+                raise RuntimeError(
+                    f"{name} of a batch of {batch} differs by {difference:.2e} found; expected at most "
+                    f"{ONNX_TOLERANCE:g} of its largest value, {scale:.2e}"
+                )
+            largest = max(largest, difference)
+    return largest

@@ -1,0 +1,236 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a prediction says about an image, and the files that it is written to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.modeling_outputs import SemanticSegmenterOutput
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.masks import MAX_CLASSES, foreground
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+
+MASK_SUFFIX = ".mask.png"
+EMBEDDING_SUFFIXES = (".safetensors", ".parquet")
+
+
+class Head(Protocol):
+    """Columns of the table, and their cells for one image.
+
+    `cells` takes the image's logits, its height and width, and its place below the folder that all inputs share.
+    """
+
+    columns: list[str]
+
+    def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
+        """One a column."""
+
+
+class NoHead:
+    """An encoder alone says nothing that a table could hold."""
+
+    columns: list[str] = []  # noqa: RUF012 - nobody adds to it
+
+    def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
+        """None."""
+        return []
+
+
+class MultiLabelHead:
+    """Probability of every label, and 1 or 0 where the model has a threshold for it.
+
+    Args:
+        labels: names of the logits.
+        thresholds: `decision_thresholds` of the configuration.
+
+    Raises:
+        ValueError: thresholds that do not fit the labels.
+    """
+
+    def __init__(self, labels: list[str], thresholds: dict[str, Any] | None) -> None:
+        values = dict.fromkeys(labels) if thresholds is None else thresholds.get("values")
+        if not isinstance(values, dict) or not set(labels) <= set(values):
+            raise UserError(f"decision_thresholds={thresholds} found; expected values for {', '.join(labels)}")
+        self.thresholds = [values[name] for name in labels]
+        for name, value in zip(labels, self.thresholds, strict=True):
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise UserError(f"decision_thresholds: {value!r} found for {name}; expected a probability or null")
+        self.columns = [f"{kind}:{name}" for kind in ("probability", "decision") for name in labels]
+
+    def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
+        """Of logits [L]."""
+        probabilities = logits.double().sigmoid().tolist()  # as the thresholds were chosen
+        decisions = [
+            "" if threshold is None else str(int(value >= threshold))
+            for value, threshold in zip(probabilities, self.thresholds, strict=True)
+        ]
+        return [f"{value:.6f}" for value in probabilities] + decisions
+
+
+class SingleLabelHead:
+    """Probability of every class, and the most probable one.
+
+    Args:
+        labels: names of the logits.
+    """
+
+    def __init__(self, labels: list[str]) -> None:
+        self.labels = labels
+        self.columns = [*(f"probability:{name}" for name in labels), "class"]
+
+    def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
+        """Of logits [L]."""
+        probabilities = logits.double().softmax(0).tolist()
+        return [*(f"{value:.6f}" for value in probabilities), self.labels[int(logits.argmax())]]
+
+
+class SegmentationHead:
+    """Share of the image's pixels of every structure, and its mask.
+
+    Args:
+        labels: names of the classes.
+        processor: of the model.
+        folder: where masks are written, if anywhere.
+
+    Raises:
+        ValueError: more classes than a mask file can hold.
+    """
+
+    def __init__(self, labels: list[str], processor: MLVICXImageProcessor, folder: Path | None) -> None:
+        if len(labels) > MAX_CLASSES:
+            raise UserError(f"{len(labels)} classes found; expected at most {MAX_CLASSES}, as an 8-bit mask holds")
+        self.structures, self.processor, self.folder = foreground(labels), processor, folder
+        self.scale = 255 if len(labels) <= 2 else 1  # a binary mask is visible, classes are their index
+        self.columns = [f"area:{name}" for name in self.structures] + (["mask"] if folder else [])
+
+    @property
+    def mask_values(self) -> dict[str, int]:
+        """Pixel value of every structure in a mask file."""
+        return {name: value * self.scale for name, value in self.structures.items()}
+
+    def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
+        """Of logits [K, S, S]."""
+        output = SemanticSegmenterOutput(logits=logits[None])
+        classes = self.processor.post_process_semantic_segmentation(output, [size])[0]  # [H, W]
+        counts = classes.flatten().bincount(minlength=MAX_CLASSES).tolist()
+        cells = [f"{counts[value] / classes.numel():.6f}" for value in self.structures.values()]
+        if self.folder is None:
+            return cells
+        name = mask_name(place)
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((classes * self.scale).to("cpu", torch.uint8).numpy()).save(self.folder / name, "PNG")
+        return [*cells, printable(name)]
+
+
+def mask_name(place: Path) -> Path:
+    """File of an image's mask below the mask folder; two places never share one."""
+    return place.with_name(place.name + MASK_SUFFIX)
+
+
+def printable(path: Path) -> str:
+    """A path as text; bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the results go.
+
+    Attributes:
+        table: CSV file.
+        embeddings: .safetensors or .parquet file.
+        masks: folder.
+    """
+
+    table: Path
+    embeddings: Path | None = None
+    masks: Path | None = None
+
+    @property
+    def sidecar(self) -> Path:
+        """Record beside the table."""
+        return self.table.with_suffix(".json")
+
+    def check(self, overwrite: bool) -> None:
+        """Refuse what cannot be written, before work starts.
+
+        Raises:
+            FileExistsError: something is there already, and may not be replaced.
+            ValueError: a suffix, or one output within another.
+        """
+        if self.table.suffix != ".csv":
+            raise UserError(f"output {self.table} found; expected a name that ends in .csv")
+        if self.embeddings is not None and self.embeddings.suffix not in EMBEDDING_SUFFIXES:
+            raise UserError(f"embeddings {self.embeddings} found; expected a .safetensors or .parquet file")
+        for path in (self.table, self.sidecar, self.embeddings):
+            if path is None:
+                continue
+            if self.masks is not None and self.masks.resolve() in (path.resolve(), *path.resolve().parents):
+                raise UserError(f"{path} lies in the mask folder {self.masks}; expected it elsewhere")
+            if path.is_dir():
+                raise FileExistsError(f"{path} is a folder; expected a file that can be written")
+            if path.exists() and not overwrite:
+                raise FileExistsError(f"{path} exists; choose another name, or overwrite it with --overwrite")
+        if self.masks is not None:
+            self._check_masks(self.masks, overwrite)
+
+    def _check_masks(self, masks: Path, overwrite: bool) -> None:
+        """Replacing a folder removes it, so it may hold nothing but masks."""
+        if masks.is_symlink() or (masks.exists() and not masks.is_dir()):
+            raise FileExistsError(f"mask folder {masks} is a file or a link; expected a folder, absent or empty")
+        held = [path for path in sorted(masks.rglob("*")) if not path.is_dir()]
+        if held and not overwrite:
+            raise FileExistsError(f"mask folder {masks} holds files; choose another, or overwrite it with --overwrite")
+        strange = [path for path in held if not path.name.endswith(MASK_SUFFIX)]
+        if strange:
+            raise FileExistsError(f"mask folder {masks} holds {strange[0].name}, which is no mask: it is not replaced")
+
+
+def check_mask_names(places: Iterable[Path], inputs: Iterable[Path], masks: Path) -> None:
+    """Refuse masks that could not be written beside one another, or that would be found as images next time.
+
+    Raises:
+        ValueError: a mask folder within an input, or names that no file system takes.
+    """
+    for item in inputs:
+        if item.is_dir() and item.resolve() in (masks.resolve(), *masks.resolve().parents):
+            raise UserError(f"mask folder {masks} lies in the input {item}; expected it elsewhere")
+    names = {mask_name(place) for place in places}
+    for name in names:
+        if len(os.fsencode(name.name)) > 255:
+            raise UserError(f"{name.name[:40]}…: name of {len(os.fsencode(name.name))} bytes; expected at most 255")
+        if not names.isdisjoint(name.parents):
+            raise UserError(f"mask {printable(name)} lies in a folder that is called as another mask; rename it")
+
+
+def write_embeddings(path: Path, suffix: str, files: list[str], batches: list[Tensor]) -> None:
+    """Embeddings [B, C] of batches with the names of their files.
+
+    Args:
+        path: of the file.
+        suffix: ".safetensors" (tensor "embeddings" [N, C], JSON list "files" in the metadata) or ".parquet" (columns
+            file, embedding).
+        files: N names.
+        batches: N rows together.
+    """
+    if suffix == ".safetensors":
+        save_file({"embeddings": torch.cat(batches)}, path, metadata={"files": json.dumps(files)})
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    kind = pyarrow.list_(pyarrow.float32())
+    column = pyarrow.chunked_array([pyarrow.array(list(batch.numpy()), kind) for batch in batches], kind)
+    table = pyarrow.table({"file": pyarrow.array(files, pyarrow.string()), "embedding": column})
+    pyarrow.parquet.write_table(table, path)

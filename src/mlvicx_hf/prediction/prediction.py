@@ -1,0 +1,306 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""A saved model on image files: probabilities, masks or embeddings, with a record of what made them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import new_file, new_folder, write_json
+from mlvicx_hf.common.machine import choose_device, describe_hardware
+from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.common.text import NOTICE
+from mlvicx_hf.data.images.pixels import IMAGE_SUFFIXES, UnreadableImageError, image_files, read_gray
+from mlvicx_hf.encoders.inference import LoadedModel, infer, load
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXModel
+
+from .outputs import (
+    Head,
+    MultiLabelHead,
+    NoHead,
+    Outputs,
+    SegmentationHead,
+    SingleLabelHead,
+    check_mask_names,
+    printable,
+    write_embeddings,
+)
+
+# The model
+
+
+# The images
+
+
+class InputImage(NamedTuple):
+    """A file, and its place below the folder that all inputs share."""
+
+    path: Path
+    place: Path
+
+
+def find_images(inputs: Sequence[Path]) -> list[InputImage]:
+    """Image files in the order of the inputs, each once.
+
+    Args:
+        inputs: files, taken whatever they are called; folders, searched recursively and in sorted order for names that
+            end as images do. Hidden ones are skipped and links to folders not followed.
+
+    Raises:
+        FileNotFoundError: an input that does not exist.
+        ValueError: no images.
+    """
+    places: dict[Path, Path] = {}
+    bases = []
+    for item in inputs:
+        if not item.exists():
+            raise FileNotFoundError(f"input {str(item)!r} does not exist; expected an image or a folder of images")
+        folder, files = (item, list(image_files(item, _fail))) if item.is_dir() else (item.parent, [item])
+        bases.append(folder.resolve())
+        for file in files:
+            places.setdefault(bases[-1] / file.relative_to(folder), file)
+    if not places:
+        raise UserError(
+            f"no images found in {', '.join(map(str, inputs)) or 'no inputs'}; expected files, or folders with files "
+            f"ending in {', '.join(IMAGE_SUFFIXES)}"
+        )
+    root = os.path.commonpath(bases)
+    return [InputImage(file, place.relative_to(root)) for place, file in places.items()]
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+class Item(NamedTuple):
+    """An image as model input [C, S, S] with its own height and width, or the error why not."""
+
+    pixels: Tensor | None
+    size: tuple[int, int] | None
+    error: str
+
+
+class Batch(NamedTuple):
+    """Some images in order; `pixels` [R, C, S, S] are those that could be read."""
+
+    pixels: Tensor
+    sizes: list[tuple[int, int] | None]
+    errors: list[str]
+
+
+class ImageFiles(Dataset[Item]):
+    """Files as model input.
+
+    Args:
+        paths: of the files.
+        processor: of the model.
+    """
+
+    def __init__(self, paths: Sequence[Path], processor: MLVICXImageProcessor) -> None:
+        self.paths, self.processor = paths, processor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            image = read_gray(self.paths[index])
+        except UnreadableImageError as error:
+            return Item(None, None, error.reason)
+        except OSError as error:
+            return Item(None, None, f"cannot be read: {error.strerror or error}")
+        return Item(self.processor(image)["pixel_values"][0], (image.height, image.width), "")
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """One tensor a batch, so that a worker hands over one piece of shared memory."""
+    pixels = [item.pixels for item in items if item.pixels is not None]
+    stacked = torch.stack(pixels) if pixels else torch.empty(0)
+    return Batch(stacked, [item.size for item in items], [item.error for item in items])
+
+
+# The results
+
+
+def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
+    """What the model's head says about an image."""
+    if isinstance(loaded.model, MLVICXForSemanticSegmentation):
+        return SegmentationHead(loaded.labels, loaded.processor, masks)
+    if not isinstance(loaded.model, MLVICXForImageClassification):
+        return NoHead()
+    if loaded.model.config.problem_type == "single_label_classification":
+        return SingleLabelHead(loaded.labels)
+    return MultiLabelHead(loaded.labels, loaded.model.config.decision_thresholds)
+
+
+def write_rows(
+    loaded: LoadedModel,
+    head: Head,
+    images: Sequence[InputImage],
+    loader: Iterable[Batch],
+    table: Path,
+    *,
+    embed: bool,
+    progress: bool,
+) -> tuple[list[str], list[Tensor]]:
+    """Predict batch by batch, one row an image.
+
+    Args:
+        loaded: the model.
+        head: what is said about an image.
+        images: in the order in which the loader gives them.
+        loader: of the images.
+        table: CSV file.
+        embed: embeddings are wanted.
+        progress: show a bar.
+
+    Returns:
+        The files that could be read, and their embeddings in batches, the first of them empty.
+    """
+    readable: list[str] = []
+    batches = [torch.empty(0, loaded.model.base_model.pooled_features)]
+    remaining = iter(images)
+    bar = progress_bar(len(images), "predicting", "image", show=progress)
+    with table.open("w", newline="", encoding="utf-8") as file, bar:
+        writer = csv.writer(file)
+        writer.writerow(["file", "error", *head.columns])
+        for batch in loader:
+            if len(batch.pixels):
+                logits, embeddings = infer(loaded, batch.pixels, embed)
+                batches += [embeddings] if embed else []
+                scores = iter(logits)
+            for size, reason in zip(batch.sizes, batch.errors, strict=True):
+                image = next(remaining)
+                name = printable(image.path)
+                if size is None:
+                    writer.writerow([name, reason, *[""] * len(head.columns)])
+                    continue
+                writer.writerow([name, "", *head.cells(next(scores), size, image.place)])
+                readable.append(name)
+            bar.update(len(batch.sizes))
+    return readable, batches
+
+
+def predict(
+    model_source: str,
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    embeddings: str | Path | None = None,
+    masks: str | Path | None = None,
+    batch_size: int = 32,
+    num_workers: int = 2,
+    device: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run a saved model on image files and write a table, a record of what made it, and what else is asked for.
+
+    The model's architecture decides: a classifier gives probabilities, with decisions by the thresholds saved with it;
+    a segmenter areas and masks in the geometry of the files; any model embeddings. A file that cannot be read is a row
+    with the reason. Every output is whole or absent; the record `OUTPUT.json` comes last.
+
+    Args:
+        model_source: folder or Hub name.
+        inputs: images and folders, see `find_images`.
+        output: table, a .csv file.
+        embeddings: .safetensors or .parquet file for `pooler_output` of the images that could be read.
+        masks: folder for the masks of a segmenter, one PNG an image: 0 and 255 for one structure, else class indices.
+        batch_size: images a forward pass.
+        num_workers: processes that read files; 0 reads them in this one.
+        device: of torch; by default a GPU where there is one.
+        revision: branch, tag or commit of a model on the Hub.
+        overwrite: replace earlier outputs once the new ones are complete.
+        progress: show a bar.
+
+    Returns:
+        The content of the record.
+
+    Raises:
+        FileExistsError: outputs that exist already.
+        ValueError: arguments or a model that do not fit, no images, or (with everything written) none that can be read.
+        OSError: a model or inputs that are absent, damaged or not reachable.
+        FloatingPointError: a model whose results are not finite.
+    """
+    if batch_size < 1 or num_workers < 0:
+        raise UserError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
+    given = [Path(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    outputs = Outputs(
+        Path(output),
+        embeddings=None if embeddings is None else Path(embeddings),
+        masks=None if masks is None else Path(masks),
+    )
+    outputs.check(overwrite)
+    images = find_images(given)
+    if outputs.masks is not None:
+        check_mask_names((image.place for image in images), given, outputs.masks)
+    loaded = load(model_source, revision, choose_device(device))
+    _check_task(loaded, outputs)
+    loader = DataLoader(
+        ImageFiles([image.path for image in images], loaded.processor),
+        batch_size,
+        num_workers=min(num_workers, math.ceil(len(images) / batch_size)),
+        collate_fn=collate,
+    )
+    for path in (outputs.table, outputs.embeddings, outputs.masks):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:  # left in reverse: masks, embeddings, table
+        table = stack.enter_context(new_file(outputs.table))
+        vectors = outputs.embeddings and stack.enter_context(new_file(outputs.embeddings))
+        head = make_head(loaded, outputs.masks and stack.enter_context(new_folder(outputs.masks)))
+        embed = vectors is not None
+        readable, batches = write_rows(loaded, head, images, loader, table, embed=embed, progress=progress)
+        if outputs.embeddings is not None and vectors is not None:
+            write_embeddings(vectors, outputs.embeddings.suffix, readable, batches)
+        outputs.check(overwrite)  # again, for what came up meanwhile
+        outputs.sidecar.unlink(missing_ok=True)  # an old one beside new results would be wrong
+    record = _describe(loaded, head, given, outputs) | {
+        "images": len(images),
+        "errors": len(images) - len(readable),
+        "settings": {"batch_size": batch_size, "num_workers": num_workers},
+    }
+    write_json(outputs.sidecar, record)
+    if not readable:
+        raise UserError(f"none of {len(images)} images could be read; column error of {outputs.table} says why")
+    return record
+
+
+def _check_task(loaded: LoadedModel, outputs: Outputs) -> None:
+    name = type(loaded.model).__name__
+    if outputs.masks is not None and not isinstance(loaded.model, MLVICXForSemanticSegmentation):
+        raise UserError(f"--masks and {loaded.source} ({name}) found; expected a MLVICXForSemanticSegmentation")
+    if outputs.embeddings is None and isinstance(loaded.model, MLVICXModel):
+        raise UserError(f"{loaded.source} has no head, so it gives embeddings only; expected --embeddings FILE")
+
+
+def _describe(loaded: LoadedModel, head: Head, inputs: Sequence[Path], outputs: Outputs) -> dict[str, Any]:
+    """Which model, code and machine made the results."""
+    return {
+        "notice": NOTICE,
+        "model": loaded.source,
+        "revision": loaded.revision,
+        "architectures": loaded.model.config.architectures,
+        "weights_sha256": loaded.weights,
+        "labels": loaded.labels,
+        "decision_thresholds": loaded.model.config.decision_thresholds if isinstance(head, MultiLabelHead) else None,
+        "mask_values": head.mask_values if isinstance(head, SegmentationHead) else None,
+        "inputs": [printable(item) for item in inputs],
+        "embeddings": None if outputs.embeddings is None else str(outputs.embeddings),
+        "masks": None if outputs.masks is None else str(outputs.masks),
+        "hardware": describe_hardware(loaded.model.device),
+        "code": code_version(),
+    }

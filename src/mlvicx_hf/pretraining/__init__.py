@@ -1,0 +1,1 @@
+"""Self-supervised pretraining: arguments, views, the loop, checkpoints."""

@@ -1,0 +1,246 @@
+"""Checkpoints of a run: folders that are whole or absent, and that are compared with their hashes before they are used.
+
+`checkpoint-STEP` holds what a run puts there and `state.json`: the step, settings, and the SHA-256 hash of every other
+file. A kill at any moment leaves the newest whole one as it was: a folder is written under a hidden name and then
+renamed, and renamed to a hidden name before it is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import new_folder, sha256, write_json
+
+logger = logging.getLogger(__name__)
+
+STATE, BEST = "state.json", "best.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is whole.
+
+    Attributes:
+        path: its folder.
+        step: steps that were done.
+        fixed: settings that must be the same when a run goes on from it.
+        machine: what may differ then, but is needed for the same bits.
+    """
+
+    path: Path
+    step: int
+    fixed: dict[str, Any]
+    machine: dict[str, Any]
+
+    def check_same_run(self, fixed: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Compare with what is so now; another machine is a warning.
+
+        Raises:
+            ValueError: other settings, all of them listed.
+        """
+        if changed := _differences(self.fixed, fixed):
+            raise UserError(f"{self.path} belongs to another run: {changed}")
+        if changed := _differences(self.machine, machine):
+            logger.warning("the bits may differ from those of a run that was not interrupted: %s", changed)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    now = json.loads(json.dumps(now))  # as `before` was read: lists for tuples
+    keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    return "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in keys)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Compare a checkpoint with its hashes.
+
+    Raises:
+        DamagedCheckpointError: which file, and what is wrong with it.
+    """
+    name = STATE
+    try:
+        state = json.loads((path / STATE).read_text())
+        checkpoint = Checkpoint(path, state["step"], state["fixed"], state["machine"])
+        hashes = dict(state["sha256"])
+        if hashes.pop(STATE) != _digest(checkpoint) or path.name != f"checkpoint-{checkpoint.step}":
+            raise DamagedCheckpointError(f"{STATE} is not what was written")
+        for name, expected in hashes.items():
+            if (found := sha256(path / name)) != expected:
+                raise DamagedCheckpointError(f"{name} has the SHA-256 hash {found[:12]}…, not {expected[:12]}…")
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{name} is missing") from None
+    except OSError as error:
+        raise DamagedCheckpointError(f"{name} cannot be read: {error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{STATE} is no state of a checkpoint ({error!r})") from error
+    return checkpoint
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    content = [checkpoint.step, checkpoint.fixed, checkpoint.machine]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Checkpoints:
+    """Those of one run.
+
+    Args:
+        folder: of the run.
+        limit: how many of the newest are kept, besides the best one.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"checkpoint-{step}"
+
+    def paths(self) -> list[Path]:
+        """All folders, whole or damaged, oldest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_step)
+
+    def newest_whole(self) -> Checkpoint | None:
+        """The checkpoint to go on from; a warning names each newer one that is damaged, and why.
+
+        Returns:
+            None where nothing of a run is lost by starting from the beginning.
+
+        Raises:
+            ValueError: there are checkpoints and none is whole, or there is a trained model without any.
+        """
+        reasons = []
+        for path in reversed(self.paths()):
+            try:
+                return read_checkpoint(path)
+            except DamagedCheckpointError as error:
+                reasons.append(f"{path.name}: {error}")
+                logger.warning("%s is damaged: %s; falling back to the one before", path, error)
+        if reasons:
+            raise UserError(f"no checkpoint in {self.folder} is whole ({'; '.join(reasons)}); expected one to resume")
+        if (self.folder / "model.safetensors").exists():
+            raise UserError(f"{self.folder} holds a trained model and no checkpoint; expected one to resume")
+        return None
+
+    def begin(self, step: int) -> None:
+        """Tidy up before a run goes on from a step: what kills have left, and what is newer, which is damaged."""
+        for left in self.folder.glob(".checkpoint-*"):
+            shutil.rmtree(left)
+        for path in self.paths():
+            if _step(path) > step:
+                self.set_aside(path, "damaged")
+        self._drop_oldest()
+
+    def save(self, step: int, fixed: dict[str, Any], machine: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Make the checkpoint of a step, whole or not at all, and drop the oldest.
+
+        Args:
+            step: steps that are done; where it has a checkpoint nothing is written.
+            fixed: see `Checkpoint`.
+            machine: see `Checkpoint`.
+            write: puts files into the folder that it is given.
+
+        Raises:
+            OSError: it cannot be written; names the checkpoint that is still good.
+        """
+        path = self.path(step)
+        if path.is_dir():  # the run went on from it: replacing it would only put it at risk
+            return
+        with self.saying_what_is_left(path), new_folder(path) as folder:
+            write(folder)
+            checkpoint = Checkpoint(path, step, fixed, machine)
+            hashes = {file.name: sha256(file) for file in sorted(folder.iterdir())} | {STATE: _digest(checkpoint)}
+            write_json(folder / STATE, {"step": step, "fixed": fixed, "machine": machine, "sha256": hashes})
+        self._drop_oldest()
+
+    @contextmanager
+    def saying_what_is_left(self, path: Path) -> Iterator[None]:
+        """Add to the error of writing something which checkpoint is good.
+
+        Raises:
+            OSError: the error.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            good = self.newest_good() or "none yet"
+            raise OSError(f"{path} cannot be written: {error}; last good checkpoint: {good}") from error
+
+    def newest_good(self) -> Path | None:
+        """The newest whole checkpoint."""
+        for path in reversed(self.paths()):
+            try:
+                return read_checkpoint(path).path
+            except DamagedCheckpointError:
+                continue
+        return None
+
+    def set_aside(self, path: Path, why: str) -> None:
+        """Rename a checkpoint to WHY-checkpoint-STEP, which no run goes on from."""
+        aside = path.with_name(f"{why}-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)  # an earlier one
+        if self._best().get("step") == _step(path):
+            (self.folder / BEST).unlink()  # first: a kill must leave no note of a checkpoint that is gone
+        os.replace(path, aside)
+
+    def mark_best(self, score: float, step: int) -> bool:
+        """Protect the checkpoint of a step from removal, as long as no other one has a higher score.
+
+        Args:
+            score: the higher the better.
+            step: of a checkpoint.
+
+        Returns:
+            Whether the score is the highest so far; then `best.json` holds it and the step.
+
+        Raises:
+            ValueError: no such checkpoint, or a score that is not finite.
+        """
+        if not math.isfinite(score):
+            raise UserError(f"score={score} found; expected a finite number")
+        if not self.path(step).is_dir():
+            raise UserError(f"step={step} found; {self.folder} has {', '.join(p.name for p in self.paths()) or 'none'}")
+        if score <= self._best().get("score", -math.inf):
+            return False
+        write_json(self.folder / BEST, {"step": step, "score": score})
+        return True
+
+    def _best(self) -> dict[str, Any]:
+        """Step and score of the best checkpoint; empty without one."""
+        path = self.folder / BEST
+        try:
+            return dict(json.loads(path.read_text())) if path.exists() else {}
+        except ValueError as error:
+            logger.warning("%s is damaged (%s): no checkpoint counts as the best", path, error)
+            return {}
+
+    def _drop_oldest(self) -> None:
+        best = self._best().get("step")
+        for path in self.paths()[: -self.limit]:
+            if _step(path) != best:
+                hidden = path.with_name(f".{path.name}.old")  # at once no checkpoint any more, wherever a kill hits
+                os.replace(path, hidden)
+                shutil.rmtree(hidden)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.partition("-")[2])

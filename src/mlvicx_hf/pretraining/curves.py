@@ -1,0 +1,111 @@
+"""Pictures and tables that show what a run did: curves, views, nearest neighbours, the quick start's report."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mlvicx_hf.common.errors import MissingExtraError, UserError
+from mlvicx_hf.data.images.pictures import contact_sheet
+
+from .views import TwoViewAugmentation, view_draws
+
+# Panels of `plot_curves`: title, and which keys of metrics.jsonl are in it.
+PANELS = {
+    "loss": r"loss|global_loss|multi_level_loss",
+    "learning rate": r"learning_rate",
+    "probes: AUROC on validation": r"probe_\w+_auroc",
+    "invariance": r"\w+_invariance",
+    "variance": r"\w+_variance",
+    "covariance": r"\w+_covariance",
+    "RankMe of a batch": r"\w+_rankme",
+    "mean deviation of a batch": r"\w+_deviation",
+    "mean |correlation| of a batch": r"\w+_correlation",
+}
+LOSS_AND_RANK = {"loss": r"(global|multi_level)_loss", "RankMe of a batch's embeddings": r"\w+_embeddings_rankme"}
+LOGARITHMIC = ("deviation",)  # embeddings and levels differ by orders of magnitude
+
+
+def plot_curves(metrics: Path, picture: Path, title: str = "", panels: Mapping[str, str] = PANELS) -> None:
+    """Draw what a pretraining run logged, a panel a kind of figure; those of which it logged nothing are left out.
+
+    Args:
+        metrics: `metrics.jsonl` of the run.
+        picture: PNG file to write.
+        title: above the picture.
+        panels: title of each panel, and the pattern of the keys that it shows.
+
+    Raises:
+        ImportError: without matplotlib, naming the extra that brings it.
+        ValueError: a file in which nothing can be drawn.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError('plots need matplotlib: pip install "mlvicx-hf[report]"') from error
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    shown = {name: [key for key in keys if re.fullmatch(pattern, key)] for name, pattern in panels.items()}
+    shown = {name: matching for name, matching in shown.items() if matching}
+    if not shown:
+        raise UserError(f"{metrics} holds {len(rows)} lines and none of the figures to draw; expected a run's metrics")
+    columns = min(3, len(shown))
+    height = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(4.4 * columns, 3.1 * height), layout="constrained")
+    grid = figure.subplots(height, columns, squeeze=False).flat
+    for (name, matching), axes in zip(shown.items(), grid, strict=False):
+        for key in matching:
+            kept = [row for row in rows if key in row]
+            axes.plot([row["step"] for row in kept], [row[key] for row in kept], **_line(key, len(kept)))
+        axes.set(xlabel="step", title=name, yscale="log" if any(word in name for word in LOGARITHMIC) else "linear")
+        axes.grid(alpha=0.3)
+        if len(matching) > 1:
+            axes.legend(framealpha=0.6, edgecolor="none", fontsize="small", ncols=2 if len(matching) > 3 else 1)
+    for axes in list(grid):  # what the panels left over
+        axes.set_axis_off()
+    figure.suptitle(title)
+    figure.savefig(picture, dpi=120)
+
+
+def _line(key: str, points: int) -> dict[str, Any]:
+    """Name and looks of a curve: the same thing in one colour throughout, levels dashed."""
+    level = re.match(r"level_(\d+)", key)
+    if level:
+        look: dict[str, Any] = {"label": f"level {level[1]}", "color": f"C{int(level[1]) + 3}", "linestyle": "--"}
+    elif key.startswith("probe_"):
+        look = {"label": {"probe_knn_auroc": "nearest neighbours", "probe_linear_auroc": "linear probe"}.get(key, key)}
+    elif key.startswith("multi_level"):
+        look = {"label": "multi-level", "color": "C1"}
+    elif key.startswith("global"):
+        look = {"label": "global", "color": "C0"}
+    else:
+        look = {"label": "total" if key == "loss" else key.replace("_", " "), "color": "C2"}
+    return look | {"marker": "o" if points < 10 else None, "markersize": 3}
+
+
+def view_sheet(images: list[Image.Image], augment: TwoViewAugmentation, picture: Path, seed: int = 0) -> None:
+    """Rows of three: an image and its two views.
+
+    Args:
+        images: grey squares of one size.
+        augment: makes the views.
+        picture: PNG file to write.
+        seed: of the views.
+    """
+    batch = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in images]))[:, None]
+    views = augment(batch, view_draws(seed, 0, range(len(images))))
+    size = (augment.image_size, augment.image_size)
+    columns = [np.stack([np.asarray(image.resize(size)) for image in images])]
+    for view in views:
+        gray = ((view[:, 0] * augment.std + augment.mean).clamp(0, 1) * 255).round()
+        columns.append(gray.to(torch.uint8).numpy())
+    tiles = [column[i] for i in range(len(images)) for column in columns]
+    contact_sheet(tiles, 6, ["image", "view 1", "view 2"] * len(images)).save(picture)

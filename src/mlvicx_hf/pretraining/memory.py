@@ -1,0 +1,288 @@
+"""How much memory and time pretraining needs, and micro-batches that fit, found before the first step.
+
+Trial steps run on random images through the model as it was built: before it is compiled, and before several processes
+share it, so that nothing is exchanged and no process waits for another. They leave no trace in the run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size, gather_object, release_memory
+from torch import Tensor
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForPreTraining
+
+SMALLEST = 2  # images of a micro-batch
+BETWEEN = 1.1  # what the maps take on the CPU, over what autograd saves of them: the rest comes and goes
+
+
+@dataclass(frozen=True)
+class ResourceEstimate:
+    """What a training process needs.
+
+    Args:
+        memory: bytes at the peak, of the GPU or of the process.
+        on_gpu: which of the two.
+        seconds: of a step, without reading images and what processes exchange; None where it is not known.
+    """
+
+    memory: int
+    on_gpu: bool
+    seconds: float | None
+
+    def line(self, steps: int) -> str:
+        """What to say of a run of so many steps."""
+        memory = f"about {self.memory / 2**30:.1f} GiB of {'GPU memory' if self.on_gpu else 'memory'} at the peak"
+        if self.seconds is None:
+            return f"{memory}; the time of a compiled step is measured after the first ones"
+        whole = timedelta(seconds=round(self.seconds * steps))
+        return f"{memory}; about {self.seconds:.2g} s a step, {whole} for {steps} steps"
+
+
+class Trial:
+    """Steps of a model that is about to be trained, which leave it as it was: weights, statistics, random numbers.
+
+    The loss is replaced by the mean square of the embeddings: its matrices are small beside the maps, and under
+    torch.distributed it would wait for other processes.
+
+    Args:
+        accelerator: of the run, for its precision.
+        model: on its device, neither compiled nor wrapped.
+        make_views: gives both views, [B, C, H, W] each, of B images; takes no numbers of torch's global generators.
+        share: images of a process.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: MLVICXForPreTraining,
+        make_views: Callable[[int], tuple[Tensor, Tensor]],
+        share: int,
+    ) -> None:
+        self.accelerator, self.model, self.make_views, self.share = accelerator, model, make_views, share
+        self.device = accelerator.device
+        self.weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        # The momentum, and DDP's buckets, which hold the gradients once more.
+        self.besides = self.weights * (2 if accelerator.num_processes > 1 else 1)
+        if self.device.type != "cuda":
+            self._count()
+
+    def _count(self) -> None:
+        """Measure what `process_memory` takes for granted, in steps so small that they fit anywhere."""
+        before = _resident()
+        few, more = self._saved(SMALLEST), self._saved(2 * SMALLEST)
+        self.image_bytes = (more - few) / SMALLEST  # that autograd saves for an image, and whatever their number
+        self.fixed_bytes = few - SMALLEST * self.image_bytes  # such as weights of half precision
+        trial = self.weights + more  # freed by now, but perhaps kept by the C library
+        self.base = max(before, _resident() - trial)  # of the process: code, weights, what torch keeps once it ran
+
+    def estimate(self, steps: int, timed: bool = True) -> ResourceEstimate:
+        """What a step by so many micro-batches needs.
+
+        On a GPU the memory is that of a trial step. On the CPU it is computed, see `process_memory`, unless the process
+        is larger than that after the trial step.
+
+        Args:
+            steps: micro-batches of a process.
+            timed: false leaves out the time, as for a model that will be compiled.
+
+        Raises:
+            ValueError: unequal micro-batches, or smaller than two images.
+        """
+        size, on_gpu = micro_batch(self.share, steps), self.device.type == "cuda"
+        if not on_gpu:
+            seconds = self.run(size) if timed else None
+            return ResourceEstimate(max(self.process_memory(size), _resident() + self.besides), on_gpu, seconds)
+        self.run(SMALLEST)  # what is done but once is not timed
+        torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = self.run(size)
+        memory = torch.cuda.max_memory_allocated(self.device) + self.besides
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return ResourceEstimate(memory, on_gpu, seconds if timed else None)
+
+    def choice(self, steps: int) -> str:
+        """What to say of so many micro-batches."""
+        if steps == 1:
+            return f"find_batch_size: all {self.share} images of a process fit into the memory at once"
+        return (
+            f"find_batch_size: {steps} micro-batches of {self.share // steps} images a process fit into the memory "
+            f"(gradient_accumulation_steps={steps}); batch_size stays, batch normalisation works on micro-batches"
+        )
+
+    def find(self, steps: int) -> int:
+        """The smallest number of micro-batches that fit into the memory, in every process.
+
+        It doubles from the one given, or where the images cannot be halved goes to the next divisor. A GPU tries a
+        step. On the CPU a process that takes too much is killed, without an exception that could be caught: there
+        `process_memory` is compared with the memory that psutil calls available, which knows nothing of the limits of
+        a container or a batch system.
+
+        Args:
+            steps: micro-batches of a process to begin with.
+
+        Raises:
+            ValueError: in all processes, when not even the smallest micro-batches fit in one of them.
+        """
+        found: int | ValueError
+        try:
+            found = self.share // largest_that_fits(self.share, steps, self._attempt)
+        except ValueError as error:  # all processes must end
+            found = error
+        everyone: list[int | ValueError] = gather_object([found])
+        for one in everyone:
+            if isinstance(one, ValueError):
+                raise one
+        return max(one for one in everyone if isinstance(one, int))
+
+    def run(self, size: int) -> float:
+        """One step without the optimiser; one micro-batch of so many images stands for all.
+
+        Returns:
+            Seconds of the step, for all micro-batches.
+        """
+        with self._no_trace():
+            start = self._now()
+            views = self.make_views(self.share)
+            made = self._now()
+            one, two = (view[:size] for view in views)
+            if size < self.share:
+                with torch.no_grad():
+                    self._embed(one, two)
+            self._embed(one, two).backward()
+            done = self._now()
+        return made - start + self.share // size * (done - made)
+
+    def process_memory(self, size: int) -> int:
+        """Bytes that a process takes on the CPU at the peak, with micro-batches of so many images.
+
+        Beyond what it has without a step: momentum, gradients of both views before they are added up, and what autograd
+        saves for an image, times their number. Measured runs took 0.92 to 1.09 times as much.
+        """
+        maps = BETWEEN * size * self.image_bytes + self.fixed_bytes
+        return round(self.base + self.besides + 2 * self.weights + maps)
+
+    def _saved(self, count: int) -> int:
+        """Bytes that autograd saves in a step of so many images, weights and statistics left out."""
+        saved: dict[int, int] = {}  # by address: several operations save the same tensor
+
+        def save(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with self._no_trace():
+            views = self.make_views(count)
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+                loss = self._embed(*views)
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                saved.pop(tensor.untyped_storage().data_ptr(), None)
+            loss.backward()
+        return sum(saved.values())
+
+    def _attempt(self, size: int) -> None:
+        """Raise what torch raises when memory ends, if micro-batches of so many images are too large."""
+        if self.device.type == "cpu":
+            available = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            further = self.process_memory(size) - _resident()
+            if further > available:
+                raise torch.OutOfMemoryError(f"CPU out of memory. {further} bytes needed, {available} available")
+            return
+        besides = torch.empty(self.besides, dtype=torch.uint8, device=self.device)
+        try:
+            self.run(size)
+        finally:
+            (besides,) = release_memory(besides)
+
+    def _embed(self, one: Tensor, two: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            output = self.model(view_1=one, view_2=two, return_loss=False)
+        both = (output.global_embeddings or ()) + (output.multi_level_embeddings or ())
+        return torch.stack([embeddings.float().square().mean() for embeddings in both]).sum()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def _no_trace(self) -> Iterator[None]:
+        """Training mode; behind it no gradient, and modes, buffers and random numbers as before."""
+        modes = [(part, part.training) for part in self.model.modules()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            try:
+                self.model.train()
+                yield
+            finally:
+                self.model.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    for buffer, value in buffers:
+                        buffer.copy_(value)
+                for part, mode in modes:
+                    part.training = mode
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has."""
+    return psutil.Process().memory_info().rss
+
+
+def micro_batch(share: int, steps: int) -> int:
+    """Images of a micro-batch.
+
+    Args:
+        share: images of a process.
+        steps: micro-batches.
+
+    Raises:
+        ValueError: unequal micro-batches, or smaller than two images.
+    """
+    if share % steps or share // steps < SMALLEST:
+        raise UserError(
+            f"gradient_accumulation_steps={steps} found for {share} images of a process; expected a divisor that "
+            "leaves two images or more"
+        )
+    return share // steps
+
+
+def largest_that_fits(share: int, steps: int, attempt: Callable[[int], None]) -> int:
+    """Images of the largest micro-batches that fit into the memory: halved until they do.
+
+    Args:
+        share: images of a process.
+        steps: micro-batches to begin with.
+        attempt: tries micro-batches of so many images; raises the error of torch's when memory ends.
+
+    Raises:
+        ValueError: not even the smallest ones fit, or `steps` is no number of equal micro-batches.
+    """
+    size = micro_batch(share, steps)
+
+    def smaller() -> int:
+        nonlocal size
+        divisors = [n for n in range(SMALLEST, size) if share % n == 0]
+        if not divisors:
+            raise UserError(
+                f"batch_size gives {share} images a process, and not even micro-batches of {size} of them fit into the "
+                "memory; expected a smaller image_size, backbone or expander_dims"
+            )
+        size = max((n for n in divisors if 2 * n <= size), default=divisors[0])
+        return size
+
+    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=smaller)
+    def fit(batch_size: int) -> int:
+        attempt(batch_size)
+        return batch_size
+
+    fitting: int = fit()
+    return fitting

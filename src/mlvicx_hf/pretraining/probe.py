@@ -1,0 +1,103 @@
+"""What the features of a frozen encoder are worth: nearest neighbours and a linear probe, in seconds.
+
+The probes fit on the train split of a labelled cache and are scored on its validation split; the test split is never
+read. Nothing is random: the same encoder and cache give the same scores, and the state of the caller's generators stays
+as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.splits import patient_hash
+from mlvicx_hf.encoders.features import PreparedImages, encode
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.scoring.metrics import score_labels
+from mlvicx_hf.scoring.probes import knn_scores, linear_scores
+
+
+class Probe:
+    """kNN and linear probe of an encoder on a labelled cache.
+
+    Args:
+        path: of the cache; the splits train and validation are used.
+        processor: of the model.
+        max_train: of more training images, those of the patients whose hash comes first are taken.
+        max_validation: likewise.
+        seed: of that hash.
+        batch_size: images encoded at a time.
+
+    Raises:
+        FileNotFoundError: no cache.
+        ValueError: no labels, a split that is missing, or no label that both splits know with both values.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        processor: MLVICXImageProcessor,
+        max_train: int = 2000,
+        max_validation: int = 1000,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        cache = load_cache(path, ["train", "validation"])
+        if not cache.label_names:
+            raise UserError(f"{path} has no labels; expected some: prepare it with --metadata that has label columns")
+        self.names, self.processor, self.batch_size = cache.label_names, processor, batch_size
+        limits = {"train": max_train, "validation": max_validation}
+        self.images = {split: _capped(cache.datasets[split], limit, seed) for split, limit in limits.items()}
+        self.labels = {split: np.array(images["labels"], dtype=np.float64) for split, images in self.images.items()}
+        fit, scored = self.labels["train"], self.labels["validation"]
+        self.usable = [i for i in range(len(self.names)) if _has_both(fit[:, i]) and _has_both(scored[:, i])]
+        if not self.usable:
+            raise UserError(f"{path}: no label has both values in train and in validation, so nothing can be probed")
+        patients = [np.array(self.images[split]["patient_id"], dtype=object) for split in ("validation", "train")]
+        self.same_patient = torch.from_numpy((patients[0][:, None] == patients[1][None]).astype(bool))
+
+    def __call__(self, encoder: nn.Module, device: torch.device | str = "cpu") -> dict[str, float]:
+        """Score an encoder as it is now; it is left in the mode that it was in.
+
+        Returns:
+            `probe_knn_auroc` and `probe_linear_auroc`, means over the labels that both splits know with both values,
+            and `probe_knn_auroc/LABEL`, `probe_linear_auroc/LABEL`. Exclusive classes count one against the rest.
+        """
+        features = {
+            split: encode(encoder, PreparedImages(images, self.processor), self.batch_size, device, show=False)[
+                "features"
+            ]
+            for split, images in self.images.items()
+        }
+        names = [self.names[i] for i in self.usable]
+        fit, truth = (self.labels[split][:, self.usable] for split in ("train", "validation"))
+        found = {
+            "knn": knn_scores(features["train"], fit, features["validation"], self.same_patient),
+            "linear": linear_scores(features["train"], fit, features["validation"]),
+        }
+        scalars: dict[str, float] = {}
+        for kind, scores in found.items():
+            auroc = score_labels(scores, truth, names)
+            scalars[f"probe_{kind}_auroc"] = auroc["auroc_macro"]
+            scalars |= {f"probe_{kind}_auroc/{name}": value for name, value in auroc["auroc"].items()}
+        return scalars
+
+
+def _capped(images: Any, limit: int, seed: int) -> Any:
+    """At most so many rows, patient after patient in the order of their hashes; the rows keep their order."""
+    if limit < 1:
+        raise UserError(f"a limit of {limit} images found; expected 1 or more")
+    patients: Sequence[str] = images["patient_id"][:]
+    order = sorted(range(len(images)), key=lambda i: (patient_hash(patients[i], seed), i))
+    return images.select(sorted(order[:limit]))
+
+
+def _has_both(values: np.ndarray) -> bool:
+    return len(np.unique(values[~np.isnan(values)])) == 2

@@ -1,0 +1,203 @@
+"""Two random views of every image, batched on the device and seeded by (seed, epoch, sample).
+
+The six transforms of section III-A of the paper; the magnitudes, which it does not give, are arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mlvicx_hf.common.errors import UserError
+
+# One uniform number in [0, 1) each, in this order; a run's views depend on nothing else.
+DRAWS = (
+    "area",
+    "ratio",
+    "left",
+    "top",
+    "flip",
+    "angle",
+    "jitter",
+    "brightness",
+    "contrast",
+    "blur",
+    "sigma",
+    "solarize",
+)
+
+
+def view_draws(seed: int, epoch: int, samples: Sequence[int] | np.ndarray) -> Tensor:
+    """Uniform numbers behind the two views of each sample.
+
+    Every sample has its own counter of a Philox generator, so its views depend neither on the batch it comes in nor
+    on workers, ranks or a resume.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 0.
+        samples: indices in the data set, B of them.
+
+    Returns:
+        Float32 [B, 2, len(DRAWS)] in [0, 1), on the CPU.
+    """
+    draws = np.empty((len(samples), 2, len(DRAWS)), np.float32)
+    for row, sample in zip(draws, samples, strict=True):
+        bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, int(sample)])
+        np.random.Generator(bits).random(out=row, dtype=np.float32)
+    return torch.from_numpy(draws)
+
+
+@dataclass(frozen=True)
+class TwoViewAugmentation:
+    """The two views, from uint8 to model input.
+
+    Crop, rotation and flip are one bilinear warp; brightness and contrast are one affine map clamped once. The pairs
+    give the value of view 1 and of view 2.
+
+    Args:
+        image_size: side of the views in pixels.
+        crop_area: range of the crop's share of the image's area.
+        crop_ratio: range of the crop's width over height, log-uniform.
+        flip: probability of a horizontal flip.
+        rotation: largest angle in degrees, either way; what lies outside the image is black.
+        brightness: largest change of the brightness factor from 1.
+        contrast: largest change of the contrast factor from 1, about the view's mean.
+        jitter: probability of changing brightness and contrast.
+        blur_sigma: range of the Gaussian's standard deviation in pixels of the view.
+        blur: probabilities of the Gaussian blur.
+        solarize: probabilities of inverting what is above the threshold.
+        solarize_threshold: in [0, 1].
+        mean: subtracted from grey values in [0, 1] at the end, as the image processor does.
+        std: by which they are divided.
+        num_channels: channels of the views; more than one repeats the grey image.
+    """
+
+    image_size: int = 224
+    crop_area: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    rotation: float = 10.0
+    brightness: float = 0.4
+    contrast: float = 0.4
+    jitter: float = 0.8
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur: tuple[float, float] = (1.0, 0.1)
+    solarize: tuple[float, float] = (0.0, 0.2)
+    solarize_threshold: float = 0.5
+    mean: float = 0.5
+    std: float = 0.25
+    num_channels: int = 1
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"image_size={self.image_size} found; expected 1 or more")
+        for name in ("brightness", "contrast"):  # beyond 1 a factor would be negative and invert the image
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} found; expected a change in [0, 1]")
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise UserError(f"crop_area={self.crop_area} found; expected 0 < low <= high <= 1")
+        if not 0 < self.crop_ratio[0] <= 1 <= self.crop_ratio[1]:
+            raise UserError(f"crop_ratio={self.crop_ratio} found; expected 0 < low <= 1 <= high")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise UserError(f"blur_sigma={self.blur_sigma} found; expected 0 < low <= high")
+        for name in ("flip", "jitter", "blur", "solarize"):
+            value = getattr(self, name)
+            if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple) else (value,))):
+                raise UserError(f"{name}={value} found; expected probabilities in [0, 1]")
+
+    def __call__(self, images: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Make both views.
+
+        Args:
+            images: uint8 [B, 1, S, S], on the device that does the work.
+            draws: from `view_draws`, [B, 2, len(DRAWS)], on the CPU.
+
+        Returns:
+            view_1 and view_2, float32 [B, num_channels, image_size, image_size].
+
+        Raises:
+            ValueError: images of another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
+            raise UserError(f"images {images.dtype} {tuple(images.shape)} found; expected uint8 [B, 1, S, S]")
+        pixels = images.float() / 255
+        shrink = images.shape[-1] // self.image_size
+        if shrink > 1:  # the bilinear warp alone would alias
+            pixels = F.avg_pool2d(pixels, shrink)
+        view_1, view_2 = (self._view(pixels, draws[:, view].double(), view) for view in (0, 1))
+        return view_1, view_2
+
+    def _view(self, pixels: Tensor, draws: Tensor, view: int) -> Tensor:
+        draw = dict(zip(DRAWS, draws.unbind(1), strict=True))  # [B] each
+        x = self._warp(pixels, self.geometry(draw))
+        x = self._jitter(x, draw)
+        x = self._blur(x, draw, self.blur[view])
+        x = self._solarize(x, draw, self.solarize[view])
+        return x.sub_(self.mean).div_(self.std).expand(-1, self.num_channels, -1, -1)
+
+    def geometry(self, draw: dict[str, Tensor]) -> Tensor:
+        """Affine maps from view to image coordinates, both in [-1, 1]: [B, 2, 3]."""
+        area = _scale(draw["area"], *self.crop_area)
+        # The ratios for which a crop of this area still fits into the image.
+        low = area.log().clamp(min=math.log(self.crop_ratio[0]))
+        high = (-area.log()).clamp(max=math.log(self.crop_ratio[1]))
+        ratio = (low + (high - low) * draw["ratio"]).exp()
+        width, height = (area * ratio).sqrt(), (area / ratio).sqrt()  # shares of the image's side
+        center_x = (1 - width) * (2 * draw["left"] - 1)
+        center_y = (1 - height) * (2 * draw["top"] - 1)
+        angle = _scale(draw["angle"], -1, 1) * math.radians(self.rotation)
+        mirror = torch.where(draw["flip"] < self.flip, -1.0, 1.0)
+        cos, sin = angle.cos(), angle.sin()
+        x_row = torch.stack([width * cos * mirror, -width * sin, center_x], 1)
+        y_row = torch.stack([height * sin * mirror, height * cos, center_y], 1)
+        return torch.stack([x_row, y_row], 1)
+
+    def _warp(self, pixels: Tensor, geometry: Tensor) -> Tensor:
+        side = self.image_size
+        centers = (2 * torch.arange(side, device=pixels.device, dtype=pixels.dtype) + 1) / side - 1  # of the pixels
+        x, y, shift = geometry.to(pixels)[:, None, None].unbind(-1)  # [B, 1, 1, 2] each
+        grid = x * centers[:, None] + (y * centers[:, None, None] + shift)  # [B, S, S, 2], as F.affine_grid's
+        return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+    def _jitter(self, x: Tensor, draw: dict[str, Tensor]) -> Tensor:
+        applied = draw["jitter"] < self.jitter
+        brightness = torch.where(applied, 1 + self.brightness * _scale(draw["brightness"], -1, 1), 1.0)
+        contrast = torch.where(applied, 1 + self.contrast * _scale(draw["contrast"], -1, 1), 1.0)
+        gain = (brightness * contrast).to(x)[:, None, None, None]
+        offset = (brightness * (1 - contrast)).to(x)[:, None, None, None] * x.mean((1, 2, 3), keepdim=True)
+        return x.mul_(gain).add_(offset).clamp_(0, 1)
+
+    def _blur(self, x: Tensor, draw: dict[str, Tensor], probability: float) -> Tensor:
+        chosen = (draw["blur"] < probability).nonzero()[:, 0]  # on the CPU: no wait for the device
+        if len(chosen) == 0:
+            return x
+        sigma = _scale(draw["sigma"][chosen], *self.blur_sigma).to(x)[:, None]
+        radius = min(math.ceil(4 * self.blur_sigma[1]), self.image_size - 1)
+        place = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+        kernel = (-(place**2) / (2 * sigma**2)).exp()  # [b, K]
+        kernel = (kernel / kernel.sum(1, keepdim=True))[:, None, None]  # [b, 1, 1, K]
+        chosen = chosen.to(x.device)
+        blurred = F.pad(x[chosen, 0][None], (radius,) * 4, mode="reflect")  # [1, b, S + 2R, S + 2R]
+        for one in (kernel, kernel.mT):  # along the rows, then along the columns
+            blurred = F.conv2d(blurred, one, groups=len(chosen))
+        return x.index_copy_(0, chosen, blurred[0][:, None])
+
+    def _solarize(self, x: Tensor, draw: dict[str, Tensor], probability: float) -> Tensor:
+        chosen = (draw["solarize"] < probability).nonzero()[:, 0]
+        if len(chosen) == 0:
+            return x
+        chosen = chosen.to(x.device)
+        some = x[chosen]
+        return x.index_copy_(0, chosen, torch.where(some >= self.solarize_threshold, 1 - some, some))
+
+
+def _scale(draw: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * draw

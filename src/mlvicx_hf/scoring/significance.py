@@ -1,0 +1,112 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Is one classifier better than another: tests over seeds and of a single pair; how far probabilities are true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mlvicx_hf.common.errors import UserError
+
+
+def paired_tests(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Paired t-test and Wilcoxon signed-rank test of a score over seeds (section V-A of the paper), both two-sided.
+
+    Args:
+        ours: score of one model, a seed each.
+        theirs: of another one, with the same seeds in the same order.
+
+    Returns:
+        `seeds`, `difference` (mean), `t_p`, `wilcoxon_p`; a p of 1 where no seed differs. With few seeds the Wilcoxon
+        test cannot be significant whatever the scores are: 5 seeds give 0.0625 at least.
+
+    Raises:
+        ValueError: unequal numbers of seeds, fewer than two, or a score that is not finite.
+    """
+    first, second = np.asarray(ours, float), np.asarray(theirs, float)
+    if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
+        raise UserError(f"{first.size} and {second.size} scores found; expected equally many, two or more, one a seed")
+    if not np.isfinite([first, second]).all():
+        raise UserError("a score that is not finite found; expected finished runs in which every one was scored")
+    differences = first - second
+    found = {"seeds": len(first), "difference": float(differences.mean())}
+    if not differences.any():
+        return found | {"t_p": 1.0, "wilcoxon_p": 1.0}
+    # Where all seeds differ alike the statistic is infinite.
+    t_p = 0.0 if np.ptp(differences) == 0 else float(stats.ttest_rel(first, second).pvalue)
+    return found | {"t_p": t_p, "wilcoxon_p": float(stats.wilcoxon(differences).pvalue)}
+
+
+def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Two AUROCs on the same images (DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988), two-sided.
+
+    It takes images for independent; where patients have several, `compare_runs` resamples patients instead.
+
+    Args:
+        labels: [N], 1, 0 or NaN; unknown ones are left out.
+        ours: scores of one model, [N].
+        theirs: of the other, [N].
+
+    Returns:
+        `auroc`, `other_auroc`, `difference`, its standard error `se`, and `p`; a p of 1 where the scores rank alike.
+
+    Raises:
+        ValueError: fewer than two images of either label, or a score that is not finite.
+    """
+    known = ~np.isnan(labels)
+    scores = np.stack([ours, theirs])[:, known].astype(float)  # [2, N]
+    positive = labels[known] == 1
+    m, n = int(positive.sum()), int((~positive).sum())
+    if min(m, n) < 2:
+        raise UserError(f"{m} positive and {n} negative labels found; expected two of each at least")
+    if not np.isfinite(scores).all():
+        raise UserError("a score that is not finite found; expected finite ones")
+    # Share of the other kind that each image beats, ties half, by ranks (Sun and Xu, IEEE SPL 21, 2014).
+    ranks = stats.rankdata(scores, axis=1)
+    wins = (ranks[:, positive] - stats.rankdata(scores[:, positive], axis=1)) / n  # [2, m]
+    losses = 1 - (ranks[:, ~positive] - stats.rankdata(scores[:, ~positive], axis=1)) / m  # [2, n]
+    first, second = wins.mean(1)
+    variance = sum((part[0] - part[1]).var(ddof=1) / part.shape[1] for part in (wins, losses))
+    difference = float(first - second)
+    p = 1.0 if difference == 0 else float(2 * stats.norm.sf(abs(difference) / np.sqrt(variance))) if variance else 0.0
+    return {
+        "auroc": float(first),
+        "other_auroc": float(second),
+        "difference": difference,
+        "se": float(np.sqrt(variance)),
+        "p": p,
+    }
+
+
+def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> dict[str, Any]:
+    """Expected calibration error and the points of a reliability diagram (Guo et al., ICML 2017).
+
+    Args:
+        labels: [N], 1, 0 or NaN; unknown ones are left out.
+        probabilities: of label 1, [N], in [0, 1].
+        bins: of equal width.
+
+    Returns:
+        `ece`, the mean distance of probability and frequency, weighted with the images of a bin, and `bins`, of those
+        that hold images: `images`, mean `probability`, `frequency` of positives.
+
+    Raises:
+        ValueError: no known label, or a value outside [0, 1].
+    """
+    known = ~np.isnan(labels)
+    truth, given = labels[known], np.asarray(probabilities, float)[known]
+    if not len(truth):
+        raise UserError("no known label found; expected one or more")
+    if not ((given >= 0) & (given <= 1)).all():
+        raise UserError(f"probabilities from {given.min()} to {given.max()} found; expected values in [0, 1]")
+    places = np.minimum((given * bins).astype(int), bins - 1)
+    rows = []
+    for place in np.unique(places):
+        inside = places == place
+        means = {"probability": float(given[inside].mean()), "frequency": float(truth[inside].mean())}
+        rows.append({"images": int(inside.sum())} | means)
+    error = sum(row["images"] * abs(row["probability"] - row["frequency"]) for row in rows) / len(truth)
+    return {"ece": float(error), "bins": rows}

@@ -1,0 +1,168 @@
+"""`scripts/pretrain.py` as it is run: killed and resumed, launched by accelerate, in two processes, and its errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, assert_users_error, environment, run_python, run_script, unlabelled_cache
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.pretraining.loop import Pretrainer, main, parse_arguments
+
+SCRIPT = ROOT / "scripts" / "pretrain.py"
+SCHEDULE = ("--epochs", 4, "--checkpoint_steps", 5)  # 12 steps an epoch
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unlabelled_cache(tmp_path_factory.mktemp("pretrain"), 100)
+
+
+def flags(cache: Path, output: Path, *more: object) -> list[str]:
+    common = ("--recipe", "smoke", "--dataset", cache, "--output_dir", output, "--logging_steps", 1)
+    return [str(word) for word in (*common, *more)]
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(path: Path, process: subprocess.Popen[Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that `accelerate launch` starts in one process and nothing interrupts."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    words = ("--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu")
+    done = run_python("-m", "accelerate.commands.launch", *words, SCRIPT, *flags(cache, output, *SCHEDULE))
+    assert done.returncode == 0, done.stderr
+    assert f"model saved in {output}" in done.stdout
+    return output
+
+
+@pytest.mark.slow
+def test_launched_by_accelerate(whole: Path):
+    assert AutoModel.from_pretrained(whole).config.backbone == "test_resnet"
+    assert [row["step"] for row in lines(whole)] == list(range(1, 49))
+    assert json.loads((whole / "run.json").read_text())["num_processes"] == 1
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_ends_in_the_same_bits(whole: Path, cache: Path, tmp_path: Path):
+    killed = tmp_path / "killed"
+    command = [sys.executable, str(SCRIPT), *flags(cache, killed, *SCHEDULE)]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        wait_for(killed / "checkpoint-15", process)  # the second epoch's third step
+        time.sleep(0.1)  # some steps more, which are lost
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # with the workers that decode images
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "model.safetensors").exists()
+    newest = max(int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*"))
+    assert newest % 12, "killed inside an epoch"
+
+    again = run_script("pretrain.py", *flags(cache, killed, *SCHEDULE, "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert f"resuming {killed}/checkpoint-{newest} at step {newest} of 48" in again.stdout
+    one, other = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    assert lines(killed) == lines(whole)
+
+
+@pytest.mark.slow
+def test_two_processes(cache: Path, tmp_path: Path):
+    output = tmp_path / "run"
+    done = run_python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, SCRIPT),
+        *flags(cache, output, "--num_workers", 0, "--checkpoint_steps", 7),
+        **({"ACCELERATE_USE_CPU": "true"} if torch.accelerator.is_available() else {}),  # two do not share a GPU
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model saved in") == 1
+    written = json.loads((output / "run.json").read_text())
+    assert written["num_processes"] == 2
+    assert [row["step"] for row in lines(output)] == list(range(1, 25))  # one process writes
+    assert lines(output)[-1]["images"] == 24 * 8
+    assert all(torch.isfinite(p).all() for p in AutoModel.from_pretrained(output).parameters())
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-21", "checkpoint-24"}
+    with pytest.raises(ValueError, match=r"run\.num_processes was 2, now 1"):
+        Pretrainer(*parse_arguments(flags(cache, output, "--num_workers", 0, "--resume")))
+
+
+def test_a_folder_in_use_is_refused(cache: Path, tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run_script("pretrain.py", *flags(cache, tmp_path))
+    assert_users_error(done, "holds files of another run", "--resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """The script's two lines, in this process."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (["--batch_size", "200"], ["batch_size=200 found", "at most 100"]),
+        (["--backbone", "resnet1x"], ["backbone='resnet1x' found"]),
+        (["--expander_dims", "0"], ["expander_dims=[0] found"]),
+        (["--recipe", "fast"], ["recipe 'fast' found", "smoke"]),
+        (["--init_from", "./absent"], ["'./absent' found"]),
+        (["--init_from", "./absent.pth"], ["absent.pth"]),
+        (["--mixed_precision", "half"], ["half"]),
+        (["--dataset", "nowhere"], ["nowhere", "expected a prepared cache"]),
+    ],
+)
+def test_a_users_error_is_one_line_and_code_2(
+    cache: Path,
+    tmp_path: Path,
+    more: list[str],
+    parts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, flags(cache, tmp_path / "run", *more))
+    assert caught.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert all(part in errors[0] for part in parts), errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_is_written(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ("--epochs", 1, "--report_to", "tensorboard", "--max_train_samples", 16, "--num_workers", 0)
+    command(monkeypatch, flags(cache, tmp_path / "run", *words))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_help_names_every_argument(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("--recipe", "--dataset", "--output_dir", "--expander_dims", "--resume", "--init_from"):
+        assert name in text

@@ -1,0 +1,240 @@
+"""`scripts/push_to_hub.py` and `AutoModel.from_pretrained("org/mlvicx-resnet18")` over the wire, in fresh processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_users_error, run_python, run_script, tiny_config
+from loopback_hub import LoopbackHub
+from safetensors.torch import load_file
+
+from mlvicx_hf import (
+    MLVICXForImageClassification,
+    MLVICXForPreTraining,
+    MLVICXForSemanticSegmentation,
+    MLVICXImageProcessor,
+)
+from mlvicx_hf.models.integrity_mlvicx import read_sums
+
+NAME = "org/mlvicx-resnet18"
+PRETRAINING, CLASSIFIER, SEGMENTER = "org/mlvicx-pretraining", "org/mlvicx-classifier", "org/mlvicx-segmenter"
+
+# Every Auto class by name, with the package or with the repository's own code.
+CHILD = """
+import sys
+
+mode, outputs = sys.argv[1:]
+if mode == "package":
+    import mlvicx_hf
+
+    trust, home = {}, "mlvicx_hf."
+else:
+    sys.modules["mlvicx_hf"] = None
+    trust, home = {"trust_remote_code": True}, "transformers_modules."
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoModelForPreTraining, AutoModelForSemanticSegmentation
+
+image = torch.arange(40 * 50, dtype=torch.uint8).reshape(40, 50).numpy()
+if mode == "package":
+    model = AutoModel.from_pretrained("org/mlvicx-resnet18")
+else:
+    model = AutoModel.from_pretrained("org/mlvicx-resnet18", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("org/mlvicx-resnet18", **trust)
+config = AutoConfig.from_pretrained("org/mlvicx-resnet18", **trust)
+x = processor(image)["pixel_values"].repeat(2, 1, 1, 1)
+with torch.no_grad():
+    pretraining = AutoModelForPreTraining.from_pretrained("org/mlvicx-pretraining", **trust)
+    classifier = AutoModelForImageClassification.from_pretrained("org/mlvicx-classifier", **trust)
+    segmenter = AutoModelForSemanticSegmentation.from_pretrained("org/mlvicx-segmenter", **trust)
+    backbone = AutoBackbone.from_pretrained("org/mlvicx-resnet18", out_indices=[1, 3], **trust)
+    found = {"pooled": model(x).pooler_output, "loss": pretraining(x, x.flip(-1)).loss}
+    found |= {"labels": classifier(x).logits, "masks": segmenter(x).logits}
+    found |= {f"level_{i}": m for i, m in enumerate(backbone(x).feature_maps)}
+for thing in (model, processor, config, pretraining, classifier, segmenter, backbone):
+    assert type(thing).__module__.startswith(home), type(thing)
+save_file({name: tensor.contiguous().clone() for name, tensor in found.items()}, outputs)
+"""
+
+PUSH_MORE = """
+import sys
+from mlvicx_hf.hub.publishing import push
+
+pretraining, classifier, segmenter = sys.argv[1:]
+card = "Research use only. Not a medical device."
+push(pretraining, "org/mlvicx-pretraining", card, with_expanders=True)
+push(classifier, "org/mlvicx-classifier", card, private=True)
+push(segmenter, "org/mlvicx-segmenter", card, revision="main")
+"""
+
+LOAD = """
+import sys
+from mlvicx_hf.common.errors import run
+
+def main():
+    import torch
+    from transformers import AutoModel
+    name, revision, output = sys.argv[1:4]
+    model = AutoModel.from_pretrained(name, revision=revision)
+    if output:
+        torch.save(model.state_dict(), output)
+
+run(main)
+"""
+
+
+def save(folder: Path, kind: str, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    labels = {"id2label": {0: "Edema", 1: "Mass"}}
+    model = {
+        "pretraining": lambda: MLVICXForPreTraining(tiny_config()),
+        "classifier": lambda: MLVICXForImageClassification(tiny_config(**labels)),
+        "segmenter": lambda: MLVICXForSemanticSegmentation(tiny_config(id2label={0: "background", 1: "lungs"})),
+    }[kind]()
+    model.save_pretrained(folder)
+    MLVICXImageProcessor(image_size=32).save_pretrained(folder)
+    (folder / "card.md").write_text("---\nlicense: apache-2.0\n---\n\nResearch use only. Not a medical device.\n")
+    return folder
+
+
+def push(hub: LoopbackHub, cache: Path, folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    options = ("--model", folder, "--repo_id", name, "--card", folder / "card.md", *words)
+    return run_script("push_to_hub.py", *options, **hub.environment(cache))
+
+
+def load(
+    hub: LoopbackHub, cache: Path, name: str = NAME, revision: str = "main", output: object = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return run_python("-c", LOAD, name, revision, output, **(hub.environment(cache) | environment))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """A Hub to which the script published four repositories."""
+    root = tmp_path_factory.mktemp("sources")
+    folders = {kind: save(root / kind, kind) for kind in ("pretraining", "classifier", "segmenter")}
+    with LoopbackHub() as loopback:
+        done = push(loopback, root / "cache", folders["pretraining"], NAME, "--tag", "v1")
+        assert done.returncode == 0, done.stderr
+        assert f"published as {NAME} at " in done.stdout
+        done = run_python("-c", PUSH_MORE, *folders.values(), **loopback.environment(root / "cache"))
+        assert done.returncode == 0, done.stderr
+        yield loopback
+        assert loopback.unexpected == []
+
+
+def weights(hub: LoopbackHub, name: str, revision: str) -> bytes:
+    return hub.repositories[name].at(revision).files["model.safetensors"].content
+
+
+@pytest.mark.slow
+def test_what_was_published(hub: LoopbackHub):
+    assert hub.repositories[CLASSIFIER].private
+    assert not hub.repositories[NAME].private
+    for name in (NAME, PRETRAINING, CLASSIFIER, SEGMENTER):
+        repository = hub.repositories[name]
+        files = repository.at("main").files
+        assert {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "modeling_mlvicx.py"} <= set(files)
+        assert "card.md" not in files
+        assert b"Not a medical device" in files["README.md"].content
+        sums = dict(reversed(line.split("  ")) for line in files["SHA256SUMS"].content.decode().splitlines())
+        assert sums["model.safetensors"] == hashlib.sha256(files["model.safetensors"].content).hexdigest()
+    assert json.loads(hub.repositories[NAME].at("v1").files["config.json"].content)["architectures"] == ["MLVICXModel"]
+
+
+@pytest.mark.slow
+def test_every_auto_class_by_name_with_the_package_and_without(hub: LoopbackHub, tmp_path: Path):
+    outputs = []
+    for mode in ("package", "remote"):
+        output = tmp_path / f"{mode}.safetensors"
+        done = run_python("-c", CHILD, mode, output, **hub.environment(tmp_path / mode))
+        assert done.returncode == 0, done.stderr
+        outputs.append(output.read_bytes())
+    assert len(load_file(output)) == 6
+    assert outputs[0] == outputs[1]
+    offline = load(hub, tmp_path / "package", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.returncode == 0, offline.stderr
+
+
+@pytest.mark.slow
+def test_a_pinned_revision_stays_what_it_was(hub: LoopbackHub, tmp_path: Path):
+    first = hub.repositories[NAME].at("v1").sha
+    done = push(hub, tmp_path / "cache", save(tmp_path / "new", "pretraining", seed=1), NAME)
+    assert done.returncode == 0, done.stderr
+    assert weights(hub, NAME, "main") != weights(hub, NAME, "v1")
+    for revision, expected in (("v1", "v1"), (first, "v1"), ("main", "main")):
+        done = load(hub, tmp_path / "cache", revision=revision, output=tmp_path / "state.pt")
+        assert done.returncode == 0, done.stderr
+        published = tmp_path / "published.safetensors"
+        published.write_bytes(weights(hub, NAME, expected))
+        state = torch.load(tmp_path / "state.pt")
+        assert all(torch.equal(state[key], value) for key, value in load_file(published).items())
+    again = push(hub, tmp_path / "cache", tmp_path / "new", NAME, "--tag", "v1")
+    assert_users_error(again, "409")
+    assert hub.repositories[NAME].at("v1").sha == first
+
+
+@pytest.mark.slow
+def test_a_dry_run_sends_nothing(hub: LoopbackHub, tmp_path: Path):
+    before = len(hub.requests)
+    folder = save(tmp_path / "model", "segmenter")
+    done = push(hub, tmp_path / "cache", folder, "org/new", "--private", "--dry_run", "--tag", "v2")
+    assert done.returncode == 0, done.stderr
+    assert "would go to org/new (private, main, tag v2); nothing was sent" in done.stdout
+    assert "Not a medical device" in done.stdout
+    assert "model.safetensors" in done.stdout
+    assert len(hub.requests) == before
+    assert "org/new" not in hub.repositories
+
+
+@pytest.mark.slow
+def test_what_cannot_be_pushed(hub: LoopbackHub, tmp_path: Path):
+    folder = save(tmp_path / "model", "segmenter")
+    assert_users_error(
+        push(hub, tmp_path / "cache", folder, NAME, "--private"), f"{NAME} is there already and is public"
+    )
+    assert_users_error(push(hub, tmp_path / "cache", folder, "org/a/b"), "org/a/b")
+    strange = hub.environment(tmp_path / "cache", token="hf_wrong")
+    words = ("--model", folder, "--repo_id", "org/other", "--card", folder / "card.md")
+    assert_users_error(run_script("push_to_hub.py", *words, **strange), "401")
+    assert "org/other" not in hub.repositories
+    words = ("--model", folder, "--repo_id", "org/other", "--dry_run")  # no card, and no results to make one of
+    assert_users_error(run_script("push_to_hub.py", *words), "results.json")
+
+
+@pytest.mark.slow
+def test_a_name_that_is_not_there_and_one_that_is_private(hub: LoopbackHub, tmp_path: Path):
+    absent = load(hub, tmp_path / "a", "org/absent")
+    assert_users_error(absent, "org/absent", "not a valid model identifier")
+    private = load(hub, tmp_path / "b", CLASSIFIER, HF_TOKEN="")
+    assert_users_error(private, CLASSIFIER)
+    assert not list((tmp_path / "b").rglob("*.safetensors"))
+    revision = load(hub, tmp_path / "c", NAME, "v9")
+    assert_users_error(revision, "v9")
+
+
+@pytest.mark.slow
+def test_a_download_that_breaks_and_one_that_is_corrupted(hub: LoopbackHub, tmp_path: Path):
+    hub.cut("model.safetensors", after=100_000)
+    broken = load(hub, tmp_path)
+    assert_users_error(broken, NAME, "the download of model.safetensors broke off")
+    assert not list(tmp_path.rglob("model.safetensors"))
+    hub.heal()
+    hub.corrupt("model.safetensors")
+    corrupted = load(hub, tmp_path)
+    assert_users_error(corrupted, NAME, "model.safetensors is damaged", "removed from the cache", "try again")
+    assert not list(tmp_path.rglob("model.safetensors"))
+    hub.heal()
+    done = load(hub, tmp_path, output=tmp_path / "state.pt")
+    assert done.returncode == 0, done.stderr
+    (kept,) = tmp_path.rglob("model.safetensors")
+    (sums,) = tmp_path.rglob("SHA256SUMS")
+    assert read_sums(sums)["model.safetensors"] == hashlib.sha256(kept.read_bytes()).hexdigest()

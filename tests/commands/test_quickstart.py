@@ -1,0 +1,79 @@
+"""The quick start on a user's own folder: with labels a classifier, without them neighbours."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_folder(folder: Path, labelled: bool) -> None:
+    """Forty small images of twenty patients; a bright corner is the finding."""
+    rng = np.random.default_rng(0)
+    rows = ["file_name,patient_id" + (",Corner" if labelled else "")]
+    for index in range(40):
+        pixels = rng.integers(0, 128, (48, 40), dtype=np.uint8)
+        finding = index // 2 % 2
+        pixels[:12, :12] += 100 * finding
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        rows.append(f"{index}.png,{index // 2}" + (f",{finding}" if labelled else ""))
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+
+
+def run_quickstart(images: Path, output: Path) -> dict:
+    words = [sys.executable, "-m", "mlvicx_hf.demo.quickstart", "--images", str(images), "--output", str(output)]
+    done = subprocess.run(
+        [*words, "--pretraining_images", "100"],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "accelerate launch" in done.stdout
+    return json.loads((output / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_labelled_folder_gives_the_whole_report(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    write_folder(images, labelled=True)
+    output = tmp_path / "report"
+    report = run_quickstart(images, output)
+    for protocol in ("frozen", "finetuned"):
+        for start in ("pretrained", "random"):
+            value = report[protocol][start]["auroc_macro"]
+            assert value == "n/a" or 0 <= value <= 1
+    assert report["synthetic"] is False
+    with safe_open(Path(report["model"]) / "model.safetensors", "pt") as file:
+        assert any(key.startswith("mlvicx.backbone.") for key in file.keys())  # noqa: SIM118 - not a dict
+    text = (output / "report.md").read_text()
+    assert "not a medical device" in text
+    assert "| **macro** |" in text
+    for picture in ("loss.png", "views.png"):
+        assert picture in text
+        assert Image.open(output / picture).size[0] > 100
+
+
+@pytest.mark.slow
+def test_folder_without_labels_gives_neighbours_and_keeps_the_last_report(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    write_folder(images, labelled=False)
+    output = tmp_path / "report"
+    output.mkdir()
+    (output / "mine.txt").write_text("kept")
+    report = run_quickstart(images, output)
+    assert "frozen" not in report
+    assert 1 <= report["rankme"]["value"] <= 40
+    assert Image.open(output / report["neighbours"]).size[0] > 100
+    assert (tmp_path / "report.previous" / "mine.txt").read_text() == "kept"

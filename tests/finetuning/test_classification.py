@@ -1,0 +1,654 @@
+"""Classification: frozen and fine-tuned, what is written, label fractions, and what cannot be done."""
+
+import csv
+import hashlib
+import json
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import draw, make_cache, tiny_config, unlabelled_cache
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
+
+from mlvicx_hf import MLVICXForImageClassification, MLVICXForPreTraining, MLVICXImageProcessor
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.split_files import read_split_file
+from mlvicx_hf.encoders.features import encode
+from mlvicx_hf.finetuning.classification import (
+    ClassificationArguments,
+    ClassifierArguments,
+    LabelledImages,
+    balanced_weights,
+    finetune,
+    load_classifier,
+    load_labelled_cache,
+)
+from mlvicx_hf.finetuning.linear_probe import FeatureStore, LinearProbe
+from mlvicx_hf.finetuning.training import BalancedTrainer, LabelledDataArguments, select_training
+
+FROZEN = ("--freeze_backbone", "--num_train_epochs", 8, "--learning_rate", 1e-2)
+SPLIT_OF = {0: "test", 1: "validation"}
+
+
+def split_of(patient: int) -> str:
+    return SPLIT_OF.get(patient % 5, "train")
+
+
+def labelled_rows(count: int = 120, unknown: bool = False) -> list[dict[str, Any]]:
+    """Discs and stripes, two images a patient; some labels unknown."""
+    rows: list[dict[str, Any]] = []
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        truth = {"disc": bool(generator.random() < 0.5), "stripes": bool(generator.random() < 0.4)}
+        row: dict[str, Any] = {"patient_id": f"p{number // 2}", "split": split_of(number // 2), "_draw": truth}
+        for name, value in truth.items():
+            row[name] = "" if unknown and generator.random() < 0.2 else int(value)
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("labelled"), labelled_rows(unknown=True))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder as pretraining leaves it, with statistics of its own in the batch normalisation."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(123)
+    model = MLVICXForPreTraining(tiny_config()).train()
+    processor = MLVICXImageProcessor(image_size=32)
+    with torch.no_grad():
+        for seed in range(30):
+            values = {"disc": seed % 2 == 0, "stripes": seed % 3 == 0}
+            images = processor([draw(values, seed * 8 + i) for i in range(8)])["pixel_values"]
+            model(images, images.flip(-1))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def run(output: Path, *words: object) -> dict[str, Any]:
+    parser = HfArgumentParser((ClassifierArguments, LabelledDataArguments, ClassificationArguments), allow_abbrev=False)  # type: ignore[arg-type]
+    common = ("--output_dir", output, "--report_to", "none", "--num_train_epochs", 3, "--use_cpu", "true")
+    return finetune(*parser.parse_args_into_dataclasses([str(word) for word in (*common, *words)]))
+
+
+def rows_of(output: Path) -> list[dict[str, str]]:
+    with (output / "test_predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def frozen(cache: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("frozen") / "run"
+    run(output, "--model", pretrained, "--dataset", cache, *FROZEN)
+    return output
+
+
+@pytest.fixture(scope="module")
+def tuned(cache: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("tuned") / "run"
+    run(output, "--model", pretrained, "--dataset", cache, "--positive_weights", "balanced", "--learning_rate", 1e-3)
+    return output
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["frozen", "tuned"])
+def test_results_say_what_was_measured_on_what(kind: str, cache: Path, pretrained: Path, request: Any):
+    output = request.getfixturevalue(kind)
+    results = json.loads((output / "results.json").read_text())
+    loaded = load_cache(cache)
+    assert results["task"] == "classification"
+    assert results["protocol"] == ("frozen" if kind == "frozen" else "finetuned")
+    assert results["model"] == str(pretrained)
+    assert results["seed"] == 0
+    assert results["labels"] == ["disc", "stripes"]
+    assert results["counts"] == {
+        "train": {"images": 72, "patients": 36},
+        "validation": {"images": 24, "patients": 12},
+        "test": {"images": 24, "patients": 12},
+    }
+    assert results["data"]["data_hash"] == loaded.manifest["data_hash"]
+    assert results["data"]["split_hash"] == loaded.manifest["split_hash"]
+    assert results["data"]["synthetic"] is False
+    assert results["code"]["commit"]
+    assert results["hyperparameters"]["learning_rate"] == (1e-2 if kind == "frozen" else 1e-3)
+    assert 1 <= results["best_epoch"] <= results["epochs_trained"]
+    for split in ("validation", "test"):
+        scores = results[split]["auroc"]
+        assert set(scores) == {"disc", "stripes"}
+        assert results[split]["auroc_macro"] == pytest.approx(np.mean(list(scores.values())))
+        assert 0 <= results[split]["accuracy"] <= 1
+    assert {file.name for file in output.iterdir()} == {
+        *("config.json", "model.safetensors", "preprocessor_config.json"),
+        *("results.json", "splits.csv", "test_predictions.csv"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["frozen", "tuned"])
+def test_the_saved_model_gives_the_predictions_and_these_the_score(kind: str, cache: Path, request: Any):
+    output = request.getfixturevalue(kind)
+    test = load_cache(cache).datasets["test"]
+    rows = rows_of(output)
+    assert [row["source"] for row in rows] == test["source"]  # every image once, in order
+    assert [row["patient_id"] for row in rows] == test["patient_id"]
+    model = AutoModelForImageClassification.from_pretrained(output).eval()
+    assert model.config.id2label == {0: "disc", 1: "stripes"}
+    assert model.config.problem_type == "multi_label_classification"
+    processor = AutoImageProcessor.from_pretrained(output)
+    with torch.no_grad():
+        probabilities = model(**processor(list(test["image"]))).logits.sigmoid().numpy()
+    written = np.array([[float(row[f"probability:{name}"]) for name in ("disc", "stripes")] for row in rows])
+    np.testing.assert_allclose(written, probabilities, atol=2e-5)
+    scores = json.loads((output / "results.json").read_text())["test"]["auroc"]
+    for column, name in enumerate(("disc", "stripes")):
+        truth = [row[f"label:{name}"] for row in rows]
+        assert truth == ["" if math.isnan(labels[column]) else str(int(labels[column])) for labels in test["labels"]]
+        known = [i for i, value in enumerate(truth) if value]
+        assert 0 < len(known) < len(rows)
+        expected = roc_auc_score([int(truth[i]) for i in known], written[known, column])
+        assert scores[name] == pytest.approx(expected, abs=2e-3)  # six decimals may make ties
+
+
+def test_the_task_is_learned(frozen: Path):
+    assert json.loads((frozen / "results.json").read_text())["test"]["auroc"]["stripes"] > 0.9
+
+
+# -- the frozen protocol -----------------------------------------------------------------------------------------------
+
+
+def test_frozen_leaves_the_encoder_bit_for_bit(frozen: Path, pretrained: Path):
+    ours, source = load_file(frozen / "model.safetensors"), load_file(pretrained / "model.safetensors")
+    encoder = [name for name in source if name.startswith("mlvicx.")]
+    assert {name for name in ours if name.startswith("mlvicx.")} == set(encoder)
+    assert all(torch.equal(ours[name], source[name]) for name in encoder)
+
+
+def test_finetuning_moves_the_encoder(tuned: Path, pretrained: Path):
+    ours, source = load_file(tuned / "model.safetensors"), load_file(pretrained / "model.safetensors")
+    moved = [name for name in source if name.startswith("mlvicx.") and not torch.equal(ours[name], source[name])]
+    assert "mlvicx.backbone.conv1.0.weight" in moved
+    assert "mlvicx.context.0.channel.weight" in moved
+    assert len(json.loads((tuned / "config.json").read_text())["positive_weights"]) == 2
+
+
+def test_cached_features_change_nothing(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
+    words = ("--model", pretrained, "--dataset", cache, *FROZEN)
+    run(tmp_path / "run", *words, "--cache_features", "false")
+    one, other = (json.loads((p / "results.json").read_text()) for p in (frozen, tmp_path / "run"))
+    assert one["hyperparameters"]["cache_features"]
+    assert not other["hyperparameters"]["cache_features"]
+    assert one["test"]["auroc"] == pytest.approx(other["test"]["auroc"], abs=1e-3)
+    for row, again in zip(rows_of(frozen), rows_of(tmp_path / "run"), strict=True):
+        for name in ("probability:disc", "probability:stripes"):
+            assert float(row[name]) == pytest.approx(float(again[name]), abs=1e-4)
+
+
+def test_the_fast_probe_learns_as_the_trainer_does(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
+    """The same optimiser, batches and stopping rule: the same epochs and scores but for rounding."""
+    words = ("--model", pretrained, "--dataset", cache, *FROZEN, "--num_train_epochs", 60, "--seed", 3)
+    words = (*words, "--per_device_train_batch_size", 16, "--weight_decay", 0.01)
+    slow, fast = (run(tmp_path / str(flag), *words, "--fast_probe", flag) for flag in (False, True))
+    assert not slow["hyperparameters"]["fast_probe"]
+    assert fast["hyperparameters"]["fast_probe"]
+    assert fast["test"]["auroc_macro"] == pytest.approx(slow["test"]["auroc_macro"], abs=0.005)
+    assert (fast["epochs_trained"], fast["best_epoch"]) == (slow["epochs_trained"], slow["best_epoch"])
+    for one, other in zip(rows_of(tmp_path / "True"), rows_of(tmp_path / "False"), strict=True):
+        for name in ("disc", "stripes"):
+            key = f"probability:{name}"
+            assert float(one[key]) == pytest.approx(float(other[key]), abs=1e-3)
+    assert fast["test"]["auroc"]["stripes"] > 0.9
+    again = run(tmp_path / "again", *words, "--fast_probe", True)
+    assert again["test"] == fast["test"]
+    assert fast["epochs_trained"] - fast["best_epoch"] <= 10  # the patience
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "True").eval()
+    images = AutoImageProcessor.from_pretrained(tmp_path / "True")(load_cache(cache).datasets["test"]["image"][:])
+    with torch.no_grad():
+        probabilities = model(**images).logits.sigmoid()
+    written = [
+        [float(row[f"probability:{name}"]) for name in ("disc", "stripes")] for row in rows_of(tmp_path / "True")
+    ]
+    np.testing.assert_allclose(written, probabilities, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--freeze_backbone", "false"), "fast_probe found for a classifier that is not frozen"),
+        (("--cache_features", "false"), "fast_probe found"),
+        (("--gradient_accumulation_steps", 2), "gradient_accumulation_steps=2 found with fast_probe; expected 1"),
+    ],
+)
+def test_what_the_fast_probe_refuses(words: Any, message: str, cache: Path, pretrained: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, *FROZEN, "--fast_probe", True, *words)
+
+
+def test_a_store_encodes_every_image_once(cache: Path, pretrained: Path):
+    counts: list[int] = []
+    store = FeatureStore()
+    images = load_cache(cache)
+    arguments = ClassifierArguments(str(pretrained))
+    model, processor = load_classifier(arguments, images)
+    model.mlvicx.register_forward_hook(lambda module, inputs, output: counts.append(len(inputs[0])))
+    validation = LabelledImages(images.datasets["validation"], processor, False, "hash")
+    few = validation.rows(range(3))
+    device = torch.device("cpu")
+    some = store.encode(model.mlvicx, few, 2, device)
+    everything = store.encode(model.mlvicx, validation, 64, device)
+    assert counts == [2, 2, 64]  # 3 images in batches of 2, and in one of 64 those that were lacking
+    torch.testing.assert_close(everything["features"][:3], some["features"], rtol=0, atol=0)
+    plain = encode(model.mlvicx, validation)
+    torch.testing.assert_close(everything["features"], plain["features"])
+    torch.testing.assert_close(everything["labels"], plain["labels"], equal_nan=True)
+    store.encode(
+        model.mlvicx, LabelledImages(images.datasets["validation"], processor, False, "other data"), 64, device
+    )
+    assert counts[3:] == [64, 64]  # plain, and the other data
+    with torch.no_grad():
+        next(model.mlvicx.parameters()).mul_(1.5)  # another encoder
+    store.encode(model.mlvicx, few, 64, device)
+    assert len(counts) == 6
+
+
+def test_other_squares_of_the_same_images_have_features_of_their_own(pretrained: Path, tmp_path: Path):
+    rows = [{"patient_id": f"p{i}", "split": "train", "disc": i % 2, "_draw": {"disc": i % 2 == 1}} for i in range(6)]
+    caches = [load_cache(make_cache(tmp_path, rows, size=size, name=f"{size}")) for size in (32, 24)]
+    assert caches[0].manifest["data_hash"] == caches[1].manifest["data_hash"]
+    model, processor = load_classifier(ClassifierArguments(str(pretrained)), caches[0])
+    sets = [LabelledImages(cache.datasets["train"], processor, cache.exclusive, cache.digest) for cache in caches]
+    store = FeatureStore()
+    for images in sets:
+        found = store.encode(model.mlvicx, images, 64, torch.device("cpu"))["features"]
+        torch.testing.assert_close(found, encode(model.mlvicx, images)["features"], rtol=0, atol=0)
+
+
+def test_a_score_that_does_not_choose_the_epoch_is_refused(cache: Path, pretrained: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="metric_for_best_model='accuracy' found; expected auroc_macro"):
+        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, "--metric_for_best_model", "accuracy")
+
+
+def test_folding_keeps_the_logits():
+    torch.manual_seed(0)
+    model = MLVICXForImageClassification(tiny_config(num_labels=3)).eval()
+    x = torch.randn(6, 1, 32, 32)
+    with torch.no_grad():
+        features = model.mlvicx(x).pooler_output
+        probe = LinearProbe(model, features, encode=False)
+        before = probe(features=features)["logits"]
+        probe.fold()
+        torch.testing.assert_close(model(x).logits, before, rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for p in model.mlvicx.parameters())
+
+
+def test_the_probe_works_on_a_feature_that_never_varies():
+    model = MLVICXForImageClassification(tiny_config(num_labels=1))
+    features = torch.randn(8, 96)
+    features[:, 3] = 5.0
+    probe = LinearProbe(model, features, encode=False)
+    assert probe(features=features)["logits"].isfinite().all()
+
+
+# -- repeatable, and with few labels -----------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_result(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
+    words = ("--model", pretrained, "--dataset", cache, *FROZEN)
+    run(tmp_path / "run", *words)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (frozen / "model.safetensors").read_bytes()
+    assert rows_of(tmp_path / "run") == rows_of(frozen)
+    run(tmp_path / "other", *words, "--seed", 1)
+    assert rows_of(tmp_path / "other") != rows_of(frozen)
+
+
+def test_label_fractions_are_nested_shares_of_the_training_patients(cache: Path):
+    chosen = {}
+    for fraction in (0.1, 0.3, 0.6, 1.0):
+        loaded = load_cache(cache)
+        select_training(loaded, LabelledDataArguments(str(cache), label_fraction=fraction), seed=4)
+        chosen[fraction] = set(loaded.datasets["train"]["patient_id"])
+        assert len(loaded.datasets["test"]) == len(loaded.datasets["validation"]) == 24
+        assert len(loaded.datasets["train"]) == 2 * len(chosen[fraction])
+    assert chosen[0.1] < chosen[0.3] < chosen[0.6] < chosen[1.0]
+    assert [len(patients) for patients in chosen.values()] == pytest.approx([4, 11, 22, 36], abs=1)
+
+
+def test_a_label_fraction_in_a_run(cache: Path, pretrained: Path, tmp_path: Path):
+    words = ("--model", pretrained, "--dataset", cache, "--freeze_backbone", "--label_fraction", 0.25)
+    results = run(tmp_path / "run", *words)
+    assert results["label_fraction"] == 0.25
+    assert results["counts"]["train"]["patients"] == pytest.approx(9, abs=1)
+    assert results["counts"]["test"] == {"images": 24, "patients": 12}
+
+
+def test_a_run_lists_the_images_that_it_used(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
+    results = run(tmp_path / "run", "--model", pretrained, "--dataset", cache, *FROZEN, "--label_fraction", 0.3)
+    content = (tmp_path / "run" / "splits.csv").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == results["data"]["used_hash"]
+    used = read_split_file(tmp_path / "run" / "splits.csv")
+    assert Counter(used.values()) == {split: counts["images"] for split, counts in results["counts"].items()}
+    everything = json.loads((frozen / "results.json").read_text())["data"]
+    assert everything["used_hash"] == everything["split_hash"] != results["data"]["used_hash"]
+    assert read_split_file(frozen / "splits.csv").items() >= used.items()
+
+
+def test_patients_are_drawn_equally_often_on_request(cache: Path, frozen: Path, pretrained: Path, tmp_path: Path):
+    patients = ["many"] * 20 + [f"p{i}" for i in range(20)]
+    arguments = ClassificationArguments(output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=8)
+    rows = [{"x": torch.tensor(i)} for i in range(40)]
+    data = {"train_dataset": rows, "eval_dataset": rows}
+    trainer = BalancedTrainer(torch.nn.Linear(1, 1), arguments, **data, patients=patients)
+    drawn = Counter(patients[i] for batch in trainer.get_train_dataloader() for i in batch["x"].tolist())
+    assert (drawn.total(), set(drawn.values()), len(drawn)) == (40, {1, 2}, 21)
+
+    words = ("--model", pretrained, "--dataset", cache, *FROZEN, "--patient_balanced", "true")
+    results = run(tmp_path / "run", *words)
+    assert results["hyperparameters"]["patient_balanced"]
+    assert not json.loads((frozen / "results.json").read_text())["hyperparameters"]["patient_balanced"]
+    assert rows_of(tmp_path / "run") != rows_of(frozen)  # another order of the images
+
+
+HOW = {
+    "fast": (*FROZEN, "--fast_probe", True),
+    "frozen": FROZEN,
+    "tuned": ("--learning_rate", 1e-3),
+}
+
+
+@pytest.mark.parametrize("how", list(HOW))
+def test_test_labels_choose_nothing(
+    how: str, cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With other test labels everything but the test figures is the same; a planted leak would show."""
+
+    def flip(path: str, *words: Any) -> Any:
+        found = load_labelled_cache(path, *words)
+        test = found.datasets["test"]
+        flipped = [[1 - value for value in labels] for labels in test["labels"]]
+        found.datasets["test"] = test.remove_columns("labels").add_column("labels", flipped)
+        return found
+
+    def leak(path: str, *words: Any) -> Any:
+        found = flip(path, *words)
+        found.datasets["validation"] = found.datasets["test"]
+        return found
+
+    words = ("--model", pretrained, "--dataset", cache, *HOW[how])
+    honest = run(tmp_path / "honest", *words)
+    monkeypatch.setattr("mlvicx_hf.finetuning.classification.load_labelled_cache", flip)
+    flipped = run(tmp_path / "flipped", *words)
+    assert flipped["test"]["auroc"]["disc"] == pytest.approx(1 - honest["test"]["auroc"]["disc"])
+    for key in ("validation", "thresholds", "best_epoch", "epochs_trained"):
+        assert flipped[key] == honest[key]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("honest", "flipped")]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    monkeypatch.setattr("mlvicx_hf.finetuning.classification.load_labelled_cache", leak)
+    leaky = run(tmp_path / "leaky", *words)
+    assert leaky["thresholds"] != honest["thresholds"]
+
+
+@pytest.mark.parametrize("how", list(HOW))
+def test_test_images_are_read_once_and_last(
+    how: str, cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reads: list[tuple[int, str]] = []
+    original = LabelledImages.__getitem__
+
+    def read(self: LabelledImages, index: int) -> Any:
+        reads.append((len(self.images), self.images[index]["source"]))
+        return original(self, index)
+
+    monkeypatch.setattr(LabelledImages, "__getitem__", read)
+    run(tmp_path / "run", "--model", pretrained, "--dataset", cache, *HOW[how])
+    test = set(load_cache(cache).datasets["test"]["source"])
+    places = [place for place, (_, source) in enumerate(reads) if source in test]
+    assert places == list(range(len(reads) - len(test), len(reads)))
+    assert {reads[place][1] for place in places} == test
+
+
+def test_subgroups_decisions_and_precision_are_written(frozen: Path):
+    results = json.loads((frozen / "results.json").read_text())
+    assert set(results["test"]["auprc"]) == {"disc", "stripes"}
+    rows = rows_of(frozen)
+    for name, found in results["test"]["decisions"].items():
+        threshold = results["thresholds"]["values"][name]
+        positive = [row for row in rows if row[f"label:{name}"] == "1"]
+        hits = [float(row[f"probability:{name}"]) >= threshold for row in positive]
+        assert found["sensitivity"] == pytest.approx(np.mean(hits))
+    assert list(rows[0])[:5] == ["source", "patient_id", "view", "sex", "age"]
+
+
+def test_imagenet_weights_from_a_file(cache: Path, pretrained: Path, tmp_path: Path):
+    """timm's weights fill the backbone, and there are no context blocks."""
+    torch.manual_seed(5)
+    backbone = timm.create_model("test_resnet", in_chans=3)
+    save_file(backbone.state_dict(), tmp_path / "weights.safetensors")
+    words = ("--model", tmp_path / "weights.safetensors", "--architecture", pretrained, "--dataset", cache, *FROZEN)
+    results = run(tmp_path / "run", *words)
+    assert results["model"].endswith("weights.safetensors")
+    loaded = MLVICXForImageClassification.from_pretrained(tmp_path / "run")
+    assert not loaded.config.use_context
+    given = backbone.state_dict()["layer2.0.conv1.weight"]
+    assert torch.equal(loaded.mlvicx.backbone["layer2"][0].conv1.weight, given)
+
+
+def test_context_can_be_dropped_at_transfer(cache: Path, pretrained: Path, tmp_path: Path):
+    results = run(tmp_path / "run", "--model", pretrained, "--drop_context", True, "--dataset", cache, *FROZEN)
+    assert results["drop_context"]
+    loaded = MLVICXForImageClassification.from_pretrained(tmp_path / "run")
+    assert not loaded.config.use_context
+    kept = load_file(pretrained / "model.safetensors")
+    for name, tensor in loaded.mlvicx.backbone.state_dict().items():
+        assert torch.equal(kept[f"mlvicx.backbone.{name}"], tensor)
+
+
+def test_early_stopping_restores_the_best_epoch(cache: Path, pretrained: Path, tmp_path: Path):
+    words = ("--model", pretrained, "--dataset", cache, "--freeze_backbone", "--num_train_epochs", 60, "--patience", 2)
+    results = run(tmp_path / "run", *words)
+    assert results["epochs_trained"] < 60
+    assert results["epochs_trained"] == results["best_epoch"] + 2
+
+
+def test_without_pretraining(cache: Path, pretrained: Path, tmp_path: Path):
+    words = ("--model", "random", "--architecture", pretrained, "--dataset", cache, "--freeze_backbone")
+    results = run(tmp_path / "run", *words)
+    assert results["model"] == "random"
+    assert results["architecture"] == str(pretrained)
+    ours, source = load_file(tmp_path / "run" / "model.safetensors"), load_file(pretrained / "model.safetensors")
+    name = "mlvicx.backbone.conv1.0.weight"
+    assert ours[name].shape == source[name].shape
+    assert not torch.equal(ours[name], source[name])
+
+
+def test_balanced_weights_leave_unknown_labels_out():
+    labels = np.array([[1, 0, np.nan], [0, 0, 1], [0, np.nan, 1], [0, 0, np.nan]])
+    assert balanced_weights(labels) == [3.0, 1.0, 1.0]
+
+
+# -- exclusive classes -------------------------------------------------------------------------------------------------
+
+
+def exclusive_rows(unknown: bool = False) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number in range(90):
+        label = ("disc", "normal", "stripes")[number % 3]
+        rows.append(
+            {
+                "patient_id": f"p{number}",
+                "split": split_of(number),
+                "label": "" if unknown and number % 7 == 0 else label,
+                "_draw": {label: True},
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def exclusive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("exclusive"), exclusive_rows())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_exclusive_classes(exclusive: Path, pretrained: Path, tmp_path: Path, frozen: bool):
+    words = ("--model", pretrained, "--dataset", exclusive, "--num_train_epochs", 10)
+    results = run(tmp_path / "run", *words, *(FROZEN if frozen else ["--learning_rate", 1e-3]))
+    assert results["labels"] == ["disc", "normal", "stripes"]
+    assert results["test"]["accuracy"] > 0.5
+    assert set(results["test"]["auroc"]) == {"disc", "normal", "stripes"}
+    rows = rows_of(tmp_path / "run")
+    for row in rows:
+        assert sum(float(v) for k, v in row.items() if k.startswith("probability:")) == pytest.approx(1, abs=1e-5)
+        assert sum(int(v) for k, v in row.items() if k.startswith("label:")) == 1
+    right = [max(("disc", "normal", "stripes"), key=lambda name: float(row[f"probability:{name}"])) for row in rows]
+    accuracy = np.mean([row[f"label:{name}"] == "1" for row, name in zip(rows, right, strict=True)])
+    assert results["test"]["accuracy"] == pytest.approx(accuracy)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert model.config.problem_type == "single_label_classification"
+
+
+def test_images_of_unknown_class_are_left_out(pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    cache = make_cache(tmp_path, exclusive_rows(unknown=True))
+    known = {
+        split: [i for i, labels in enumerate(images["labels"]) if not math.isnan(labels[0])]
+        for split, images in load_cache(cache).datasets.items()
+    }
+    assert all(len(rows) < len(load_cache(cache).datasets[split]) for split, rows in known.items())
+    results = run(tmp_path / "run", "--model", pretrained, "--dataset", cache, "--freeze_backbone")
+    assert {split: counts["images"] for split, counts in results["counts"].items()} == {
+        split: len(rows) for split, rows in known.items()
+    }
+    assert "images of test have no class and are left out" in caplog.text
+    rows = rows_of(tmp_path / "run")
+    assert [row["source"] for row in rows] == load_cache(cache).datasets["test"].select(known["test"])["source"]
+    assert all(sum(int(row[f"label:{name}"]) for name in ("disc", "normal", "stripes")) == 1 for row in rows)
+
+
+# -- what cannot be scored, or done ------------------------------------------------------------------------------------
+
+
+def test_a_label_with_one_value_in_test_is_not_scored(pretrained: Path, tmp_path: Path):
+    rows = labelled_rows(80)
+    for row in rows:
+        if row["split"] == "test":
+            row["disc"] = 0
+    results = run(tmp_path / "run", "--model", pretrained, "--dataset", make_cache(tmp_path, rows), "--freeze_backbone")
+    assert results["test"]["auroc"]["disc"] == "n/a"
+    assert results["test"]["num_scored_labels"] == 1
+    assert results["test"]["auroc_macro"] == results["test"]["auroc"]["stripes"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["test"]["auroc"]["disc"] == "n/a"
+
+
+def test_an_image_without_any_known_label(pretrained: Path, tmp_path: Path):
+    rows = labelled_rows(80)
+    for row in rows[::9]:
+        row["disc"] = row["stripes"] = ""
+    results = run(tmp_path / "run", "--model", pretrained, "--dataset", make_cache(tmp_path, rows))
+    assert math.isfinite(results["test"]["auroc_macro"])
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "model.safetensors").values())
+
+
+def test_a_last_batch_of_one_image(pretrained: Path, tmp_path: Path):
+    cache, model = make_cache(tmp_path, labelled_rows(60)), tmp_path / "model"
+    shutil.copytree(pretrained, model)
+    MLVICXImageProcessor(image_size=64).save_pretrained(model)  # 2×2 maps: one value has no variance to normalise by
+    words = ("--model", model, "--dataset", cache, "--max_train_samples", 17, "--num_train_epochs", 1)
+    results = run(tmp_path / "run", *words, "--per_device_train_batch_size", 16)  # 16 and 1
+    assert results["counts"]["train"]["images"] == 17
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [(("train", "validation"), "expected test as well"), (("train", "test"), "expected validation as well")],
+)
+def test_a_missing_split_is_an_error(pretrained: Path, tmp_path: Path, kept: tuple[str, ...], message: str):
+    cache = make_cache(tmp_path, [row for row in labelled_rows(40) if row["split"] in kept])
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", "--model", pretrained, "--dataset", cache)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_split_that_scores_nothing_is_an_error(pretrained: Path, tmp_path: Path):
+    rows = labelled_rows(40)
+    for row in rows:
+        if row["split"] == "validation":
+            row["disc"], row["stripes"] = 0, ""
+    with pytest.raises(ValueError, match="no label has both values in the validation split"):
+        run(tmp_path / "run", "--model", pretrained, "--dataset", make_cache(tmp_path, rows))
+
+
+def test_no_labels_are_an_error(pretrained: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="has no labels; expected some"):
+        run(tmp_path / "run", "--model", pretrained, "--dataset", unlabelled_cache(tmp_path, 12))
+
+
+def test_a_folder_in_use_is_refused(cache: Path, frozen: Path, pretrained: Path):
+    before = (frozen / "results.json").read_bytes()
+    with pytest.raises(FileExistsError, match="holds files of another run"):
+        run(frozen, "--model", pretrained, "--dataset", cache)
+    assert (frozen / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("label_fraction", 0, "fraction=0"),
+        ("label_fraction", 1.5, "fraction=1.5"),
+        ("positive_weights", "some", "positive_weights='some' found; expected none or balanced"),
+        ("max_train_samples", 0, "max_train_samples=0"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    cache: Path, pretrained: Path, tmp_path: Path, flag: str, value: object, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, f"--{flag}", value)
+
+
+@pytest.mark.parametrize("case", ["absent", "empty", "other_kind", "other_width", "no_context", "no_weights"])
+def test_a_model_that_does_not_fit_is_an_error(cache: Path, pretrained: Path, tmp_path: Path, case: str):
+    source = tmp_path / "model"
+    if case == "empty":
+        source.mkdir()
+    elif case != "absent":
+        shutil.copytree(pretrained, source)
+        config = json.loads((source / "config.json").read_text())
+        changed = {
+            "other_kind": {"model_type": "resnet"},
+            "other_width": {"backbone": "test_resnet", "context_reduction": 2},
+            "no_context": {"backbone": "resnet10t"},
+            "no_weights": {},
+        }[case]
+        (source / "config.json").write_text(json.dumps(config | changed))
+        if case == "no_weights":
+            (source / "model.safetensors").unlink()
+    messages = {
+        "absent": "expected a folder that exists",
+        "empty": "holds no config.json",
+        "other_kind": "holds a resnet model; expected one of mlvicx",
+        "other_width": "does not fit: .* weights of the encoder differ",
+        "no_context": "does not fit: .* weights of the encoder differ",
+        "no_weights": "model.safetensors",
+    }
+    with pytest.raises((ValueError, OSError), match=messages[case]):
+        run(tmp_path / "run", "--model", source, "--dataset", cache)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_of_other_labels_lends_its_encoder(frozen: Path, exclusive: Path):
+    model, _ = load_classifier(ClassifierArguments(str(frozen)), load_cache(exclusive))
+    assert model.classifier.weight.shape == (3, 96)
+    assert model.classifier.weight.isfinite().all()
+    source = load_file(frozen / "model.safetensors")
+    assert all(torch.equal(t, source[f"mlvicx.{n}"]) for n, t in model.mlvicx.state_dict().items())

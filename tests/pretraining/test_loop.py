@@ -1,0 +1,769 @@
+"""The pretraining loop: order, rate, optimiser, starting weights, files, resume, and what it refuses."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from helpers import make_cache, tiny_config, unlabelled_cache
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+from mlvicx_hf import MLVICXForPreTraining, MLVICXModel
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
+from mlvicx_hf.pretraining.loop import (
+    ModelArguments,
+    Pretrainer,
+    PretrainingArguments,
+    create_model,
+    create_optimizer,
+    learning_rate,
+    parse_arguments,
+)
+from mlvicx_hf.pretraining.views import TwoViewAugmentation, view_draws
+
+TINY = ModelArguments(backbone="test_resnet", image_size=32, expander_dims=[32, 32], aggregation_channels=16)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """44 images: five steps of eight an epoch, and four that wait."""
+    return unlabelled_cache(tmp_path_factory.mktemp("pretraining"), 44)
+
+
+def pretrain(cache: Path, output: Path, *flags: object) -> Pretrainer:
+    common = ("--recipe", "smoke", "--dataset", cache, "--output_dir", output, "--num_workers", 0, "--logging_steps", 1)
+    common += ("--cpu_threads", 1)  # other processes may have the rest of the cores
+    return Pretrainer(*parse_arguments([str(word) for word in (*common, *flags)]))
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output: Path) -> dict[str, Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the smoke recipe, never interrupted."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    pretrain(cache, output, "--checkpoint_steps", 3).train()
+    return output
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+def epoch_of(batches: EpochBatches, epoch: int, first_step: int = 0) -> list[list[int]]:
+    batches.start_at(epoch, first_step)
+    return list(batches)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 60), st.integers(0, 2**31), st.integers(0, 300))
+def test_ranks_share_the_order_of_one_process(ranks: int, share: int, more: int, seed: int, epoch: int):
+    batch = max(2, ranks * share)
+    batch += -batch % ranks
+    images = batch + more
+    single = epoch_of(EpochBatches(images, batch, seed), epoch)
+    parts = [epoch_of(EpochBatches(images, batch, seed, rank, ranks), epoch) for rank in range(ranks)]
+    assert [list(chain(*step)) for step in zip(*parts, strict=True)] == single
+    seen = [index for step in single for index in step]
+    assert len(seen) == len(set(seen)) == images // batch * batch
+    assert set(seen) <= set(range(images))
+    assert all(len(step) == batch for step in single)
+    assert len(single) == len(EpochBatches(images, batch, seed))
+
+
+def test_order_depends_on_seed_and_epoch_and_can_begin_anywhere():
+    batches = EpochBatches(50, 8, seed=3)
+    first = epoch_of(batches, 0)
+    assert epoch_of(batches, 0) == first
+    assert epoch_of(EpochBatches(50, 8, seed=3), 0) == first
+    assert epoch_of(batches, 1) != first
+    assert epoch_of(EpochBatches(50, 8, seed=4), 0) != first
+    assert epoch_of(batches, 0, 4) == first[4:]
+    counts = np.bincount([i for epoch in range(200) for step in epoch_of(batches, epoch) for i in step], minlength=50)
+    assert counts.min() > 170  # of 192 expected: no image is left out for good
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "processes", "message"),
+    [
+        (7, 8, 1, "batch_size=8 found; expected at most 7"),
+        (40, 9, 2, "batch_size=9 found; expected a multiple of the 2 processes"),
+        (40, 1, 1, "batch_size=1 found; variance and covariance need at least 2"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(images: int, batch: int, processes: int, message: str):
+    with pytest.raises(ValueError, match=message):
+        EpochBatches(images, batch, 0, 0, processes)
+
+
+def test_images_come_as_they_are_in_the_cache(cache: Path):
+    split = load_cache(cache).datasets["train"]
+    images = PretrainingImages(split)
+    assert len(images) == 44
+    pixels, index = images[5]
+    assert (pixels.dtype, tuple(pixels.shape), index) == (torch.uint8, (1, 32, 32), 5)
+    assert np.array_equal(pixels[0].numpy(), np.asarray(split[5]["image"]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from([1, 2, 3, 4, 6]), st.integers(0, 5), st.integers(0, 9), st.booleans())
+def test_processes_that_go_on_inside_an_epoch_share_the_order_of_one(
+    ranks: int, first_step: int, epoch: int, balanced: bool
+):
+    patients = [f"p{number % 7}" for number in range(80)] if balanced else None
+    whole = epoch_of(EpochBatches(80, 12, 3, patients=patients), epoch)
+    parts = [epoch_of(EpochBatches(80, 12, 3, rank, ranks, patients), epoch, first_step) for rank in range(ranks)]
+    assert [list(chain(*step)) for step in zip(*parts, strict=True)] == whole[first_step:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_images_and_views_are_those_of_one_process(cache: Path, ranks: int, workers: int):
+    """Of global batches of 8 from the third one on, whoever decodes the images and makes the views."""
+    images = PretrainingImages(load_cache(cache).datasets["train"])
+
+    def views(rank: int, ranks: int, workers: int, first_step: int) -> list[Tensor]:
+        batches = EpochBatches(44, 8, 5, rank, ranks)
+        batches.start_at(1, first_step)
+        loader = DataLoader(images, batch_sampler=batches, num_workers=workers)
+        augment = TwoViewAugmentation(image_size=32)
+        return [torch.stack(augment(pixels, view_draws(5, 1, numbers.numpy()))) for pixels, numbers in loader]
+
+    torch.set_num_threads(1)
+    whole = views(0, 1, 0, 0)
+    parts = [views(rank, ranks, workers, 2) for rank in range(ranks)]
+    assert len(whole) == 5
+    for expected, *found in zip(whole[2:], *parts, strict=True):
+        assert torch.equal(torch.cat(found, 1), expected)
+
+
+# -- rate and optimiser ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(10, 100), (0, 50), (1, 3), (5, 7)])
+def test_the_rate_reaches_peak_and_floor_exactly(warmup: int, total: int):
+    rates = [learning_rate(step, 0.8, warmup, total, 0.001) for step in range(total)]
+    assert max(rates) == 0.8
+    assert rates[warmup] == 0.8
+    assert rates[-1] == pytest.approx(0.8 * 0.001, rel=1e-12)
+    assert rates[:warmup] == pytest.approx([0.8 * (step + 1) / warmup for step in range(warmup)])
+    assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    middle = warmup + (total - 1 - warmup) / 2
+    if middle == int(middle) and middle > warmup:
+        assert rates[int(middle)] == pytest.approx(0.8 * 1.001 / 2)
+
+
+def test_lars_equals_its_definition():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 3, bias=False)).double()
+    nn.init.uniform_(model[1].bias)
+    arguments = PretrainingArguments(output_dir="", weight_decay=0.01, momentum=0.8, trust_coefficient=0.02)
+    optimizer = create_optimizer(model, arguments)
+    matrices, vectors = (group["params"] for group in optimizer.param_groups)
+    assert all(p.ndim > 1 for p in matrices)
+    assert all(p.ndim == 1 for p in vectors)
+    assert len(matrices) + len(vectors) == len(list(model.parameters()))
+    expected = {p: p.detach().clone() for p in model.parameters()}
+    momentum = {p: torch.zeros_like(p) for p in model.parameters()}
+    for step in range(4):
+        rate = 0.3 / (step + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for p, value in expected.items():
+            gradient = p.grad.clone()
+            if p.ndim > 1:
+                gradient += 0.01 * value
+                trust = 0.02 * value.norm() / (p.grad.norm() + 0.01 * value.norm())
+                gradient *= trust
+            momentum[p] = 0.8 * momentum[p] + gradient
+            value -= rate * momentum[p]
+        optimizer.step()
+        for p, value in expected.items():
+            torch.testing.assert_close(p.detach(), value, rtol=1e-6, atol=1e-9)
+
+
+def test_matrices_adapt_even_without_decay():
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = create_optimizer(model, PretrainingArguments(output_dir="", weight_decay=0.0))
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    before = model.weight.detach().clone()
+    model.weight.grad = 1e3 * torch.randn(4, 4)
+    optimizer.step()
+    moved = (model.weight.detach() - before).norm() / before.norm()
+    assert moved.item() == pytest.approx(0.001, rel=1e-3)  # the trust coefficient, whatever the gradient's size
+
+
+# -- where the weights start -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def colour_weights() -> dict[str, Tensor]:
+    torch.manual_seed(11)
+    return timm.create_model("test_resnet", in_chans=3).state_dict()
+
+
+def write(path: Path, state: dict[str, Tensor]) -> str:
+    if path.suffix == ".safetensors":
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_start_from_a_file_of_timm_weights(tmp_path: Path, colour_weights: Any, suffix: str, channels: int):
+    source = write(tmp_path / f"weights{suffix}", colour_weights)
+    model = create_model(replace(TINY, num_channels=channels, init_from=source))
+    state = model.mlvicx.backbone.state_dict()
+    first = "conv1.0.weight"
+    for name, tensor in state.items():
+        expected = colour_weights[name]
+        if name == first and channels == 1:
+            expected = expected.sum(1, keepdim=True)  # a grey image through it is what its RGB copy was
+            torch.testing.assert_close(tensor, expected)
+        else:
+            assert torch.equal(tensor, expected), name
+    assert model(*torch.randn(2, 4, channels, 32, 32)).loss.isfinite()
+
+
+def test_a_grey_image_through_folded_weights_is_its_colour_copy(tmp_path: Path, colour_weights: Any):
+    source = write(tmp_path / "weights.safetensors", colour_weights)
+    gray, colour = (create_model(replace(TINY, num_channels=c, init_from=source, use_context=False)) for c in (1, 3))
+    x = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        one = gray.mlvicx.eval()(x).pooler_output
+        torch.testing.assert_close(one, colour.mlvicx.eval()(x.expand(-1, 3, -1, -1)).pooler_output)
+
+
+@pytest.mark.parametrize("case", ["other_architecture", "a_layer_missing", "prefixed", "other_width"])
+def test_a_file_of_weights_that_does_not_fit_is_an_error(tmp_path: Path, colour_weights: Any, case: str):
+    state = {
+        "other_architecture": lambda: timm.create_model("test_convnext").state_dict(),
+        "a_layer_missing": lambda: {k: v for k, v in colour_weights.items() if not k.startswith("layer3.")},
+        "prefixed": lambda: {f"module.encoder.{k}": v for k, v in colour_weights.items()},
+        "other_width": lambda: {
+            k: torch.zeros(7, *v.shape[1:]) if k == "layer1.0.conv1.weight" else v for k, v in colour_weights.items()
+        },
+    }[case]()
+    source = write(tmp_path / "weights.safetensors", state)
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        create_model(replace(TINY, init_from=source))
+
+
+def test_a_file_of_weights_that_is_absent_is_an_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
+        create_model(replace(TINY, init_from=str(tmp_path / "absent.pth")))
+    with pytest.raises(FileNotFoundError, match="expected a folder that exists"):
+        create_model(replace(TINY, init_from=str(tmp_path / "absent")))
+
+
+def test_start_from_an_earlier_run(finished: Path):
+    model = create_model(replace(TINY, init_from=str(finished)))
+    assert model.state_dict().keys() == weights(finished).keys()
+    for name, tensor in weights(finished).items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_start_from_an_encoder_alone(tmp_path: Path):
+    encoder = MLVICXModel(tiny_config())
+    encoder.save_pretrained(tmp_path)
+    model = create_model(replace(TINY, init_from=str(tmp_path)))
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(model.mlvicx.state_dict()[name], tensor), name
+    assert model(*torch.randn(2, 4, 1, 32, 32)).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"expander_dims": [48, 32]}, {"backbone": "resnet10t"}, {"num_channels": 3}, {"context_reduction": 2}],
+)
+def test_an_earlier_model_that_does_not_fit_is_an_error(tmp_path: Path, change: dict[str, Any]):
+    MLVICXForPreTraining(tiny_config(aggregation_size=4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="init_from="):
+        create_model(replace(TINY, init_from=str(tmp_path), **change))
+
+
+def test_an_encoder_without_context_does_not_fit_one_with(tmp_path: Path):
+    MLVICXModel(tiny_config(use_context=False)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 10 weights of this encoder, such as mlvicx\.context"):
+        create_model(replace(TINY, init_from=str(tmp_path)))
+
+
+# -- a run and its files -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_model_that_loads(finished: Path):
+    names = {file.name for file in finished.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "run.json", "metrics.jsonl"} <= names
+    assert not any(name.startswith(".") or name == "final" for name in names)
+    encoder = AutoModel.from_pretrained(finished)
+    processor = AutoImageProcessor.from_pretrained(finished)
+    assert (processor.image_size, processor.num_channels, processor.fit) == (32, 1, "pad")
+    pooled = encoder(**processor(np.zeros((50, 40), np.uint8))).pooler_output
+    assert pooled.isfinite().all()
+    pretraining = AutoModelForPreTraining.from_pretrained(finished)
+    torch.manual_seed(0)  # of the smoke recipe
+    start = create_model(TINY).state_dict()
+    moved = [n for n, p in pretraining.named_parameters() if not torch.equal(p, start[n])]
+    assert len(moved) == len(list(pretraining.parameters()))
+    assert int(pretraining.state_dict()["mlvicx.backbone.conv1.1.num_batches_tracked"]) == 2 * 10  # two views a step
+
+
+def test_metrics_of_a_run(finished: Path):
+    rows = lines(finished)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["epoch"] for row in rows] == [0] * 5 + [1] * 5
+    assert [row["images"] for row in rows] == [8 * step for step in range(1, 11)]
+    peak = 1.6 * 8 / 256
+    assert [row["learning_rate"] for row in rows] == pytest.approx(
+        [learning_rate(step, peak, 5, 10, 0.001) for step in range(10)]
+    )
+    for row in rows:
+        assert all(math.isfinite(value) for value in row.values())
+        for branch in ("global", "multi_level"):
+            terms = 25 * row[f"{branch}_invariance"] + 25 * row[f"{branch}_variance"] + row[f"{branch}_covariance"]
+            assert row[f"{branch}_loss"] == pytest.approx(terms, rel=1e-4)
+            assert 1 <= row[f"{branch}_embeddings_rankme"] <= 8.01
+        assert row["loss"] == pytest.approx(row["global_loss"] + row["multi_level_loss"], rel=1e-5)
+
+
+def test_what_made_a_run_is_written_down(finished: Path, cache: Path):
+    run = json.loads((finished / "run.json").read_text())
+    manifest = load_cache(cache).manifest
+    assert run["data"]["data_hash"] == manifest["data_hash"]
+    assert run["data"]["images"] == 44
+    assert run["model"]["backbone"] == "test_resnet"
+    assert run["training"]["base_learning_rate"] == 1.6
+    assert run["num_processes"] == 1
+    assert run["synthetic"] is False
+    assert run["code"]["torch"] == torch.__version__
+
+
+def test_checkpoints_are_limited_and_whole(finished: Path):
+    assert sorted(path.name for path in finished.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-9"]
+    for path in finished.glob("checkpoint-*"):
+        names = {file.name for file in path.iterdir()}
+        assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "optimizer.pt", "state.json"}
+        assert json.loads((path / "state.json").read_text())["step"] == int(path.name.split("-")[1])
+    assert_same_bits(finished, finished / "checkpoint-10")
+
+
+def test_images_that_an_epoch_leaves_out_are_counted(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pretrain(cache, tmp_path / "some", "--epochs", 1, "--gradient_accumulation_steps", 1).train()
+    said = "an epoch leaves out 4 of 44 images, other ones each time"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    pretrain(cache, tmp_path / "none", "--epochs", 1, "--batch_size", 22).train()
+    assert "an epoch leaves out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["--torch_compile", "--compile"])
+def test_two_names_of_compiling(cache: Path, name: str):
+    words = ["--recipe", "smoke", "--dataset", str(cache), "--output_dir", "run"]
+    assert parse_arguments([*words, name])[2].torch_compile
+    assert not parse_arguments(words)[2].torch_compile
+
+
+def test_logging_every_few_steps_and_at_the_end(cache: Path, tmp_path: Path):
+    pretrain(cache, tmp_path / "run", "--logging_steps", 4).train()
+    assert [row["step"] for row in lines(tmp_path / "run")] == [4, 8, 10]
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_the_number_of_workers_changes_no_bit(finished: Path, cache: Path, tmp_path: Path, workers: int):
+    pretrain(cache, tmp_path / "run", "--num_workers", workers).train()
+    assert_same_bits(tmp_path / "run", finished)
+
+
+def test_another_seed_is_another_run(finished: Path, cache: Path, tmp_path: Path):
+    pretrain(cache, tmp_path / "run", "--seed", 1).train()
+    one, other = weights(tmp_path / "run"), weights(finished)
+    assert not torch.equal(one["mlvicx.backbone.conv1.0.weight"], other["mlvicx.backbone.conv1.0.weight"])
+
+
+def test_only_the_first_images(cache: Path, tmp_path: Path):
+    pretrainer = pretrain(cache, tmp_path / "run", "--max_train_samples", 17)
+    assert pretrainer.total_steps == 2 * 2
+    assert pretrainer.description()["data"]["images"] == 17
+
+
+@pytest.mark.parametrize("branch", ["global", "multi_level"])
+def test_a_branch_can_be_left_out(cache: Path, tmp_path: Path, branch: str):
+    output = pretrain(cache, tmp_path / "run", f"--{branch}_weight", 0, "--epochs", 1).train()
+    assert not any(key.startswith(branch) for row in lines(output) for key in row)
+    other = "multi_level" if branch == "global" else "global"
+    assert all(f"{other}_embeddings_rankme" in row for row in lines(output))
+
+
+def test_bfloat16(cache: Path, tmp_path: Path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision is fixed once a process
+    try:
+        output = pretrain(cache, tmp_path / "run", "--mixed_precision", "bf16", "--epochs", 1).train()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in weights(output).values())
+    assert len(lines(output)) == 5
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision is fixed once a process
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_float16_is_refused_on_the_cpu(cache: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="mixed_precision='fp16' found on the CPU; expected no or bf16 there"):
+        pretrain(cache, tmp_path / "run", "--mixed_precision", "fp16")
+    assert not (tmp_path / "run").exists()
+
+
+class Float16Accelerator(Accelerator):
+    """What Accelerate does on GPUs, on the CPU: autocast to float16, and a scaler."""
+
+    scale = 1024.0
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.state._mixed_precision, self.native_amp = "fp16", True
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=self.scale)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_float16_with_scaled_gradients(
+    cache: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
+):
+    monkeypatch.setattr("mlvicx_hf.pretraining.loop.Accelerator", Float16Accelerator)
+    flags = ("--gradient_accumulation_steps", micro_batches, "--checkpoint_steps", 3)
+    run = pretrain(cache, tmp_path / "run", *flags)
+    output = run.train()
+    assert run.accelerator.scaler.get_scale() == 1024  # no step overflowed
+    losses = [row["loss"] for row in lines(output)]
+    assert all(map(math.isfinite, losses))
+    if micro_batches == 1:
+        assert losses[0] == pytest.approx(lines(finished)[0]["loss"], rel=0.01)
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in weights(output).values())
+    again = interrupted(output, tmp_path, 9)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain(cache, again, *flags, "--resume").train()
+    assert_same_bits(again, output)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_the_run_goes_on(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
+):
+    monkeypatch.setattr(Float16Accelerator, "scale", 2.0**24)  # too much for float16
+    monkeypatch.setattr("mlvicx_hf.pretraining.loop.Accelerator", Float16Accelerator)
+    run = pretrain(cache, tmp_path / "run", "--gradient_accumulation_steps", micro_batches)
+    images = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.model.train()
+    output, _, _ = run._train_step(images, np.arange(8), 0)
+    assert output.loss.dtype == torch.float32
+    assert output.loss.isfinite()
+    assert run.accelerator.optimizer_step_was_skipped
+    assert run.accelerator.scaler.get_scale() == 2.0**23
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+    for step in range(1, 24):
+        run._train_step(images, np.arange(8), step)
+    assert not run.accelerator.optimizer_step_was_skipped
+    assert not any(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
+
+# -- resume ------------------------------------------------------------------------------------------------------------
+
+
+def interrupted(finished: Path, folder: Path, step: int) -> Path:
+    """What a run leaves that is killed behind the checkpoint of a step: later lines, half a line, half a folder."""
+    output = folder / "interrupted"
+    shutil.copytree(finished, output)
+    for path in output.iterdir():
+        if path.is_file() and path.name not in ("metrics.jsonl", "run.json"):
+            path.unlink()
+    for path in output.glob("checkpoint-*"):
+        if path.name != f"checkpoint-{step}":
+            shutil.rmtree(path)
+    (output / ".checkpoint-10.tmp").mkdir()
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')
+    return output
+
+
+def test_resumed_is_the_same_run(finished: Path, cache: Path, tmp_path: Path):
+    output = interrupted(finished, tmp_path, 9)
+    pretrain(cache, output, "--resume", "--checkpoint_steps", 3).train()
+    assert_same_bits(output, finished)
+    assert lines(output) == lines(finished)  # no line twice, none lost
+    assert not (output / ".checkpoint-10.tmp").exists()
+
+
+@pytest.mark.parametrize("step", [2, 5, 7])
+def test_resumed_inside_and_between_epochs(finished: Path, cache: Path, tmp_path: Path, step: int):
+    whole = pretrain(cache, tmp_path / "whole", "--checkpoint_steps", 1, "--save_total_limit", 20)
+    whole.train()
+    assert_same_bits(tmp_path / "whole", finished)
+    output = interrupted(tmp_path / "whole", tmp_path, step)
+    resumed = pretrain(cache, output, "--resume")
+    assert resumed.step == step
+    resumed.train()
+    assert_same_bits(output, finished)
+    assert lines(output) == lines(finished)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path, cache: Path, tmp_path: Path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    pretrain(cache, output, "--resume").train()
+    assert_same_bits(output, finished)
+    assert lines(output) == lines(finished)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_resume_where_there_is_nothing_starts_at_the_beginning(
+    finished: Path, cache: Path, tmp_path: Path, exists: bool, caplog: pytest.LogCaptureFixture
+):
+    output = tmp_path / "run"
+    if exists:
+        output.mkdir()
+    pretrainer = pretrain(cache, output, "--resume")
+    assert pretrainer.step == 0
+    assert "no checkpoint: starting from the beginning" in caplog.text
+    pretrainer.train()
+    assert_same_bits(output, finished)
+
+
+def test_resume_with_other_settings_is_refused_and_they_are_listed(finished: Path, cache: Path):
+    flags = ("--base_learning_rate", 0.5, "--expander_dims", 16, 16, "--rotation", 3)
+    with pytest.raises(ValueError, match="belongs to another run") as caught:
+        pretrain(cache, finished, "--resume", *flags)
+    message = str(caught.value)
+    assert "training.base_learning_rate was 1.6, now 0.5" in message
+    assert "model.expander_dims was [32, 32], now [16, 16]" in message
+    assert "data.rotation was 10.0, now 3.0" in message
+    assert "batch_size" not in message
+
+
+def test_resume_on_other_data_is_refused(finished: Path, tmp_path: Path):
+    other = unlabelled_cache(tmp_path, 45)
+    with pytest.raises(ValueError, match=r"data\.data_hash was .*; data\.images was 44, now 45"):
+        pretrain(other, finished, "--resume")
+
+
+def test_resume_from_a_moved_cache_goes_on(finished: Path, cache: Path, tmp_path: Path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(cache, moved)
+    output = interrupted(finished, tmp_path, 9)
+    pretrain(moved, output, "--resume", "--logging_steps", 2, "--save_total_limit", 1).train()
+    assert_same_bits(output, finished)
+
+
+# -- watching, and micro-batches ---------------------------------------------------------------------------------------
+
+
+def test_a_run_is_watched_and_the_best_checkpoint_kept(cache: Path, finished: Path, tmp_path: Path):
+    rows = [
+        {
+            "patient_id": f"p{i}",
+            "split": ("train", "validation", "test")[i % 3],
+            "disc": i % 2,
+            "_draw": {"disc": i % 2},
+        }
+        for i in range(60)
+    ]
+    probe = make_cache(tmp_path, rows, name="probe")
+    output = tmp_path / "run"
+    words = ("--checkpoint_steps", 2, "--probe_dataset", probe, "--probe_steps", 2, "--save_total_limit", 1)
+    run = pretrain(cache, output, *words)
+    run.train()
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    probed = {record["step"]: record["probe_linear_auroc"] for record in records if "probe_linear_auroc" in record}
+    assert set(probed) == {*range(2, run.total_steps, 2), run.total_steps}
+    best = json.loads((output / "best.json").read_text())
+    assert best["score"] == max(probed.values()) == probed[best["step"]]
+    assert (output / f"checkpoint-{best['step']}").is_dir()
+    assert (output / f"checkpoint-{run.total_steps}").is_dir()
+    assert {"level_0_rankme", "level_2_deviation", "global_embeddings_correlation"} <= records[-1].keys()
+    with Image.open(output / "curves.png") as picture:
+        assert picture.size[0] > 500
+    assert_same_weights(output, finished)  # who is watched is not changed
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_micro_batches_are_exact_but_for_batch_normalisation(cache: Path, tmp_path: Path):
+    output = pretrain(cache, tmp_path / "run", "--gradient_accumulation_steps", 2).train()
+    assert json.loads((output / "run.json").read_text())["training"]["gradient_accumulation_steps"] == 2
+    assert all(value.isfinite().all() for value in weights(output).values())
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=3 found for 8 images of a process"):
+        pretrain(cache, tmp_path / "odd", "--gradient_accumulation_steps", 3).train()
+
+
+# -- which images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images, 8 of them lateral; half of them of one patient."""
+    rows = [
+        {"patient_id": "many" if i < 20 else f"p{i}", "view": "LATERAL" if i % 5 == 0 else "PA", "_draw": {}}
+        for i in range(40)
+    ]
+    return make_cache(tmp_path_factory.mktemp("mixed"), rows)
+
+
+def test_lateral_images_are_left_out_and_counted(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    frontal = pretrain(mixed, tmp_path / "frontal")
+    assert "8 lateral images are left out (--views all takes them)" in capsys.readouterr().out
+    assert frontal.batches.num_images == 32
+    everything = pretrain(mixed, tmp_path / "all", "--views", "all")
+    assert "left out" not in capsys.readouterr().out
+    assert everything.batches.num_images == 40
+
+
+def test_patients_are_drawn_equally_often(mixed: Path, tmp_path: Path):
+    pretrainer = pretrain(mixed, tmp_path / "run", "--patient_balanced", "--checkpoint_steps", 1)
+    patients = load_cache(mixed).datasets["train"].filter(lambda row: row["view"] == "PA")["patient_id"]
+    drawn = [patients[index] for batch in pretrainer.batches for index in batch]
+    assert len(drawn) == 32
+    assert 1 <= drawn.count("many") <= 2  # of 16 images, and 17 patients
+    pretrainer.train()
+    plain = pretrain(mixed, tmp_path / "plain").train()
+    assert (
+        weights(plain)["mlvicx.backbone.conv1.0.weight"]
+        .ne(weights(tmp_path / "run")["mlvicx.backbone.conv1.0.weight"])
+        .any()
+    )
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_cache_can_be_resumed_inside_an_epoch(mixed: Path, tmp_path: Path):
+    flags = ("--streaming", "--shuffle_buffer", 8, "--checkpoint_steps", 1, "--save_total_limit", 20)
+    whole = pretrain(mixed, tmp_path / "whole", *flags)
+    assert (whole.total_steps, whole.description()["data"]["images"]) == (8, 32)
+    assert whole.processor.fit == load_cache(mixed).manifest["fit"]
+    whole.train()
+    for step in (2, 4, 7):
+        output = tmp_path / f"from-{step}"
+        output.mkdir()
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", output / f"checkpoint-{step}")
+        shutil.copy(tmp_path / "whole" / "metrics.jsonl", output)
+        pretrain(mixed, output, *flags, "--resume").train()
+        assert_same_bits(output, tmp_path / "whole")
+        assert lines(output) == lines(tmp_path / "whole")
+
+
+def test_the_readers_of_a_stream_must_stay_the_same(mixed: Path, tmp_path: Path):
+    flags = ("--streaming", "--epochs", 1)
+    pretrain(mixed, tmp_path / "run", *flags).train()
+    with pytest.raises(ValueError, match=r"data\.num_workers was 0, now 1; data\.shuffle_buffer was 4096, now 9"):
+        pretrain(mixed, tmp_path / "run", *flags, "--resume", "--num_workers", 1, "--shuffle_buffer", 9)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_another_run_is_refused(finished: Path, cache: Path):
+    before = (finished / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds files of another run; .* or --resume"):
+        pretrain(cache, finished)
+    assert (finished / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", 45], "batch_size=45 found; expected at most 44"),
+        (["--split", "test"], "split='test' found; .* has train"),
+        (["--epochs", 0], "epochs=0 found; expected 1 or more"),
+        (["--checkpoint_steps", 0], "checkpoint_steps=0 found"),
+        (["--logging_steps", 0], "logging_steps=0 found"),
+        (["--save_total_limit", 0], "save_total_limit=0 found"),
+        (["--crop_area", "0.5"], "crop_area"),
+        (["--crop_area", "0.5", "0.2"], "crop_area"),
+        (["--blur", "0.5"], "blur"),
+        (["--max_train_samples", "-1"], "max_train_samples=-1 found"),
+        (["--warmup_epochs", "-1"], "warmup_epochs=-1"),
+        (["--views", "side"], "views='side' found; expected one of frontal, all"),
+        (["--num_images", 9], "num_images=9 found without streaming"),
+        (["--image_column", "scan"], "image_column=scan found without streaming"),
+        (["--streaming", "--patient_balanced"], "patient_balanced found with streaming"),
+        (["--streaming", "--max_train_samples", 9], "max_train_samples=9 found with streaming"),
+        (["--streaming", "--split", "test"], "split='test' found; .* has train"),
+        (["--seed", "-1"], "seed=-1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(
+    cache: Path, tmp_path: Path, flags: list[Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        pretrain(cache, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_cache_is_refused(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no such folder; expected a prepared cache"):
+        pretrain(tmp_path / "absent", tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path):
+    output = tmp_path / "run"
+    with pytest.raises(FloatingPointError) as caught:
+        pretrain(cache, output, "--base_learning_rate", 1e30).train()
+    message = str(caught.value)
+    assert "at step 1 with learning rate 1.25e+28" in message  # 1e30 · 8/256 · 2/5
+    assert "last good checkpoint: none yet" in message
+    assert not (output / "model.safetensors").exists()
+    assert [row["step"] for row in lines(output)] == [1]
+
+
+def test_the_checkpoint_that_a_stopped_run_names_is_good(cache: Path, tmp_path: Path):
+    output = tmp_path / "run"
+    pretrainer = pretrain(cache, output, "--base_learning_rate", 1e30, "--checkpoint_steps", 1)
+    output.mkdir()
+    pretrainer.save_checkpoint()  # checkpoint-0, before the rate blows the weights up
+    with pytest.raises(FloatingPointError) as caught:
+        pretrainer.train()
+    named = str(caught.value).split("last good checkpoint: ")[1].split(". ")[0]
+    model = MLVICXForPreTraining.from_pretrained(named).train()
+    assert model(*torch.randn(2, 8, 1, 32, 32)).loss.isfinite()

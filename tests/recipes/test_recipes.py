@@ -1,0 +1,122 @@
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from mlvicx_hf.finetuning import classification, segmentation
+from mlvicx_hf.finetuning import training as finetuning
+from mlvicx_hf.pretraining.loop import parse_arguments
+from mlvicx_hf.recipes import load_recipe, recipe_names
+
+REQUIRED = ["--dataset", "cache", "--output_dir", "run"]
+
+
+def test_the_recipes_that_come_with_the_package():
+    assert {"authors", "default", "paper", "small", "smoke"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses_and_makes_a_configuration(name: str):
+    model, data, training = parse_arguments(["--recipe", name, *REQUIRED])
+    config = model.config()
+    values = asdict(model) | asdict(data) | asdict(training)
+    recipe = load_recipe(name, set(values))
+    assert recipe
+    for key, value in recipe.items():
+        assert values[key] == value, key
+        assert type(values[key]) is type(value) or isinstance(values[key], float), key
+    assert (data.dataset, training.output_dir) == ("cache", "run")
+    assert config.backbone == model.backbone
+    assert config.expander_dims == list(model.expander_dims)
+
+
+def test_what_the_recipes_mean():
+    paper = parse_arguments(["--recipe", "paper", *REQUIRED])[2]
+    assert paper.base_learning_rate * paper.batch_size / 256 == pytest.approx(3e-5)
+    assert (paper.weight_decay, paper.batch_size, paper.epochs) == (1e-5, 64, 300)
+    model, data, training = parse_arguments(["--recipe", "authors", *REQUIRED])
+    assert model.expander_dims == [4096, 4096, 4096]
+    assert model.expander_final_norm
+    assert (model.context_reduction, model.aggregation_resize, model.num_channels) == (2, 64, 3)
+    assert (data.crop_area, data.rotation) == ([0.08, 1.0], 0.0)
+    assert (training.base_learning_rate, training.weight_decay) == (0.2, 1e-6)
+
+
+def test_flags_override_the_recipe():
+    flags = ["--epochs", "3", "--expander_dims", "8", "9", "--use_context", "false", "--crop_area", "0.5", "0.6"]
+    model, data, training = parse_arguments(["--recipe", "smoke", *flags, *REQUIRED])
+    assert training.epochs == 3
+    assert training.batch_size == 8  # of the recipe
+    assert model.expander_dims == [8, 9]
+    assert not model.use_context
+    assert data.crop_area == [0.5, 0.6]
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("epochs: 7\nbackbone: resnet34\n")
+    model, _, training = parse_arguments(["--recipe", str(path), *REQUIRED])
+    assert (training.epochs, model.backbone) == (7, "resnet34")
+
+
+def test_an_unknown_key_suggests_the_nearest(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base_learning_rat: 0.1\n")
+    with pytest.raises(ValueError, match=r"'base_learning_rat', which does not exist; did you mean base_learning_rate"):
+        parse_arguments(["--recipe", str(path), *REQUIRED])
+
+
+@pytest.mark.parametrize("key", ["dataset", "output_dir", "resume"])
+def test_what_belongs_to_a_single_run_is_no_recipe(tmp_path: Path, key: str):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{key}: here\n")
+    with pytest.raises(ValueError, match=f"'{key}', which does not exist"):
+        parse_arguments(["--recipe", str(path), *REQUIRED])
+
+
+def test_an_unknown_recipe_lists_those_there_are():
+    with pytest.raises(ValueError, match=f"'fast' found; expected {', '.join(recipe_names())}"):
+        parse_arguments(["--recipe", "fast", *REQUIRED])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "epochs"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected a mapping of keys to values"):
+        parse_arguments(["--recipe", str(path), *REQUIRED])
+
+
+def test_an_absent_file(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        parse_arguments(["--recipe", str(tmp_path / "absent.yaml"), *REQUIRED])
+
+
+def test_an_abbreviated_flag_is_refused():
+    with pytest.raises((ValueError, SystemExit)):
+        parse_arguments(["--recipe", "smoke", "--epoch", "3", *REQUIRED])
+
+
+@pytest.mark.parametrize("name", recipe_names("segmentation"))
+def test_every_recipe_for_segmentation_parses(name: str):
+    sections = (finetuning.ModelArguments, segmentation.SegmentationDataArguments, segmentation.SegmentationArguments)
+    words = ["--recipe", name, "--model", "random", *REQUIRED]
+    _, _, training = finetuning.parse_arguments("segmentation", sections, words)
+    assert training.metric_for_best_model == "dice"
+    if name == "paper":
+        batch = training.per_device_train_batch_size
+        assert (batch, training.learning_rate, training.patience) == (32, 3e-4, 10)
+
+
+@pytest.mark.parametrize("name", recipe_names("classification"))
+def test_every_recipe_for_classification_parses(name: str):
+    sections = (
+        classification.ClassifierArguments,
+        finetuning.DataArguments,
+        classification.ClassificationArguments,
+    )
+    words = ["--recipe", name, "--model", "random", *REQUIRED]
+    _, _, training = finetuning.parse_arguments("classification", sections, words)
+    expected = {"default": (64, None), "paper_nih": (64, 1e-5), "paper_vinbig": (16, 1e-3)}
+    assert (training.per_device_train_batch_size, training.learning_rate) == expected[name]
+    assert training.patience == 10

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from mlvicx_hf.scoring.significance import calibration, delong_test, paired_tests
+
+
+def naive_delong(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """Difference and standard error by all pairs of a positive and a negative image, as the paper writes them."""
+    kernels = []
+    for scores in (ours, theirs):
+        pairs = scores[labels == 1][:, None] - scores[labels == 0][None]
+        kernels.append((pairs > 0) + 0.5 * (pairs == 0))  # [m, n]
+    aucs = [kernel.mean() for kernel in kernels]
+    of_positives = np.cov([kernel.mean(1) for kernel in kernels])
+    of_negatives = np.cov([kernel.mean(0) for kernel in kernels])
+    m, n = kernels[0].shape
+    covariance = of_positives / m + of_negatives / n
+    contrast = np.array([1, -1])
+    return aucs[0] - aucs[1], float(np.sqrt(contrast @ covariance @ contrast))
+
+
+@pytest.mark.parametrize("levels", [1000, 4])  # few levels: many ties
+def test_delong_equals_all_pairs(levels: int):
+    rng = np.random.default_rng(3)
+    labels = (rng.random(60) < 0.4).astype(float)
+    ours = np.floor(levels * (rng.random(60) + 0.3 * labels))
+    theirs = np.floor(levels * (rng.random(60) + 0.1 * labels))
+    found = delong_test(labels, ours, theirs)
+    difference, error = naive_delong(labels, ours, theirs)
+    assert found["auroc"] == pytest.approx(roc_auc_score(labels, ours))
+    assert found["other_auroc"] == pytest.approx(roc_auc_score(labels, theirs))
+    assert found["difference"] == pytest.approx(difference)
+    assert found["se"] == pytest.approx(error)
+    assert found["p"] == pytest.approx(2 * stats.norm.sf(abs(difference / error)))
+
+
+def test_delong_leaves_unknown_labels_out_and_is_symmetric():
+    rng = np.random.default_rng(4)
+    labels = (rng.random(40) < 0.5).astype(float)
+    ours, theirs = rng.random((2, 40))
+    expected = delong_test(labels[:30], ours[:30], theirs[:30])
+    labels[30:] = np.nan
+    assert delong_test(labels, ours, theirs) == pytest.approx(expected)
+    other = delong_test(labels, theirs, ours)
+    assert (other["difference"], other["p"]) == pytest.approx((-expected["difference"], expected["p"]))
+
+
+def test_delong_keeps_its_promise_where_nothing_differs():
+    """Of many pairs of equally good scores some 5 % have p < 0.05."""
+    rng = np.random.default_rng(5)
+    labels = (np.arange(120) < 60).astype(float)
+    values = [delong_test(labels, *(rng.normal(size=(2, 120)) + labels))["p"] for _ in range(400)]
+    assert 0.02 < np.mean(np.array(values) < 0.05) < 0.09
+
+
+def test_delong_of_the_same_scores_and_of_perfect_ones():
+    labels = np.array([0.0, 0, 1, 1])
+    assert delong_test(labels, labels, labels)["p"] == 1
+    assert delong_test(labels, labels, 1 - labels)["p"] == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "message"),
+    [
+        ([1, 1, np.nan], [1, 2, 3], "2 positive and 0 negative"),
+        ([1, 0, 0], [1, 2, 3], "1 positive and 2 negative"),
+        ([1, 1, 0, 0], [np.inf, 0, 0, 0], "not finite"),
+    ],
+)
+def test_what_delong_refuses(labels: list[float], scores: list[float], message: str):
+    with pytest.raises(ValueError, match=message):
+        delong_test(np.array(labels, float), np.array(scores, float), np.array(scores, float))
+
+
+def test_tests_over_seeds():
+    ours, theirs = [0.81, 0.83, 0.80, 0.84, 0.82], [0.80, 0.80, 0.79, 0.80, 0.80]
+    found = paired_tests(ours, theirs)
+    assert found["seeds"] == 5
+    assert found["difference"] == pytest.approx(0.022)
+    assert found["t_p"] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    assert found["wilcoxon_p"] == 0.0625  # the least that five seeds can give
+    assert paired_tests([0.8, 0.9], [0.8, 0.9]) == {"seeds": 2, "difference": 0, "t_p": 1, "wilcoxon_p": 1}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [([0.8], [0.7], "1 and 1 scores"), ([0.8, 0.9], [0.7], "2 and 1"), ([0.8, np.nan], [0.7, 0.7], "not finite")],
+)
+def test_what_tests_over_seeds_refuse(ours: Any, theirs: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        paired_tests(ours, theirs)
+
+
+def test_calibration():
+    labels = np.array([0, 0, 1, 1, np.nan, 1])
+    found = calibration(labels, np.array([0.12, 0.18, 0.11, 0.93, 0.5, 1.0]))
+    assert [row["images"] for row in found["bins"]] == [3, 2]
+    first, last = found["bins"]
+    assert first["probability"] == pytest.approx(0.41 / 3)
+    assert first["frequency"] == pytest.approx(1 / 3)
+    expected = (3 * abs(0.41 / 3 - 1 / 3) + 2 * abs(last["probability"] - 1)) / 5
+    assert found["ece"] == pytest.approx(expected)
+
+
+def test_true_probabilities_are_calibrated():
+    rng = np.random.default_rng(0)
+    probabilities = rng.random(20000)
+    labels = (rng.random(20000) < probabilities).astype(float)
+    assert calibration(labels, probabilities)["ece"] < 0.02
+    assert calibration(labels, probabilities**3)["ece"] > 0.1
+
+
+@pytest.mark.parametrize(("labels", "scores"), [([np.nan], [0.5]), ([1], [1.2])])
+def test_what_calibration_refuses(labels: list[float], scores: list[float]):
+    with pytest.raises(ValueError, match="expected"):
+        calibration(np.array(labels, float), np.array(scores))
