@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
+RESULTS_FILE = "the results.json of a fine-tuning"  # what messages call it
+
 
 def sha256(path: Path) -> str:
     """Hash of a file, in hexadecimal digits."""
@@ -46,6 +50,50 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: the file holds anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected one that a run wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; expected JSON") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {type(content).__name__} found; expected a JSON object")
+    return content
+
+
+def json_field(
+    content: dict[str, Any], name: str, kind: type | tuple[type, ...], file: Path, expected: str = RESULTS_FILE
+) -> Any:
+    """Get a field of a JSON object and check its type.
+
+    Args:
+        content: of the file.
+        name: with dots for a field within a field, such as "data.cache".
+        kind: type or types of the value; a boolean is no int.
+        file: for the message.
+        expected: what kind of file has this field, for the message.
+
+    Raises:
+        UserError: the field is absent or of another type.
+    """
+    value: Any = content
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise UserError(f"{file}: no field {name!r} found; expected {expected}")
+        value = value[part]
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UserError(f"{file}: {name}={value!r} found; expected {' or '.join(k.__name__ for k in kinds)}")
+    return value
 
 
 @contextmanager

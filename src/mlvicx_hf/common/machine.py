@@ -6,11 +6,12 @@ import ctypes
 import os
 import platform
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:  # importing torch takes seconds, which --help does not have
+    import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -83,6 +84,8 @@ def choose_device(name: str | None) -> torch.device:
     Raises:
         ValueError: no such device.
     """
+    import torch
+
     gpus = torch.cuda.device_count()
     try:
         device = torch.device(name or ("cuda" if gpus else "cpu"))

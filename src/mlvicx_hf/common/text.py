@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
 
@@ -11,3 +11,9 @@ def some(items: Iterable[str], limit: int = 5) -> str:
     """The first few items for an error message."""
     listed = list(items)
     return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table. The first column is aligned to the left, the others to the right."""
+    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *map(list, rows)]
+    return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in line) + " |" for line in lines)

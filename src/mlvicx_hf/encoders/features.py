@@ -12,14 +12,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 
 class PreparedImages(Dataset[dict[str, Tensor]]):
-    """Images of a cache as model input, without labels; nothing random.
+    """Images of a cache as model input, without labels.
 
     Args:
         images: rows with `image`.
-        processor: of the model.
+        processor: the model's image processor.
     """
 
     def __init__(self, images: Any, processor: MLVICXImageProcessor) -> None:
@@ -34,7 +35,7 @@ class PreparedImages(Dataset[dict[str, Tensor]]):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; behind it every part is in the mode that it was in."""
+    """Switch to evaluation mode without gradients, and back to the mode that every part was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -46,32 +47,35 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def encode(
-    encoder: nn.Module,
+    encoder: MLVICXModel,
     images: Dataset[dict[str, Tensor]],
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     show: bool = True,
+    levels: str | None = None,
 ) -> dict[str, Tensor]:
-    """Pooled features of images, once and in order, in evaluation mode.
+    """Encode every image once, in order and in evaluation mode.
 
     Args:
-        encoder: `MLVICXModel`, on that device.
-        images: give `pixel_values`, and what else they like.
+        encoder: on that device.
+        images: items with `pixel_values`, and other tensors if wanted.
         batch_size: images encoded at a time.
-        device: of the encoder.
-        show: a progress bar.
+        device: where the encoder is.
+        show: show a progress bar.
+        levels: pool "last" or "all" levels; None for what the encoder's configuration says.
 
     Returns:
-        `features` [N, C], float32 on the CPU, and what else the images give, such as `labels`.
+        `features` [N, C], float32 on the CPU, and the items' other tensors, such as `labels`.
     """
     columns: dict[str, list[Tensor]] = {"features": []}
     loader = DataLoader(images, batch_size, generator=torch.Generator())  # else it draws from the global one
     with evaluating(encoder), progress_bar(len(images), "encoding", "img", show=show) as bar:  # type: ignore[arg-type]
         for batch in loader:
             pixels = batch.pop("pixel_values")
-            # Kernels are chosen by shape: with full batches alone no last digit depends on how many images are left.
+            # torch chooses kernels by shape. Fill the last batch, so that no last digit depends on how full it is.
             full = nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, 0, batch_size - len(pixels)))
-            columns["features"].append(encoder(full.to(device)).pooler_output[: len(pixels)].float().cpu())
+            maps = encoder(full.to(device), output_hidden_states=True).hidden_states
+            columns["features"].append(encoder.pool(maps, levels)[: len(pixels)].float().cpu())
             for name, values in batch.items():
                 columns.setdefault(name, []).append(values)
             bar.update(len(pixels))

@@ -13,11 +13,11 @@ import datasets
 from huggingface_hub import try_to_load_from_cache
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import json_field, read_json
 from mlvicx_hf.data.cache.cache import MANIFEST, Cache, load_cache
 from mlvicx_hf.data.copies.duplicates import confirm, near_pairs
 from mlvicx_hf.data.vocabulary import COLLECTIONS, SHARED_IMAGES
 from mlvicx_hf.encoders.inference import LoadedModel
-from mlvicx_hf.hub.cards.results import field, read_json
 
 RESULTS = "results.json"
 SEEN = {  # of the cache that the model was trained on
@@ -51,7 +51,7 @@ def read_training(loaded: LoadedModel) -> Training:
     if isinstance(file, (str, Path)) and Path(file).is_file():
         content = read_json(Path(file))
         names = ("collection", "cache", "data_hash", "split_hash")
-        return Training(**{name: field(content, f"data.{name}", str, Path(file)) for name in names})
+        return Training(**{name: json_field(content, f"data.{name}", str, Path(file)) for name in names})
     thresholds = loaded.model.config.decision_thresholds or {}
     return Training(data_hash=thresholds.get("data_hash"), split_hash=thresholds.get("split_hash"))
 

@@ -336,9 +336,17 @@ class MLVICXModel(MLVICXPreTrainedModel):
                 maps.append(x)
         return tuple(maps)
 
-    def pool(self, maps: tuple[Tensor, ...]) -> Tensor:
-        """Refined maps of all levels to features [B, pooled_features]."""
-        if self.config.pooled_levels == "last":
+    def pool(self, maps: tuple[Tensor, ...], levels: str | None = None) -> Tensor:
+        """Pool the refined maps of all levels.
+
+        Args:
+            maps: finest first, each [B, C_p, H_p, W_p].
+            levels: "last" or "all"; None for the configuration's `pooled_levels`.
+
+        Returns:
+            Features [B, C]; C is `pooled_features` when `levels` is None.
+        """
+        if (levels or self.config.pooled_levels) == "last":
             return maps[-1].mean((2, 3))
         return torch.cat([level.mean((2, 3)) for level in maps], 1)
 

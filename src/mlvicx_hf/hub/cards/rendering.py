@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import new_file
+from mlvicx_hf.common.files import json_field, new_file, read_json
+from mlvicx_hf.common.text import markdown_table
 from mlvicx_hf.data.cache.cache import MANIFEST
 
 from .results import (
@@ -26,10 +27,7 @@ from .results import (
     Result,
     describe_code,
     describe_machine,
-    field,
     last_part,
-    markdown_table,
-    read_json,
     read_results,
 )
 from .tables import build_tables, evaluation_results
@@ -188,7 +186,7 @@ def _fill(template: Path, context: dict[str, Any], looked_at: Sequence[Path]) ->
 
 
 def _check_architecture(template: Path, file: Path, config: dict[str, Any], kind: Kind) -> None:
-    found = field(config, "architectures", list, file)
+    found = json_field(config, "architectures", list, file)
     if not set(found) & set(kind.architectures):
         raise UserError(f"{file}: architectures {found} found; expected {kind.architectures[0]} for {template.name}")
 
@@ -207,7 +205,7 @@ def _read_run(file: Path, config_file: Path, config: dict[str, Any], every_field
         "code.mlvicx_hf": str, "code.commit": str,
     }  # fmt: skip
     for name, kind in fields.items():
-        field(run, name, kind, file, f"the {RUN} of a pretraining run")
+        json_field(run, name, kind, file, f"the {RUN} of a pretraining run")
     checked = run["model"] if every_field else ("backbone", "num_channels", "use_context", "context_reduction")
     for name in checked:
         if name in config and name in run["model"] and config[name] != run["model"][name]:
@@ -236,7 +234,7 @@ def _read_cache(file: Path, run: dict[str, Any], run_file: Path) -> dict[str, An
     """Collection, splits and patients of the images of pretraining."""
     manifest = read_json(file)
     expected = f"the {MANIFEST} of a prepared cache"
-    found, wanted = field(manifest, "data_hash", str, file, expected), run["data"]["data_hash"]
+    found, wanted = json_field(manifest, "data_hash", str, file, expected), run["data"]["data_hash"]
     if found != wanted:
         raise UserError(f"{file}: data_hash {found[:12]}… found; expected {wanted[:12]}…, as of {run_file}")
     return _cache_facts(manifest, run, file)
@@ -245,13 +243,13 @@ def _read_cache(file: Path, run: dict[str, Any], run_file: Path) -> dict[str, An
 def _cache_facts(manifest: dict[str, Any], run: dict[str, Any], file: Path) -> dict[str, Any]:
     """What a card says of the cache of pretraining, from its manifest or from what the run wrote down of it."""
     split, expected = run["data"]["split"], f"the {MANIFEST} of a prepared cache, or the source of a run"
-    counts = field(manifest, "splits", dict, file, expected)
+    counts = json_field(manifest, "splits", dict, file, expected)
     rows = [[name, f"{c['images']:,}", f"{c['patients']:,}"] for name, c in counts.items()]
     return {
-        "collection": field(manifest, "collection", str, file, expected),
-        "split_hash": field(manifest, "split_hash", str, file, expected)[:12],
+        "collection": json_field(manifest, "collection", str, file, expected),
+        "split_hash": json_field(manifest, "split_hash", str, file, expected)[:12],
         "splits": markdown_table(["split", "images", "patients"], rows),
-        "patients": field(manifest, f"splits.{split}.patients", int, file, expected),
+        "patients": json_field(manifest, f"splits.{split}.patients", int, file, expected),
         "complete": counts[split]["images"] == run["data"]["images"],
     }
 
@@ -282,12 +280,12 @@ def _thresholds(own: Result, config_file: Path, config: dict[str, Any]) -> dict[
         return None
     if found is None or (saved is not None and saved != found):
         raise UserError(f"{config_file}: decision_thresholds found that differ from thresholds of {own.path}")
-    values = field(found, "values", dict, own.path)
+    values = json_field(found, "values", dict, own.path)
     rows = [[n, "none: one value only" if v is None else f"{v:.3f}"] for n, v in values.items()]
     return {
         "listed": markdown_table(["class", "threshold"], rows),
-        "split": field(found, "split", str, own.path),
-        "criterion": field(found, "criterion", str, own.path),
+        "split": json_field(found, "split", str, own.path),
+        "criterion": json_field(found, "criterion", str, own.path),
     }
 
 
@@ -312,7 +310,7 @@ def _check_results(
                 f"{result.path}: task {content['task']!r} found; expected {kind.task!r} for {template.name}"
             )
         else:
-            names = list(field(config, "id2label", dict, config_file).values())
+            names = list(json_field(config, "id2label", dict, config_file).values())
             names = names[1:] if kind.task == "segmentation" else names  # the background is not scored
             if sorted(names) != sorted(content["labels"]):
                 listed = ", ".join(content["labels"])

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import RESULTS_FILE, json_field, read_json
 from mlvicx_hf.common.provenance import describe_commit
 from mlvicx_hf.scoring.metrics import NOT_SCORED
 
 NUMBER = (int, float)
 SCORE = (int, float, str)
-RESULTS_FILE = "the results.json of a fine-tuning"
 PROTOCOLS = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
 
 
@@ -69,43 +69,6 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: anything else in it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected one that a run wrote")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; expected JSON") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: {type(content).__name__} found; expected a JSON object")
-    return content
-
-
-def field(
-    content: dict[str, Any], name: str, kind: type | tuple[type, ...], file: Path, expected: str = RESULTS_FILE
-) -> Any:
-    """A field, by its name with dots, of the right type.
-
-    Raises:
-        ValueError: naming file and field.
-    """
-    value: Any = content
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise UserError(f"{file}: no field {name!r} found; expected {expected}")
-        value = value[part]
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise UserError(f"{file}: {name}={value!r} found; expected {' or '.join(k.__name__ for k in kinds)}")
-    return value
 
 
 def last_part(path: str) -> str:
@@ -186,15 +149,15 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
 
 def _check(result: Result) -> None:
     content, file = result.content, result.path
-    if field(content, "task", str, file) not in TASKS:
+    if json_field(content, "task", str, file) not in TASKS:
         raise UserError(f"{file}: task={content['task']!r} found; expected {' or '.join(TASKS)}")
     for name, kind in FIELDS.items():
-        field(content, name, kind, file)
+        json_field(content, name, kind, file)
     if content["protocol"] not in PROTOCOLS:
         raise UserError(f"{file}: protocol={content['protocol']!r} found; expected {' or '.join(PROTOCOLS)}")
-    task, test = result.task, field(content, "test", dict, file)
-    scores = {name: field(content, name, SCORE, file) for name in (f"test.{score}" for score in task.scores)}
-    classes = field(content, f"test.{task.per_class}", dict, file)
+    task, test = result.task, json_field(content, "test", dict, file)
+    scores = {name: json_field(content, name, SCORE, file) for name in (f"test.{score}" for score in task.scores)}
+    classes = json_field(content, f"test.{task.per_class}", dict, file)
     if sorted(classes) != sorted(content["labels"]):
         listed = ", ".join(map(str, content["labels"]))
         raise UserError(f"{file}: test.{task.per_class} of {', '.join(classes)} found; expected {listed}, the labels")
@@ -217,21 +180,15 @@ def _check(result: Result) -> None:
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
-    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *map(list, rows)]
-    return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in line) + " |" for line in lines)
-
-
 def describe_machine(content: dict[str, Any], file: Path) -> str:
     """What a run computed on; files of older versions say less, or nothing."""
     if "hardware" in content:
         kinds = {"name": str, "device": str, "cores": int, "processes": int}
-        found = {key: field(content, f"hardware.{key}", kind, file) for key, kind in kinds.items()}
+        found = {key: json_field(content, f"hardware.{key}", kind, file) for key, kind in kinds.items()}
         processes = count(found["processes"], "process", "processes")
         return f"{found['name']} ({found['device']}), {count(found['cores'], 'CPU core', 'CPU cores')}, {processes}"
     if "device" in content:
-        processes = count(field(content, "num_processes", int, file), "process", "processes")
+        processes = count(json_field(content, "num_processes", int, file), "process", "processes")
         return f"{content['device']}, {processes}; the make of the machine was not recorded"
     return "not recorded"
 

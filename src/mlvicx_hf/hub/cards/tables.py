@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 from huggingface_hub import EvalResult
 
 from mlvicx_hf.common.provenance import describe_commit
+from mlvicx_hf.common.text import markdown_table
 from mlvicx_hf.scoring.metrics import NOT_SCORED
 
-from .results import PROTOCOLS, Result, Task, canonical, count, last_part, markdown_table
+from .results import PROTOCOLS, Result, Task, canonical, count, last_part
 
 COLUMNS = 3  # of settings in a table of classes, so that it stays narrow enough to read
 T = TypeVar("T")
