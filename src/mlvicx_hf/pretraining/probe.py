@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.splits import patient_hash
 from mlvicx_hf.encoders.features import PreparedImages, encode
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 from mlvicx_hf.scoring.metrics import score_labels
 from mlvicx_hf.scoring.probes import knn_scores, linear_scores
 
@@ -63,7 +63,7 @@ class Probe:
         patients = [np.array(self.images[split]["patient_id"], dtype=object) for split in ("validation", "train")]
         self.same_patient = torch.from_numpy((patients[0][:, None] == patients[1][None]).astype(bool))
 
-    def __call__(self, encoder: nn.Module, device: torch.device | str = "cpu") -> dict[str, float]:
+    def __call__(self, encoder: MLVICXModel, device: torch.device | str = "cpu") -> dict[str, float]:
         """Score an encoder as it is now; it is left in the mode that it was in.
 
         Returns:
