@@ -9,16 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mlvicx_hf.scoring.metrics import (
-    Accuracy,
-    MultiLabelAUPRC,
-    MultiLabelAUROC,
-    SegmentationOverlap,
-    overlap_counts,
-    score_decisions,
-    score_overlap,
-    youden_thresholds,
-)
+from mlvicx_hf.scoring.labels import score_accuracy, score_decisions, score_labels, score_precision, youden_thresholds
+from mlvicx_hf.scoring.metrics import Accuracy, MultiLabelAUPRC, MultiLabelAUROC, SegmentationOverlap
+from mlvicx_hf.scoring.overlap import overlap_counts, score_overlap
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -35,7 +28,7 @@ def random_table(seed: int, rows: int = 60, unknown: float = 0.2) -> tuple[np.nd
 @given(st.integers(0, 2**31))
 def test_auroc_equals_scikit_learn(seed: int):
     scores, labels = random_table(seed)
-    result = MultiLabelAUROC().compute(predictions=scores, references=labels, label_names=NAMES)
+    result = score_labels(scores, labels, NAMES)
     expected = {}
     for i, name in enumerate(NAMES):
         known = ~np.isnan(labels[:, i])
@@ -50,7 +43,7 @@ def test_auroc_is_the_share_of_ordered_pairs():
     known = ~np.isnan(labels[:, 0])
     positives, negatives = scores[known & (labels[:, 0] == 1), 0], scores[known & (labels[:, 0] == 0), 0]
     pairs = [(p > n) + (p == n) / 2 for p in positives for n in negatives]
-    result = MultiLabelAUROC().compute(predictions=scores, references=labels, label_names=NAMES)
+    result = score_labels(scores, labels, NAMES)
     assert result["auroc"]["a"] == pytest.approx(np.mean(pairs), abs=1e-12)
 
 
@@ -58,7 +51,7 @@ def test_a_label_with_one_value_is_not_scored_and_not_averaged():
     scores, labels = random_table(1)
     labels[:, 1] = np.where(np.isnan(labels[:, 1]), np.nan, 0)
     labels[:, 3] = np.nan
-    result = MultiLabelAUROC().compute(predictions=scores, references=labels, label_names=NAMES)
+    result = score_labels(scores, labels, NAMES)
     assert result["auroc"]["b"] == "n/a"
     assert result["auroc"]["d"] == "n/a"
     assert result["num_scored_labels"] == 2
@@ -67,38 +60,24 @@ def test_a_label_with_one_value_is_not_scored_and_not_averaged():
 
 def test_nothing_to_score():
     zeros = np.zeros((3, 2))
-    result = MultiLabelAUROC().compute(predictions=zeros, references=zeros, label_names=["a", "b"])
+    result = score_labels(zeros, zeros, ["a", "b"])
     assert result == {"auroc_macro": "n/a", "auroc": {"a": "n/a", "b": "n/a"}, "num_scored_labels": 0}
-
-
-@pytest.mark.parametrize("metric", [MultiLabelAUROC, Accuracy])
-def test_tables_of_another_width_are_refused(metric: type):
-    scores, labels = random_table(0)
-    with pytest.raises(ValueError, match=r"\(60, 4\) found; expected \[N, 3\]"):
-        metric().compute(predictions=scores, references=labels, label_names=NAMES[:3])
-
-
-@pytest.mark.parametrize("metric", [MultiLabelAUROC, Accuracy])
-def test_tables_of_different_length_are_refused(metric: type):
-    scores, labels = random_table(0)
-    with pytest.raises(ValueError, match="60"):
-        metric().compute(predictions=scores, references=labels[:-1], label_names=NAMES)
 
 
 def test_accuracy_counts_known_labels_only():
     scores, labels = random_table(5)
     known = ~np.isnan(labels)
     expected = np.mean([(s > 0) == (t == 1) for s, t in zip(scores[known], labels[known], strict=True)])
-    result = Accuracy().compute(predictions=scores, references=labels, label_names=NAMES)
+    result = score_accuracy(scores, labels)
     assert result["accuracy"] == pytest.approx(expected)
-    nothing = Accuracy().compute(predictions=scores, references=labels * np.nan, label_names=NAMES)
+    nothing = score_accuracy(scores, labels * np.nan)
     assert nothing == {"accuracy": "n/a"}
 
 
 def test_accuracy_of_exclusive_classes_takes_the_highest_score():
     scores = np.array([[0.1, 0.5, 0.2], [3.0, -1.0, 0.0], [-5.0, -4.0, -3.0]])
     labels = np.eye(3)[[1, 2, 2]]
-    result = Accuracy().compute(predictions=scores, references=labels, label_names=["a", "b", "c"], exclusive=True)
+    result = score_accuracy(scores, labels, exclusive=True)
     assert result["accuracy"] == pytest.approx(2 / 3)
 
 
@@ -140,7 +119,7 @@ def test_overlap_equals_sets_of_pixels(seed: int, labels: int):
     found = np.where(generator.random(truth.shape) < 0.6, truth, generator.integers(0, labels + 1, truth.shape))
     truth[generator.random(truth.shape) < 0.1] = 255
     names = [f"class {i}" for i in range(1, labels + 1)]
-    result = SegmentationOverlap().compute(predictions=found, references=truth, label_names=names)
+    result = score_overlap(overlap_counts(found, truth, labels + 1), names)
     for index, name in enumerate(names, start=1):
         dice, iou, positive = [], [], []
         for p, t in zip(found, truth, strict=True):
@@ -174,7 +153,7 @@ def test_empty_masks():
 def test_average_precision_equals_scikit_learn(seed: int):
     scores, labels = random_table(seed)
     labels[:, 2] = np.nan
-    result = MultiLabelAUPRC().compute(predictions=scores, references=labels, label_names=NAMES)
+    result = score_precision(scores, labels, NAMES)
     expected: dict[str, Any] = {"c": "n/a"}
     for i, name in enumerate(NAMES):
         known = ~np.isnan(labels[:, i])
@@ -196,7 +175,7 @@ def test_decisions_by_thresholds_of_another_split():
 def test_metrics_equal_torchmetrics():
     functional = pytest.importorskip("torchmetrics.functional")
     scores, labels = random_table(11)
-    result = MultiLabelAUROC().compute(predictions=scores, references=labels, label_names=NAMES)
+    result = score_labels(scores, labels, NAMES)
     known = ~np.isnan(labels[:, 0])
     given, truth = torch.from_numpy(scores[known, 0]).sigmoid(), torch.from_numpy(labels[known, 0]).long()
     assert result["auroc"]["a"] == pytest.approx(float(functional.auroc(given, truth, "binary")), abs=1e-6)
@@ -207,3 +186,21 @@ def test_metrics_equal_torchmetrics():
     ]
     counts = overlap_counts(maps[0], maps[1], 2)
     assert score_overlap(counts, ["a"])["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
+
+
+# -- the same for the library `evaluate` -------------------------------------------------------------------------------
+
+
+def test_the_classes_for_evaluate_compute_the_same():
+    scores, labels = random_table(2)
+    given = {"predictions": scores, "references": labels, "label_names": NAMES}
+    assert MultiLabelAUROC().compute(**given) == score_labels(scores, labels, NAMES)
+    assert MultiLabelAUPRC().compute(**given) == score_precision(scores, labels, NAMES)
+    assert Accuracy().compute(**given, threshold=0.3) == score_accuracy(scores, labels, threshold=0.3)
+    maps = np.random.default_rng(0).integers(0, 3, (2, 5, 6, 4))
+    overlap = SegmentationOverlap().compute(predictions=maps[0], references=maps[1], label_names=["a", "b"])
+    assert overlap == score_overlap(overlap_counts(*maps, 3), ["a", "b"])
+    with pytest.raises(ValueError, match=r"\(60, 4\) found; expected \[N, 3\]"):
+        Accuracy().compute(**given | {"label_names": NAMES[:3]})
+    with pytest.raises(ValueError, match="60"):
+        MultiLabelAUROC().compute(**given | {"references": labels[:-1]})

@@ -17,10 +17,11 @@ import pandas as pd
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import code_version
-from mlvicx_hf.scoring.metrics import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED
 from mlvicx_hf.scoring.significance import calibration, delong_test, paired_tests
 
-from ..statistics import Estimate, Predictions, RunResults, check_same_images, difference, estimate, read_run
+from ..runs import Predictions, RunResults, check_same_images, read_run
+from ..statistics import Estimate, difference, estimate
 from .grid import Cell, Suite, is_finished, read_reason
 from .shortcuts import read_audits
 

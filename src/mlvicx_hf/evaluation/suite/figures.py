@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlvicx_hf.common.errors import MissingExtraError
-from mlvicx_hf.scoring.metrics import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED
 
 PROTOCOL_NAMES = {"frozen": "frozen", "frozen_levels": "frozen, all levels", "finetuned": "fine-tuned"}
 BINS = 10  # of the reliability diagram

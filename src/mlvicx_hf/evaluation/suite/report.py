@@ -10,7 +10,7 @@ from typing import Any
 from mlvicx_hf.common.files import new_file, new_folder, write_json
 from mlvicx_hf.common.provenance import describe_commit
 from mlvicx_hf.common.text import NOTICE
-from mlvicx_hf.scoring.metrics import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .documents import Document
 from .figures import PROTOCOL_NAMES, forest, label_efficiency, reliability

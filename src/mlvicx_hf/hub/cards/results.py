@@ -13,7 +13,7 @@ from typing import Any
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import RESULTS_FILE, json_field, read_json
 from mlvicx_hf.common.provenance import describe_commit
-from mlvicx_hf.scoring.metrics import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED
 
 NUMBER = (int, float)
 SCORE = (int, float, str)

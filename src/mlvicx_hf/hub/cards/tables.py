@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult
 
 from mlvicx_hf.common.provenance import describe_commit
 from mlvicx_hf.common.text import markdown_table
-from mlvicx_hf.scoring.metrics import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .results import PROTOCOLS, Result, Task, canonical, count, last_part
 
