@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlvicx_hf.evaluation.statistics import Predictions, compare_runs, estimate, main
+from mlvicx_hf.evaluation.runs import Predictions
+from mlvicx_hf.evaluation.statistics import compare_runs, estimate, main
 
 PATIENTS = 150
 

@@ -1,168 +1,21 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Scores of finished runs from their test predictions, with intervals by resampling patients."""
+"""Scores of finished runs with intervals by resampling patients, and the comparison of two groups of runs."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import write_json
-from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_areas, weighted_mean
-from mlvicx_hf.scoring.metrics import NOT_SCORED, overlap_per_image
+from mlvicx_hf.scoring.bootstrap import draw_patients
+from mlvicx_hf.scoring.labels import NOT_SCORED
 
-GROUPS = ("view", "sex", "age")
-
-
-@dataclass(frozen=True)
-class RunResults(ABC):
-    """What one run found on its test images.
-
-    Attributes:
-        patients: N patients.
-        sources: N names of images.
-        names: L labels or structures.
-        groups: kind of subgroup → N names; "" for unknown.
-    """
-
-    patients: np.ndarray
-    sources: np.ndarray
-    names: tuple[str, ...]
-    groups: dict[str, np.ndarray]
-    file: ClassVar[str]
-    metric: ClassVar[str]
-    title: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def truth(self) -> np.ndarray:
-        """What was known of the images."""
-
-    @abstractmethod
-    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Metrics of every draw [D, N]: name → [D], NaN where nothing can be scored."""
-
-    def only(self, rows: np.ndarray) -> Self:
-        """The run on some of its images."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: dict[str, Any] = {k: v[rows] for k, v in arrays.items() if isinstance(v, np.ndarray)}
-        return replace(self, **chosen, groups={kind: names[rows] for kind, names in self.groups.items()})
-
-
-@dataclass(frozen=True)
-class Predictions(RunResults):
-    """Of a classifier: labels [N, L] of 1, 0 or NaN, and probabilities [N, L]."""
-
-    labels: np.ndarray
-    probabilities: np.ndarray
-    file = "test_predictions.csv"
-    metric = "auroc_macro"
-    title = "AUROC macro"
-
-    @property
-    def truth(self) -> np.ndarray:
-        """The labels."""
-        return self.labels
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether the labels are classes of which every image has one."""
-        sums = [table.sum(1) for table in (self.labels, self.probabilities)]
-        return len(self.names) > 1 and all(np.allclose(values, 1, atol=1e-6) for values in sums)
-
-    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """`auroc_macro`, `auroc:NAME`, `auprc_macro`, `auprc:NAME`, `accuracy`."""
-        areas = [weighted_areas(*columns, weights) for columns in zip(self.labels.T, self.probabilities.T, strict=True)]
-        scored = [bool((column == 0).any() and (column == 1).any()) for column in self.labels.T]
-        found: dict[str, np.ndarray] = {}
-        for kind, values in zip(("auroc", "auprc"), zip(*areas, strict=True), strict=True):
-            found[f"{kind}_macro"] = _mean_of_scored(values, scored)
-            found |= {f"{kind}:{name}": value for name, value in zip(self.names, values, strict=True)}
-        if self.exclusive:
-            right, known = self.probabilities.argmax(1) == self.labels.argmax(1), np.ones(len(self.labels))
-        else:
-            right = ((self.probabilities > 0.5) == (self.labels == 1)) & ~np.isnan(self.labels)
-            right, known = right.sum(1), (~np.isnan(self.labels)).sum(1)
-        with np.errstate(invalid="ignore"):
-            found["accuracy"] = weights @ right / (weights @ known)
-        return found
-
-
-@dataclass(frozen=True)
-class Overlaps(RunResults):
-    """Of a segmenter: pixels of overlap, prediction and truth, [N, L, 3]."""
-
-    counts: np.ndarray
-    file = "test_overlaps.csv"
-    metric = "dice"
-    title = "Dice"
-
-    @property
-    def truth(self) -> np.ndarray:
-        """Whether an image shows a structure; pixels depend on the size at which a model is scored."""
-        return self.counts[..., 2] > 0
-
-    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """`dice`, `dice_positive` (over the images that show the structure), and both by structure."""
-        dice, _ = overlap_per_image(self.counts)
-        positive = self.counts[..., 2] > 0
-        found: dict[str, np.ndarray] = {}
-        for kind, counted in (("dice", np.ones_like(positive)), ("dice_positive", positive)):
-            values = [weighted_mean(dice[:, i], weights, counted[:, i]) for i in range(len(self.names))]
-            found[kind] = _mean_of_scored(values, [bool(column.any()) for column in counted.T])
-            found |= {f"{kind}:{name}": value for name, value in zip(self.names, values, strict=True)}
-        return found
-
-
-def _mean_of_scored(values: Sequence[np.ndarray], scored: Sequence[bool]) -> np.ndarray:
-    """Mean over the labels that all images together score; NaN in a draw that lacks one, as that is another mean."""
-    chosen = list(itertools.compress(values, scored))
-    return np.mean(chosen, axis=0) if chosen else np.full_like(values[0], np.nan)
-
-
-def read_run(run: Path) -> RunResults:
-    """What fine-tuning wrote of the test images into a run's folder.
-
-    Raises:
-        FileNotFoundError: the run has nothing of the kind.
-    """
-    file = next((run / kind.file for kind in (Predictions, Overlaps) if (run / kind.file).is_file()), None)
-    if file is None:
-        raise FileNotFoundError(
-            f"{run} holds no {Predictions.file} and no {Overlaps.file}; expected a finished run of "
-            "finetune_classification.py or finetune_segmentation.py"
-        )
-    texts = ("source", "patient_id", *GROUPS)
-    table = pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""])
-    table[[c for c in texts if c in table]] = table[[c for c in texts if c in table]].fillna("")
-
-    def names_behind(kind: str) -> tuple[str, ...]:
-        return tuple(c.removeprefix(f"{kind}:") for c in table.columns if c.startswith(f"{kind}:"))
-
-    def values(kind: str, names: tuple[str, ...]) -> np.ndarray:
-        return table[[f"{kind}:{name}" for name in names]].to_numpy(float)  # [N, L]
-
-    common: dict[str, Any] = {
-        "patients": table["patient_id"].to_numpy(str),
-        "sources": table["source"].to_numpy(str),
-        "groups": {kind: table[kind].to_numpy(str) for kind in GROUPS if kind in table},
-    }
-    if file.name == Predictions.file:
-        names = names_behind("label")
-        return Predictions(
-            **common, names=names, labels=values("label", names), probabilities=values("probability", names)
-        )
-    names = names_behind("true")
-    counts = np.stack([values(kind, names) for kind in ("overlap", "predicted", "true")], -1)
-    return Overlaps(**common, names=names, counts=counts)
+from .runs import RunResults, check_same_images, read_run
 
 
 @dataclass(frozen=True)
@@ -170,8 +23,8 @@ class Estimate:
     """A score averaged over runs that were tested on the same images.
 
     Attributes:
-        runs: [R], NaN where it is not defined.
-        draws: [D], the mean over the runs in every draw of patients.
+        runs: score of each of the R runs, NaN where it is not defined.
+        draws: mean over the runs in each of the D draws of patients.
     """
 
     runs: np.ndarray
@@ -184,21 +37,19 @@ class Estimate:
 
     @property
     def deviation(self) -> float:
-        """Sample standard deviation over the runs (divisor n - 1); 0 of a single one that has a value."""
+        """Sample standard deviation over the runs (divisor R - 1); 0 of a single one that has a value."""
         return float(self.runs.std(ddof=1)) if len(self.runs) > 1 else 0.0 * self.value
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Percentile bootstrap, 95 %, over the draws in which the score is defined; NaN if those are not even half."""
+        """95 % percentile bootstrap over the draws that define the score; NaN if fewer than half of them do."""
         return _interval(self.draws)
 
     def describe(self) -> dict[str, Any]:
         """`mean`, `sd` over the runs, `low`, `high`, `runs`; "n/a" for what is not defined."""
         low, high = self.interval
         found = {"mean": self.value, "sd": self.deviation, "low": low, "high": high}
-        return {name: value if np.isfinite(value) else NOT_SCORED for name, value in found.items()} | {
-            "runs": len(self.runs)
-        }
+        return _defined(found) | {"runs": len(self.runs)}
 
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:
@@ -209,8 +60,12 @@ def _interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _defined(found: dict[str, float]) -> dict[str, float | str]:
+    return {name: value if np.isfinite(value) else NOT_SCORED for name, value in found.items()}
+
+
 def estimate(runs: Sequence[RunResults], samples: int = 1000, seed: int = 0) -> dict[str, Estimate]:
-    """Every metric of some runs, averaged over them; the same patients and seed give the same draws.
+    """Average every metric over some runs; the same patients and seed give the same draws.
 
     Args:
         runs: tested on the same images.
@@ -231,41 +86,21 @@ def estimate(runs: Sequence[RunResults], samples: int = 1000, seed: int = 0) -> 
 
 
 def difference(ours: Estimate, theirs: Estimate) -> dict[str, float | str]:
-    """`difference` of two estimates with the same draws, `low` and `high`: "n/a" for what is not defined."""
+    """`difference` of two estimates with the same draws, `low` and `high`; "n/a" for what is not defined."""
     low, high = _interval(ours.draws - theirs.draws)
-    found = {"difference": ours.value - theirs.value, "low": low, "high": high}
-    return {name: value if np.isfinite(value) else NOT_SCORED for name, value in found.items()}
-
-
-def check_same_images(runs: Mapping[str, RunResults]) -> None:
-    """Refuse to compare runs that were not tested on the same images and labels.
-
-    Args:
-        runs: by the name that a message gives them.
-
-    Raises:
-        ValueError: naming two that differ.
-    """
-    name, first = next(iter(runs.items()))
-    for other_name, other in runs.items():
-        same = type(other) is type(first) and other.names == first.names
-        same = same and np.array_equal(other.sources, first.sources)
-        if not same or not np.array_equal(other.truth, first.truth, equal_nan=True):
-            raise UserError(
-                f"{other_name} was tested on other images or labels than {name}; expected the same test split"
-            )
+    return _defined({"difference": ours.value - theirs.value, "low": low, "high": high})
 
 
 def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Macro AUROC or Dice of two groups of runs, averaged over their seeds, and a 95 % interval of the difference.
+    """Compare macro AUROC or Dice of two groups of runs, each averaged over its seeds.
 
-    The interval is the percentile bootstrap over patients: each sample draws the test patients with replacement and
-    scores every run on the same draw. It says how far the difference depends on who was tested, not on the seed of
-    pretraining.
+    The 95 % interval of the difference is the percentile bootstrap over patients: each sample draws the test patients
+    with replacement and scores every run on the same draw. It says how far the difference depends on who was tested,
+    not on the seed of pretraining.
 
     Args:
-        runs: folders of finished runs, one a seed.
-        baselines: folders that they are compared with.
+        runs: folders of finished runs, one for each seed.
+        baselines: folders of the runs that they are compared with.
         samples: draws of patients.
         seed: of the draws.
 
@@ -274,7 +109,7 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
         what is not defined.
 
     Raises:
-        ValueError: runs that were not tested on the same images and labels.
+        UserError: runs that were not tested on the same images and labels.
     """
     groups = [[read_run(run) for run in group] for group in (runs, baselines)]
     check_same_images(dict(zip(map(str, (*runs, *baselines)), groups[0] + groups[1], strict=True)))

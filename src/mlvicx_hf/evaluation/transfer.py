@@ -30,10 +30,10 @@ from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.finetuning.classification import LabelledImages, Scorer, write_predictions
 from mlvicx_hf.finetuning.training import score_subgroups
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
-from mlvicx_hf.scoring.metrics import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .overlap import check_overlap, read_training
-from .statistics import Predictions
+from .runs import Predictions
 
 SMALLEST = 1e-15  # distance of a class's probability from 0 and 1, so that its log-odds stay finite
 

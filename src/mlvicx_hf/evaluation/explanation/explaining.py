@@ -29,7 +29,7 @@ from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.vocabulary import match
 from mlvicx_hf.encoders.inference import LoadedModel
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
-from mlvicx_hf.scoring.metrics import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from ..overlap import check_overlap, read_training
 from ..transfer import load_classifier

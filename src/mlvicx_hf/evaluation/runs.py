@@ -1,0 +1,181 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""What finished runs found on their test images, and the scores of weighted images."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pandas as pd
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.scoring.bootstrap import weighted_areas, weighted_mean
+from mlvicx_hf.scoring.overlap import overlap_per_image
+
+GROUPS = ("view", "sex", "age")
+
+
+@dataclass(frozen=True)
+class RunResults(ABC):
+    """What one run found on its test images.
+
+    Attributes:
+        patients: patient of each of the N images.
+        sources: name of each image.
+        names: the L labels or structures.
+        groups: kind of subgroup → group of each image; "" for unknown.
+    """
+
+    patients: np.ndarray
+    sources: np.ndarray
+    names: tuple[str, ...]
+    groups: dict[str, np.ndarray]
+    file: ClassVar[str]
+    metric: ClassVar[str]
+    title: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def truth(self) -> np.ndarray:
+        """What was known of the images, [N, L]."""
+
+    @abstractmethod
+    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Metrics of every draw [D, N]: name → [D], NaN where nothing can be scored."""
+
+    def only(self, rows: np.ndarray) -> Self:
+        """The run on some of its images."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen: dict[str, Any] = {k: v[rows] for k, v in arrays.items() if isinstance(v, np.ndarray)}
+        return replace(self, **chosen, groups={kind: names[rows] for kind, names in self.groups.items()})
+
+
+@dataclass(frozen=True)
+class Predictions(RunResults):
+    """A classifier's labels [N, L] of 1, 0 or NaN, and probabilities [N, L]."""
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    file = "test_predictions.csv"
+    metric = "auroc_macro"
+    title = "AUROC macro"
+
+    @property
+    def truth(self) -> np.ndarray:
+        """The labels."""
+        return self.labels
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether the labels are classes of which every image has exactly one."""
+        sums = [table.sum(1) for table in (self.labels, self.probabilities)]
+        return len(self.names) > 1 and all(np.allclose(values, 1, atol=1e-6) for values in sums)
+
+    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """`auroc_macro`, `auroc:NAME`, `auprc_macro`, `auprc:NAME`, `accuracy`."""
+        areas = [weighted_areas(*columns, weights) for columns in zip(self.labels.T, self.probabilities.T, strict=True)]
+        scored = [bool((column == 0).any() and (column == 1).any()) for column in self.labels.T]
+        found: dict[str, np.ndarray] = {}
+        for kind, values in zip(("auroc", "auprc"), zip(*areas, strict=True), strict=True):
+            found[f"{kind}_macro"] = _mean_of_scored(values, scored)
+            found |= {f"{kind}:{name}": value for name, value in zip(self.names, values, strict=True)}
+        if self.exclusive:
+            right, known = self.probabilities.argmax(1) == self.labels.argmax(1), np.ones(len(self.labels))
+        else:
+            right = ((self.probabilities > 0.5) == (self.labels == 1)) & ~np.isnan(self.labels)
+            right, known = right.sum(1), (~np.isnan(self.labels)).sum(1)
+        with np.errstate(invalid="ignore"):
+            found["accuracy"] = weights @ right / (weights @ known)
+        return found
+
+
+@dataclass(frozen=True)
+class Overlaps(RunResults):
+    """A segmenter's pixels of overlap, prediction and truth, [N, L, 3]."""
+
+    counts: np.ndarray
+    file = "test_overlaps.csv"
+    metric = "dice"
+    title = "Dice"
+
+    @property
+    def truth(self) -> np.ndarray:
+        """Whether an image shows a structure. Pixel counts depend on the size at which a model is scored."""
+        return self.counts[..., 2] > 0
+
+    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """`dice`, `dice_positive` (over the images that show the structure), and both by structure."""
+        dice, _ = overlap_per_image(self.counts)
+        found: dict[str, np.ndarray] = {}
+        for kind, counted in (("dice", np.ones_like(self.truth)), ("dice_positive", self.truth)):
+            values = [weighted_mean(dice[:, i], weights, counted[:, i]) for i in range(len(self.names))]
+            found[kind] = _mean_of_scored(values, [bool(column.any()) for column in counted.T])
+            found |= {f"{kind}:{name}": value for name, value in zip(self.names, values, strict=True)}
+        return found
+
+
+def _mean_of_scored(values: Sequence[np.ndarray], scored: Sequence[bool]) -> np.ndarray:
+    """Mean over the labels that can be scored on all images together.
+
+    NaN in a draw in which one of them cannot be scored, since that draw's mean would be over other labels.
+    """
+    chosen = list(itertools.compress(values, scored))
+    return np.mean(chosen, axis=0) if chosen else np.full_like(values[0], np.nan)
+
+
+def read_run(run: Path) -> RunResults:
+    """Read the test predictions that fine-tuning wrote into a run's folder.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    file = next((run / kind.file for kind in (Predictions, Overlaps) if (run / kind.file).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"{run} holds no {Predictions.file} and no {Overlaps.file}; expected a finished run of "
+            "finetune_classification.py or finetune_segmentation.py"
+        )
+    texts = ("source", "patient_id", *GROUPS)
+    table = pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""])
+    table = table.fillna(dict.fromkeys(texts, ""))
+
+    is_classifier = file.name == Predictions.file
+    truth = "label" if is_classifier else "true"
+    names = tuple(c.removeprefix(f"{truth}:") for c in table.columns if c.startswith(f"{truth}:"))
+
+    def values(kind: str) -> np.ndarray:
+        return table[[f"{kind}:{name}" for name in names]].to_numpy(float)  # [N, L]
+
+    common: dict[str, Any] = {
+        "patients": table["patient_id"].to_numpy(str),
+        "sources": table["source"].to_numpy(str),
+        "names": names,
+        "groups": {kind: table[kind].to_numpy(str) for kind in GROUPS if kind in table},
+    }
+    if is_classifier:
+        return Predictions(**common, labels=values("label"), probabilities=values("probability"))
+    return Overlaps(**common, counts=np.stack([values(kind) for kind in ("overlap", "predicted", "true")], -1))
+
+
+def check_same_images(runs: Mapping[str, RunResults]) -> None:
+    """Refuse to compare runs that were not tested on the same images and labels.
+
+    Args:
+        runs: by the name that a message gives them.
+
+    Raises:
+        UserError: naming two that differ.
+    """
+    name, first = next(iter(runs.items()))
+    for other_name, other in runs.items():
+        same = type(other) is type(first) and other.names == first.names
+        same = same and np.array_equal(other.sources, first.sources)
+        if not same or not np.array_equal(other.truth, first.truth, equal_nan=True):
+            raise UserError(
+                f"{other_name} was tested on other images or labels than {name}; expected the same test split"
+            )
