@@ -18,12 +18,12 @@ def recipe_names(kind: str = "pretraining") -> list[str]:
     return sorted(Path(f.name).stem for f in (files(__name__) / kind).iterdir() if f.name.endswith(".yaml"))
 
 
-def load_recipe(name: str, known: Collection[str], kind: str = "pretraining") -> dict[str, Any]:
+def load_recipe(name: str, known: Collection[str] | None, kind: str = "pretraining") -> dict[str, Any]:
     """Read a recipe by its name, or from a YAML file.
 
     Args:
         name: one of `recipe_names(kind)`, or the path of a file that ends in .yaml or .yml.
-        known: the keys that exist.
+        known: the keys that exist; None leaves the check to the caller.
         kind: of training.
 
     Raises:
@@ -40,7 +40,7 @@ def load_recipe(name: str, known: Collection[str], kind: str = "pretraining") ->
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {name} holds a {type(recipe).__name__}; expected a mapping of keys to values")
     for key in recipe:
-        if key not in known:
+        if known is not None and key not in known:
             close = difflib.get_close_matches(str(key), known, 3) or sorted(known)
             raise UserError(
                 f"recipe {name} has the key {key!r}, which does not exist; did you mean {', '.join(close)}?"

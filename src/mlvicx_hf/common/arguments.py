@@ -1,0 +1,245 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Dataclasses as command-line flags, and as mappings from YAML files. Imports neither torch nor transformers.
+
+A field with the metadata `{"first": True}` is shown among the first options of `--help`, any other under "advanced".
+Further metadata are argparse's `help`, `choices` and `metavar`, and `aliases`: a list of further flags. A field of the
+type dict with the metadata `{"rest": True}` takes what no section knows, by name: the section checks it itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from .errors import UserError
+
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command: a short usage line, examples, and the options in two groups.
+
+    Hyphens in the name of a flag are read as underscores: `--batch-size` is `--batch_size`.
+
+    Attributes:
+        advanced: group of the options that few users need.
+        rest: name of the field that takes unknown flags; None to refuse them.
+
+    Args:
+        name: of the command.
+        usage: what must stand behind it.
+        description: what it does.
+        examples: lines for the end of the help.
+    """
+
+    def __init__(self, name: str, usage: str, description: str, examples: Sequence[str] = ()) -> None:
+        super().__init__(
+            prog=f"mlvicx {name}",
+            usage=f"%(prog)s {usage}",
+            description=description,
+            epilog="\n".join(["examples:", *(f"  {line}" for line in examples)]) if examples else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.advanced = self.add_argument_group("advanced")
+        self.rest: str | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Read hyphens in the names of flags as underscores, then parse as argparse does."""
+        words = args if args is None else [_with_underscores(word) for word in args]
+        return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse. Refuse words that are not understood, or leave them to the field for the rest."""
+        found, words = self.parse_known_args(args, namespace)
+        if words and (self.rest is None or not words[0].startswith("--")):
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            close = difflib.get_close_matches(words[0].partition("=")[0], known)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            self.error(f"{' '.join(words)} found, which {self.prog} does not know{hint}")
+        if words:
+            setattr(found, str(self.rest), _by_flag(words))
+        return found
+
+
+def _by_flag(words: Sequence[str]) -> dict[str, str | list[str]]:
+    """Flag → "true" if it stands alone, its word, or the list of its words."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name] = [value] if equals else []
+        else:
+            found[name].append(word)
+    return {name: "true" if not given else given[0] if len(given) == 1 else given for name, given in found.items()}
+
+
+def _with_underscores(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") and len(flag) > 2 else word
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A field of a section. `kind` is the type of one value; `many` says that it is a list of these."""
+
+    name: str
+    kind: type
+    many: bool
+    optional: bool
+    required: bool
+    default: Any
+    choices: tuple[Any, ...] | None
+    metadata: Mapping[str, Any]
+
+    def read(self, word: str) -> Any:
+        """One value from a word."""
+        if self.choices is not None:
+            return next((choice for choice in self.choices if str(choice) == word), word)
+        return _read_bool(word) if self.kind is bool else self.kind(word)
+
+    def convert(self, value: Any) -> Any:
+        """A value from a YAML file or from Python, checked; words become numbers as on the command line."""
+        if value is None and self.optional:
+            return None
+        if not self.many:
+            return self._convert_one(value, value)
+        if not isinstance(value, (list, tuple)):
+            self._refuse(value)
+        return [self._convert_one(each, value) for each in value]
+
+    def _convert_one(self, value: Any, whole: Any) -> Any:
+        kinds = {float: (float, int), Path: (Path,), str: (str, Path)}.get(self.kind, (self.kind,))
+        if isinstance(value, str):
+            try:
+                value = self.read(value)
+            except (ValueError, argparse.ArgumentTypeError):
+                self._refuse(whole)
+        elif not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
+            self._refuse(whole)
+        if self.choices is not None and value not in self.choices:
+            self._refuse(whole)
+        return self.kind(value)
+
+    def _refuse(self, value: Any) -> NoReturn:
+        expected = _EXPECTED[self.kind] if self.choices is None else f"one of {', '.join(map(str, self.choices))}"
+        expected = f"a list, each {expected}" if self.many else expected
+        hint = ", in quotes in YAML" if self.kind is str and self.choices is None else ""
+        raise UserError(f"{self.name}={value!r} found; expected {expected}{hint}")
+
+
+def _read_bool(word: str) -> bool:
+    if word.lower() not in _TRUE + _FALSE:
+        raise argparse.ArgumentTypeError(f"{word!r} found; expected true or false")
+    return word.lower() in _TRUE
+
+
+def _options(section: type) -> list[_Option]:
+    hints = get_type_hints(section)
+    found = []
+    for each in fields(section):
+        if not each.init or each.metadata.get("rest"):
+            continue
+        hint, choices = hints[each.name], each.metadata.get("choices")
+        optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+        if optional:
+            hint = next(kind for kind in get_args(hint) if kind is not type(None))
+        many = get_origin(hint) is list
+        if many:
+            (hint,) = get_args(hint)
+        if get_origin(hint) is Literal:
+            choices, hint = get_args(hint), type(get_args(hint)[0])
+        assert hint in _EXPECTED, f"{section.__name__}.{each.name}: a flag cannot have the type {hint}"
+        required = each.default is MISSING and each.default_factory is MISSING
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        choices = None if choices is None else tuple(choices)
+        found.append(_Option(each.name, hint, many, optional, required, default, choices, each.metadata))
+    return found
+
+
+def add_sections(parser: CommandParser, *sections: type) -> None:
+    """Add the fields of dataclasses as flags. What the user does not give is not in the parsed namespace.
+
+    A bool is `--flag`, `--flag true` or `--flag false`, and `--no_flag` where the default is true; a list takes one
+    value or more.
+
+    Args:
+        parser: of a command.
+        sections: dataclasses whose fields are of bool, int, float, str, Path, Literal, lists of these, or optional.
+    """
+    parser.rest = _rest_of(sections)
+    for option in (option for section in sections for option in _options(section)):
+        group = parser if option.metadata.get("first") else parser.advanced
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(option)}
+        read: Callable[[str], Any] = option.read if option.choices is not None or option.kind is bool else option.kind
+        settings |= {"type": read, "required": option.required, "choices": option.choices}
+        if option.kind is bool:
+            settings |= {"nargs": "?", "const": True, "metavar": "BOOL"}
+        elif option.choices is None:
+            settings["metavar"] = option.metadata.get("metavar", _METAVARS[option.kind])
+        if option.many:
+            settings["nargs"] = "+"
+        group.add_argument(f"--{option.name}", *option.metadata.get("aliases", ()), **settings)
+        if option.default is True:
+            off: dict[str, Any] = {"dest": option.name, "action": "store_false", "default": argparse.SUPPRESS}
+            group.add_argument(f"--no_{option.name}", help=argparse.SUPPRESS, **off)
+
+
+def _help(option: _Option) -> str:
+    text = option.metadata.get("help", "")
+    if option.default is True:
+        text += f" (default true; --no_{option.name} turns it off)"
+    elif not (option.required or option.default is None or option.default is False):
+        text += f" (default {' '.join(map(str, option.default)) if option.many else option.default})"
+    return text.replace("%", "%%")
+
+
+def _rest_of(sections: Sequence[type]) -> str | None:
+    return next((each.name for section in sections for each in fields(section) if each.metadata.get("rest")), None)
+
+
+def names_of(sections: Sequence[type]) -> set[str]:
+    """The names of all fields of dataclasses."""
+    return {each.name for section in sections for each in fields(section) if each.init}
+
+
+def from_values(
+    sections: Sequence[type], values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
+    """Dataclasses of values by name, with types checked: of a parsed command line, of a YAML file or from Python.
+
+    Args:
+        sections: dataclasses, as for `add_sections`.
+        values: field → value. A word is converted as on the command line.
+        defaults: field → value, such as a recipe's; used where `values` has none. Numbers stay as they are written.
+
+    Returns:
+        One object of each section.
+
+    Raises:
+        UserError: a name that no section has, a value of another type, or a missing one.
+    """
+    options = {option.name: option for section in sections for option in _options(section)}
+    given, usual, rest = dict(values), dict(defaults or {}), _rest_of(sections)
+    unknown = {name: value for name, value in (usual | given).items() if name not in options and name != rest}
+    if unknown and rest is None:
+        name = next(iter(unknown))
+        close = difflib.get_close_matches(name, options) or sorted(options)
+        raise UserError(f"{name} found, which does not exist; did you mean {', '.join(close)}?")
+    found: dict[str, Any] = {} if rest is None else {rest: unknown | given.get(rest, {})}
+    for name, value in usual.items():
+        if name in options:
+            converted = options[name].convert(value)
+            found[name] = converted if isinstance(value, str) else value
+    found |= {name: options[name].convert(value) for name, value in given.items() if name in options}
+    missing = [f"--{option.name}" for option in options.values() if option.required and option.name not in found]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing; expected a value for each")
+    return tuple(section(**{name: found[name] for name in names_of([section]) & set(found)}) for section in sections)
