@@ -1,11 +1,9 @@
 #!/usr/bin/env python
-"""Compare fine-tuned runs with baselines on the same test split.
+"""The same as `mlvicx compare`."""
 
-python scripts/compare_runs.py --runs runs/pretrained-* --baselines runs/random-*
-"""
+import sys
 
-from mlvicx_hf.common.errors import run
-from mlvicx_hf.evaluation.statistics import main
+from mlvicx_hf.commands import main
 
 if __name__ == "__main__":
-    run(main)
+    main(["compare", *sys.argv[1:]])

@@ -1,12 +1,9 @@
 #!/usr/bin/env python
-"""Convert the authors' checkpoint, or ImageNet weights of a plain ResNet, to a folder for `from_pretrained`.
+"""The same as `mlvicx convert`."""
 
-python scripts/convert_official_checkpoint.py resnet18_nih_64_300.pth models/mlvicx-official
-python scripts/convert_official_checkpoint.py resnet18-imagenet.safetensors models/resnet18-grey
-"""
+import sys
 
-from mlvicx_hf.common.errors import run
-from mlvicx_hf.encoders.conversion import main
+from mlvicx_hf.commands import main
 
 if __name__ == "__main__":
-    run(main)
+    main(["convert", *sys.argv[1:]])

@@ -1,11 +1,9 @@
 #!/usr/bin/env python
-"""Run a grid of models, protocols, label fractions, seeds and tasks; the same command goes on where it was stopped.
+"""The same as `mlvicx evaluate`."""
 
-python scripts/evaluate_suite.py suite.yaml --output evaluation
-"""
+import sys
 
-from mlvicx_hf.common.errors import run
-from mlvicx_hf.evaluation.suite.command import main
+from mlvicx_hf.commands import main
 
 if __name__ == "__main__":
-    run(main)
+    main(["evaluate", *sys.argv[1:]])

@@ -1,15 +1,9 @@
 #!/usr/bin/env python
-"""Train a segmenter on a cache of chest radiographs with masks and test it once.
+"""The same as `mlvicx segment`."""
 
-    python scripts/finetune_segmentation.py --model runs/first --freeze_backbone \
-        --dataset CACHE --output_dir runs/lungs
+import sys
 
-`--model random` gives the same network without pretraining, `--recipe paper` the paper's settings. The HF Trainer's own
-flags work too.
-"""
-
-from mlvicx_hf.common.errors import run
-from mlvicx_hf.finetuning.segmentation import main
+from mlvicx_hf.commands import main
 
 if __name__ == "__main__":
-    run(main)
+    main(["segment", *sys.argv[1:]])

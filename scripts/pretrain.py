@@ -1,15 +1,9 @@
 #!/usr/bin/env python
-"""Pretrain MLVICX on a cache of chest radiographs.
+"""The same as `mlvicx pretrain`."""
 
-    accelerate launch scripts/pretrain.py --recipe small --dataset CACHE --output_dir runs/first
+import sys
 
-Flags override the recipe. Several processes on the CPU:
-
-    torchrun --nproc_per_node 2 scripts/pretrain.py …
-"""
-
-from mlvicx_hf.common.errors import run
-from mlvicx_hf.pretraining.loop import main
+from mlvicx_hf.commands import main
 
 if __name__ == "__main__":
-    run(main)
+    main(["pretrain", *sys.argv[1:]])

@@ -1,12 +1,9 @@
 #!/usr/bin/env python
-"""Fill a model card from the files of finished runs.
+"""The same as `mlvicx card`."""
 
-    python scripts/render_card.py --template model_cards/backbone.md --model runs/mine \
-        --results runs/*/results.json --repo_id org/mlvicx-resnet18 --output README.md
-"""
+import sys
 
-from mlvicx_hf.common.errors import run
-from mlvicx_hf.hub.cards.rendering import main
+from mlvicx_hf.commands import main
 
 if __name__ == "__main__":
-    run(main)
+    main(["card", *sys.argv[1:]])

@@ -1,1 +1,74 @@
-"""The command `mlvicx`: arguments in, exit code out; one small module a subcommand."""
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `mlvicx`. Each command is a module of its name with `parser()` and `main(words)`.
+
+`parser` and what a module imports at its top import neither torch nor transformers: `--help` must be quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from mlvicx_hf import __version__
+from mlvicx_hf.common.errors import run
+
+COMMANDS = {
+    "prepare": "read a collection of radiographs once and write a cache",
+    "audit": "look for leaks in caches: patients or images that two splits share",
+    "pretrain": "train an encoder on a cache, without labels",
+    "classify": "train and test a classifier on a labelled cache",
+    "segment": "train and test a segmenter on a cache with masks",
+    "evaluate": "run a grid of models, protocols, label fractions and seeds, and write a report",
+    "transfer": "score a saved classifier on another cache",
+    "compare": "compare finished runs on the same test split",
+    "explain": "draw and score heat maps of classifiers",
+    "predict": "run a saved model on image files",
+    "export": "write a saved model for the Hub, timm, torchvision or ONNX",
+    "publish": "publish a model or a cache on the Hub",
+    "card": "write a model card from the files of finished runs",
+    "convert": "convert the authors' checkpoint or ImageNet weights",
+    "quickstart": "do all of it on synthetic radiographs, or on your own, in minutes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `mlvicx`.
+
+    Args:
+        argv: the command's name and its options; None for those of `sys.argv`.
+
+    Raises:
+        SystemExit: with code 2 after an error that the user can mend.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(_help())
+    elif name == "--version":
+        print(f"mlvicx {__version__}")
+    elif name in COMMANDS:
+        command = importlib.import_module(f".{name}", __name__)
+        run(partial(command.main, words[1:]))
+    else:
+        close = difflib.get_close_matches(name, COMMANDS) or list(COMMANDS)
+        print(
+            f"mlvicx: error: command {name!r} found; expected {' or '.join(close)}; see mlvicx --help", file=sys.stderr
+        )
+        raise SystemExit(2)
+
+
+def _help() -> str:
+    return "\n".join(
+        [
+            "usage: mlvicx COMMAND [options]",
+            "",
+            "Self-supervised learning on chest radiographs. Research use only.",
+            "",
+            *(f"  {name:12}{text}" for name, text in COMMANDS.items()),
+            "",
+            "mlvicx COMMAND --help shows the options of a command, mlvicx --version the version.",
+        ]
+    )

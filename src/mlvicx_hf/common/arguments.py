@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
+import textwrap
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -43,7 +45,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             prog=f"mlvicx {name}",
             usage=f"%(prog)s {usage}",
-            description=description,
+            description="\n".join(textwrap.fill(line, 100) for line in description.splitlines()),
             epilog="\n".join(["examples:", *(f"  {line}" for line in examples)]) if examples else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -53,8 +55,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Read hyphens in the names of flags as underscores, then parse as argparse does."""
-        words = args if args is None else [_with_underscores(word) for word in args]
-        return super().parse_known_args(words, namespace)
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_underscores(word) for word in words], namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse. Refuse words that are not understood, or leave them to the field for the rest."""
@@ -203,6 +205,11 @@ def _help(option: _Option) -> str:
 
 def _rest_of(sections: Sequence[type]) -> str | None:
     return next((each.name for section in sections for each in fields(section) if each.metadata.get("rest")), None)
+
+
+def takes_others(sections: Sequence[type]) -> bool:
+    """Whether one of the dataclasses has a field for what none of them knows."""
+    return _rest_of(sections) is not None
 
 
 def names_of(sections: Sequence[type]) -> set[str]:

@@ -13,6 +13,11 @@ def some(items: Iterable[str], limit: int = 5) -> str:
     return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")
 
 
+def number(value: float | str, form: str = ".4f") -> str:
+    """Write a score. What is no number, such as "n/a", stays as it is."""
+    return value if isinstance(value, str) else format(value, form)
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Write a Markdown table. The first column is aligned to the left, the others to the right."""
     lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *map(list, rows)]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mlvicx_hf.common.arguments import CommandParser, from_values, names_of, takes_others
 from mlvicx_hf.common.errors import UserError
+
+OF_ONE_RUN = {"dataset", "output_dir", "model", "resume"}  # never in a recipe
 
 
 def recipe_names(kind: str = "pretraining") -> list[str]:
@@ -23,11 +26,11 @@ def load_recipe(name: str, known: Collection[str] | None, kind: str = "pretraini
 
     Args:
         name: one of `recipe_names(kind)`, or the path of a file that ends in .yaml or .yml.
-        known: the keys that exist; None leaves the check to the caller.
+        known: the keys that exist; None allows any but those of a single run.
         kind: of training.
 
     Raises:
-        ValueError: an unknown recipe, a file that is not a mapping, or a key that does not exist.
+        UserError: an unknown recipe, a file that is not a mapping, or a key that does not exist.
     """
     if name.endswith((".yaml", ".yml")):
         text = Path(name).read_text()
@@ -40,9 +43,32 @@ def load_recipe(name: str, known: Collection[str] | None, kind: str = "pretraini
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {name} holds a {type(recipe).__name__}; expected a mapping of keys to values")
     for key in recipe:
+        if key in OF_ONE_RUN:
+            raise UserError(f"recipe {name} has the key {key!r}, which belongs to a single run; give it as --{key}")
         if known is not None and key not in known:
             close = difflib.get_close_matches(str(key), known, 3) or sorted(known)
             raise UserError(
                 f"recipe {name} has the key {key!r}, which does not exist; did you mean {', '.join(close)}?"
             )
     return recipe
+
+
+def add_recipe(parser: CommandParser, kind: str) -> None:
+    """Add the option `--recipe` of a kind of training."""
+    names = ", ".join(recipe_names(kind))
+    text = f"hyper-parameters that further flags override: {names}, or a .yaml file (default default)"
+    parser.add_argument("--recipe", default="default", metavar="NAME", help=text)
+
+
+def fill_sections(sections: Sequence[type], values: Mapping[str, Any], kind: str) -> tuple[Any, ...]:
+    """Dataclasses of arguments from a recipe and from values that override it.
+
+    Args:
+        sections: see `from_values`.
+        values: field → value; `recipe` names the recipe, by default "default".
+        kind: of training.
+    """
+    given = dict(values)
+    known = None if takes_others(sections) else names_of(sections) - OF_ONE_RUN
+    recipe = load_recipe(given.pop("recipe", "default"), known, kind)
+    return from_values(sections, given, recipe)

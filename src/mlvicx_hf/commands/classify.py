@@ -1,0 +1,54 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `mlvicx classify`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlvicx_hf.common.arguments import CommandParser, add_sections
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.common.text import number
+from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS
+from mlvicx_hf.recipes import add_recipe, fill_sections
+
+
+def parser() -> CommandParser:
+    """Options of the command."""
+    made = CommandParser(
+        "classify",
+        "--model MODEL --dataset CACHE --output_dir DIR [options]",
+        "Train a classifier on a labelled cache of chest radiographs and test it once. The arguments of "
+        "transformers' Trainer work as well. Flags override the recipe.",
+        [
+            "mlvicx classify --model runs/first --freeze_backbone --dataset caches/mine --output_dir runs/frozen",
+            "mlvicx classify --model random --dataset caches/mine --output_dir runs/baseline  # without pretraining",
+        ],
+    )
+    add_recipe(made, "classification")
+    add_sections(made, *CLASSIFICATION_SECTIONS)
+    return made
+
+
+def parse_classification(words: Sequence[str] | None) -> tuple[Any, ...]:
+    """The recipe first, then the flags, which override it."""
+    return fill_sections(CLASSIFICATION_SECTIONS, vars(parser().parse_args(words)), "classification")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train and test a classifier."""
+    arguments = parse_classification(words)
+    import transformers
+    from accelerate import PartialState
+
+    from mlvicx_hf.finetuning.classification import finetune_classifier
+
+    transformers.utils.logging.disable_progress_bar()  # of writing and loading a file
+    test = finetune_classifier(*arguments)["test"]
+    if PartialState().is_main_process:
+        for name, value in [("macro", test["auroc_macro"]), *test["auroc"].items()]:
+            print(f"test AUROC {name:24s} {number(value)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,49 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `mlvicx compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlvicx_hf.common.arguments import CommandParser
+from mlvicx_hf.common.errors import run
+from mlvicx_hf.common.text import number
+
+
+def parser() -> CommandParser:
+    """Options of the command."""
+    made = CommandParser(
+        "compare",
+        "--runs DIR [DIR ...] --baselines DIR [DIR ...] [options]",
+        "Compare the macro AUROC or Dice of fine-tuned runs with that of baselines on the same test split, with a "
+        "95 % interval of the difference.",
+        ["mlvicx compare --runs runs/pretrained-* --baselines runs/random-*"],
+    )
+    add = made.add_argument
+    add("--runs", nargs="+", type=Path, required=True, metavar="DIR", help="folders of fine-tuned runs, one a seed")
+    add("--baselines", nargs="+", type=Path, required=True, metavar="DIR", help="folders to compare with")
+    add("--output", type=Path, metavar="FILE", help="JSON file for the figures")
+    made.advanced.add_argument(
+        "--samples", type=int, default=1000, metavar="N", help="draws of patients (default 1000)"
+    )
+    made.advanced.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Compare runs."""
+    arguments = parser().parse_args(words)
+    from mlvicx_hf.common.files import write_json
+    from mlvicx_hf.evaluation.statistics import compare_runs
+
+    found = compare_runs(arguments.runs, arguments.baselines, arguments.samples, arguments.seed)
+    ours, theirs = (f"{number(found[name])} (SD {number(found[f'{name}_sd'])})" for name in ("runs", "baselines"))
+    gain, low, high = (number(found[name], "+.4f") for name in ("difference", "low", "high"))
+    print(f"test {found['metric']} {ours} against {theirs}: difference {gain}, 95 % interval {low} to {high}")
+    if arguments.output:
+        write_json(arguments.output, found | {"samples": arguments.samples, "seed": arguments.seed})
+
+
+if __name__ == "__main__":
+    run(main)

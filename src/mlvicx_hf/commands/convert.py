@@ -1,0 +1,41 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `mlvicx convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlvicx_hf.common.arguments import CommandParser
+from mlvicx_hf.common.errors import run
+
+
+def parser() -> CommandParser:
+    """Options of the command."""
+    made = CommandParser(
+        "convert",
+        "CHECKPOINT DIR [options]",
+        "Convert the authors' MLVICX checkpoint, or a plain ResNet of torchvision or timm, to a folder for "
+        "from_pretrained. The keys tell which of them it is.",
+        [
+            "mlvicx convert resnet18_nih_64_300.pth models/mlvicx-official",
+            "mlvicx convert resnet18-imagenet.safetensors models/resnet18-grey",
+        ],
+    )
+    made.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file of weights: .pth or .safetensors")
+    made.add_argument("output_dir", type=Path, metavar="DIR", help="folder to write, absent or empty")
+    text = "of a plain ResNet: 1 (default) for grey images, 3 keeps the first kernels"
+    made.add_argument("--num_channels", type=int, metavar="N", help=text)
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Convert a checkpoint."""
+    arguments = parser().parse_args(words)
+    from mlvicx_hf.encoders.conversion import convert_checkpoint
+
+    print(convert_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.num_channels))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `mlvicx predict`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlvicx_hf.common.arguments import CommandParser
+from mlvicx_hf.common.errors import run
+
+from .startup import start_inference
+
+
+def parser() -> CommandParser:
+    """Options of the command."""
+    made = CommandParser(
+        "predict",
+        "--model MODEL --input PATH [PATH ...] --output FILE [options]",
+        "Run a saved model on image files: probabilities and decisions, masks, or embeddings. A record beside the "
+        "table, of the same name (.json), says which model and code made it. Research use only.",
+        [
+            "mlvicx predict --model runs/frozen --input radiographs --output predictions/out.csv",
+            "mlvicx predict --model runs/lungs --input radiographs --output predictions/lungs.csv --masks lung_masks",
+            "mlvicx predict --model runs/first --input a.png b.png --output out.csv --embeddings out.safetensors",
+        ],
+    )
+    add = made.add_argument
+    add("--model", required=True, metavar="MODEL", help="folder or Hub name of a saved model")
+    add("--input", required=True, nargs="+", type=Path, metavar="PATH", help="images, and folders of images")
+    add("--output", required=True, type=Path, metavar="FILE", help="table, one row an image (.csv)")
+    add("--embeddings", type=Path, metavar="FILE", help="embeddings of the images (.safetensors or .parquet)")
+    add("--masks", type=Path, metavar="DIR", help="folder of a segmenter's masks, absent or empty")
+    add("--overwrite", action="store_true", help="replace earlier outputs once the new ones are complete")
+    add("--quiet", action="store_true", help="show no progress bar")
+    add = made.advanced.add_argument
+    add("--batch_size", type=int, default=32, metavar="N", help="images a forward pass (default 32)")
+    add("--num_workers", type=int, default=2, metavar="N", help="processes that read files (default 2)")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default a GPU where there is one)")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Predict."""
+    given = vars(parser().parse_args(words))
+    output, quiet = given.pop("output"), given.pop("quiet")
+    start_inference(given["device"])
+    from mlvicx_hf.prediction.prediction import predict
+
+    record = predict(given.pop("model"), given.pop("input"), output, **given, progress=not quiet)
+    total, errors = record["images"], record["errors"]
+    print(f"{output}: {total - errors} of {total} images")
+    if errors:
+        text = f"warning: {errors} of {total} images could not be read; column error of {output} says why"
+        print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

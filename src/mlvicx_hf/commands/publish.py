@@ -1,0 +1,114 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `mlvicx publish`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlvicx_hf.common.arguments import CommandParser
+from mlvicx_hf.common.errors import UserError, run
+
+from .card import add_sources, find_template
+
+OF_MODEL = ("private", "tag", "with_expanders")
+OF_CARD = ("card", "results", "pretraining", "cache", "base_model")
+OF_BOTH = ("revision", "message", "dry_run")
+
+
+def parser() -> CommandParser:
+    """Options of the command."""
+    made = CommandParser(
+        "publish",
+        "(--model DIR | --dataset CACHE) --repo_id NAME [options]",
+        "Publish on the Hub: a model (weights, code, and a card whose figures come from the files of runs), or a "
+        "cache. Needs a token that may write: hf auth login, or the variable HF_TOKEN.",
+        [
+            "mlvicx publish --model runs/mine --repo_id org/mlvicx-resnet18 --results runs/*/results.json \\",
+            "    --private --dry_run",
+            "mlvicx publish --dataset caches/mine --repo_id org/radiographs --dry_run  # private unless --public",
+        ],
+    )
+    what = made.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="DIR", help="folder of a pretraining run, a classifier or a segmenter")
+    what.add_argument("--dataset", metavar="CACHE", help="cache that mlvicx prepare wrote; private unless --public")
+    add = made.add_argument
+    add("--repo_id", required=True, metavar="NAME", help="organisation/name")
+    add("--dry_run", action="store_true", help="say what would be sent, and print the card")
+    add("--private", action="store_true", help="with --model: make the repository private")
+    add("--public", action="store_true", help="with --dataset: everybody may read it")
+    add_sources(made)
+    add = made.advanced.add_argument
+    add("--card", metavar="FILE", help="with --model: a card that is ready, instead of one from the files of the runs")
+    add("--with_expanders", action="store_true", help="with --model: publish what pretraining needs to go on, too")
+    add("--tag", metavar="NAME", help="with --model: name for the new commit, such as v1.0")
+    add("--revision", metavar="NAME", help="branch (default main), made if it is not there")
+    add("--message", metavar="TEXT", help="of the commit")
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Publish a model or a cache."""
+    arguments = parser().parse_args(words)
+    _check_options(arguments)
+    if arguments.dataset is not None:
+        from mlvicx_hf.data.cache.sharing import push_cache
+        from mlvicx_hf.data.cache.summary import CARD
+
+        text = (Path(arguments.dataset) / CARD).read_text(encoding="utf-8")
+        done = push_cache(arguments.dataset, arguments.repo_id, **_chosen(arguments, *OF_BOTH, "public"))
+        kind = "public" if arguments.public else "private"
+    else:
+        from mlvicx_hf.hub.publishing import push
+
+        text = _make_card(arguments)
+        done = push(arguments.model, arguments.repo_id, text, **_chosen(arguments, *OF_BOTH, *OF_MODEL))
+        kind = "private" if arguments.private else "public"
+    _report(arguments, done, text, kind)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options of a model for a cache, and the other way round."""
+    kind, strange = ("dataset", OF_MODEL + OF_CARD) if arguments.dataset is not None else ("model", ("public",))
+    given = [f"--{name}" for name in strange if getattr(arguments, name)]
+    if given:
+        raise UserError(f"{', '.join(given)} found; --{kind} does not take it")
+
+
+def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _make_card(arguments: argparse.Namespace) -> str:
+    """Text of the card: the file given, or the template of the model's kind filled from its runs."""
+    if arguments.card is not None:
+        return Path(arguments.card).read_text(encoding="utf-8")
+    from mlvicx_hf.hub.cards.rendering import RESULTS, render_card
+
+    model = Path(arguments.model)
+    results = [file for file in arguments.results if file != model / RESULTS]
+    options = _chosen(arguments, "repo_id", "pretraining", "cache", "base_model")
+    return str(render_card(find_template(model), model, results, **options))
+
+
+def _report(arguments: argparse.Namespace, done: dict[str, Any], card: str, kind: str) -> None:
+    """Print what was sent, or would be."""
+    megabytes = sum(done["files"].values()) / 1e6
+    if not arguments.dry_run:
+        print(f"{len(done['files'])} files, {megabytes:.1f} MB, published as {done['repo_id']} at {done['commit']}")
+        print(done["url"])
+        return
+    print(card)
+    for name, size in done["files"].items():
+        print(f"{size:12,} bytes  {name}")
+    tag = f", tag {arguments.tag}" if arguments.tag else ""
+    where = f"{done['repo_id']} ({kind}, {done['revision']}{tag})"
+    if arguments.dataset is not None:
+        print("note: patient ids and file names go along, in the columns of the images and in splits.csv")
+    print(f"dry run: {len(done['files'])} files, {megabytes:.1f} MB, would go to {where}; nothing was sent")
+
+
+if __name__ == "__main__":
+    run(main)

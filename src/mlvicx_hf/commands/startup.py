@@ -1,0 +1,19 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""What commands that run a saved model do first."""
+
+from __future__ import annotations
+
+
+def start_inference(device: str | None) -> None:
+    """Hide the bars of loading files, and give torch its threads on the CPU.
+
+    Args:
+        device: name of the device; None for a GPU where there is one.
+    """
+    import transformers
+
+    from mlvicx_hf.common.machine import choose_device, use_cpu_threads
+
+    transformers.utils.logging.disable_progress_bar()
+    if choose_device(device).type == "cpu":
+        use_cpu_threads()
