@@ -41,6 +41,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from mlvicx_hf.evaluation.suite.report import describe_briefly
     from mlvicx_hf.evaluation.suite.running import evaluate_suite
 
+    transformers.utils.logging.disable_progress_bar()  # of writing and loading a file
     transformers.utils.logging.set_verbosity_error()  # every run begins with a head that no checkpoint has
     outcome = evaluate_suite(given.pop("suite"), given["output"], **{k: v for k, v in given.items() if k != "output"})
     if outcome.report is not None:

@@ -1,9 +1,8 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Whether a classifier has seen the images that it is tested on, as far as its files and its training cache tell."""
+"""Has a classifier seen the images that it is tested on? Its files and the cache of its training can tell."""
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from mlvicx_hf.data.copies.duplicates import confirm, near_pairs
 from mlvicx_hf.data.vocabulary import COLLECTIONS, SHARED_IMAGES
 from mlvicx_hf.encoders.inference import LoadedModel
 
-RESULTS = "results.json"
+TRAINING_RESULTS = "results.json"
 SEEN = {  # of the cache that the model was trained on
     "train": "the model was trained on these images: the scores say nothing about new ones",
     "validation": "the model's epoch and thresholds were chosen on these images: the scores are too good",
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """What a classifier's files say of the images that it was trained on; None for what they do not say."""
+    """What the files of a classifier say of its training images; None for what they do not say."""
 
     collection: str | None = None
     cache: str | None = None
@@ -39,15 +38,15 @@ class Training:
 
 
 def read_training(loaded: LoadedModel) -> Training:
-    """From the `results.json` beside a classifier, or else the record of its decision thresholds.
+    """Read the `results.json` beside a classifier, or else the record of its decision thresholds.
 
     Raises:
-        ValueError: a `results.json` that no fine-tuning wrote.
+        UserError: a `results.json` that no fine-tuning wrote.
     """
     folder = Path(loaded.source)
-    file: Any = folder / RESULTS
-    if not folder.is_dir():  # `prediction.load` fetched what the repository has
-        file = try_to_load_from_cache(loaded.source, RESULTS, revision=loaded.revision)
+    file: Any = folder / TRAINING_RESULTS
+    if not folder.is_dir():  # `load` fetched what the repository has
+        file = try_to_load_from_cache(loaded.source, TRAINING_RESULTS, revision=loaded.revision)
     if isinstance(file, (str, Path)) and Path(file).is_file():
         content = read_json(Path(file))
         names = ("collection", "cache", "data_hash", "split_hash")
@@ -61,22 +60,22 @@ def check_overlap(
 ) -> dict[str, Any]:
     """Compare a split with the images that a classifier was trained on or chosen by.
 
-    Copies of an image are found as `data.duplicates` finds them. Patients are compared where both caches number them
-    alike. Images that only pretraining has seen are not looked for.
+    Copies of an image are found as in `data.copies.duplicates`. Patients are compared if both caches number them alike.
+    Images that only pretraining has seen are not looked for.
 
     Args:
         training: of the classifier.
         cache: with the split.
-        split: on which it is tested.
-        allow: go on, with a warning, when images or patients were seen.
-        progress: show a bar on stderr where there are many images.
+        split: on which the classifier is tested.
+        allow: only warn of images or patients that were seen.
+        progress: show a bar on stderr if there are many images.
 
     Returns:
-        `compared` (with what), `images` and `patients` seen (None where they could not be compared), and `warnings`,
-        which are logged as well.
+        `compared` (with what), `images` and `patients` that were seen (None if they could not be compared), and
+        `warnings`, which are also logged.
 
     Raises:
-        ValueError: a split of another cache than the training's shows images or patients that were seen.
+        UserError: images or patients were seen, and the cache is not the one of the training.
     """
     images: int | None = None
     patients: int | None = None
@@ -112,17 +111,17 @@ def check_overlap(
 
 
 def _open(training: Training) -> Cache | None:
-    """The cache that a classifier was trained on, if it is still where it was."""
+    """Open the cache that a classifier was trained on, if it is still in its place."""
     if training.cache is None or not (Path(training.cache) / MANIFEST).is_file():
         return None
-    manifest = json.loads((Path(training.cache) / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(Path(training.cache) / MANIFEST)
     if any(manifest.get(name) != getattr(training, name) for name in ("data_hash", "split_hash")):
-        return None  # another one in its place
+        return None  # it is another cache
     return load_cache(training.cache)
 
 
 def _count_seen(trained: Cache, cache: Cache, split: str, progress: bool) -> tuple[int, int | None]:
-    """Images, and patients where they can be compared, of a split that are in another cache's first two splits."""
+    """Count images, and patients if they can be compared, of a split that are in the training or validation split."""
     seen = datasets.concatenate_datasets([images for name, images in trained.datasets.items() if name in SEEN])
     tested = cache.datasets[split]
     known = set(seen["sha256"])
@@ -137,22 +136,21 @@ def _count_seen(trained: Cache, cache: Cache, split: str, progress: bool) -> tup
 
 
 def _patients_unknown(trained: Cache, cache: Cache, split: str, where: str) -> str:
-    """Why patients are not compared, and how many are called the same."""
+    """Say why patients are not compared, and how many have the same name."""
     seen = {patient for name, images in trained.datasets.items() if name in SEEN for patient in images["patient_id"]}
     alike = sorted(seen & set(cache.datasets[split]["patient_id"]))
     here, there = cache.manifest["patient_source"], trained.manifest["patient_source"]
-    reason = (
-        f"{where}: patients are not compared, since {here} here and {there} in training may number them differently"
-    )
-    if not alike:
-        return f"{reason}; no two have one name"
+    found = "no two have one name"
+    if alike:
+        found = f"{len(alike)} have the same name in both, such as {alike[0]}: if they are the same, this is a leak"
     return (
-        f"{reason}; {len(alike)} have the same name in both, such as {alike[0]}: if they are the same, this is a leak"
+        f"{where}: patients are not compared, since {here} here and {there} in training may number them differently; "
+        f"{found}"
     )
 
 
 def _doubts(training: Training, cache: Cache, where: str) -> list[str]:
-    """What could not be compared although there is reason to."""
+    """Say what should have been compared but could not be."""
     here, there = cache.manifest["collection"], training.collection
     if there is None:
         return [f"{where}: the model does not say whether it was trained on these images"]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from mlvicx_hf.common.files import write_json
 from mlvicx_hf.scoring.bootstrap import draw_patients
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
@@ -124,29 +122,3 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
         "baselines_sd": other["sd"],
         **difference(ours, theirs),
     }
-
-
-def _text(value: float | str, form: str) -> str:
-    return value if isinstance(value, str) else format(value, form)
-
-
-def main() -> None:
-    """The command `scripts/compare_runs.py`."""
-    parser = argparse.ArgumentParser(description="Macro AUROC or Dice of runs against baselines, with an interval.")
-    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="folders of fine-tuned runs, one a seed")
-    parser.add_argument("--baselines", nargs="+", type=Path, required=True, help="folders to compare with")
-    parser.add_argument("--samples", type=int, default=1000, help="draws of patients")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args()
-    found = compare_runs(arguments.runs, arguments.baselines, arguments.samples, arguments.seed)
-    runs, runs_sd, baselines, baselines_sd = (
-        _text(found[name], ".4f") for name in ("runs", "runs_sd", "baselines", "baselines_sd")
-    )
-    gain, low, high = (_text(found[name], "+.4f") for name in ("difference", "low", "high"))
-    print(
-        f"test {found['metric']} {runs} (SD {runs_sd}) against {baselines} (SD {baselines_sd}): difference {gain}, "
-        f"95 % interval {low} to {high}"
-    )
-    if arguments.output:
-        write_json(arguments.output, found | {"samples": arguments.samples, "seed": arguments.seed})

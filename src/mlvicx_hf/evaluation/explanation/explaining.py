@@ -1,9 +1,8 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""What classifiers look at: Grad-CAM heat maps of the images of a prepared cache, drawn and scored."""
+"""Show what classifiers look at: Grad-CAM heat maps of the images of a prepared cache, drawn and scored."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +14,12 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.common.files import new_folder, write_json
-from mlvicx_hf.common.machine import choose_device, describe_hardware, use_cpu_threads
+from mlvicx_hf.common.machine import describe_hardware
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import NOTICE
@@ -32,17 +30,15 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from ..overlap import check_overlap, read_training
-from ..transfer import load_classifier
+from ..transfer import load_saved_classifier
 from .localization import Localization, Subject, chance, find_subject, localize, summarize
 from .overlays import Panel, draw_grid, draw_overlay
-
-RESULTS = "explanations.json"
 
 logger = logging.getLogger(__name__)
 
 
-def check_libraries() -> None:
-    """Refuse to start without what heat maps need.
+def check_explain_libraries() -> None:
+    """Refuse to start without the libraries of heat maps.
 
     Raises:
         ImportError: naming what is missing, and the extra that brings it.
@@ -52,16 +48,13 @@ def check_libraries() -> None:
             raise MissingExtraError(f'heat maps need {name}: pip install "mlvicx-hf[explain]"')
 
 
-# Heat maps
-
-
 def grad_cam(
     model: MLVICXForImageClassification, pixel_values: Tensor, target: int, size: int, level: int | None = None
 ) -> Tensor:
-    """Grad-CAM (arXiv 1610.02391) of one logit on the refined map of a level.
+    """Compute Grad-CAM (arXiv 1610.02391) of one logit on the refined map of a level.
 
     Args:
-        model: in evaluation mode; frozen weights spare their gradients.
+        model: in evaluation mode. Freeze its weights to save the time of their gradients.
         pixel_values: [B, num_channels, S, S].
         target: output whose logit is explained.
         size: side of the heat maps in pixels.
@@ -75,7 +68,7 @@ def grad_cam(
         ValueError: a level that the encoder does not have.
         FloatingPointError: a heat map that is not finite.
     """
-    check_libraries()
+    check_explain_libraries()
     from captum.attr import LayerGradCam
 
     method = LayerGradCam(lambda pixels: model(pixels).logits, find_layer(model, level))
@@ -87,7 +80,7 @@ def grad_cam(
 
 
 def find_layer(model: MLVICXForImageClassification, level: int | None) -> nn.Module:
-    """The module whose output is the refined map of a level, by default the last.
+    """Find the module whose output is the refined map of a level, by default the last.
 
     Raises:
         ValueError: a level that the encoder does not have.
@@ -101,19 +94,16 @@ def find_layer(model: MLVICXForImageClassification, level: int | None) -> nn.Mod
 def heat_maps(
     loaded: LoadedModel, images: Any, rows: Sequence[int], target: int, size: int, level: int | None, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Some rows of a cache's split, in order, each with its heat map [size, size]."""
+    """Yield some rows of a cache's split, in order, each with its heat map [size, size]."""
     for start in range(0, len(rows), batch_size):
         batch = [images[row] for row in rows[start : start + batch_size]]
         pixels = loaded.processor([row["image"] for row in batch])["pixel_values"].to(loaded.model.device)
-        # The images are squares, whatever `fit` says: the way back is a mere resize.
+        # The cached images are squares, so a resize brings the heat map back to them, whatever `fit` says.
         yield from zip(batch, grad_cam(loaded.model, pixels, target, size, level).numpy(), strict=True)
 
 
-# What is explained
-
-
 def find_outputs(loaded: LoadedModel, cache: Cache) -> dict[str, int]:
-    """Label of a cache → output of a model that means the same; not for findings that are a union of several."""
+    """Map each label of a cache to the model's output of the same meaning, if it is one output and not several."""
     matching = match(read_training(loaded).collection, loaded.labels, cache.manifest["collection"], cache.label_names)
     alone = [found for found in matching.matches if len(found.model_columns) == len(found.data_columns) == 1]
     return {cache.label_names[found.data_columns[0]]: found.model_columns[0] for found in alone}
@@ -122,12 +112,12 @@ def find_outputs(loaded: LoadedModel, cache: Cache) -> dict[str, int]:
 def choose_findings(
     cache: Cache, split: str, outputs: Mapping[str, Mapping[str, int]], wanted: Sequence[str] | None = None
 ) -> list[str]:
-    """The findings that are explained.
+    """Choose the findings that are explained.
 
     Args:
         cache: with the split.
         split: its name.
-        outputs: model → what `find_outputs` gives.
+        outputs: model → result of `find_outputs`.
         wanted: labels of the cache; by default all that every model knows and some image shows.
 
     Raises:
@@ -150,20 +140,17 @@ def choose_findings(
     return chosen
 
 
-# All of it
-
-
 @dataclass
 class HeatMaps:
     """What one model's heat maps of a finding gave.
 
     Attributes:
-        drawn: the first of them.
-        sources: names of their images.
-        empty: how many are zero everywhere.
-        scores: of those whose region is known.
-        chances: likewise.
-        patients: likewise.
+        drawn: the first heat maps.
+        sources: names of the images that are drawn.
+        empty: number of heat maps that are zero everywhere.
+        scores: of each image whose region is known.
+        chances: scores of a constant map, for the same images.
+        patients: of the same images.
     """
 
     drawn: list[Panel] = field(default_factory=list)
@@ -176,17 +163,12 @@ class HeatMaps:
 
 @dataclass(frozen=True)
 class Explainer:
-    """What is the same for all findings; see `explain`.
+    """What is the same for all findings. The fields that are not described here are the arguments of `explain`.
 
     Attributes:
-        models: by name.
-        outputs: model → what `find_outputs` gives.
+        models: name → model.
+        outputs: model → result of `find_outputs`.
         images: split of a cache.
-        level: whose refined map is explained.
-        max_images: that are drawn.
-        score: whether the maps of images with a known region are scored.
-        tolerance: of the pointing game.
-        batch_size: images a pass.
     """
 
     models: Mapping[str, LoadedModel]
@@ -199,7 +181,7 @@ class Explainer:
     batch_size: int
 
     def rows(self, subject: Subject) -> tuple[int, ...]:
-        """Those of a finding's images that are explained: the first are drawn, all with a known region scored."""
+        """The images of a finding that are explained: the first are drawn, and all with a known region are scored."""
         return subject.rows[: max(self.max_images, subject.located if self.score else 0)]
 
     def explain(self, subject: Subject, folder: Path, bar: Any) -> dict[str, Any]:
@@ -208,7 +190,7 @@ class Explainer:
         Args:
             subject: the finding and its images.
             folder: for the pictures.
-            bar: goes on by one a heat map.
+            bar: of the progress; it counts heat maps.
 
         Returns:
             What `explanations.json` says of the finding.
@@ -271,21 +253,21 @@ def explain(
 ) -> dict[str, Any]:
     """Explain what classifiers see in the images that show a finding, without random transforms.
 
-    Images that a model was trained on are explained, too, with a warning that is recorded.
+    Images that a model was trained on are explained too. A warning says so and is recorded.
 
     Args:
-        models: name → folder or Hub name of a classifier; labels are matched by `data.vocabulary`.
-        dataset: cache written by `prepare_data.py`.
+        models: name → folder or Hub name of a classifier. Labels are matched by `data.vocabulary`.
+        dataset: prepared cache.
         output: folder for pictures and `explanations.json`, written as a whole or not at all.
         split: of the cache.
         level: whose refined map is explained, 0 the finest; by default the last.
         findings: labels of the cache; by default all that every model knows and some image shows.
         mask_name: structure of the masks that is the one finding, if it has another name.
-        max_images: that are drawn for each finding, those with a known region first.
+        max_images: number of images drawn for each finding, those with a known region first.
         score: compare the heat maps with the true regions, on all images that have one.
         tolerance: pixels of the cache by which a map's maximum may miss the region.
-        batch_size: images a pass.
-        device: of torch; by default a GPU where there is one.
+        batch_size: images in a pass.
+        device: of torch; by default a GPU if there is one.
         progress: show a bar.
 
     Returns:
@@ -294,11 +276,11 @@ def explain(
     Raises:
         ImportError: without captum or matplotlib.
         FileExistsError: an output that is there already.
-        ValueError: arguments, models, labels or masks that do not fit, no image of a finding, or none to score.
+        UserError: arguments, models, labels or masks that do not fit, no image of a finding, or none to score.
         OSError: a model or cache that is absent or damaged.
         FloatingPointError: a model whose heat maps are not finite.
     """
-    check_libraries()
+    check_explain_libraries()
     if not models or batch_size < 1 or max_images < 0 or not tolerance >= 0:
         raise UserError(
             f"{len(models)} models, batch_size={batch_size}, max_images={max_images}, tolerance={tolerance} found; "
@@ -308,45 +290,50 @@ def explain(
     if output.exists():
         raise FileExistsError(f"{output} is there already; expected a folder that is not")
     cache = load_cache(dataset, [split])
-    loaded = {name: load_classifier(source, None, device) for name, source in models.items()}
-    for each in loaded.values():
-        find_layer(each.model, level)  # refuses a level that is not there
-        _warn_of_one_pixel(each, level)
-        each.model.requires_grad_(False)
+    loaded = {name: _load_frozen(source, level, device) for name, source in models.items()}
     outputs = {name: find_outputs(each, cache) for name, each in loaded.items()}
     seen = {name: check_overlap(read_training(each), cache, split, True, progress) for name, each in loaded.items()}
-    chosen = choose_findings(cache, split, outputs, findings)
-    if mask_name is not None and len(chosen) > 1:
-        raise UserError(f"mask_name={mask_name!r} for {', '.join(chosen)} found; expected one finding (--findings)")
-    subjects = [find_subject(cache, split, finding, mask_name) for finding in chosen]
-    if score and not any(subject.located for subject in subjects):
-        raise UserError(
-            f"{cache.path}: no box and no mask of {', '.join(chosen)} found in {split}; expected some to score by"
-        )
-    images = cache.datasets[split]
-    explainer = Explainer(loaded, outputs, images, level, max_images, score, tolerance, batch_size)
+    subjects = _find_subjects(cache, split, choose_findings(cache, split, outputs, findings), mask_name, score)
+    explainer = Explainer(loaded, outputs, cache.datasets[split], level, max_images, score, tolerance, batch_size)
     total = len(loaded) * sum(len(explainer.rows(subject)) for subject in subjects)
+    settings = {"max_images": max_images, "tolerance": tolerance, "mask_name": mask_name, "batch_size": batch_size}
+    manifest = {name: cache.manifest[name] for name in ("collection", "synthetic", "size", "data_hash", "split_hash")}
     output.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(output) as folder, progress_bar(total, "explaining", "map", show=progress) as bar:
         results = {
             "task": "explanation",
             "method": f"Grad-CAM of captum {version('captum')}",
             "findings": {subject.finding: explainer.explain(subject, folder, bar) for subject in subjects},
-            "models": {name: _describe(each, level) | {"overlap": seen[name]} for name, each in loaded.items()},
-            "data": {"cache": str(dataset), "split": split}
-            | {name: cache.manifest[name] for name in ("collection", "synthetic", "size", "data_hash", "split_hash")},
-            "settings": {
-                "max_images": max_images,
-                "tolerance": tolerance,
-                "mask_name": mask_name,
-                "batch_size": batch_size,
-            },
+            "models": {name: _describe_model(each, level) | {"overlap": seen[name]} for name, each in loaded.items()},
+            "data": {"cache": str(dataset), "split": split} | manifest,
+            "settings": settings,
             "hardware": describe_hardware(next(iter(loaded.values())).model.device),
             "code": code_version(),
             "notice": NOTICE,
         }
-        write_json(folder / RESULTS, results)
+        write_json(folder / "explanations.json", results)
     return results
+
+
+def _load_frozen(source: str, level: int | None, device: str | None) -> LoadedModel:
+    """Load a classifier without gradients of its weights, after a check of the level."""
+    loaded = load_saved_classifier(source, None, device)
+    find_layer(loaded.model, level)
+    _warn_of_one_pixel(loaded, level)
+    loaded.model.requires_grad_(False)
+    return loaded
+
+
+def _find_subjects(
+    cache: Cache, split: str, findings: Sequence[str], mask_name: str | None, score: bool
+) -> list[Subject]:
+    listed = ", ".join(findings)
+    if mask_name is not None and len(findings) > 1:
+        raise UserError(f"mask_name={mask_name!r} for {listed} found; expected one finding (--findings)")
+    subjects = [find_subject(cache, split, finding, mask_name) for finding in findings]
+    if score and not any(subject.located for subject in subjects):
+        raise UserError(f"{cache.path}: no box and no mask of {listed} found in {split}; expected some to score by")
+    return subjects
 
 
 def _warn_of_one_pixel(loaded: LoadedModel, level: int | None) -> None:
@@ -361,85 +348,10 @@ def _warn_of_one_pixel(loaded: LoadedModel, level: int | None) -> None:
         )
 
 
-def _describe(loaded: LoadedModel, level: int | None) -> dict[str, Any]:
+def _describe_model(loaded: LoadedModel, level: int | None) -> dict[str, Any]:
     return {
         "model": loaded.source,
         "revision": loaded.revision,
         "weights_sha256": loaded.weights,
         "level": len(loaded.model.mlvicx.context) - 1 if level is None else level,
     }
-
-
-# The command
-
-
-def parse_models(words: Sequence[str]) -> dict[str, str]:
-    """Name → folder or Hub name, from NAME=SOURCE.
-
-    Raises:
-        ValueError: another form, or a name for the second time.
-    """
-    models: dict[str, str] = {}
-    for word in words:
-        name, _, source = word.partition("=")
-        if not (name and source):
-            raise UserError(f"--models {word!r} found; expected NAME=FOLDER or NAME=HUB_NAME")
-        if name in models:
-            raise UserError(f"--models {name}={models[name]} and {word} found; expected each name once")
-        models[name] = source
-    return models
-
-
-def _level(text: str) -> int | None:
-    return None if text == "last" else int(text)
-
-
-def _report(results: dict[str, Any]) -> None:
-    """Print the scores of every finding and model."""
-    for finding, found in results["findings"].items():
-        print(f"{finding}: {found['images']} images, {found['located']} with a known region")
-        if found.get("scores", NOT_SCORED) == NOT_SCORED:
-            continue
-        for model, scores in found["scores"].items():
-            values = (
-                f"{score} {value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f}, chance {value['chance']:.3f})"
-                for score, value in scores.items()
-            )
-            print(f"  {model}: {'; '.join(values)}; {found['empty_maps'][model]} empty maps")
-        first = next(iter(found["scores"]))
-        for other, scores in found["differences"].items():
-            values = (
-                f"{score} {value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
-                for score, value in scores.items()
-            )
-            print(f"  {first} over {other}: {'; '.join(values)}")
-
-
-def main() -> None:
-    """The command `scripts/explain.py`."""
-    parser = argparse.ArgumentParser(
-        description="Grad-CAM heat maps of saved classifiers on a prepared cache, and whether they point at findings.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--models", nargs="+", required=True, metavar="NAME=SOURCE", help="folders or Hub names of classifiers"
-    )
-    parser.add_argument("--dataset", required=True, help="cache written by prepare_data.py, labelled")
-    parser.add_argument("--output", required=True, type=Path, help="new folder for pictures and explanations.json")
-    parser.add_argument("--split", default="test", help="of the cache (default test)")
-    parser.add_argument(
-        "--level", type=_level, metavar="last|N", help="whose refined map is explained, 0 the finest (default last)"
-    )
-    parser.add_argument("--findings", nargs="+", help="labels of the cache (default all that the models know)")
-    parser.add_argument("--mask_name", help="structure of the masks that is the finding, if it has another name")
-    parser.add_argument("--max_images", type=int, default=8, help="pictures a finding and model (default 8)")
-    parser.add_argument("--score", action="store_true", help="compare with boxes and masks, with intervals")
-    parser.add_argument("--tolerance", type=float, default=0, help="pixels a maximum may miss a region by (default 0)")
-    parser.add_argument("--batch_size", type=int, default=16, help="images a pass (default 16)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default a GPU where there is one)")
-    arguments = vars(parser.parse_args())
-    transformers.utils.logging.disable_progress_bar()  # of loading a file
-    if choose_device(arguments["device"]).type == "cpu":
-        use_cpu_threads()
-    models = parse_models(arguments.pop("models"))
-    _report(explain(models, arguments.pop("dataset"), arguments.pop("output"), **arguments))

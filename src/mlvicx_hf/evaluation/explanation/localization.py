@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Does a heat map point at the finding? True regions, scores against them, intervals by resampling patients."""
+"""Does a heat map point at the finding? True regions, scores against them, and intervals over patients."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_mean
 
 from ..statistics import Estimate, difference
 
-ROUNDING = 1e-5  # of the maximum: what is this close to it is as high, since interpolation rounds
-
-
-# Where a finding is
+ROUNDING = 1e-5  # of the maximum: a value this close to it counts as equal, since interpolation rounds
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,13 @@ class Subject:
     located: int = 0
 
     def region(self, row: Mapping[str, Any]) -> np.ndarray | None:
-        """Where the finding is in an image: its mask, or else every pixel that its boxes touch.
+        """Find where the finding is in an image: its mask, or else every pixel that its boxes touch.
 
         Args:
             row: of the cache.
 
         Returns:
-            Bool [size, size]; None where it is not known.
+            Bool [size, size]; None if it is not known.
         """
         if self.mask_value is not None and row["mask"] is not None:
             region = np.asarray(row["mask"]) == self.mask_value
@@ -65,7 +62,7 @@ class Subject:
 
 
 def find_subject(cache: Cache, split: str, finding: str, mask_name: str | None = None) -> Subject:
-    """Look up which images of a split show a finding, and of which of them it is known where.
+    """Find the images of a split that show a finding, and those of them in which its region is known.
 
     Args:
         cache: with the split.
@@ -91,9 +88,6 @@ def find_subject(cache: Cache, split: str, finding: str, mask_name: str | None =
     return replace(subject, rows=(*located, *unknown), located=len(located))
 
 
-# Scores
-
-
 class Localization(NamedTuple):
     """Scores of one heat map, between 0 and 1.
 
@@ -111,8 +105,8 @@ class Localization(NamedTuple):
 def localize(heat: np.ndarray, region: np.ndarray, tolerance: float = 0) -> Localization:
     """Score a heat map against the region where the finding is.
 
-    Equally high pixels count their share, as if one of them were drawn: a map that is the same everywhere gets exactly
-    what `chance` says. A map that is zero everywhere is a miss, 0 in all scores.
+    Equally high pixels count their share, as if one of them were drawn by lot, so a constant map gets exactly the
+    scores of `chance`. A map that is zero everywhere is a miss, 0 in all scores.
 
     Args:
         heat: [H, W], nowhere negative.
@@ -144,11 +138,11 @@ def localize(heat: np.ndarray, region: np.ndarray, tolerance: float = 0) -> Loca
 
 
 def chance(region: np.ndarray, tolerance: float = 0) -> Localization:
-    """What a map that is the same everywhere gets: the region's share a of the image, and a / (2 - a) for IoU.
+    """Scores of a constant map: the region's share a of the image, and a / (2 - a) for IoU.
 
     Args:
         region: bool [H, W], not empty.
-        tolerance: as of `localize`.
+        tolerance: see `localize`.
     """
     _check(region, tolerance)
     area = float(region.mean())
@@ -166,20 +160,20 @@ def _check(region: np.ndarray, tolerance: float) -> None:
 
 
 def _widen(region: np.ndarray, tolerance: float) -> np.ndarray:
-    """The region and what is at most so many pixels away from it, [H, W]."""
+    """The region and all pixels that are at most so far away from it, [H, W]."""
     return distance_transform_edt(~region) <= tolerance if tolerance else region
 
 
 def summarize(
     scores: Mapping[str, np.ndarray], chances: np.ndarray, patients: np.ndarray, samples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """Mean scores of every model, and the differences of the first from the others, each with a 95 % interval.
+    """Average the scores of every model, and compare the first with the others, each with a 95 % interval.
 
     The interval is the percentile bootstrap over patients, with the same draws for all models.
 
     Args:
-        scores: [N, 3] of each model: a `Localization` an image, of the same images.
-        chances: [N, 3], what `chance` says of them.
+        scores: model → [N, 3], a `Localization` of each of the same N images.
+        chances: [N, 3], result of `chance` for these images.
         patients: of the N images.
         samples: draws of patients.
         seed: of the draws.

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Heat maps over their images, as pictures."""
+"""Draw heat maps over their images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPACITY = 0.6  # of a map where it is highest
 
 
 class Panel(NamedTuple):
-    """An image, uint8 [S, S], where its finding is, bool [S, S] (None if not known), and a heat map [S, S]."""
+    """An image, uint8 [S, S], the region of its finding, bool [S, S] (None if not known), and a heat map [S, S]."""
 
     image: np.ndarray
     region: np.ndarray | None
@@ -22,7 +22,7 @@ class Panel(NamedTuple):
 
 
 def _draw(axes: Any, panel: Panel, heat: bool = True) -> None:
-    """The grey image, the heat map over it, the more opaque the higher, and the outline of the true region."""
+    """Draw the grey image, the heat map over it (opaque where it is high), and the outline of the true region."""
     axes.set_axis_off()
     axes.imshow(panel.image, cmap="gray", vmin=0, vmax=255)
     if heat and panel.heat.any():
@@ -32,7 +32,7 @@ def _draw(axes: Any, panel: Panel, heat: bool = True) -> None:
         axes.text(0.5, 0.03, "zero everywhere", transform=axes.transAxes, color="white", ha="center")
     side = len(panel.image)
     if panel.region is not None:
-        places = np.arange(-1, side + 1)  # with a border, at which a contour closes
+        places = np.arange(-1, side + 1)  # with a border, so that the contour closes
         axes.contour(places, places, np.pad(panel.region, 1).astype(float), levels=[0.5], colors=OUTLINE, linewidths=1)
     axes.set(xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5))
 
@@ -47,12 +47,12 @@ def draw_overlay(picture: Path, panel: Panel) -> None:
 
 
 def draw_grid(picture: Path, title: str, panels: Mapping[str, Sequence[Panel]]) -> None:
-    """Draw a row an image: the image, and the heat map of every model, as in Fig. 2 of the paper.
+    """Draw each image in a row with the heat map of every model, as in Fig. 2 of the paper.
 
     Args:
         picture: PNG file to write.
-        title: above all.
-        panels: of every model, of the same N images.
+        title: of the picture.
+        panels: model → panels of the same N images.
     """
     from matplotlib.figure import Figure
 

@@ -7,12 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import progress_bar
@@ -22,7 +20,8 @@ from mlvicx_hf.scoring.significance import calibration, delong_test, paired_test
 
 from ..runs import Predictions, RunResults, check_same_images, read_run
 from ..statistics import Estimate, difference, estimate
-from .grid import Cell, Suite, is_finished, read_reason
+from .grid import Cell, Suite
+from .paper import paper_results
 from .shortcuts import read_audits
 
 PAPER_METRICS = {"AUROC": "auroc_macro", "accuracy": "accuracy", "Dice": "dice"}
@@ -51,13 +50,8 @@ class Setting:
 
     @property
     def names(self) -> dict[str, Any]:
-        """What tells it from other settings."""
-        return {
-            "task": self.task,
-            "protocol": self.protocol,
-            "label_fraction": self.label_fraction,
-            "model": self.model,
-        }
+        """What tells the setting from others."""
+        return {name: getattr(self, name) for name in ("task", "protocol", "label_fraction", "model")}
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
@@ -72,12 +66,13 @@ class Setting:
         return {key: float(np.mean(found)) for key, found in values.items()}
 
 
-def analyse(suite: Suite, output: Path, samples: int = 1000) -> dict[str, Any]:
-    """Everything that the report of a suite shows, as it is written to `report.json`.
+def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int = 1000) -> dict[str, Any]:
+    """Compute everything that the report of a suite shows, as it is written to `report.json`.
 
     Args:
         suite: the grid.
-        output: its folder.
+        finished: its finished cells, one or more.
+        output: folder of the suite.
         samples: draws of patients for every interval.
 
     Returns:
@@ -85,28 +80,22 @@ def analyse(suite: Suite, output: Path, samples: int = 1000) -> dict[str, Any]:
         task, protocol, label fraction and model), `comparisons`, `shortcuts`, `tables` (of the paper).
 
     Raises:
-        ValueError: no finished cell, or cells of a task that were run on different data.
+        UserError: cells of a task that were run on different data.
     """
-    settings = _read_settings(suite, output, samples)
-    if not settings:
-        raise UserError(f"{output} holds no finished cell of {suite.path}; expected one or more")
-    finished = sum(len(setting.runs) for setting in settings)
+    settings = _read_settings(finished, output, samples)
     described = []
     with progress_bar(len(settings), "intervals", "setting") as bar:
         for setting in settings:
-            described.append(_describe(setting, suite.metrics[setting.task]))
+            described.append(_describe_setting(setting, suite.metrics[setting.task]))
             bar.update()
+    failures = {str(cell.path): cell.failure(output) for cell in suite.cells}
     return {
         "suite": {"title": suite.title, "file": suite.path.name, "sha256": suite.digest, "samples": samples},
         "code": code_version(),
         "cells": {
             "planned": len(suite.cells),
-            "finished": finished,
-            "failed": {
-                str(cell.path): read_reason(output / cell.error_path)
-                for cell in suite.cells
-                if (output / cell.error_path).is_file()
-            },
+            "finished": len(finished),
+            "failed": {path: reason for path, reason in failures.items() if reason is not None},
         },
         "tasks": _describe_tasks(suite, settings),
         "settings": described,
@@ -116,17 +105,15 @@ def analyse(suite: Suite, output: Path, samples: int = 1000) -> dict[str, Any]:
     }
 
 
-def _read_settings(suite: Suite, output: Path, samples: int) -> list[Setting]:
+def _read_settings(cells: Sequence[Cell], output: Path, samples: int) -> list[Setting]:
     groups: dict[tuple[str, str, float, str], list[Run]] = {}
     by_task: dict[str, dict[str, RunResults]] = {}
-    for cell in suite.cells:
+    for cell in cells:
         folder = output / cell.path
-        if is_finished(cell, output):
-            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            described = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-            run = Run(cell, results, read_run(folder), described["files"])
-            groups.setdefault((cell.task, cell.protocol, cell.label_fraction, cell.model), []).append(run)
-            by_task.setdefault(cell.task, {})[str(folder)] = run.predictions
+        results, about = (json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in ("results", "cell"))
+        run = Run(cell, results, read_run(folder), about["files"])
+        groups.setdefault((cell.task, cell.protocol, cell.label_fraction, cell.model), []).append(run)
+        by_task.setdefault(cell.task, {})[str(folder)] = run.predictions
     for runs in by_task.values():
         check_same_images(runs)
     order = [list(dict.fromkeys(axis)) for axis in zip(*groups, strict=True)]  # of every axis, as in the suite
@@ -153,12 +140,7 @@ def _describe_tasks(suite: Suite, settings: Sequence[Setting]) -> dict[str, Any]
             },
         )
         for run in setting.runs:
-            for name, value in about["data"].items():
-                if run.results["data"].get(name) != value:
-                    raise UserError(
-                        f"{run.cell.path} was run with {name} {run.results['data'].get(name)}, other cells of task "
-                        f"{setting.task} with {value}; expected one cache"
-                    )
+            _check_same_data(run, about["data"])
             about["train"][f"{run.cell.label_fraction:g}"] = run.results["counts"]["train"]
             for key, value in (("commits", run.results["code"]["commit"]), ("hardware", run.results["hardware"])):
                 if value not in about[key]:
@@ -166,7 +148,17 @@ def _describe_tasks(suite: Suite, settings: Sequence[Setting]) -> dict[str, Any]
     return found
 
 
-def _describe(setting: Setting, metric: str) -> dict[str, Any]:
+def _check_same_data(run: Run, expected: dict[str, Any]) -> None:
+    data, cell = run.results["data"], run.cell
+    for name, value in expected.items():
+        if data.get(name) != value:
+            raise UserError(
+                f"{cell.path} was run with {name} {data.get(name)}, other cells of task {cell.task} with {value}; "
+                "expected one cache"
+            )
+
+
+def _describe_setting(setting: Setting, metric: str) -> dict[str, Any]:
     runs = setting.runs
     first = runs[0]
     found = setting.names | {
@@ -203,7 +195,7 @@ def _subgroups(setting: Setting, metric: str) -> dict[str, dict[str, Any]]:
 
 
 def _calibration(runs: Sequence[Predictions]) -> dict[str, Any] | None:
-    """By label, of the probabilities of all runs together: `ece` and `bins`; and `ece_macro`. None without a label."""
+    """`ece_macro`, and by label `ece` and `bins`, of the probabilities of all runs together. None without a label."""
     by_label = {}
     for i, name in enumerate(runs[0].names):
         labels = np.concatenate([run.labels[:, i] for run in runs])
@@ -236,12 +228,8 @@ def _compare(suite: Suite, settings: Sequence[Setting]) -> list[dict[str, Any]]:
             if ours is None or theirs is None:
                 continue
             metric = suite.metrics[task]
-            row = {
-                "task": task,
-                "protocol": protocol,
-                "label_fraction": fraction,
-                "model": pair[0],
-                "baseline": pair[1],
+            row = ours.names | {
+                "baseline": theirs.model,
                 "metric": metric,
                 **difference(ours.estimates[metric], theirs.estimates[metric]),
                 "paired": pair_scores(ours, theirs, metric),
@@ -253,10 +241,10 @@ def _compare(suite: Suite, settings: Sequence[Setting]) -> list[dict[str, Any]]:
 
 
 def pair_scores(ours: Setting, theirs: Setting, metric: str) -> dict[str, Any] | None:
-    """Paired t-test and Wilcoxon test over the pretrainings where both have several, else over the seeds.
+    """Paired t-test and Wilcoxon test over the pretrainings if both models have several, else over the seeds.
 
-    Runs of one pretraining are not independent: with several pretrainings their mean is one value. None where there
-    are fewer than two pairs, or where a score is not defined.
+    Runs of one pretraining are not independent, so with several pretrainings their mean is one value. Returns None if
+    there are fewer than two pairs, or if a score is not defined.
     """
     for unit in ("member", "seed"):
         first, second = ours.by(unit, metric), theirs.by(unit, metric)
@@ -271,7 +259,7 @@ def pair_scores(ours: Setting, theirs: Setting, metric: str) -> dict[str, Any] |
 
 
 def _delong(ours: RunResults, theirs: RunResults) -> dict[str, Any] | None:
-    """By label of two classifiers; None for segmenters, and where patients have several images, which depend."""
+    """DeLong test by label. None for segmenters, and where a patient has several images, which are not independent."""
     if not (isinstance(ours, Predictions) and isinstance(theirs, Predictions)):
         return None
     if len(set(ours.patients)) < len(ours.patients):
@@ -285,7 +273,7 @@ def _delong(ours: RunResults, theirs: RunResults) -> dict[str, Any] | None:
 
 
 def _shortcuts(suite: Suite, output: Path) -> list[dict[str, Any]]:
-    """By model, kind and data: the mean over the model's weights, with the widest interval among them."""
+    """Average over the weights of each model, with the lowest and the highest end of their intervals."""
     rows = []
     for model, audits in read_audits(suite, output).items():
         for first in audits[0]:
@@ -299,62 +287,42 @@ def _shortcuts(suite: Suite, output: Path) -> list[dict[str, Any]]:
     return rows
 
 
-# -- the paper's tables ------------------------------------------------------------------------------------------------
-
-
-def paper_results() -> pd.DataFrame:
-    """The figures of Tables I to IV of the paper (arXiv 2403.11504), a row each.
-
-    Columns: table, dataset, protocol, label_fraction, method, column (a finding, Mean or Dice), metric, value, sd.
-    """
-    with (files(__package__) / "paper_results.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(file, dtype={"table": str})
-
-
 def paper_table(suite: Suite, settings: Sequence[Setting], table: str) -> list[dict[str, Any]]:
-    """A table of the paper with our figure beside each of its own.
+    """Put our figures beside those of a table of the paper.
 
-    A setting belongs to a figure when its task is called (`paper` of the suite) what the paper calls the data set and
-    shows the paper's score, and its model what the paper calls the method, upper and lower case alike.
+    A setting belongs to a figure when its task has the paper's name of the data set (`paper` of the suite) and shows
+    the paper's score, and its model has the paper's name of the method; upper and lower case count alike.
+
+    Args:
+        suite: the grid.
+        settings: its finished settings.
+        table: one of `paper_tables`.
 
     Returns:
-        Rows as of `paper_results` with `paper` (value), `paper_sd`, `ours`, `ours_sd`, `low` and `high`; None where one
-        has no figure.
-
-    Raises:
-        ValueError: a table that the paper does not have.
+        Rows of `paper_results` with `paper` (value), `paper_sd`, `ours`, `ours_sd`, `low` and `high`; None for a figure
+        that there is not.
     """
-    everything = paper_results()
-    known = everything[everything["table"] == table]
-    if known.empty:
-        raise UserError(f"paper table {table!r} found; expected one of {', '.join(dict.fromkeys(everything['table']))}")
     ours = {}
     for setting in settings:
         dataset, metric = suite.paper.get(setting.task), suite.metrics[setting.task]
         for column, found in _columns(setting, metric).items():
             ours[(metric, dataset, setting.protocol, setting.label_fraction, setting.model.lower(), column)] = found
     rows = []
-    for row in known.to_dict("records"):
+    figures = paper_results()
+    for row in figures[figures["table"] == table].to_dict("records"):
         key = (row["dataset"], row["protocol"], row["label_fraction"], row["method"].lower(), row["column"])
         mine = ours.get((PAPER_METRICS[row["metric"]], *key), {})
         rows.append(
             {name: row[name] for name in ("dataset", "protocol", "label_fraction", "method", "column", "metric")}
             | {"paper": row["value"], "paper_sd": None if np.isnan(row["sd"]) else row["sd"]}
-            | {
-                name: mine.get(key)
-                for name, key in (("ours", "mean"), ("ours_sd", "sd"), ("low", "low"), ("high", "high"))
-            }
+            | {"ours": mine.get("mean"), "ours_sd": mine.get("sd"), "low": mine.get("low"), "high": mine.get("high")}
         )
     return rows
 
 
 def _columns(setting: Setting, metric: str) -> dict[str, dict[str, Any]]:
     """Scores under the names of the paper's columns."""
-    estimates = setting.estimates
-    columns = {"Dice" if metric.startswith("dice") else "Mean": estimates[metric].describe()}
-    kind = metric.removesuffix("_macro")
-    return columns | {
-        name.removeprefix(f"{kind}:"): value.describe()
-        for name, value in estimates.items()
-        if name.startswith(f"{kind}:")
-    }
+    start = f"{metric.removesuffix('_macro')}:"
+    by_label = {n.removeprefix(start): value for n, value in setting.estimates.items() if n.startswith(start)}
+    main = {"Dice" if metric.startswith("dice") else "Mean": setting.estimates[metric]}
+    return {name: value.describe() for name, value in (main | by_label).items()}

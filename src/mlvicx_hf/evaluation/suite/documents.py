@@ -5,70 +5,59 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from html import escape
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Template
 
 from mlvicx_hf.common.text import markdown_table
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #1c2733; }
-h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2em; border-bottom: 1px solid #d5dce3; }
-table { border-collapse: collapse; margin: 1em 0; font-size: 13px; display: block; overflow-x: auto; }
-th, td { padding: 3px 9px; border-bottom: 1px solid #e3e8ee; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { background: #f3f6f9; }
-img { max-width: 100%; } .notice { background: #fff4d6; padding: 0.6em 1em; border-radius: 4px; }
-"""
 
-
-@dataclass
 class Document:
     """Headings, paragraphs, tables and pictures, in order.
 
     Attributes:
-        title: of the whole.
-        markdown: its lines in Markdown.
-        html: its elements.
-        pictures: file name → PNG; Markdown refers to them, HTML contains them.
+        pictures: file name → PNG. Markdown refers to these files; HTML contains them.
     """
 
-    title: str
-    markdown: list[str] = field(default_factory=list)
-    html: list[str] = field(default_factory=list)
-    pictures: dict[str, bytes] = field(default_factory=dict)
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.pictures: dict[str, bytes] = {}
+        self._markdown = [f"# {title}"]
+        self._blocks: list[dict[str, Any]] = []  # for the HTML template
 
     def heading(self, text: str, level: int = 2) -> None:
-        """A heading."""
-        self.markdown.append(f"{'#' * level} {text}")
-        self.html.append(f"<h{level}>{escape(text)}</h{level}>")
+        """Add a heading."""
+        self._add(f"{'#' * level} {text}", "heading", text=text, level=level)
 
-    def paragraph(self, text: str, notice: bool = False) -> None:
-        """A paragraph of plain text."""
-        self.markdown.append(f"**{text}**" if notice else text)
-        start = '<p class="notice">' if notice else "<p>"
-        self.html.append(f"{start}{escape(text)}</p>")
+    def notice(self, text: str) -> None:
+        """Add a paragraph that stands out."""
+        self._add(f"**{text}**", "notice", text=text)
+
+    def paragraph(self, text: str) -> None:
+        """Add plain text."""
+        self._add(text, "paragraph", text=text)
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table of text."""
-        rows = [list(row) for row in rows]
-        self.markdown.append(markdown_table(head, rows))
-        cells = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
-        cells += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-        lines = "\n".join(f"<tr>{row}</tr>" for row in cells)
-        self.html.append(f"<table>\n{lines}\n</table>")
+        """Add a table of text."""
+        rows = list(rows)
+        self._add(markdown_table(head, rows), "table", head=head, rows=rows)
 
     def picture(self, name: str, png: bytes, caption: str) -> None:
-        """A picture with what it shows."""
+        """Add a picture with its caption."""
         self.pictures[name] = png
-        self.markdown.append(f"![{caption}](figures/{name})")
-        data = base64.b64encode(png).decode()
-        self.html.append(f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">')
+        self._add(f"![{caption}](figures/{name})", "picture", text=caption, data=base64.b64encode(png).decode())
+
+    def _add(self, markdown: str, kind: str, **content: Any) -> None:
+        self._markdown.append(markdown)
+        self._blocks.append({"kind": kind} | content)
 
     def to_markdown(self) -> str:
         """The text as Markdown."""
-        return "\n\n".join([f"# {self.title}", *self.markdown]) + "\n"
+        return "\n\n".join(self._markdown) + "\n"
 
     def to_html(self) -> str:
-        """The text as one HTML file that needs nothing else."""
-        head = f'<meta charset="utf-8"><title>{escape(self.title)}</title><style>{STYLE}</style>'
-        body = "\n".join([f"<h1>{escape(self.title)}</h1>", *self.html])
-        return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+        """The text as one HTML file that needs no other file."""
+        source = (files(__package__) / "report.html.j2").read_text(encoding="utf-8")
+        template = Template(source, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+        return template.render(title=self.title, blocks=self._blocks)

@@ -19,7 +19,7 @@ BINS = 10  # of the reliability diagram
 
 
 def check_matplotlib() -> None:
-    """Say what is missing before hours of work and not behind them.
+    """Refuse to start hours of work whose report could not be drawn.
 
     Raises:
         ImportError: without matplotlib, naming the extra that brings it.
@@ -48,7 +48,7 @@ def _png(figure: Any) -> bytes:
 
 
 def label_efficiency(settings: Sequence[dict[str, Any]], metrics: dict[str, str]) -> bytes:
-    """The main score over the share of labels, a panel each task and protocol, a line each model.
+    """Draw the main score over the share of labels: a panel for each task and protocol, a line for each model.
 
     Args:
         settings: of the report.
@@ -81,7 +81,7 @@ def label_efficiency(settings: Sequence[dict[str, Any]], metrics: dict[str, str]
 
 
 def forest(comparisons: Sequence[dict[str, Any]]) -> bytes:
-    """Differences with their intervals, a line each."""
+    """Draw each difference with its interval on a line of its own."""
     shown = [row for row in comparisons if _is_whole(row, ("difference", "low", "high"))]
     figure, (panel,) = _figure(1, 8.5, 0.8 + 0.26 * max(1, len(shown)))
     names = []
@@ -99,7 +99,11 @@ def forest(comparisons: Sequence[dict[str, Any]]) -> bytes:
 
 
 def reliability(settings: Sequence[dict[str, Any]]) -> bytes | None:
-    """Frequency over probability at the largest share of labels, a panel each task and protocol; None without any."""
+    """Draw frequency over probability at the largest share of labels, a panel for each task and protocol.
+
+    Returns:
+        PNG; None if no setting has a calibration.
+    """
     calibrated = [row for row in settings if "calibration" in row]
     panels = list(dict.fromkeys((row["task"], row["protocol"]) for row in calibrated))
     if not panels:
@@ -121,7 +125,7 @@ def reliability(settings: Sequence[dict[str, Any]]) -> bytes | None:
 
 
 def _pooled_bins(calibration: dict[str, Any]) -> list[tuple[float, float]]:
-    """Probability and frequency of every bin over all labels."""
+    """Mean probability and frequency of every bin over all labels."""
     bins: dict[int, list[dict[str, float]]] = {}
     for label in calibration["labels"].values():
         for row in label["bins"]:
@@ -129,12 +133,8 @@ def _pooled_bins(calibration: dict[str, Any]) -> list[tuple[float, float]]:
     points = []
     for _, rows in sorted(bins.items()):
         images = sum(row["images"] for row in rows)
-        points.append(
-            (
-                sum(row["images"] * row["probability"] for row in rows) / images,
-                sum(row["images"] * row["frequency"] for row in rows) / images,
-            )
-        )
+        x, y = (sum(row["images"] * row[name] for row in rows) / images for name in ("probability", "frequency"))
+        points.append((x, y))
     return points
 
 

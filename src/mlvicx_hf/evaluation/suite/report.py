@@ -9,11 +9,12 @@ from typing import Any
 
 from mlvicx_hf.common.files import new_file, new_folder, write_json
 from mlvicx_hf.common.provenance import describe_commit
-from mlvicx_hf.common.text import NOTICE
+from mlvicx_hf.common.text import NOTICE, number
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .documents import Document
 from .figures import PROTOCOL_NAMES, forest, label_efficiency, reliability
+from .paper import CITATION
 
 MAIN_SCORES = {
     "auroc_macro": "AUROC, macro",
@@ -22,14 +23,20 @@ MAIN_SCORES = {
     "dice": "Dice",
     "dice_positive": "Dice, images that show it",
 }
-CITATION = "Singh, Gorade and Mishra, MLVICX, arXiv 2403.11504"
+CLASS_SCORES = {"auroc": "AUROC", "auprc": "AUPRC", "dice": "Dice", "dice_positive": "Dice, images that show it"}
+LAYOUTS = {  # of the paper's tables: what a line is called, column by column, and what the other columns are called
+    "I": ({"labels": "{percent}", "method": "{method}"}, "{column}"),
+    "II": ({"data": "{dataset} ({how})", "labels": "{percent}"}, "{method}"),
+    "III": ({"method": "{method}"}, "{how}, {percent}"),
+    "IV": ({"protocol": "{how}", "loss": "{method}"}, "{percent}"),
+}
 
 
 def write_report(report: dict[str, Any], output: Path) -> None:
     """Write `report.html`, `report.md` with `figures/`, and `report.json`.
 
     Args:
-        report: as of `suite_analysis.analyse`.
+        report: from `analyse`.
         output: folder of the suite.
     """
     document = compose(report)
@@ -57,7 +64,7 @@ def describe_briefly(report: dict[str, Any]) -> str:
 def compose(report: dict[str, Any]) -> Document:
     """The text of a report."""
     document = Document(report["suite"]["title"])
-    document.paragraph(NOTICE, notice=True)
+    document.notice(NOTICE)
     cells = report["cells"]
     document.paragraph(
         f"{cells['finished']} of {cells['planned']} runs finished, {len(cells['failed'])} failed. Suite "
@@ -106,17 +113,11 @@ def _add_scores(document: Document, report: dict[str, Any]) -> None:
         document.heading(task, 3)
         rows = [row for row in report["settings"] if row["task"] == task]
         columns = [name for name in MAIN_SCORES if name in rows[0]["scores"]]
-        document.table(
-            ["protocol, labels, model", "runs", *(MAIN_SCORES[name] for name in columns)],
-            [
-                [
-                    _setting(row),
-                    str(row["scores"][about["metric"]]["runs"]),
-                    *(_score(row["scores"][c]) for c in columns),
-                ]
-                for row in rows
-            ],
-        )
+        lines = [
+            [_setting(row), str(row["scores"][about["metric"]]["runs"]), *(_score(row["scores"][c]) for c in columns)]
+            for row in rows
+        ]
+        document.table(["protocol, labels, model", "runs", *(MAIN_SCORES[name] for name in columns)], lines)
 
 
 def _add_comparisons(document: Document, report: dict[str, Any]) -> None:
@@ -136,27 +137,25 @@ def _add_comparisons(document: Document, report: dict[str, Any]) -> None:
         tests = ["–", "–", "–"]
         if paired:
             tests = [f"{paired['pairs']} {paired['unit']}", _p(paired["t_p"]), _p(paired["wilcoxon_p"])]
-        interval = f"{_signed(row['low'])} to {_signed(row['high'])}"
-        lines.append(
-            [_pair(row), MAIN_SCORES.get(row["metric"], row["metric"]), _signed(row["difference"]), interval, *tests]
-        )
+        change, low, high = (number(row[name], "+.3f") for name in ("difference", "low", "high"))
+        score = MAIN_SCORES.get(row["metric"], row["metric"])
+        lines.append([_pair(row), score, change, f"{low} to {high}", *tests])
     document.table(["setting", "score", "difference", "95 % interval", "pairs", "t-test p", "Wilcoxon p"], lines)
-    single = [(row, label, found) for row in rows for label, found in (row.get("delong") or {}).items()]
-    if single:
+    _add_delong(document, rows)
+
+
+def _add_delong(document: Document, rows: Sequence[dict[str, Any]]) -> None:
+    lines = []
+    for row in rows:
+        for label, found in (row.get("delong") or {}).items():
+            scores = [f"{found['auroc']:.3f}", f"{found['other_auroc']:.3f}", number(found["difference"], "+.3f")]
+            lines.append([f"{_pair(row)}, {label}", *scores, _p(found["p"])])
+    if lines:
         document.heading("DeLong test of single pairs of runs", 3)
         document.paragraph(
             "It takes images for independent, so it is only made where every patient has one, for findings with two "
             "images of each kind at least."
         )
-        lines = [
-            [
-                f"{_pair(row)}, {label}",
-                *(f"{found[name]:.3f}" for name in ("auroc", "other_auroc")),
-                _signed(found["difference"]),
-                _p(found["p"]),
-            ]
-            for row, label, found in single
-        ]
         document.table(["setting, finding", "AUROC", "against", "difference", "p"], lines)
 
 
@@ -168,42 +167,21 @@ def _add_paper_table(document: Document, table: str, rows: Sequence[dict[str, An
 
 
 def layout(table: str, rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table of the paper, arranged as there.
+    """Arrange a table of the paper as there: its head and its lines.
 
     Args:
         table: I, II, III or IV.
-        rows: as of `suite_analysis.paper_table`.
+        rows: from `paper_table`.
     """
-
-    def line_of(row: dict[str, Any]) -> tuple[str, ...]:
-        protocol = PROTOCOL_NAMES[row["protocol"]]
-        match table:
-            case "I":
-                return _percent(row), row["method"]
-            case "II":
-                return f"{row['dataset']} ({protocol})", _percent(row)
-            case "III":
-                return (row["method"],)
-            case _:
-                return protocol, row["method"]
-
-    def column_of(row: dict[str, Any]) -> str:
-        match table:
-            case "I":
-                return str(row["column"])
-            case "II":
-                return str(row["method"])
-            case "III":
-                return f"{PROTOCOL_NAMES[row['protocol']]}, {_percent(row)}"
-            case _:
-                return _percent(row)
-
-    columns = list(dict.fromkeys(column_of(row) for row in rows))
+    names, column = LAYOUTS[table]
     lines: dict[tuple[str, ...], dict[str, str]] = {}
+    columns: dict[str, None] = {}  # a set in order
     for row in rows:
-        lines.setdefault(line_of(row), {})[column_of(row)] = _beside(row)
-    names = {"I": ["labels", "method"], "II": ["data", "labels"], "III": ["method"], "IV": ["protocol", "loss"]}[table]
-    return [*names, *columns], [[*line, *(cells[column] for column in columns)] for line, cells in lines.items()]
+        words = row | {"percent": _percent(row), "how": PROTOCOL_NAMES[row["protocol"]]}
+        line = tuple(form.format_map(words) for form in names.values())
+        columns[column.format_map(words)] = None
+        lines.setdefault(line, {})[column.format_map(words)] = _beside(row)
+    return [*names, *columns], [[*line, *(cells[name] for name in columns)] for line, cells in lines.items()]
 
 
 def _beside(row: dict[str, Any]) -> str:
@@ -218,13 +196,8 @@ def _beside(row: dict[str, Any]) -> str:
 def _add_classes(document: Document, report: dict[str, Any]) -> None:
     document.heading("By finding")
     for task, about in report["tasks"].items():
-        for kind, name in (
-            ("auroc", "AUROC"),
-            ("auprc", "AUPRC"),
-            ("dice", "Dice"),
-            ("dice_positive", "Dice, images that show it"),
-        ):
-            rows = [row for row in report["settings"] if row["task"] == task]
+        rows = [row for row in report["settings"] if row["task"] == task]
+        for kind, name in CLASS_SCORES.items():
             keys = [f"{kind}:{label}" for label in about["labels"]]
             if keys[0] in rows[0]["scores"]:
                 document.heading(f"{task}: {name}", 3)
@@ -244,20 +217,16 @@ def _add_calibration(document: Document, report: dict[str, Any]) -> None:
     )
     document.picture("reliability.png", picture, "Frequency of findings over their probability")
     rows = [row for row in report["settings"] if "calibration" in row]
-    document.table(
-        ["task, protocol, labels, model", "ECE"],
-        [[f"{row['task']}, {_setting(row)}", f"{row['calibration']['ece_macro']:.3f}"] for row in rows],
-    )
+    lines = [[f"{row['task']}, {_setting(row)}", f"{row['calibration']['ece_macro']:.3f}"] for row in rows]
+    document.table(["task, protocol, labels, model", "ECE"], lines)
+    names = ("sensitivity", "specificity", "accuracy")
     decided = [
-        [
-            f"{row['task']}, {_setting(row)}, {label}",
-            *(_number(scores[s]) for s in ("sensitivity", "specificity", "accuracy")),
-        ]
+        [f"{row['task']}, {_setting(row)}, {label}", *(number(scores[name], ".3f") for name in names)]
         for row in rows
         for label, scores in (row["decisions"] or {}).items()
     ]
     if decided:
-        document.table(["task, protocol, labels, model, finding", "sensitivity", "specificity", "accuracy"], decided)
+        document.table(["task, protocol, labels, model, finding", *names], decided)
 
 
 def _add_subgroups(document: Document, report: dict[str, Any]) -> None:
@@ -283,22 +252,11 @@ def _add_shortcuts(document: Document, report: dict[str, Any]) -> None:
         "intervals. The source is the cache that an image is from. What has one value only is left out, and so is the "
         "source of caches that share images. Features that know view or source can score well for the wrong reason."
     )
-    document.table(
-        ["model", "tells", "data", "values", "test images", "AUROC", "95 % interval"],
-        [
-            [
-                *(row[name] for name in ("model", "kind", "data")),
-                ", ".join(row["classes"]),
-                f"{row['images']:,}",
-                f"{row['auroc']:.3f}",
-                f"{row['low']:.3f} to {row['high']:.3f}",
-            ]
-            for row in rows
-        ],
-    )
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
+    lines = []
+    for row in rows:
+        score = [f"{row['auroc']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+        lines.append([row["model"], row["kind"], row["data"], ", ".join(row["classes"]), f"{row['images']:,}", *score])
+    document.table(["model", "tells", "data", "values", "test images", "AUROC", "95 % interval"], lines)
 
 
 def _percent(row: dict[str, Any]) -> str:
@@ -316,17 +274,9 @@ def _setting(row: dict[str, Any]) -> str:
 
 def _score(score: dict[str, Any]) -> str:
     if NOT_SCORED in (score["mean"], score["low"], score["high"]):
-        return _number(score["mean"])
+        return number(score["mean"], ".3f")
     spread = f" ± {score['sd']:.3f}" if score["runs"] > 1 else ""
     return f"{score['mean']:.3f}{spread} ({score['low']:.3f}–{score['high']:.3f})"
-
-
-def _number(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.3f}"
-
-
-def _signed(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:+.3f}"
 
 
 def _p(value: float) -> str:

@@ -18,9 +18,10 @@ from mlvicx_hf.common.files import write_json
 from mlvicx_hf.common.machine import choose_device, use_cpu_threads
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.data.cache.cache import Cache, load_cache
-from mlvicx_hf.finetuning.classification import LabelledImages
+from mlvicx_hf.finetuning.arguments import EncoderArguments
+from mlvicx_hf.finetuning.data import LabelledImages
+from mlvicx_hf.finetuning.heads import load_config, load_for_task
 from mlvicx_hf.finetuning.linear_probe import FeatureStore
-from mlvicx_hf.finetuning.training import EncoderArguments, load_config, load_for_task
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_areas
@@ -28,16 +29,16 @@ from mlvicx_hf.scoring.probes import linear_scores
 
 from .grid import Cell, Suite
 
-SPLITS = ("train", "test")
+FITTED, ASKED = "train", "test"  # splits
 BATCH_SIZE = 64
-FEWEST = 10  # images of a kind in train and in test, below which nothing is said of it
+FEWEST = 10  # images of a value in train and in test; rarer values are left out
 FOLDER = "shortcuts"
 
 
 def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: FeatureStore) -> None:
-    """Audit every set of weights of the finished cells into `OUTPUT/shortcuts/MODEL/MEMBER.json`.
+    """Audit the weights of all finished cells into `OUTPUT/shortcuts/MODEL/MEMBER.json`.
 
-    One that was made of the same weights, seed, data and kinds is not made again.
+    Keep an audit that was made of the same weights, seed, data and kinds.
 
     Args:
         suite: with the shortcuts to audit.
@@ -57,12 +58,13 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
             made_of = _made_of(cell) | {"data": data, "kinds": list(suite.shortcuts)}
             if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["made_of"] != made_of:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, {"made_of": made_of, "found": audit(cell, caches, suite.shortcuts, store)})
+                found = probe_shortcuts(cell, caches, suite.shortcuts, store)
+                write_json(file, {"made_of": made_of, "found": found})
             bar.update()
 
 
 def read_audits(suite: Suite, output: Path) -> dict[str, list[list[dict[str, Any]]]]:
-    """By model what `audit` gave for each of its weights."""
+    """Read the audits: model → for each of its weights what `probe_shortcuts` gave."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
     if not suite.shortcuts:
         return found
@@ -74,7 +76,7 @@ def read_audits(suite: Suite, output: Path) -> dict[str, list[list[dict[str, Any
 
 
 def _made_of(cell: Cell) -> dict[str, Any]:
-    """What the features depend on beside the images."""
+    """What the features depend on, apart from the images."""
     return {
         "weights": cell.weights,
         "architecture": cell.architecture,
@@ -88,48 +90,51 @@ def _file(output: Path, model: str, member: int) -> Path:
     return output / FOLDER / model / f"{member}.json"
 
 
-def audit(cell: Cell, caches: Sequence[Cache], kinds: Sequence[str], store: FeatureStore) -> list[dict[str, Any]]:
-    """What a linear probe on the features of train tells of the images of test.
+def probe_shortcuts(
+    cell: Cell, caches: Sequence[Cache], kinds: Sequence[str], store: FeatureStore
+) -> list[dict[str, Any]]:
+    """Fit a linear probe for each kind on the features of train, and score it on the images of test.
 
     Args:
         cell: whose weights are audited.
         caches: with the images.
-        kinds: of view, sex (in each cache) and source (which of the caches an image is from).
+        kinds: view and sex (in each cache) and source (which of the caches an image is from).
         store: of features.
 
     Returns:
-        One row for each kind and data of which there are two values or more: `kind`, `data`, `classes`, `images`,
-        `auroc` (mean of one against the rest; 0.5 is no knowledge) with its interval over patients, `low`, `high`. No
-        source where caches share images.
+        A row for each kind and data with two or more values: `kind`, `data`, `classes`, `images`, `auroc` (mean of one
+        value against the rest; 0.5 is no knowledge) and its interval over patients, `low`, `high`. There is no row for
+        the source of caches that share images.
     """
     device = choose_device(None)
     if device.type == "cpu":
         use_cpu_threads()
-    caches = [cache for cache in caches if set(SPLITS) <= set(cache.datasets)]
+    caches = [cache for cache in caches if {FITTED, ASKED} <= set(cache.datasets)]
     encoder, processor = _encoder(cell, caches[0])
     encoder.to(device)
-    parts = {split: [_encode(encoder, processor, cache, split, store, device) for cache in caches] for split in SPLITS}
+    train, test = (
+        [_encode(encoder, processor, cache, split, store, device) for cache in caches] for split in (FITTED, ASKED)
+    )
     groups = [([number], kind) for kind in ("view", "sex") for number in range(len(caches))]
     groups += [(list(range(len(caches))), "source")] if len(caches) > 1 and not _share_images(caches) else []
     found = []
     for numbers, kind in groups:
         if kind in kinds:
-            train, test = (_joined([parts[split][number] for number in numbers]) for split in SPLITS)
-            row = _tell(train, test, kind)
+            row = _tell(_joined([train[i] for i in numbers]), _joined([test[i] for i in numbers]), kind)
             data = ", ".join(caches[number].path.name for number in numbers)
             found += [{"kind": kind, "data": data} | row] if row else []
     return found
 
 
 def _share_images(caches: Sequence[Cache]) -> bool:
-    """Whether an image is in two caches, of which no feature could tell where it is from."""
-    files = [{file for split in SPLITS for file in cache.datasets[split]["sha256"]} for cache in caches]
+    """Whether an image is in two caches. No feature could tell where such an image is from."""
+    files = [{file for split in (FITTED, ASKED) for file in cache.datasets[split]["sha256"]} for cache in caches]
     return sum(map(len, files)) > len(set().union(*files))
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features [N, C] of images, and of each of them view, sex, source and patient."""
+    """Features [N, C] of images, and the view, sex, source and patient of each image."""
 
     features: Tensor
     about: dict[str, np.ndarray]
@@ -161,7 +166,7 @@ def _encoder(cell: Cell, cache: Cache) -> tuple[Any, MLVICXImageProcessor]:
 
 
 def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:
-    """Score a probe for the values that are known often enough; None if there are fewer than two."""
+    """Score a probe for the values that are frequent enough; None if there are fewer than two."""
     values, asked = train.about[kind], test.about[kind]
     classes = [
         name
