@@ -20,4 +20,4 @@ done
 
 cd "$root"
 . scripts/setup.sh report
-exec .venv/bin/python -m mlvicx_hf.demo.quickstart ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/mlvicx quickstart ${arguments[@]+"${arguments[@]}"}

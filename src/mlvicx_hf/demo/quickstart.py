@@ -1,11 +1,7 @@
-"""The whole of MLVICX in one go: prepare, pretrain, load, classify against random weights, report.
-
-`scripts/quickstart.sh` calls this; without arguments on synthetic radiographs, with `--images DIR` on the user's own.
-"""
+"""The whole of MLVICX in one go: prepare, pretrain, load, classify against random weights, report."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -13,24 +9,23 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoImageProcessor, AutoModel
 
-from mlvicx_hf.common import errors as cli
 from mlvicx_hf.common.files import write_json
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.data.collections.base import SPLITS
 from mlvicx_hf.encoders.features import PreparedImages, encode
 from mlvicx_hf.encoders.neighbours import neighbour_sheet
-from mlvicx_hf.finetuning.training import SPLITS
 from mlvicx_hf.pretraining.curves import LOSS_AND_RANK, plot_curves, view_sheet
 from mlvicx_hf.pretraining.views import TwoViewAugmentation
 from mlvicx_hf.scoring.embeddings import rankme
-from mlvicx_hf.scoring.metrics import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED
 
 PROTOCOLS = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
 STARTS = ("pretrained", "random")
@@ -40,6 +35,7 @@ class Quickstart:
     """One quick start.
 
     Args:
+        command: runs a command of `mlvicx` in this process; its argument are the words behind `mlvicx`.
         images: the user's folder; None draws synthetic radiographs.
         metadata: table of the folder, None for the one in it.
         output: folder of the report; an earlier one is kept as `OUTPUT.previous`.
@@ -48,10 +44,16 @@ class Quickstart:
     """
 
     def __init__(
-        self, images: Path | None, metadata: Path | None, output: Path, seed: int = 0, pretraining_images: int = 8500
+        self,
+        command: Callable[[Sequence[str]], None],
+        output: Path,
+        images: Path | None = None,
+        metadata: Path | None = None,
+        seed: int = 0,
+        pretraining_images: int = 8500,
     ) -> None:
-        self.images, self.metadata, self.output, self.seed = images, metadata, output, seed
-        self.pretraining_images = pretraining_images
+        self.command, self.output, self.images, self.metadata = command, output, images, metadata
+        self.seed, self.pretraining_images = seed, pretraining_images
         self.model_folder = output / "model"
         self.started = time.monotonic()
 
@@ -91,18 +93,19 @@ class Quickstart:
         else:
             words += ["--collection", "folder", "--root", self.images]
             words += ["--metadata", self.metadata] if self.metadata else []
-        self._command([sys.executable, "scripts/prepare_data.py", *words])
+        self._command("prepare", *words)
         return load_cache(self.output / "cache")
 
     def _pretrain(self, cache: Cache) -> None:
         images = len(cache.datasets["train"])
         batch = min(32, images)
         epochs = max(2, min(50, round(self.pretraining_images / images)))
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", 1, "--mixed_precision", "no"]
-        launch += ["--num_processes", max(1, torch.cuda.device_count()), "--dynamo_backend", "no"]
         words = ["--recipe", "quickstart", "--dataset", self.output / "cache", "--output_dir", self.model_folder]
         words += ["--epochs", epochs, "--batch_size", batch, "--seed", self.seed]
-        self._command([*launch, "scripts/pretrain.py", *words])
+        if torch.cuda.device_count() > 1:
+            self._launch("pretrain", *words)
+        else:
+            self._command("pretrain", *words)
 
     def _describe(self, cache: Cache) -> dict[str, Any]:
         """Encode images with the loaded backbone, and say what the report is about."""
@@ -140,7 +143,7 @@ class Quickstart:
                 words += ["--model", self.model_folder if start == "pretrained" else "random"]
                 words += ["--architecture", self.model_folder] if start == "random" else []
                 words += ["--freeze_backbone"] if protocol == "frozen" else ["--num_train_epochs", 6]
-                self._command([sys.executable, "scripts/finetune_classification.py", *words])
+                self._command("classify", *words)
                 test = json.loads((folder / "results.json").read_text())["test"]
                 report[protocol][start] = {key: test[key] for key in ("auroc_macro", "auroc", "accuracy")}
         return report
@@ -149,13 +152,22 @@ class Quickstart:
         neighbour_sheet(self.features, self.encoded, self.output / "neighbours.png")
         return {"neighbours": "neighbours.png"}
 
-    def _command(self, words: list[Any]) -> None:
-        """Run one of the scripts as a user would, showing the command."""
-        words = [str(word) for word in words]
-        shown = ["python" if word == sys.executable else word for word in words]
-        print("$ " + shlex.join(shown).replace("python -m accelerate.commands.launch", "accelerate launch"), flush=True)
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        done = subprocess.run(words, env=environment, check=False)
+    def _command(self, *words: Any) -> None:
+        """Show a command, as a user would give it, and run it in this process."""
+        shown = [str(word) for word in words]
+        print("$ " + shlex.join(["mlvicx", *shown]), flush=True)
+        self.command(shown)
+
+    def _launch(self, name: str, *words: Any) -> None:
+        """Show a command, and run it on all GPUs, a process each."""
+        options = ["--num_machines", 1, "--num_processes", torch.cuda.device_count(), "--mixed_precision", "no"]
+        options += ["--dynamo_backend", "no", "-m", f"mlvicx_hf.commands.{name}"]
+        shown = [str(word) for word in (*options, *words)]
+        print("$ " + shlex.join(["accelerate", "launch", *shown]), flush=True)
+        environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
+        done = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *shown], env=environment, check=False
+        )
         if done.returncode:
             raise SystemExit(done.returncode)
 
@@ -201,21 +213,3 @@ def _table(results: dict[str, Any]) -> list[str]:
 
 def _number(value: float | str) -> str:
     return NOT_SCORED if isinstance(value, str) else f"{value:.3f}"
-
-
-def main() -> None:
-    """The command behind `scripts/quickstart.sh`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="your own folder of radiographs; synthetic ones otherwise")
-    parser.add_argument("--metadata", type=Path, help="table of that folder; by default metadata.csv in it, if any")
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder of the report")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pretraining_images", type=int, default=8500, help="images seen in pretraining")
-    arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    Quickstart(**vars(arguments)).run()
-
-
-if __name__ == "__main__":
-    cli.run(main)
