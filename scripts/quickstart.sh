@@ -20,4 +20,4 @@ done
 
 cd "$root"
 . scripts/setup.sh report
-exec .venv/bin/mlvicx quickstart ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m mlvicx_hf.commands quickstart ${arguments[@]+"${arguments[@]}"}
