@@ -16,7 +16,7 @@ from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import FolderCollection
 from mlvicx_hf.data.copies.deduplication import Duplicate, choose_dropped
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
-from mlvicx_hf.finetuning.training import check_splits
+from mlvicx_hf.finetuning.data import check_splits
 
 SPLITS = ("train", "train", "train", "validation", "test")
 

@@ -1,138 +1,41 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Classification on a prepared cache: a linear layer on the encoder, frozen or fine-tuned (section IV-B)."""
 
 from __future__ import annotations
 
-import csv
-import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.special import expit, softmax
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import set_seed
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import new_file, write_json
 from mlvicx_hf.data.cache.cache import Cache, load_cache
-from mlvicx_hf.data.split_files import SPLIT_FILE
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
-from mlvicx_hf.scoring.metrics import score_accuracy, score_decisions, score_labels, score_precision, youden_thresholds
+from mlvicx_hf.scoring.labels import score_accuracy, score_decisions, score_labels, score_precision, youden_thresholds
 
+from .arguments import ClassificationArguments, ClassifierArguments, LabelledDataArguments
+from .data import LabelledImages, check_splits, keep_known
+from .heads import load_config, load_for_task
 from .linear_probe import FeatureStore, LinearProbe, ProbeTrainer, prepare_probe
-from .training import (
-    SPLITS,
-    EncoderArguments,
-    FinetuningArguments,
-    LabelledDataArguments,
-    check_splits,
-    describe,
-    load_config,
-    load_for_task,
-    parse_arguments,
-    score_subgroups,
-    select_training,
-    start_run,
-    subgroups,
-    train,
-    used_images,
-)
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ClassifierArguments(EncoderArguments):
-    """Which classifier, and what of it is trained."""
-
-    pooled_levels: str | None = field(
-        default=None,
-        metadata={
-            "help": "Features of the last level or of all; by default as the model's.",
-            "choices": ["last", "all"],
-        },
-    )
-    cache_features: bool = field(
-        default=True, metadata={"help": "Frozen: encode every image once instead of once an epoch."}
-    )
-    fast_probe: bool = field(
-        default=False, metadata={"help": "Frozen, with cache_features: a plain loop in place of the Trainer."}
-    )
-    positive_weights: str = field(
-        default="none", metadata={"help": "none, or balanced: negatives over positives of each label in training."}
-    )
-
-
-@dataclass
-class ClassificationArguments(FinetuningArguments):
-    """How a classifier is trained."""
-
-    learning_rate: float | None = field(  # type: ignore[assignment]  # None is ours: by protocol
-        default=None, metadata={"help": "Peak of AdamW; by default 1e-3 for a frozen encoder, 1e-4 for fine-tuning."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.metric_for_best_model not in (None, "auroc_macro"):
-            raise UserError(f"metric_for_best_model={self.metric_for_best_model!r} found; expected auroc_macro")
-        self.metric_for_best_model = "auroc_macro"
-        super().__post_init__()
-
-
-SECTIONS = (ClassifierArguments, LabelledDataArguments, ClassificationArguments)  # of the command line
-
-
-class LabelledImages(Dataset[dict[str, Tensor]]):
-    """Images of one split as model input, with their labels; nothing random.
-
-    Args:
-        images: split of a cache.
-        processor: of the model.
-        exclusive: labels are one class an image: its index instead of the vector.
-        digest: of the cache.
-    """
-
-    def __init__(self, images: Any, processor: MLVICXImageProcessor, exclusive: bool, digest: str = "") -> None:
-        self.images, self.processor, self.exclusive, self.digest = images, processor, exclusive, digest
-        self.names: list[str] = images["source"][:]
-        self.key = f"{digest} {processor.to_json_string()}"
-
-    @property
-    def labels(self) -> Tensor:
-        """[N, L], or class indices [N]."""
-        labels = torch.tensor(self.images["labels"][:], dtype=torch.float32)
-        return labels.argmax(1) if self.exclusive else labels
-
-    def rows(self, indices: Sequence[int]) -> LabelledImages:
-        """Some of the images."""
-        return LabelledImages(self.images.select(indices), self.processor, self.exclusive, self.digest)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.images[index]
-        image: Image.Image = row["image"]
-        labels = torch.tensor(row["labels"], dtype=torch.float32)
-        pixels: Tensor = self.processor(image)["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": labels.argmax() if self.exclusive else labels}
+from .results import write_images
+from .training import Images, Task, train_with_trainer
 
 
 def load_classifier(
     arguments: ClassifierArguments, cache: Cache
 ) -> tuple[MLVICXForImageClassification, MLVICXImageProcessor]:
-    """Classifier for the labels of a cache, and its image processor.
+    """Load a classifier for the labels of a cache, and its image processor.
 
     Raises:
-        ValueError: a model of another kind, or whose encoder lacks weights.
+        UserError: a model of another kind, or whose encoder lacks weights.
     """
     config = load_config(arguments)
     names = dict(enumerate(cache.label_names))
@@ -146,31 +49,27 @@ def load_classifier(
 
 
 def balanced_weights(labels: np.ndarray) -> list[float]:
-    """Negatives over positives of each label [N, L], unknown ones (NaN) left out; 1 where either is missing."""
+    """Negatives over positives of each label [N, L], without the unknown (NaN); 1 where either is missing."""
     positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)
     return [float(n / p) if n and p else 1.0 for p, n in zip(positives, negatives, strict=True)]
 
 
 def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
-    """A cache that can be fine-tuned on; of exclusive classes only the images whose class is known.
+    """Open a cache to classify; of exclusive classes without the images whose class is unknown.
 
     Raises:
-        ValueError: no labels, a split that is missing, or a validation split on which nothing can be scored.
+        UserError: no labels, a split that is missing, or a validation split on which nothing can be scored.
     """
     cache = load_cache(path)
     if not cache.label_names:
         raise UserError(f"{path} has no labels; expected some: prepare it with --metadata that has label columns")
     check_splits(cache, allow_leak)
     if cache.exclusive:
-        for split, images in cache.datasets.items():
-            known = [i for i, labels in enumerate(images["labels"]) if not math.isnan(labels[0])]
-            if len(known) < len(images):
-                logger.warning("%d images of %s have no class and are left out", len(images) - len(known), split)
-                cache.datasets[split] = images.select(known)
-            if not known:
-                raise UserError(f"{path}: no image of {split} has a known class")
-    labels = np.array(cache.datasets["validation"]["labels"], dtype=np.float64)
-    if not any(len(np.unique(column[~np.isnan(column)])) > 1 for column in labels.T):
+        labels = {split: images["labels"] for split, images in cache.datasets.items()}
+        known = {split: [i for i, row in enumerate(rows) if not math.isnan(row[0])] for split, rows in labels.items()}
+        cache = keep_known(cache, known, "class")
+    table = np.array(cache.datasets["validation"]["labels"], dtype=np.float64)
+    if not any(len(np.unique(column[~np.isnan(column)])) > 1 for column in table.T):
         raise UserError(
             f"{path}: no label has both values in the validation split, so no epoch can be chosen by it; "
             "expected more images (--max_images of prepare_data.py?), or another --seed there"
@@ -178,172 +77,161 @@ def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
     return cache
 
 
-class Scorer:
-    """Metrics of a split from logits and labels, for the Trainer and for the results.
+def score_logits(logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str], exclusive: bool) -> dict[str, Any]:
+    """Score the images of a split. Exclusive classes are scored one against the rest by their probability.
 
     Args:
-        label_names: one a column.
-        exclusive: labels arrive as class indices.
+        logits: [N, L].
+        labels: [N, L], 1, 0 or NaN; of exclusive classes the indices [N].
+        label_names: the L names.
+        exclusive: whether every image has exactly one of the labels.
+
+    Returns:
+        `auroc_macro`, `auroc` by label, `num_scored_labels`, `auprc_macro`, `auprc` by label, `accuracy`.
     """
-
-    def __init__(self, label_names: tuple[str, ...], exclusive: bool) -> None:
-        self.names, self.exclusive = list(label_names), exclusive
-
-    def __call__(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """`auroc_macro`, `auroc` by label, `num_scored_labels`, `auprc_macro`, `auprc` by label, `accuracy`.
-
-        Exclusive classes are scored one against the rest by their probability, as `write_predictions` writes it.
-        """
-        table = np.eye(len(self.names))[labels.astype(int)] if self.exclusive else labels
-        scores = softmax(logits.astype(np.float64), axis=1) if self.exclusive else logits.astype(np.float64)
-        references = table.astype(np.float64)
-        # What the classes of `metrics` compute, without the tables that `evaluate` writes: this runs every epoch.
-        return (
-            score_labels(scores, references, self.names)
-            | score_precision(scores, references, self.names)
-            | score_accuracy(scores, references, self.exclusive)
-        )
-
-    def for_trainer(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The scalars alone."""
-        scores = self(prediction.predictions, prediction.label_ids)  # type: ignore[arg-type]  # arrays, here
-        return {k: v for k, v in scores.items() if isinstance(v, (int, float))}
+    table = np.eye(len(label_names))[labels.astype(int)] if exclusive else labels
+    scores = softmax(logits.astype(np.float64), axis=1) if exclusive else logits.astype(np.float64)
+    references = table.astype(np.float64)
+    return (
+        score_labels(scores, references, label_names)
+        | score_precision(scores, references, label_names)
+        | score_accuracy(scores, references, exclusive)
+    )
 
 
-def choose_thresholds(cache: Cache, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any] | None:
-    """Decision thresholds from the validation split, as they are saved with the model; None for exclusive classes."""
-    if cache.exclusive:
-        return None
-    probabilities = torch.from_numpy(np.asarray(logits)).double().sigmoid().numpy()
-    return {
-        "values": youden_thresholds(probabilities, labels, cache.label_names),
-        "criterion": "youden",
-        "split": "validation",
-        "split_hash": cache.manifest["split_hash"],
-        "data_hash": cache.manifest["data_hash"],
-    }
+@dataclass(frozen=True)
+class Classified:
+    """Logits [N, L] of the images of a split, their labels, and how both are scored: see `score_logits`."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+    label_names: Sequence[str]
+    exclusive: bool
+
+    def scores(self, rows: Any = slice(None)) -> dict[str, Any]:
+        """Scores of some of the images."""
+        return score_logits(self.logits[rows], self.labels[rows], self.label_names, self.exclusive)
 
 
-def finetune(
-    model_arguments: ClassifierArguments,
-    data_arguments: LabelledDataArguments,
-    arguments: ClassificationArguments,
-    store: FeatureStore | None = None,
-) -> dict[str, Any]:
-    """Train a classifier, restore its best epoch, test it once, and write model and `results.json`.
+class Classification(Task):
+    """Train a classifier.
 
     Args:
-        model_arguments: which model, and what of it is trained.
-        data_arguments: on which images.
+        encoder: which model, and what of it is trained.
+        data: on which images.
         arguments: how.
         store: features of a frozen encoder that several runs share.
 
-    Returns:
-        The content of `results.json`.
-
     Raises:
-        FileExistsError: an output folder that is not empty.
-        ValueError: a cache without labels or splits, or a model that does not fit.
+        UserError: arguments that do not fit one another.
     """
-    output = start_run(arguments)
-    if model_arguments.positive_weights not in ("none", "balanced"):
-        raise UserError(f"positive_weights={model_arguments.positive_weights!r} found; expected none or balanced")
-    frozen = model_arguments.freeze_backbone
-    if model_arguments.fast_probe and not (frozen and model_arguments.cache_features):
-        raise UserError("fast_probe found for a classifier that is not frozen; expected freeze_backbone as well")
-    if arguments.learning_rate is None:
-        arguments.learning_rate = 1e-3 if frozen else 1e-4
-    cache = load_labelled_cache(data_arguments.dataset, data_arguments.allow_leak)
-    select_training(cache, data_arguments, arguments.seed)
-    set_seed(arguments.seed)
-    model, processor = load_classifier(model_arguments, cache)
-    splits: Mapping[str, Dataset[Any]] = {
-        split: LabelledImages(cache.datasets[split], processor, cache.exclusive, cache.digest) for split in SPLITS
-    }
-    trained: nn.Module = model
-    prepare: Callable[[Dataset[Any]], Dataset[Any]] = _unchanged
-    if frozen:
-        batch = arguments.per_device_eval_batch_size
-        trained, prepare = prepare_probe(
-            model, splits["train"], model_arguments.cache_features, batch, arguments.device, store
-        )
-    chosen_on = {split: prepare(splits[split]) for split in ("train", "validation")}
-    scorer = Scorer(cache.label_names, cache.exclusive)
-    arguments.output_dir = str(output / "trainer")
-    patients = cache.datasets["train"]["patient_id"][:] if data_arguments.patient_balanced else None
-    trainer: Trainer | ProbeTrainer
-    if model_arguments.fast_probe and isinstance(trained, LinearProbe):
-        trainer = ProbeTrainer(trained, chosen_on, arguments, scorer.for_trainer, patients)
-        trainer.train()
-    else:
-        trainer = train(trained, chosen_on, arguments, scorer.for_trainer, patients)
-    chosen, chosen_labels = _predict(trainer, chosen_on["validation"])
-    thresholds = choose_thresholds(cache, chosen, chosen_labels)
-    model.config.decision_thresholds = thresholds
-    # Everything is chosen. Only now is the test split looked at, once.
-    logits, labels = _predict(trainer, prepare(splits["test"]))
-    if isinstance(trained, LinearProbe):
-        trained.fold()
-    test = scorer(logits, labels)
-    if thresholds is not None:
-        probabilities = expit(logits.astype(np.float64))
-        test["decisions"] = score_decisions(probabilities, labels, thresholds["values"])
-    groups = score_subgroups(cache.datasets["test"], lambda rows: scorer(logits[rows], labels[rows]))
-    results = {
-        "task": "classification",
-        "labels": list(cache.label_names),
-        "validation": scorer(chosen, chosen_labels),
-        "test": test | {"subgroups": groups},
-        "thresholds": thresholds,
-    } | describe(cache, model_arguments, data_arguments, arguments, trainer.state)
-    results["hyperparameters"] |= {
-        "positive_weights": model_arguments.positive_weights,
-        "cache_features": frozen and model_arguments.cache_features,
-        "fast_probe": model_arguments.fast_probe,
-        "pooled_levels": model.config.pooled_levels,
-    }
-    if trainer.is_world_process_zero():
-        model.save_pretrained(output)
-        processor.save_pretrained(output)
-        write_predictions(output / "test_predictions.csv", cache, logits)
-        (output / SPLIT_FILE).write_text(used_images(cache), encoding="utf-8")
-        write_json(output / "results.json", results)
-        shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    return results
 
+    name = "classification"
+    encoder: ClassifierArguments
 
-def _unchanged(images: Dataset[Any]) -> Dataset[Any]:
-    return images
+    def __init__(
+        self,
+        encoder: ClassifierArguments,
+        data: LabelledDataArguments,
+        arguments: ClassificationArguments,
+        store: FeatureStore | None = None,
+    ) -> None:
+        super().__init__(encoder, data, arguments)
+        if encoder.positive_weights not in ("none", "balanced"):
+            raise UserError(f"positive_weights={encoder.positive_weights!r} found; expected none or balanced")
+        if encoder.fast_probe and not (encoder.freeze_backbone and encoder.cache_features):
+            raise UserError("fast_probe found for a classifier that is not frozen; expected freeze_backbone as well")
+        self.learning_rate = 1e-3 if encoder.freeze_backbone else 1e-4
+        self.store = store
 
+    def _load_cache(self) -> Cache:
+        return load_labelled_cache(self.data.dataset, self.data.allow_leak)
 
-def _predict(trainer: Trainer | ProbeTrainer, images: Dataset[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels of a split."""
-    done = trainer.predict(images)
-    return np.asarray(done.predictions), np.asarray(done.label_ids)
+    def _load_model(self) -> tuple[MLVICXForImageClassification, MLVICXImageProcessor]:
+        return load_classifier(self.encoder, self.cache)
+
+    def _images(self, split: str) -> LabelledImages:
+        cache = self.cache
+        return LabelledImages(cache.datasets[split], self.processor, cache.exclusive, cache.digest)
+
+    def _prepare(self, training: Images) -> tuple[nn.Module, Callable[[Images], Images]]:
+        if not self.encoder.freeze_backbone:
+            return self.model, lambda images: images
+        batch_size, device = self.settings.per_device_eval_batch_size, self.settings.device
+        return prepare_probe(self.model, training, self.encoder.cache_features, batch_size, device, self.store)
+
+    def _train(
+        self, trained: nn.Module, splits: Mapping[str, Images], patients: Sequence[str] | None
+    ) -> Trainer | ProbeTrainer:
+        how = (splits, self.settings, self.arguments.patience, self._scalars, patients)
+        if isinstance(trained, LinearProbe) and self.encoder.fast_probe:
+            return ProbeTrainer(trained, *how).train()
+        return train_with_trainer(trained, *how)
+
+    def _scalars(self, prediction: EvalPrediction) -> dict[str, float]:
+        scores = self._outcome(prediction).scores()
+        return {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+
+    def _outcome(self, found: Any) -> Classified:
+        logits, labels = np.asarray(found.predictions), np.asarray(found.label_ids)
+        return Classified(logits, labels, self.cache.label_names, self.cache.exclusive)
+
+    def _evaluate(self, trainer: Trainer | ProbeTrainer, images: Images) -> Classified:
+        return self._outcome(trainer.predict(images))
+
+    def _choose(self, validation: Classified) -> dict[str, Any]:
+        """Choose decision thresholds, which are saved with the model; exclusive classes have none."""
+        if self.cache.exclusive:
+            return {"thresholds": None}
+        probabilities = torch.from_numpy(validation.logits).double().sigmoid().numpy()
+        self.model.config.decision_thresholds = {
+            "values": youden_thresholds(probabilities, validation.labels, self.cache.label_names),
+            "criterion": "youden",
+            "split": "validation",
+            "split_hash": self.cache.manifest["split_hash"],
+            "data_hash": self.cache.manifest["data_hash"],
+        }
+        return {"thresholds": self.model.config.decision_thresholds}
+
+    def _results(self, validation: Classified, test: Classified) -> dict[str, Any]:
+        thresholds, scores = self.model.config.decision_thresholds, test.scores()
+        if thresholds is not None:
+            probabilities = expit(test.logits.astype(np.float64))
+            scores["decisions"] = score_decisions(probabilities, test.labels, thresholds["values"])
+        return {
+            "labels": list(self.cache.label_names),
+            "validation": validation.scores(),
+            "test": scores,
+            "hyperparameters": {
+                "positive_weights": self.encoder.positive_weights,
+                "cache_features": self.encoder.freeze_backbone and self.encoder.cache_features,
+                "fast_probe": self.encoder.fast_probe,
+                "pooled_levels": self.model.config.pooled_levels,
+            },
+        }
+
+    def _write_test(self, folder: Path, test: Classified) -> None:
+        write_predictions(folder / "test_predictions.csv", self.cache, test.logits)
 
 
 def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:
-    """One row a test image: source, patient, view, sex, age band, and of every label its truth and its probability."""
-    scores = torch.from_numpy(np.asarray(logits)).double()
+    """Write one row a test image: who and what it is, and of every label its truth and its probability."""
+    scores = torch.from_numpy(logits).double()
     probabilities = scores.softmax(1) if cache.exclusive else scores.sigmoid()
     test = cache.datasets["test"]
     columns = [f"{kind}:{name}" for kind in ("label", "probability") for name in cache.label_names]
-    groups = subgroups(test)
-    with new_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["source", "patient_id", *groups, *columns])
-        about = zip(test["source"], test["patient_id"], *groups.values(), strict=True)
-        for facts, labels, row in zip(about, test["labels"], probabilities.tolist(), strict=True):
-            known = ["" if value != value else int(value) for value in labels]
-            writer.writerow([*facts, *known, *(f"{value:.10g}" for value in row)])
+    rows = (
+        [*("" if math.isnan(label) else int(label) for label in labels), *(f"{value:.10g}" for value in row)]
+        for labels, row in zip(test["labels"], probabilities.tolist(), strict=True)
+    )
+    write_images(path, test, columns, rows)
 
 
-def main() -> None:
-    """The command `scripts/finetune_classification.py`."""
-    model, data, arguments = parse_arguments("classification", SECTIONS)
-    results = finetune(model, data, arguments)
-    if arguments.process_index != 0:
-        return
-    test = results["test"]
-    for name, value in [("macro", test["auroc_macro"]), *test["auroc"].items()]:
-        print(f"test AUROC {name:24s} {value if isinstance(value, str) else f'{value:.4f}'}")
+def finetune_classifier(
+    encoder: ClassifierArguments,
+    data: LabelledDataArguments,
+    arguments: ClassificationArguments,
+    store: FeatureStore | None = None,
+) -> dict[str, Any]:
+    """Train a classifier and test it once: see `Classification`."""
+    return Classification(encoder, data, arguments, store).finetune()

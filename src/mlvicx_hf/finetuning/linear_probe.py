@@ -1,3 +1,4 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The frozen protocol: a linear layer on features that are computed once."""
 
 from __future__ import annotations
@@ -6,14 +7,14 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
-from transformers import EvalPrediction, Trainer, TrainerState, get_scheduler
+from transformers import EvalPrediction, Trainer, TrainerState, TrainingArguments, get_scheduler
 from transformers.trainer_utils import PredictionOutput
 
 from mlvicx_hf.common.errors import UserError
@@ -22,7 +23,7 @@ from mlvicx_hf.data.reading.sampling import PatientBalancedSampler
 from mlvicx_hf.encoders.features import encode
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXModel
 
-from .training import FinetuningArguments
+from .data import LabelledImages
 
 
 class LinearProbe(nn.Module):
@@ -84,46 +85,25 @@ class FeatureStore:
         self.encoders: dict[str, dict[str, Tensor]] = {}
 
     def encode(
-        self, encoder: MLVICXModel, images: LabelledFeatureSource, batch_size: int, device: torch.device
+        self, encoder: MLVICXModel, images: LabelledImages, batch_size: int, device: torch.device
     ) -> dict[str, Tensor]:
-        """As `probing.encode`, for images that tell their names and can be asked for some of their rows.
+        """Encode images as `encoders.features.encode` does, but each of them once.
 
         Args:
             encoder: on that device.
-            images: with `key` (data and preparation), `names`, `labels` and `rows(indices)`.
+            images: of one split of a cache.
             batch_size: images encoded at a time.
             device: of the encoder.
         """
         known = self.encoders.setdefault(f"{_hash_of(encoder)} {images.key}", {})
         lacking = [row for row, name in enumerate(images.names) if name not in known]
-        wanted = encoder.config.pooled_levels
         if lacking:
-            encoder.config.pooled_levels = "all"
-            try:
-                found = encode(encoder, images.rows(lacking), batch_size, device)["features"]
-            finally:
-                encoder.config.pooled_levels = wanted
+            found = encode(encoder, images.rows(lacking), batch_size, device, levels="all")["features"]
             known.update(zip((images.names[row] for row in lacking), found, strict=True))
         features = torch.stack([known[name] for name in images.names])
-        last = features[:, -encoder.channels[-1] :].contiguous()
-        return {"features": features if wanted == "all" else last, "labels": images.labels}
-
-
-class LabelledFeatureSource(Protocol):
-    """What a `FeatureStore` asks of a data set."""
-
-    key: str
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Of the images, each another one."""
-
-    @property
-    def labels(self) -> Tensor:
-        """One row an image."""
-
-    def rows(self, indices: Sequence[int]) -> Dataset[dict[str, Tensor]]:
-        """Some of the images."""
+        if encoder.config.pooled_levels == "last":
+            features = features[:, -encoder.channels[-1] :].contiguous()
+        return {"features": features, "labels": images.labels}
 
 
 def _hash_of(encoder: MLVICXModel) -> str:
@@ -184,14 +164,15 @@ class _Features(Dataset[dict[str, Tensor]]):
 
 
 class ProbeTrainer:
-    """`finetuning.train` for a probe on features in memory, without what a step of the Trainer costs.
+    """`train_with_trainer` for a probe on features in memory, without what a step of the Trainer costs.
 
     Optimiser, schedule, batches, clipping and early stopping are the Trainer's; the order of the images is another one.
 
     Args:
         probe: trained in place.
         splits: "train" and "validation", from `prepare_probe`.
-        arguments: of the Trainer.
+        settings: of the Trainer.
+        patience: epochs without a better score, after which training stops.
         compute_metrics: scores of the validation split, `metric_for_best_model` among them.
         patients: patient of each training image, to draw all of them equally often.
 
@@ -203,38 +184,39 @@ class ProbeTrainer:
         self,
         probe: LinearProbe,
         splits: Mapping[str, Dataset[Any]],
-        arguments: FinetuningArguments,
+        settings: TrainingArguments,
+        patience: int,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]],
         patients: Sequence[str] | None = None,
     ) -> None:
         for name, expected in {"gradient_accumulation_steps": 1, "max_steps": -1, "bf16": False, "fp16": False}.items():
-            if getattr(arguments, name) != expected:
-                raise UserError(f"{name}={getattr(arguments, name)} found with fast_probe; expected {expected}")
-        self.probe, self.splits, self.arguments = probe, splits, arguments
+            if getattr(settings, name) != expected:
+                raise UserError(f"{name}={getattr(settings, name)} found with fast_probe; expected {expected}")
+        self.probe, self.splits, self.settings, self.patience = probe, splits, settings, patience
         self.compute_metrics, self.patients = compute_metrics, patients
         self.state = TrainerState()
-        self.device = arguments.device
 
-    def train(self) -> None:
+    def train(self) -> ProbeTrainer:
         """Train, and restore the best epoch."""
-        arguments = self.arguments
+        settings = self.settings
         features, labels = self._tensors(self.splits["train"])
-        total = math.ceil(arguments.num_train_epochs * -(-len(labels) // arguments.train_batch_size))
-        self.probe.to(self.device)
+        total = math.ceil(settings.num_train_epochs * -(-len(labels) // settings.train_batch_size))
+        self.probe.to(self.settings.device)
         optimizer, scheduler = self._optimizer(total)
         best: dict[str, Tensor] = {}
-        with progress_bar(math.ceil(arguments.num_train_epochs), "training", "epoch") as bar:
+        with progress_bar(math.ceil(settings.num_train_epochs), "training", "epoch") as bar:
             for epoch, order in enumerate(self._orders(len(labels))):
-                for rows in order.split(arguments.train_batch_size)[: total - self.state.global_step]:
+                for rows in order.split(settings.train_batch_size)[: total - self.state.global_step]:
                     self._step(features[rows], labels[rows], optimizer)
                     scheduler.step()
                     self.state.global_step += 1
                 if self._is_best(epoch + 1):
                     best = {name: value.clone() for name, value in self.probe.state_dict().items()}
                 bar.update()
-                if epoch + 1 - self._best_epoch >= arguments.patience or self.state.global_step == total:
+                if epoch + 1 - self._best_epoch >= self.patience or self.state.global_step == total:
                     break
         self.probe.load_state_dict(best)
+        return self
 
     def predict(self, images: Dataset[Any]) -> PredictionOutput:
         """Logits and labels of features in memory."""
@@ -247,53 +229,53 @@ class ProbeTrainer:
 
     def is_world_process_zero(self) -> bool:
         """Whether this process writes the results."""
-        return self.arguments.process_index == 0
+        return self.settings.process_index == 0
 
     def _tensors(self, images: Any) -> tuple[Tensor, Tensor]:
         features, labels = images.rows.tensors
-        return features.to(self.device), labels.to(self.device)
+        return features.to(self.settings.device), labels.to(self.settings.device)
 
     def _orders(self, images: int) -> Iterator[Tensor]:
         """Rows of every epoch, in the Trainer's order."""
-        arguments = self.arguments
+        settings = self.settings
         sampler: Any
         if self.patients is None:
-            seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+            seed = settings.seed if settings.data_seed is None else settings.data_seed
             sampler = SeedableRandomSampler(range(images), generator=torch.Generator(), data_seed=seed)
         else:
-            sampler = PatientBalancedSampler(self.patients, arguments.seed)
+            sampler = PatientBalancedSampler(self.patients, settings.seed)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             yield torch.tensor(list(sampler))
 
     def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        arguments, layer = self.arguments, self.probe.classifier
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        settings, layer = self.settings, self.probe.classifier
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(settings)
         groups = [
-            {"params": [layer.weight], "weight_decay": arguments.weight_decay},
+            {"params": [layer.weight], "weight_decay": settings.weight_decay},
             {"params": [layer.bias], "weight_decay": 0.0},
         ]
         optimizer = kind(groups, **options)
         scheduler = get_scheduler(
-            arguments.lr_scheduler_type,
+            settings.lr_scheduler_type,
             optimizer,
-            arguments.get_warmup_steps(total),
+            settings.get_warmup_steps(total),
             total,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]  # parsed, no text any more
+            scheduler_specific_kwargs=settings.lr_scheduler_kwargs,  # type: ignore[arg-type]  # parsed, no text any more
         )
         return optimizer, scheduler
 
     def _step(self, features: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer) -> None:
         self.probe(features, labels=labels)["loss"].backward()
-        if self.arguments.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(self.probe.classifier.parameters(), self.arguments.max_grad_norm)
+        if self.settings.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.probe.classifier.parameters(), self.settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     def _is_best(self, epoch: int) -> bool:
         """Score the validation split after an epoch; whether no epoch before was as good."""
         done = self.predict(self.splits["validation"])
-        metric = str(self.arguments.metric_for_best_model)
+        metric = str(self.settings.metric_for_best_model)
         score = self.compute_metrics(EvalPrediction(done.predictions, done.label_ids))[metric]  # type: ignore[arg-type]  # arrays, here
         self.state.epoch = float(epoch)
         row = {"step": self.state.global_step, "epoch": float(epoch), f"eval_{metric}": score}

@@ -1,0 +1,128 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a run writes of its scores: subgroups, a table of the test images, and what made the result."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerState, TrainingArguments
+
+from mlvicx_hf.common.files import new_file
+from mlvicx_hf.common.machine import describe_hardware
+from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.data.cache.cache import Cache
+
+from .arguments import EncoderArguments, LabelledDataArguments
+from .data import used_images
+
+AGE_BANDS = ("0-17", "18-39", "40-64", "65+")
+AGE_LIMITS = (18, 40, 65)  # years at which the next band begins
+
+
+def describe_run(
+    cache: Cache,
+    encoder: EncoderArguments,
+    data: LabelledDataArguments,
+    settings: TrainingArguments,
+    patience: int,
+    state: TrainerState,
+) -> dict[str, Any]:
+    """Which model, split, seed, data, code and machine made a result."""
+    counts = {
+        split: {"images": len(images), "patients": len(set(images["patient_id"]))}
+        for split, images in cache.datasets.items()
+    }
+    best = state.best_global_step
+    score = f"eval_{settings.metric_for_best_model}"
+    epochs = {int(row["step"]): row["epoch"] for row in state.log_history if score in row}
+    about = {name: cache.manifest[name] for name in ("collection", "synthetic", "policy", "data_hash", "split_hash")}
+    return {
+        "protocol": "frozen" if encoder.freeze_backbone else "finetuned",
+        "model": encoder.model,
+        "architecture": encoder.architecture,
+        "drop_context": encoder.drop_context,
+        "label_fraction": data.label_fraction,
+        "seed": settings.seed,
+        "counts": counts,
+        "data": {"cache": data.dataset}
+        | about
+        | {
+            "used_hash": hashlib.sha256(used_images(cache).encode()).hexdigest(),
+            "copies_across_splits": cache.manifest["duplicates"]["across_splits"],
+        },
+        "hyperparameters": {
+            "learning_rate": settings.learning_rate,
+            "batch_size": settings.train_batch_size * settings.world_size,
+            "max_epochs": settings.num_train_epochs,
+            "weight_decay": settings.weight_decay,
+            "patience": patience,
+            "patient_balanced": data.patient_balanced,
+        },
+        "epochs_trained": state.epoch,
+        "best_epoch": epochs.get(best or -1),
+        "hardware": describe_hardware(settings.device, settings.world_size),
+        "code": code_version(),
+    }
+
+
+def subgroups(images: Any) -> dict[str, np.ndarray]:
+    """View, sex and age band of every image of a split, [N] names each; "" where they are unknown."""
+    ages = np.array(images["age"], dtype=np.float64)
+    known = ~np.isnan(ages)
+    bands = np.full(len(ages), "", dtype=object)
+    bands[known] = np.array(AGE_BANDS, dtype=object)[np.searchsorted(AGE_LIMITS, ages[known], side="right")]
+    columns = {kind: np.array(images[kind], dtype=object) for kind in ("view", "sex")}
+    columns["view"][columns["view"] == "UNKNOWN"] = ""
+    return columns | {"age": bands}
+
+
+def score_subgroups(images: Any, score: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
+    """Score the images of each view, sex and age band.
+
+    Args:
+        images: split of a cache.
+        score: gives the scores of some of its rows.
+
+    Returns:
+        {"view": {"PA": {"images", "patients", …scores}}, …}, without the kinds that have a single group. An image whose
+        group is unknown is in none.
+    """
+    patients = np.array(images["patient_id"])
+    found: dict[str, Any] = {}
+    for kind, names in subgroups(images).items():
+        present = sorted(set(names.tolist()) - {""}, key=_place)
+        if len(present) < 2:
+            continue
+        found[kind] = {}
+        for name in present:
+            rows = np.flatnonzero(names == name)
+            counts = {"images": len(rows), "patients": len(set(patients[rows].tolist()))}
+            found[kind][name] = counts | score(rows)
+    return found
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Age bands in their order, other names by the alphabet."""
+    return (AGE_BANDS.index(name) if name in AGE_BANDS else 0), name
+
+
+def write_images(path: Path, images: Any, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write one row an image: source, patient, view, sex, age band, and further columns.
+
+    Args:
+        path: CSV file.
+        images: split of a cache.
+        columns: names of the further columns.
+        rows: their values, one row an image.
+    """
+    groups = subgroups(images)
+    about = zip(images["source"], images["patient_id"], *groups.values(), strict=True)
+    with new_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["source", "patient_id", *groups, *columns])
+        writer.writerows([*facts, *row] for facts, row in zip(about, rows, strict=True))
