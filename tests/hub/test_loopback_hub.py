@@ -325,29 +325,36 @@ def test_an_unknown_request_is_kept():
         assert hub.requests == [("GET", "/api/spaces/org/space", 501), ("POST", "/api/whoami-v2", 501)]
 
 
-def test_transformers_pushes_and_loads_a_model(published: Published, tmp_path: Path):
-    model = MLVICXModel(tiny_config())
-    model.save_pretrained(tmp_path / "model")
-    MLVICXImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+def test_push_to_hub_simply_works(published: Published, tmp_path: Path):
+    """With and without the package, in shards, on a branch, and into a repository with hashes of an older version."""
+    MLVICXModel(tiny_config()).save_pretrained(tmp_path / "model")
+    MLVICXImageProcessor(image_size=32).save_pretrained(tmp_path / "model")
     code = """
         import mlvicx_hf, torch
         from transformers import AutoImageProcessor, AutoModel
 
+        def same(copy):
+            return all(torch.equal(tensor, copy.state_dict()[name]) for name, tensor in model.state_dict().items())
+
         api.create_repo("org/tiny")
         api.upload_folder(repo_id="org/tiny", folder_path=sys.argv[1])
         model, processor = AutoModel.from_pretrained("org/tiny"), AutoImageProcessor.from_pretrained("org/tiny")
-        model.push_to_hub("org/copy", private=True)
+        api.create_repo("org/copy", private=True)
+        hashes = ("0" * 64 + "  model.safetensors").encode()
+        api.upload_file(repo_id="org/copy", path_or_fileobj=hashes, path_in_repo="SHA256SUMS")
+        model.push_to_hub("org/copy")
         processor.push_to_hub("org/copy")
-        copy = AutoModel.from_pretrained("org/copy")
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, copy.state_dict()[name]), name
+        model.push_to_hub("org/copy", revision="shards", max_shard_size="500KB")
+        assert same(AutoModel.from_pretrained("org/copy"))
+        assert same(AutoModel.from_pretrained("org/copy", revision="shards", cache_dir=sys.argv[1] + "/cache"))
+        assert same(AutoModel.from_pretrained("org/copy", local_files_only=True))
         errors = {}
         for name, options in {"org/absent": {}, "org/tiny": {"revision": "absent"}}.items():
             try:
                 AutoModel.from_pretrained(name, **options)
             except OSError as error:
                 errors[name] = str(error)
-        print(json.dumps([type(copy).__name__, type(processor).__name__, errors]))
+        print(json.dumps([type(model).__name__, type(processor).__name__, errors]))
     """
     kind, processor, errors = run(published.hub, tmp_path / "cache", code, tmp_path / "model")
     assert (kind, processor) == ("MLVICXModel", "MLVICXImageProcessor")
@@ -355,7 +362,23 @@ def test_transformers_pushes_and_loads_a_model(published: Published, tmp_path: P
     assert "absent is not a valid git identifier" in errors["org/tiny"]
     copy = published.hub.repositories["org/copy"]
     assert copy.private
-    assert {"config.json", "preprocessor_config.json", WEIGHTS} <= set(copy.at("main").files)
+    assert {"config.json", "preprocessor_config.json", "modeling_mlvicx.py", WEIGHTS} <= set(copy.at("main").files)
+    assert len([name for name in copy.at("shards").files if name.endswith(".safetensors")]) > 1
+
+    code = """
+        sys.modules["mlvicx_hf"] = None
+        from transformers import AutoImageProcessor, AutoModel
+
+        trust = {"trust_remote_code": True}
+        for revision in ("main", "shards"):
+            model = AutoModel.from_pretrained("org/copy", revision=revision, **trust)
+        processor = AutoImageProcessor.from_pretrained("org/copy", **trust)
+        model.push_to_hub("org/again")  # as the repository's own classes do
+        processor.push_to_hub("org/again")
+        model, processor = (auto.from_pretrained("org/again", **trust) for auto in (AutoModel, AutoImageProcessor))
+        print(json.dumps([type(thing).__module__.split(".")[0] for thing in (model, processor)]))
+    """
+    assert run(published.hub, tmp_path / "remote", code) == ["transformers_modules"] * 2
 
 
 def test_a_fault_of_the_server_is_kept():

@@ -568,10 +568,3 @@ def test_models_that_cannot_be_used(classifier: Path, images: Path, tmp_path: Pa
             predict(str(tmp_path / name), images, tmp_path / "out.csv", **OPTIONS)
         assert name in str(caught.value)
         assert not any(path.name.startswith(("out", ".out")) for path in tmp_path.iterdir())
-
-
-def test_published_hashes_are_checked(classifier: Path, images: Path, tmp_path: Path):
-    source = Path(shutil.copytree(classifier, tmp_path / "model"))
-    (source / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
-    with pytest.raises(OSError, match=r"model\.safetensors is damaged"):
-        predict(str(source), images, tmp_path / "out.csv", **OPTIONS)

@@ -13,13 +13,12 @@ from torch import Tensor
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import sha256
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
-from mlvicx_hf.models.integrity_mlvicx import SUMS
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXModel
 
 from .loading import check_source, load_model, saved_class
 
 WEIGHTS = "model*.safetensors"  # one file, or shards
-FILES = ["*.json", WEIGHTS, SUMS]  # of a repository; no code
+FILES = ["*.json", WEIGHTS]  # of a repository; no code
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ This file travels to the Hub beside the model, so it imports nothing from the pa
 """
 
 import functools
+from os import PathLike
 from typing import Any
 
 import timm
@@ -12,6 +13,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+
+from .hub_mlvicx import AUTO_MAP, save_code
 
 
 @functools.cache
@@ -125,6 +128,13 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         if found != cls.model_type:
             raise ValueError(f"configuration of a {found!r} model found; expected one of {cls.model_type!r}")
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As of the base class. A configuration that names its code, in `auto_map`, is saved with the code."""
+        if getattr(self, "auto_map", None):  # which transformers sets without declaring it
+            self.auto_map = dict(AUTO_MAP)
+            save_code(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def validate_ranges(self) -> None:
         """Check every number and choice; `strict` calls it after the types."""

@@ -7,6 +7,8 @@ This file travels to the Hub beside the model, so it imports nothing from the pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+from .hub_mlvicx import IMAGE_PROCESSOR_AUTO_MAP, save_code
 
 FITS = ("pad", "squash", "crop")
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, what PIL's mode "L" uses
@@ -206,6 +210,18 @@ class MLVICXImageProcessor(BaseImageProcessor):
         self.image_mean = image_mean
         self.image_std = image_std
         self.fit = fit
+
+    def to_json_file(self, json_file_path: str | PathLike[str]) -> None:
+        """As of the base class. A processor that names its code, in `auto_map`, is saved with the code."""
+        if getattr(self, "auto_map", None):  # which transformers sets without declaring it
+            self.auto_map = dict(IMAGE_PROCESSOR_AUTO_MAP)
+            save_code(Path(json_file_path).parent)
+        super().to_json_file(json_file_path)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the base class. The code goes along, so that it also loads where this package is not installed."""
+        self.auto_map = dict(IMAGE_PROCESSOR_AUTO_MAP)
+        return super().push_to_hub(*args, **kwargs)
 
     def normalize(self, unit: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # constants are the processor's own
         """Grey values in [0, 1], [..., 1, H, W], to model input [..., num_channels, H, W]."""

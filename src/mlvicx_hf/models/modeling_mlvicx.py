@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import HTTPError  # of the HTTP library that the client uses
 from safetensors import SafetensorError
 from timm.layers import Format
 from timm.models import FeatureListNet
@@ -32,7 +32,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mlvicx import MLVICXConfig
-from .integrity_mlvicx import SUMS, check_weights
+from .hub_mlvicx import AUTO_MAP, check_download
 from .loss_mlvicx import LossTerms, segmentation_loss, variance_covariance_loss
 
 
@@ -246,24 +246,37 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of the base class, after a check of the weights against the published hashes.
+        """As of the base class, with one kind of error for weights that are not whole.
 
         Raises:
             OSError: weights that are damaged, absent or not reachable.
             ValueError: a model of another type.
         """
         source = pretrained_model_name_or_path
-        if source is not None and kwargs.get("state_dict") is None and check_weights(source, **kwargs):
-            kwargs.pop("force_download", None)  # what was just downloaded and checked is what is loaded
         try:
             return super().from_pretrained(source, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(f"{source}: damaged weights: {error}; expected a whole safetensors file") from error
+        except (HTTPError, OSError) as error:
+            for reason in (error, error.__cause__):
+                if isinstance(reason, HTTPError) and not isinstance(reason, OSError):
+                    raise OSError(f"{source}: the download of the weights broke off ({reason}); try again") from error
+            raise
 
-    def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
-        """As of the base class; published hashes in that folder, which then no longer hold, are removed."""
-        Path(save_directory, SUMS).unlink(missing_ok=True)
-        super().save_pretrained(save_directory, *args, **kwargs)
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of the base class, after a check of what was downloaded."""
+        for file in checkpoint_files or []:
+            check_download(Path(file))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the base class. The code goes along, so that the model also loads where this package is not installed.
+
+        Push the image processor, too.
+        """
+        self.config.auto_map = dict(AUTO_MAP)  # which makes the configuration save the code
+        return super().push_to_hub(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
