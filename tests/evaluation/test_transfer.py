@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import accuracy_score, roc_auc_score
-from transformers import HfArgumentParser
 
 from mlvicx_hf import MLVICXForImageClassification, MLVICXForPreTraining, MLVICXImageProcessor
+from mlvicx_hf.commands.classify import parse_classification
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.copies.duplicates import perceptual_hash
 from mlvicx_hf.data.vocabulary import match
@@ -26,8 +26,7 @@ from mlvicx_hf.encoders.inference import load
 from mlvicx_hf.evaluation.overlap import Training, check_overlap, read_training
 from mlvicx_hf.evaluation.statistics import compare_runs
 from mlvicx_hf.evaluation.transfer import combine_labels, combine_logits, evaluate
-from mlvicx_hf.finetuning.classification import ClassificationArguments, ClassifierArguments, finetune
-from mlvicx_hf.finetuning.training import LabelledDataArguments
+from mlvicx_hf.finetuning.classification import finetune_classifier
 
 SPLITS = ("test", "validation", "train", "train", "train")
 
@@ -81,10 +80,8 @@ def away_rows(count: int = 60) -> list[dict[str, Any]]:
 
 
 def train(cache: Path, pretrained: Path, output: Path, *words: object) -> Path:
-    parser = HfArgumentParser((ClassifierArguments, LabelledDataArguments, ClassificationArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    given = ("--model", pretrained, "--dataset", cache, "--output_dir", output, "--use_cpu", "true", *words)
-    common = ("--report_to", "none", "--num_train_epochs", 3)
-    finetune(*parser.parse_args_into_dataclasses([str(word) for word in (*common, *given)]))
+    given = ("--model", pretrained, "--dataset", cache, "--output_dir", output, "--use_cpu", "--num_train_epochs", 3)
+    finetune_classifier(*parse_classification([str(word) for word in (*given, *words)]))
     return output
 
 

@@ -13,28 +13,39 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import draw, make_cache, tiny_config, unlabelled_cache
+from helpers import make_cache, tiny_config, unlabelled_cache
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from mlvicx_hf import MLVICXForImageClassification, MLVICXForPreTraining, MLVICXImageProcessor
-from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf import MLVICXForImageClassification, MLVICXImageProcessor
+from mlvicx_hf.common.arguments import from_values
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.split_files import read_split_file
 from mlvicx_hf.encoders.features import encode
-from mlvicx_hf.finetuning.classification import (
+from mlvicx_hf.finetuning.arguments import (
+    CLASSIFICATION_SECTIONS,
     ClassificationArguments,
     ClassifierArguments,
-    LabelledImages,
+    LabelledDataArguments,
+)
+from mlvicx_hf.finetuning.classification import (
     balanced_weights,
-    finetune,
+    finetune_classifier,
     load_classifier,
     load_labelled_cache,
 )
+from mlvicx_hf.finetuning.data import LabelledImages, select_training, with_splits
 from mlvicx_hf.finetuning.linear_probe import FeatureStore, LinearProbe
-from mlvicx_hf.finetuning.training import BalancedTrainer, LabelledDataArguments, select_training
+from mlvicx_hf.finetuning.training import BalancedTrainer, trainer_settings
 
-FROZEN = ("--freeze_backbone", "--num_train_epochs", 8, "--learning_rate", 1e-2)
+FROZEN: dict[str, Any] = {"freeze_backbone": True, "num_train_epochs": 8, "learning_rate": 1e-2}
+HOW = {
+    "fast": FROZEN | {"fast_probe": True},
+    "frozen": FROZEN,
+    "tuned": {"positive_weights": "balanced", "learning_rate": 1e-3},
+}
 SPLIT_OF = {0: "test", 1: "validation"}
 
 
@@ -60,27 +71,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_cache(tmp_path_factory.mktemp("labelled"), labelled_rows(unknown=True))
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder as pretraining leaves it, with statistics of its own in the batch normalisation."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    torch.manual_seed(123)
-    model = MLVICXForPreTraining(tiny_config()).train()
-    processor = MLVICXImageProcessor(image_size=32)
-    with torch.no_grad():
-        for seed in range(30):
-            values = {"disc": seed % 2 == 0, "stripes": seed % 3 == 0}
-            images = processor([draw(values, seed * 8 + i) for i in range(8)])["pixel_values"]
-            model(images, images.flip(-1))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def run(output: Path, *words: object) -> dict[str, Any]:
-    parser = HfArgumentParser((ClassifierArguments, LabelledDataArguments, ClassificationArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    common = ("--output_dir", output, "--report_to", "none", "--num_train_epochs", 3, "--use_cpu", "true")
-    return finetune(*parser.parse_args_into_dataclasses([str(word) for word in (*common, *words)]))
+def run(output: Path, model: object, dataset: Path, **values: Any) -> dict[str, Any]:
+    usual = {"output_dir": output, "model": str(model), "dataset": str(dataset), "num_train_epochs": 3, "use_cpu": True}
+    return finetune_classifier(*from_values(CLASSIFICATION_SECTIONS, usual | values))
 
 
 def rows_of(output: Path) -> list[dict[str, str]]:
@@ -89,29 +82,33 @@ def rows_of(output: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def frozen(cache: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("frozen") / "run"
-    run(output, "--model", pretrained, "--dataset", cache, *FROZEN)
-    return output
+def runs(cache: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for kind, values in HOW.items():
+        run(folder / kind, pretrained, cache, **values)
+    return {kind: folder / kind for kind in HOW}
 
 
 @pytest.fixture(scope="module")
-def tuned(cache: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("tuned") / "run"
-    run(output, "--model", pretrained, "--dataset", cache, "--positive_weights", "balanced", "--learning_rate", 1e-3)
-    return output
+def frozen(runs: dict[str, Path]) -> Path:
+    return runs["frozen"]
+
+
+@pytest.fixture(scope="module")
+def tuned(runs: dict[str, Path]) -> Path:
+    return runs["tuned"]
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["frozen", "tuned"])
-def test_results_say_what_was_measured_on_what(kind: str, cache: Path, pretrained: Path, request: Any):
-    output = request.getfixturevalue(kind)
+@pytest.mark.parametrize("kind", list(HOW))
+def test_results_say_what_was_measured_on_what(kind: str, cache: Path, pretrained: Path, runs: dict[str, Path]):
+    output = runs[kind]
     results = json.loads((output / "results.json").read_text())
     loaded = load_cache(cache)
     assert results["task"] == "classification"
-    assert results["protocol"] == ("frozen" if kind == "frozen" else "finetuned")
+    assert results["protocol"] == ("finetuned" if kind == "tuned" else "frozen")
     assert results["model"] == str(pretrained)
     assert results["seed"] == 0
     assert results["labels"] == ["disc", "stripes"]
@@ -124,7 +121,8 @@ def test_results_say_what_was_measured_on_what(kind: str, cache: Path, pretraine
     assert results["data"]["split_hash"] == loaded.manifest["split_hash"]
     assert results["data"]["synthetic"] is False
     assert results["code"]["commit"]
-    assert results["hyperparameters"]["learning_rate"] == (1e-2 if kind == "frozen" else 1e-3)
+    assert results["hyperparameters"]["fast_probe"] is (kind == "fast")
+    assert results["hyperparameters"]["learning_rate"] == (1e-3 if kind == "tuned" else 1e-2)
     assert 1 <= results["best_epoch"] <= results["epochs_trained"]
     for split in ("validation", "test"):
         scores = results[split]["auroc"]
@@ -137,9 +135,9 @@ def test_results_say_what_was_measured_on_what(kind: str, cache: Path, pretraine
     }
 
 
-@pytest.mark.parametrize("kind", ["frozen", "tuned"])
-def test_the_saved_model_gives_the_predictions_and_these_the_score(kind: str, cache: Path, request: Any):
-    output = request.getfixturevalue(kind)
+@pytest.mark.parametrize("kind", list(HOW))
+def test_the_saved_model_gives_the_predictions_and_these_the_score(kind: str, cache: Path, runs: dict[str, Path]):
+    output = runs[kind]
     test = load_cache(cache).datasets["test"]
     rows = rows_of(output)
     assert [row["source"] for row in rows] == test["source"]  # every image once, in order
@@ -185,8 +183,7 @@ def test_finetuning_moves_the_encoder(tuned: Path, pretrained: Path):
 
 
 def test_cached_features_change_nothing(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
-    words = ("--model", pretrained, "--dataset", cache, *FROZEN)
-    run(tmp_path / "run", *words, "--cache_features", "false")
+    run(tmp_path / "run", pretrained, cache, **FROZEN, cache_features=False)
     one, other = (json.loads((p / "results.json").read_text()) for p in (frozen, tmp_path / "run"))
     assert one["hyperparameters"]["cache_features"]
     assert not other["hyperparameters"]["cache_features"]
@@ -196,13 +193,11 @@ def test_cached_features_change_nothing(frozen: Path, cache: Path, pretrained: P
             assert float(row[name]) == pytest.approx(float(again[name]), abs=1e-4)
 
 
-def test_the_fast_probe_learns_as_the_trainer_does(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
+def test_the_fast_probe_learns_as_the_trainer_does(cache: Path, pretrained: Path, tmp_path: Path):
     """The same optimiser, batches and stopping rule: the same epochs and scores but for rounding."""
-    words = ("--model", pretrained, "--dataset", cache, *FROZEN, "--num_train_epochs", 60, "--seed", 3)
-    words = (*words, "--per_device_train_batch_size", 16, "--weight_decay", 0.01)
-    slow, fast = (run(tmp_path / str(flag), *words, "--fast_probe", flag) for flag in (False, True))
-    assert not slow["hyperparameters"]["fast_probe"]
-    assert fast["hyperparameters"]["fast_probe"]
+    how = FROZEN | {"num_train_epochs": 60, "patience": 4, "seed": 3, "weight_decay": 0.01}
+    how |= {"per_device_train_batch_size": 16}
+    slow, fast = (run(tmp_path / str(flag), pretrained, cache, **how, fast_probe=flag) for flag in (False, True))
     assert fast["test"]["auroc_macro"] == pytest.approx(slow["test"]["auroc_macro"], abs=0.005)
     assert (fast["epochs_trained"], fast["best_epoch"]) == (slow["epochs_trained"], slow["best_epoch"])
     for one, other in zip(rows_of(tmp_path / "True"), rows_of(tmp_path / "False"), strict=True):
@@ -210,30 +205,22 @@ def test_the_fast_probe_learns_as_the_trainer_does(frozen: Path, cache: Path, pr
             key = f"probability:{name}"
             assert float(one[key]) == pytest.approx(float(other[key]), abs=1e-3)
     assert fast["test"]["auroc"]["stripes"] > 0.9
-    again = run(tmp_path / "again", *words, "--fast_probe", True)
-    assert again["test"] == fast["test"]
-    assert fast["epochs_trained"] - fast["best_epoch"] <= 10  # the patience
-    model = AutoModelForImageClassification.from_pretrained(tmp_path / "True").eval()
-    images = AutoImageProcessor.from_pretrained(tmp_path / "True")(load_cache(cache).datasets["test"]["image"][:])
-    with torch.no_grad():
-        probabilities = model(**images).logits.sigmoid()
-    written = [
-        [float(row[f"probability:{name}"]) for name in ("disc", "stripes")] for row in rows_of(tmp_path / "True")
-    ]
-    np.testing.assert_allclose(written, probabilities, atol=2e-5)
+    assert fast["epochs_trained"] == fast["best_epoch"] + 4 < 60  # the patience
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("values", "message"),
     [
-        (("--freeze_backbone", "false"), "fast_probe found for a classifier that is not frozen"),
-        (("--cache_features", "false"), "fast_probe found"),
-        (("--gradient_accumulation_steps", 2), "gradient_accumulation_steps=2 found with fast_probe; expected 1"),
+        ({"freeze_backbone": False}, "fast_probe found for a classifier that is not frozen"),
+        ({"cache_features": False}, "fast_probe found"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 found with fast_probe; expected 1"),
     ],
 )
-def test_what_the_fast_probe_refuses(words: Any, message: str, cache: Path, pretrained: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, *FROZEN, "--fast_probe", True, *words)
+def test_what_the_fast_probe_refuses(
+    values: dict[str, Any], message: str, cache: Path, pretrained: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", pretrained, cache, **HOW["fast"] | values)
 
 
 def test_a_store_encodes_every_image_once(cache: Path, pretrained: Path):
@@ -271,13 +258,19 @@ def test_other_squares_of_the_same_images_have_features_of_their_own(pretrained:
     sets = [LabelledImages(cache.datasets["train"], processor, cache.exclusive, cache.digest) for cache in caches]
     store = FeatureStore()
     for images in sets:
-        found = store.encode(model.mlvicx, images, 64, torch.device("cpu"))["features"]
-        torch.testing.assert_close(found, encode(model.mlvicx, images)["features"], rtol=0, atol=0)
+        found = store.encode(model.mlvicx, images, 8, torch.device("cpu"))["features"]
+        torch.testing.assert_close(found, encode(model.mlvicx, images, 8)["features"], rtol=0, atol=0)
 
 
-def test_a_score_that_does_not_choose_the_epoch_is_refused(cache: Path, pretrained: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="metric_for_best_model='accuracy' found; expected auroc_macro"):
-        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, "--metric_for_best_model", "accuracy")
+def test_a_store_keeps_all_levels_whatever_the_model_pools(cache: Path, pretrained: Path):
+    images, store = load_cache(cache), FeatureStore()
+    for levels in ("last", "all"):
+        model, processor = load_classifier(ClassifierArguments(str(pretrained), pooled_levels=levels), images)
+        few = LabelledImages(images.datasets["validation"], processor, False).rows(range(3))
+        found = store.encode(model.mlvicx, few, 4, torch.device("cpu"))["features"]
+        torch.testing.assert_close(found, encode(model.mlvicx, few, 4)["features"], rtol=0, atol=0)
+        assert model.config.pooled_levels == levels
+    assert len(store.encoders) == 1
 
 
 def test_folding_keeps_the_logits():
@@ -304,37 +297,29 @@ def test_the_probe_works_on_a_feature_that_never_varies():
 # -- repeatable, and with few labels -----------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_result(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
-    words = ("--model", pretrained, "--dataset", cache, *FROZEN)
-    run(tmp_path / "run", *words)
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (frozen / "model.safetensors").read_bytes()
-    assert rows_of(tmp_path / "run") == rows_of(frozen)
-    run(tmp_path / "other", *words, "--seed", 1)
-    assert rows_of(tmp_path / "other") != rows_of(frozen)
+def test_another_seed_gives_another_result(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
+    """That the same seed gives the same result is shown by `test_test_labels_choose_nothing`."""
+    run(tmp_path / "run", pretrained, cache, **FROZEN, seed=1)
+    assert rows_of(tmp_path / "run") != rows_of(frozen)
 
 
 def test_label_fractions_are_nested_shares_of_the_training_patients(cache: Path):
-    chosen = {}
+    chosen, whole = {}, load_cache(cache)
     for fraction in (0.1, 0.3, 0.6, 1.0):
-        loaded = load_cache(cache)
-        select_training(loaded, LabelledDataArguments(str(cache), label_fraction=fraction), seed=4)
+        loaded = select_training(whole, LabelledDataArguments(str(cache), label_fraction=fraction), seed=4)
         chosen[fraction] = set(loaded.datasets["train"]["patient_id"])
         assert len(loaded.datasets["test"]) == len(loaded.datasets["validation"]) == 24
         assert len(loaded.datasets["train"]) == 2 * len(chosen[fraction])
+    assert len(whole.datasets["train"]) == 72
     assert chosen[0.1] < chosen[0.3] < chosen[0.6] < chosen[1.0]
     assert [len(patients) for patients in chosen.values()] == pytest.approx([4, 11, 22, 36], abs=1)
 
 
-def test_a_label_fraction_in_a_run(cache: Path, pretrained: Path, tmp_path: Path):
-    words = ("--model", pretrained, "--dataset", cache, "--freeze_backbone", "--label_fraction", 0.25)
-    results = run(tmp_path / "run", *words)
-    assert results["label_fraction"] == 0.25
-    assert results["counts"]["train"]["patients"] == pytest.approx(9, abs=1)
-    assert results["counts"]["test"] == {"images": 24, "patients": 12}
-
-
 def test_a_run_lists_the_images_that_it_used(frozen: Path, cache: Path, pretrained: Path, tmp_path: Path):
-    results = run(tmp_path / "run", "--model", pretrained, "--dataset", cache, *FROZEN, "--label_fraction", 0.3)
+    results = run(tmp_path / "run", pretrained, cache, **HOW["fast"], label_fraction=0.3)
+    assert results["label_fraction"] == 0.3
+    assert results["counts"]["train"]["patients"] == pytest.approx(11, abs=1)
+    assert results["counts"]["test"] == {"images": 24, "patients": 12}
     content = (tmp_path / "run" / "splits.csv").read_bytes()
     assert hashlib.sha256(content).hexdigest() == results["data"]["used_hash"]
     used = read_split_file(tmp_path / "run" / "splits.csv")
@@ -346,76 +331,67 @@ def test_a_run_lists_the_images_that_it_used(frozen: Path, cache: Path, pretrain
 
 def test_patients_are_drawn_equally_often_on_request(cache: Path, frozen: Path, pretrained: Path, tmp_path: Path):
     patients = ["many"] * 20 + [f"p{i}" for i in range(20)]
-    arguments = ClassificationArguments(output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=8)
+    arguments = ClassificationArguments(output_dir=str(tmp_path), per_device_train_batch_size=8)
+    settings = trainer_settings(arguments, 1e-3, tmp_path / "trainer")
     rows = [{"x": torch.tensor(i)} for i in range(40)]
     data = {"train_dataset": rows, "eval_dataset": rows}
-    trainer = BalancedTrainer(torch.nn.Linear(1, 1), arguments, **data, patients=patients)
+    trainer = BalancedTrainer(torch.nn.Linear(1, 1), settings, **data, patients=patients)
     drawn = Counter(patients[i] for batch in trainer.get_train_dataloader() for i in batch["x"].tolist())
     assert (drawn.total(), set(drawn.values()), len(drawn)) == (40, {1, 2}, 21)
 
-    words = ("--model", pretrained, "--dataset", cache, *FROZEN, "--patient_balanced", "true")
-    results = run(tmp_path / "run", *words)
+    results = run(tmp_path / "run", pretrained, cache, **FROZEN, patient_balanced=True)
     assert results["hyperparameters"]["patient_balanced"]
     assert not json.loads((frozen / "results.json").read_text())["hyperparameters"]["patient_balanced"]
     assert rows_of(tmp_path / "run") != rows_of(frozen)  # another order of the images
 
 
-HOW = {
-    "fast": (*FROZEN, "--fast_probe", True),
-    "frozen": FROZEN,
-    "tuned": ("--learning_rate", 1e-3),
-}
-
-
 @pytest.mark.parametrize("how", list(HOW))
 def test_test_labels_choose_nothing(
-    how: str, cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str,
+    cache: Path,
+    pretrained: Path,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """With other test labels everything but the test figures is the same; a planted leak would show."""
+    """With other test labels all but the test scores is the same; a planted leak would show.
 
-    def flip(path: str, *words: Any) -> Any:
+    The test images are read once, after all others.
+    """
+
+    def flip(path: str, *words: Any) -> Cache:
         found = load_labelled_cache(path, *words)
         test = found.datasets["test"]
         flipped = [[1 - value for value in labels] for labels in test["labels"]]
-        found.datasets["test"] = test.remove_columns("labels").add_column("labels", flipped)
-        return found
+        return with_splits(found, {"test": test.remove_columns("labels").add_column("labels", flipped)})
 
-    def leak(path: str, *words: Any) -> Any:
+    def leak(path: str, *words: Any) -> Cache:
         found = flip(path, *words)
-        found.datasets["validation"] = found.datasets["test"]
-        return found
+        return with_splits(found, {"validation": found.datasets["test"]})
 
-    words = ("--model", pretrained, "--dataset", cache, *HOW[how])
-    honest = run(tmp_path / "honest", *words)
-    monkeypatch.setattr("mlvicx_hf.finetuning.classification.load_labelled_cache", flip)
-    flipped = run(tmp_path / "flipped", *words)
-    assert flipped["test"]["auroc"]["disc"] == pytest.approx(1 - honest["test"]["auroc"]["disc"])
-    for key in ("validation", "thresholds", "best_epoch", "epochs_trained"):
-        assert flipped[key] == honest[key]
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("honest", "flipped")]
-    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
-    monkeypatch.setattr("mlvicx_hf.finetuning.classification.load_labelled_cache", leak)
-    leaky = run(tmp_path / "leaky", *words)
-    assert leaky["thresholds"] != honest["thresholds"]
-
-
-@pytest.mark.parametrize("how", list(HOW))
-def test_test_images_are_read_once_and_last(
-    how: str, cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    reads: list[tuple[int, str]] = []
+    reads: list[str] = []
     original = LabelledImages.__getitem__
 
     def read(self: LabelledImages, index: int) -> Any:
-        reads.append((len(self.images), self.images[index]["source"]))
+        reads.append(self.images[index]["source"])
         return original(self, index)
 
     monkeypatch.setattr(LabelledImages, "__getitem__", read)
-    run(tmp_path / "run", "--model", pretrained, "--dataset", cache, *HOW[how])
-    test = set(load_cache(cache).datasets["test"]["source"])
-    places = [place for place, (_, source) in enumerate(reads) if source in test]
-    assert places == list(range(len(reads) - len(test), len(reads)))
-    assert {reads[place][1] for place in places} == test
+    monkeypatch.setattr("mlvicx_hf.finetuning.classification.load_labelled_cache", flip)
+    honest = json.loads((runs[how] / "results.json").read_text())
+    flipped = run(tmp_path / "flipped", pretrained, cache, **HOW[how])
+    test = load_cache(cache).datasets["test"]["source"][:]
+    assert reads[-len(test) :] == test
+    assert not set(reads[: -len(test)]) & set(test)
+    assert flipped["test"]["auroc"]["disc"] == pytest.approx(1 - honest["test"]["auroc"]["disc"])
+    for key in ("validation", "thresholds", "best_epoch", "epochs_trained"):
+        assert flipped[key] == honest[key]
+    one, other = ((folder / "model.safetensors").read_bytes() for folder in (runs[how], tmp_path / "flipped"))
+    assert one == other
+    if how == "fast":
+        monkeypatch.setattr("mlvicx_hf.finetuning.classification.load_labelled_cache", leak)
+        leaky = run(tmp_path / "leaky", pretrained, cache, **HOW[how])
+        assert leaky["thresholds"] != honest["thresholds"]
 
 
 def test_subgroups_decisions_and_precision_are_written(frozen: Path):
@@ -435,8 +411,8 @@ def test_imagenet_weights_from_a_file(cache: Path, pretrained: Path, tmp_path: P
     torch.manual_seed(5)
     backbone = timm.create_model("test_resnet", in_chans=3)
     save_file(backbone.state_dict(), tmp_path / "weights.safetensors")
-    words = ("--model", tmp_path / "weights.safetensors", "--architecture", pretrained, "--dataset", cache, *FROZEN)
-    results = run(tmp_path / "run", *words)
+    how = HOW["fast"] | {"architecture": str(pretrained)}
+    results = run(tmp_path / "run", tmp_path / "weights.safetensors", cache, **how)
     assert results["model"].endswith("weights.safetensors")
     loaded = MLVICXForImageClassification.from_pretrained(tmp_path / "run")
     assert not loaded.config.use_context
@@ -445,7 +421,7 @@ def test_imagenet_weights_from_a_file(cache: Path, pretrained: Path, tmp_path: P
 
 
 def test_context_can_be_dropped_at_transfer(cache: Path, pretrained: Path, tmp_path: Path):
-    results = run(tmp_path / "run", "--model", pretrained, "--drop_context", True, "--dataset", cache, *FROZEN)
+    results = run(tmp_path / "run", pretrained, cache, **HOW["fast"], drop_context=True)
     assert results["drop_context"]
     loaded = MLVICXForImageClassification.from_pretrained(tmp_path / "run")
     assert not loaded.config.use_context
@@ -455,15 +431,13 @@ def test_context_can_be_dropped_at_transfer(cache: Path, pretrained: Path, tmp_p
 
 
 def test_early_stopping_restores_the_best_epoch(cache: Path, pretrained: Path, tmp_path: Path):
-    words = ("--model", pretrained, "--dataset", cache, "--freeze_backbone", "--num_train_epochs", 60, "--patience", 2)
-    results = run(tmp_path / "run", *words)
+    results = run(tmp_path / "run", pretrained, cache, freeze_backbone=True, num_train_epochs=60, patience=2)
     assert results["epochs_trained"] < 60
     assert results["epochs_trained"] == results["best_epoch"] + 2
 
 
 def test_without_pretraining(cache: Path, pretrained: Path, tmp_path: Path):
-    words = ("--model", "random", "--architecture", pretrained, "--dataset", cache, "--freeze_backbone")
-    results = run(tmp_path / "run", *words)
+    results = run(tmp_path / "run", "random", cache, **HOW["fast"], architecture=str(pretrained))
     assert results["model"] == "random"
     assert results["architecture"] == str(pretrained)
     ours, source = load_file(tmp_path / "run" / "model.safetensors"), load_file(pretrained / "model.safetensors")
@@ -502,8 +476,8 @@ def exclusive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_exclusive_classes(exclusive: Path, pretrained: Path, tmp_path: Path, frozen: bool):
-    words = ("--model", pretrained, "--dataset", exclusive, "--num_train_epochs", 10)
-    results = run(tmp_path / "run", *words, *(FROZEN if frozen else ["--learning_rate", 1e-3]))
+    how = FROZEN if frozen else {"learning_rate": 1e-3, "num_train_epochs": 6}
+    results = run(tmp_path / "run", pretrained, exclusive, **how)
     assert results["labels"] == ["disc", "normal", "stripes"]
     assert results["test"]["accuracy"] > 0.5
     assert set(results["test"]["auroc"]) == {"disc", "normal", "stripes"}
@@ -518,43 +492,32 @@ def test_exclusive_classes(exclusive: Path, pretrained: Path, tmp_path: Path, fr
     assert model.config.problem_type == "single_label_classification"
 
 
-def test_images_of_unknown_class_are_left_out(pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    cache = make_cache(tmp_path, exclusive_rows(unknown=True))
-    known = {
-        split: [i for i, labels in enumerate(images["labels"]) if not math.isnan(labels[0])]
-        for split, images in load_cache(cache).datasets.items()
-    }
-    assert all(len(rows) < len(load_cache(cache).datasets[split]) for split, rows in known.items())
-    results = run(tmp_path / "run", "--model", pretrained, "--dataset", cache, "--freeze_backbone")
-    assert {split: counts["images"] for split, counts in results["counts"].items()} == {
-        split: len(rows) for split, rows in known.items()
-    }
-    assert "images of test have no class and are left out" in caplog.text
-    rows = rows_of(tmp_path / "run")
-    assert [row["source"] for row in rows] == load_cache(cache).datasets["test"].select(known["test"])["source"]
-    assert all(sum(int(row[f"label:{name}"]) for name in ("disc", "normal", "stripes")) == 1 for row in rows)
+def test_images_of_unknown_class_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = make_cache(tmp_path, exclusive_rows(unknown=True))
+    loaded = load_labelled_cache(str(path))
+    for split, images in load_cache(path).datasets.items():
+        known = [i for i, labels in enumerate(images["labels"]) if not math.isnan(labels[0])]
+        assert len(known) < len(images)
+        assert loaded.datasets[split]["source"][:] == images.select(known)["source"][:]
+        assert f"{len(images) - len(known)} images of {split} have no known class and are left out" in caplog.text
 
 
 # -- what cannot be scored, or done ------------------------------------------------------------------------------------
 
 
-def test_a_label_with_one_value_in_test_is_not_scored(pretrained: Path, tmp_path: Path):
+def test_labels_that_are_unknown_or_have_one_value(pretrained: Path, tmp_path: Path):
+    """A label with one value in test is not scored, and an image without any known label does no harm."""
     rows = labelled_rows(80)
     for row in rows:
         if row["split"] == "test":
             row["disc"] = 0
-    results = run(tmp_path / "run", "--model", pretrained, "--dataset", make_cache(tmp_path, rows), "--freeze_backbone")
+    for row in rows[::9]:
+        row["disc"] = row["stripes"] = ""
+    results = run(tmp_path / "run", pretrained, make_cache(tmp_path, rows), num_train_epochs=1)
     assert results["test"]["auroc"]["disc"] == "n/a"
     assert results["test"]["num_scored_labels"] == 1
     assert results["test"]["auroc_macro"] == results["test"]["auroc"]["stripes"]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["test"]["auroc"]["disc"] == "n/a"
-
-
-def test_an_image_without_any_known_label(pretrained: Path, tmp_path: Path):
-    rows = labelled_rows(80)
-    for row in rows[::9]:
-        row["disc"] = row["stripes"] = ""
-    results = run(tmp_path / "run", "--model", pretrained, "--dataset", make_cache(tmp_path, rows))
     assert math.isfinite(results["test"]["auroc_macro"])
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "model.safetensors").values())
 
@@ -563,8 +526,8 @@ def test_a_last_batch_of_one_image(pretrained: Path, tmp_path: Path):
     cache, model = make_cache(tmp_path, labelled_rows(60)), tmp_path / "model"
     shutil.copytree(pretrained, model)
     MLVICXImageProcessor(image_size=64).save_pretrained(model)  # 2×2 maps: one value has no variance to normalise by
-    words = ("--model", model, "--dataset", cache, "--max_train_samples", 17, "--num_train_epochs", 1)
-    results = run(tmp_path / "run", *words, "--per_device_train_batch_size", 16)  # 16 and 1
+    few = {"max_train_samples": 17, "num_train_epochs": 1, "per_device_train_batch_size": 16}  # 16 and 1
+    results = run(tmp_path / "run", model, cache, **few)
     assert results["counts"]["train"]["images"] == 17
 
 
@@ -575,7 +538,7 @@ def test_a_last_batch_of_one_image(pretrained: Path, tmp_path: Path):
 def test_a_missing_split_is_an_error(pretrained: Path, tmp_path: Path, kept: tuple[str, ...], message: str):
     cache = make_cache(tmp_path, [row for row in labelled_rows(40) if row["split"] in kept])
     with pytest.raises(ValueError, match=message):
-        run(tmp_path / "run", "--model", pretrained, "--dataset", cache)
+        run(tmp_path / "run", pretrained, cache)
     assert not (tmp_path / "run").exists()
 
 
@@ -585,18 +548,18 @@ def test_a_validation_split_that_scores_nothing_is_an_error(pretrained: Path, tm
         if row["split"] == "validation":
             row["disc"], row["stripes"] = 0, ""
     with pytest.raises(ValueError, match="no label has both values in the validation split"):
-        run(tmp_path / "run", "--model", pretrained, "--dataset", make_cache(tmp_path, rows))
+        run(tmp_path / "run", pretrained, make_cache(tmp_path, rows))
 
 
 def test_no_labels_are_an_error(pretrained: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="has no labels; expected some"):
-        run(tmp_path / "run", "--model", pretrained, "--dataset", unlabelled_cache(tmp_path, 12))
+        run(tmp_path / "run", pretrained, unlabelled_cache(tmp_path, 12))
 
 
 def test_a_folder_in_use_is_refused(cache: Path, frozen: Path, pretrained: Path):
     before = (frozen / "results.json").read_bytes()
     with pytest.raises(FileExistsError, match="holds files of another run"):
-        run(frozen, "--model", pretrained, "--dataset", cache)
+        run(frozen, pretrained, cache)
     assert (frozen / "results.json").read_bytes() == before
 
 
@@ -605,15 +568,34 @@ def test_a_folder_in_use_is_refused(cache: Path, frozen: Path, pretrained: Path)
     [
         ("label_fraction", 0, "fraction=0"),
         ("label_fraction", 1.5, "fraction=1.5"),
-        ("positive_weights", "some", "positive_weights='some' found; expected none or balanced"),
+        ("positive_weights", "some", "positive_weights='some' found; expected one of none, balanced"),
         ("max_train_samples", 0, "max_train_samples=0"),
+        ("metric_for_best_model", "accuracy", "metric_for_best_model='accuracy' found; expected auroc_macro: the mean"),
+        ("eval_strategy", "steps", "eval_strategy='steps' found; expected epoch: every epoch is scored"),
+        ("load_best_model_at_end", "false", "load_best_model_at_end='false' found; expected True: every epoch is"),
+        ("save_total_limit", 3, "save_total_limit=3 found; expected 1: only the best epoch"),
+        ("lerning_rate", "1", "lerning_rate found, which does not exist; did you mean learning_rate"),
+        ("adam_epsilon", "small", "argument --adam_epsilon.*small"),
+        ("lr_scheduler_type", "zigzag", "zigzag is not a valid SchedulerType"),
     ],
 )
 def test_arguments_that_do_not_fit(
     cache: Path, pretrained: Path, tmp_path: Path, flag: str, value: object, message: str
 ):
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, f"--{flag}", value)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", pretrained, cache, **{flag: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_arguments_of_the_trainer_are_taken(tmp_path: Path):
+    """Words of the command line get their types, and what the protocol asks for anyway may be given."""
+    given = {"adam_epsilon": "1e-6", "optim": "sgd", "full_determinism": "false", "eval_strategy": "epoch"}
+    arguments = ClassificationArguments(str(tmp_path), weight_decay=0.1, trainer_options={**given, "adam_beta1": 0.8})
+    settings = trainer_settings(arguments, 1e-3, tmp_path / "trainer")
+    assert (settings.adam_epsilon, settings.adam_beta1, settings.optim) == (1e-6, 0.8, "sgd")
+    assert settings.full_determinism is False
+    assert (settings.learning_rate, settings.weight_decay) == (1e-3, 0.1)
+    assert (settings.eval_strategy, settings.load_best_model_at_end, settings.save_total_limit) == ("epoch", True, 1)
 
 
 @pytest.mark.parametrize("case", ["absent", "empty", "other_kind", "other_width", "no_context", "no_weights"])
@@ -642,7 +624,7 @@ def test_a_model_that_does_not_fit_is_an_error(cache: Path, pretrained: Path, tm
         "no_weights": "model.safetensors",
     }
     with pytest.raises((ValueError, OSError), match=messages[case]):
-        run(tmp_path / "run", "--model", source, "--dataset", cache)
+        run(tmp_path / "run", source, cache)
     assert not (tmp_path / "run").exists()
 
 

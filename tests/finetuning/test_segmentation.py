@@ -10,21 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import make_cache, segmentation_cache, tiny_config, unlabelled_cache
+from helpers import make_cache, segmentation_cache, unlabelled_cache
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor
+from mlvicx_hf import MLVICXImageProcessor
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
-from mlvicx_hf.finetuning.segmentation import (
-    MaskedImages,
-    SegmentationArguments,
-    SegmentationDataArguments,
-    finetune,
-    load_masked_cache,
-)
-from mlvicx_hf.finetuning.training import EncoderArguments, parse_arguments
-from mlvicx_hf.scoring.metrics import overlap_counts, score_overlap
+from mlvicx_hf.finetuning.arguments import SEGMENTATION_SECTIONS
+from mlvicx_hf.finetuning.segmentation import MaskedImages, finetune_segmenter, load_masked_cache
+from mlvicx_hf.recipes import fill_sections
+from mlvicx_hf.scoring.overlap import overlap_counts, score_overlap
 
 
 @pytest.fixture(scope="module")
@@ -32,26 +28,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return segmentation_cache(tmp_path_factory.mktemp("masks"), 80)
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    torch.manual_seed(0)
-    MLVICXForPreTraining(tiny_config()).save_pretrained(folder)
-    MLVICXImageProcessor(image_size=32).save_pretrained(folder)
-    return folder
-
-
-def run(output: Path, *words: object) -> dict[str, Any]:
-    sections = (EncoderArguments, SegmentationDataArguments, SegmentationArguments)
-    common = ("--output_dir", output, "--report_to", "none", "--use_cpu", "true", "--num_train_epochs", 4)
-    return finetune(*parse_arguments("segmentation", sections, [str(word) for word in (*common, *words)]))
+def run(output: Path, model: object, dataset: Path, **values: Any) -> dict[str, Any]:
+    usual = {"output_dir": output, "model": str(model), "dataset": str(dataset), "num_train_epochs": 1, "use_cpu": True}
+    return finetune_segmenter(*fill_sections(SEGMENTATION_SECTIONS, usual | values, "segmentation"))
 
 
 @pytest.fixture(scope="module")
 def frozen(cache: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("frozen") / "run"
-    words = ("--freeze_backbone", "--num_train_epochs", 8, "--learning_rate", 3e-3)
-    run(output, "--model", pretrained, "--dataset", cache, *words)
+    run(output, pretrained, cache, freeze_backbone=True, num_train_epochs=8, learning_rate=3e-3)
     return output
 
 
@@ -110,27 +95,22 @@ def test_frozen_leaves_the_encoder_bit_for_bit(frozen: Path, pretrained: Path):
 
 
 def test_the_same_seed_gives_the_same_model_and_another_one_does_not(cache: Path, pretrained: Path, tmp_path: Path):
-    words = ("--model", pretrained, "--dataset", cache, "--num_train_epochs", 1)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(tmp_path / name, *words, "--seed", seed)
+        run(tmp_path / name, pretrained, cache, seed=seed, max_train_samples=16)
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
 
 
-def test_several_classes_from_random_weights(pretrained: Path, tmp_path: Path):
+def test_several_classes_on_a_frozen_random_encoder(pretrained: Path, tmp_path: Path):
+    """Without calibration the batch normalisation of a random encoder would let nothing through."""
     cache = segmentation_cache(tmp_path, 40, names=("background", "disc", "stripes"))
-    results = run(tmp_path / "run", "--model", "random", "--architecture", pretrained, "--dataset", cache)
+    results = run(tmp_path / "run", "random", cache, architecture=str(pretrained), freeze_backbone=True)
     assert results["labels"] == ["disc", "stripes"]
     assert set(results["test"]["per_label"]) == {"disc", "stripes"}
     expected = np.mean([results["test"]["per_label"][name]["dice"] for name in results["labels"]])
     assert results["test"]["dice"] == pytest.approx(expected)
     assert results["hyperparameters"]["batch_size"] == 16  # of recipe default
-
-
-def test_a_frozen_random_encoder_is_calibrated(cache: Path, pretrained: Path, tmp_path: Path):
-    words = ("--model", "random", "--architecture", pretrained, "--dataset", cache, "--freeze_backbone")
-    run(tmp_path / "run", *words, "--num_train_epochs", 1)
     state = load_file(tmp_path / "run" / "model.safetensors")
     means = [value for key, value in state.items() if key.startswith("mlvicx.") and key.endswith("running_mean")]
     assert all(mean.abs().max() > 0 for mean in means)
@@ -193,12 +173,21 @@ def test_a_structure_that_no_mask_shows(tmp_path: Path):
         load_masked_cache(str(path))
 
 
-def test_arguments_that_do_not_fit(cache: Path, frozen: Path, pretrained: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model='loss' found; expected one of dice, dice_positive"),
+        ({"batch_eval_metrics": "false"}, "batch_eval_metrics='false' found; expected True: the masks of a whole"),
+        ({"recipe": "nothing"}, "recipe 'nothing' found; expected default, paper"),
+    ],
+)
+def test_arguments_that_do_not_fit(values: dict[str, Any], message: str, cache: Path, pretrained: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", pretrained, cache, **values)
+
+
+def test_a_model_or_folder_that_does_not_fit(cache: Path, frozen: Path, pretrained: Path, tmp_path: Path):
     with pytest.raises(FileExistsError, match="holds files of another run"):
-        run(frozen, "--model", pretrained, "--dataset", cache)
+        run(frozen, pretrained, cache)
     with pytest.raises(FileNotFoundError, match="absent"):
-        run(tmp_path / "run", "--model", tmp_path / "absent", "--dataset", cache)
-    with pytest.raises(ValueError, match="metric_for_best_model='loss' found; expected one of dice, dice_positive"):
-        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, "--metric_for_best_model", "loss")
-    with pytest.raises(ValueError, match="recipe 'nothing' found; expected default, paper"):
-        run(tmp_path / "run", "--model", pretrained, "--dataset", cache, "--recipe", "nothing")
+        run(tmp_path / "run", tmp_path / "absent", cache)

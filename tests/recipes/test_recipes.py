@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from mlvicx_hf.finetuning import classification, segmentation
-from mlvicx_hf.finetuning import training as finetuning
-from mlvicx_hf.pretraining.loop import parse_arguments
-from mlvicx_hf.recipes import load_recipe, recipe_names
+from mlvicx_hf import MLVICXConfig
+from mlvicx_hf.commands.pretrain import parse_pretraining
+from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, SEGMENTATION_SECTIONS
+from mlvicx_hf.recipes import fill_sections, load_recipe, recipe_names
 
 REQUIRED = ["--dataset", "cache", "--output_dir", "run"]
+GIVEN = {"dataset": "cache", "output_dir": "run", "model": "random"}
 
 
 def test_the_recipes_that_come_with_the_package():
@@ -17,8 +18,9 @@ def test_the_recipes_that_come_with_the_package():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_parses_and_makes_a_configuration(name: str):
-    model, data, training = parse_arguments(["--recipe", name, *REQUIRED])
-    config = model.config()
+    model, data, training = parse_pretraining(["--recipe", name, *REQUIRED])
+    of_the_model = {key: value for key, value in asdict(model).items() if key not in ("init_from", "objective")}
+    config = MLVICXConfig(**of_the_model)
     values = asdict(model) | asdict(data) | asdict(training)
     recipe = load_recipe(name, set(values))
     assert recipe
@@ -31,10 +33,10 @@ def test_every_recipe_parses_and_makes_a_configuration(name: str):
 
 
 def test_what_the_recipes_mean():
-    paper = parse_arguments(["--recipe", "paper", *REQUIRED])[2]
+    paper = parse_pretraining(["--recipe", "paper", *REQUIRED])[2]
     assert paper.base_learning_rate * paper.batch_size / 256 == pytest.approx(3e-5)
     assert (paper.weight_decay, paper.batch_size, paper.epochs) == (1e-5, 64, 300)
-    model, data, training = parse_arguments(["--recipe", "authors", *REQUIRED])
+    model, data, training = parse_pretraining(["--recipe", "authors", *REQUIRED])
     assert model.expander_dims == [4096, 4096, 4096]
     assert model.expander_final_norm
     assert (model.context_reduction, model.aggregation_resize, model.num_channels) == (2, 64, 3)
@@ -44,7 +46,7 @@ def test_what_the_recipes_mean():
 
 def test_flags_override_the_recipe():
     flags = ["--epochs", "3", "--expander_dims", "8", "9", "--use_context", "false", "--crop_area", "0.5", "0.6"]
-    model, data, training = parse_arguments(["--recipe", "smoke", *flags, *REQUIRED])
+    model, data, training = parse_pretraining(["--recipe", "smoke", *flags, *REQUIRED])
     assert training.epochs == 3
     assert training.batch_size == 8  # of the recipe
     assert model.expander_dims == [8, 9]
@@ -55,7 +57,7 @@ def test_flags_override_the_recipe():
 def test_a_recipe_of_ones_own(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text("epochs: 7\nbackbone: resnet34\n")
-    model, _, training = parse_arguments(["--recipe", str(path), *REQUIRED])
+    model, _, training = parse_pretraining(["--recipe", str(path), *REQUIRED])
     assert (training.epochs, model.backbone) == (7, "resnet34")
 
 
@@ -63,20 +65,20 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text("base_learning_rat: 0.1\n")
     with pytest.raises(ValueError, match=r"'base_learning_rat', which does not exist; did you mean base_learning_rate"):
-        parse_arguments(["--recipe", str(path), *REQUIRED])
+        parse_pretraining(["--recipe", str(path), *REQUIRED])
 
 
 @pytest.mark.parametrize("key", ["dataset", "output_dir", "resume"])
 def test_what_belongs_to_a_single_run_is_no_recipe(tmp_path: Path, key: str):
     path = tmp_path / "mine.yaml"
     path.write_text(f"{key}: here\n")
-    with pytest.raises(ValueError, match=f"'{key}', which does not exist"):
-        parse_arguments(["--recipe", str(path), *REQUIRED])
+    with pytest.raises(ValueError, match=f"'{key}', which belongs to a single run"):
+        parse_pretraining(["--recipe", str(path), *REQUIRED])
 
 
 def test_an_unknown_recipe_lists_those_there_are():
     with pytest.raises(ValueError, match=f"'fast' found; expected {', '.join(recipe_names())}"):
-        parse_arguments(["--recipe", "fast", *REQUIRED])
+        parse_pretraining(["--recipe", "fast", *REQUIRED])
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "epochs"])
@@ -84,24 +86,22 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match="expected a mapping of keys to values"):
-        parse_arguments(["--recipe", str(path), *REQUIRED])
+        parse_pretraining(["--recipe", str(path), *REQUIRED])
 
 
 def test_an_absent_file(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
-        parse_arguments(["--recipe", str(tmp_path / "absent.yaml"), *REQUIRED])
+        parse_pretraining(["--recipe", str(tmp_path / "absent.yaml"), *REQUIRED])
 
 
 def test_an_abbreviated_flag_is_refused():
     with pytest.raises((ValueError, SystemExit)):
-        parse_arguments(["--recipe", "smoke", "--epoch", "3", *REQUIRED])
+        parse_pretraining(["--recipe", "smoke", "--epoch", "3", *REQUIRED])
 
 
 @pytest.mark.parametrize("name", recipe_names("segmentation"))
 def test_every_recipe_for_segmentation_parses(name: str):
-    sections = (finetuning.ModelArguments, segmentation.SegmentationDataArguments, segmentation.SegmentationArguments)
-    words = ["--recipe", name, "--model", "random", *REQUIRED]
-    _, _, training = finetuning.parse_arguments("segmentation", sections, words)
+    _, _, training = fill_sections(SEGMENTATION_SECTIONS, GIVEN | {"recipe": name}, "segmentation")
     assert training.metric_for_best_model == "dice"
     if name == "paper":
         batch = training.per_device_train_batch_size
@@ -110,13 +110,7 @@ def test_every_recipe_for_segmentation_parses(name: str):
 
 @pytest.mark.parametrize("name", recipe_names("classification"))
 def test_every_recipe_for_classification_parses(name: str):
-    sections = (
-        classification.ClassifierArguments,
-        finetuning.DataArguments,
-        classification.ClassificationArguments,
-    )
-    words = ["--recipe", name, "--model", "random", *REQUIRED]
-    _, _, training = finetuning.parse_arguments("classification", sections, words)
+    _, _, training = fill_sections(CLASSIFICATION_SECTIONS, GIVEN | {"recipe": name}, "classification")
     expected = {"default": (64, None), "paper_nih": (64, 1e-5), "paper_vinbig": (16, 1e-3)}
     assert (training.per_device_train_batch_size, training.learning_rate) == expected[name]
     assert training.patience == 10

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,17 @@ from .errors import UserError
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def option(text: str, default: Any = MISSING, **metadata: Any) -> Any:
+    """Make a field of a section: the help, the default if there is one, and further metadata.
+
+    Every object gets its own copy of a list or dictionary.
+    """
+    metadata["help"] = text
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class CommandParser(argparse.ArgumentParser):

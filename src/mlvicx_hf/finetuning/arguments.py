@@ -1,29 +1,34 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Arguments of fine-tuning. Imports neither torch nor transformers, so that `--help` is quick."""
 
+# ruff: noqa: RUF009 - `option` makes a field
+
 from __future__ import annotations
 
 import argparse
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from mlvicx_hf.common.arguments import option
 from mlvicx_hf.common.errors import UserError
 
-EPOCHS_COMPARED = "every epoch is scored on the validation split, and the best one is restored"
-INPUTS = "the data sets have just the columns that the models take"
 SEGMENTATION_SCORES = ("dice", "dice_positive", "iou", "iou_positive")
 
-# What the protocol asks of the Trainer, and why: flag → (value, reason).
+_EPOCHS = "every epoch is scored on the validation split, and the best one is restored"
+_BEST = "only the best epoch is kept, until the run ends"
+_INPUTS = "the data sets give just what the models take"
+
+# What the protocol asks of the Trainer: argument → (value, reason).
 PROTOCOL: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), ("epoch", EPOCHS_COMPARED)),
-    "load_best_model_at_end": (True, EPOCHS_COMPARED),
+    **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), ("epoch", _EPOCHS)),
+    "load_best_model_at_end": (True, _EPOCHS),
     "greater_is_better": (True, "a higher score is a better one"),
-    "save_total_limit": (1, "only the best epoch is needed, and its checkpoint goes at the end"),
-    "save_only_model": (True, "only the best epoch is needed, and its checkpoint goes at the end"),
-    "remove_unused_columns": (False, INPUTS),
-    "label_names": (["labels"], INPUTS),
+    "save_total_limit": (1, _BEST),
+    "save_only_model": (True, _BEST),
+    "remove_unused_columns": (False, _INPUTS),
+    "label_names": (["labels"], _INPUTS),
     "disable_tqdm": (True, "one bar over the epochs is shown instead"),
 }
 
@@ -32,87 +37,71 @@ PROTOCOL: dict[str, tuple[Any, str]] = {
 class EncoderArguments:
     """Which network, and what of it is trained."""
 
-    model: str = field(
-        metadata={
-            "help": "Pretrained model (folder or Hub name), 'random', 'imagenet' (timm's weights, without context "
-            "blocks), or a file of timm weights.",
-            "first": True,
-        }
+    model: str = option(
+        "Pretrained model (folder or Hub name), 'random', 'imagenet' (timm's weights, without context blocks), or a "
+        "file of timm weights.",
+        first=True,
+        metavar="MODEL",
     )
-    architecture: str | None = field(
-        default=None,
-        metadata={"help": "With random or timm's weights: take configuration and image processor from this model."},
+    architecture: str | None = option(
+        "With random or timm's weights: take configuration and image processor from this model.", None, metavar="MODEL"
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone.", "first": True})
-    drop_context: bool = field(default=False, metadata={"help": "Leave the pretrained context blocks out."})
+    freeze_backbone: bool = option("Train the head alone.", False, first=True)
+    drop_context: bool = option("Leave the pretrained context blocks out.", False)
 
 
 @dataclass
 class LabelledDataArguments:
     """Which labelled images."""
 
-    dataset: str = field(
-        metadata={"help": "Cache written by prepare_data.py, labelled, with three splits.", "first": True}
+    dataset: str = option(
+        "Cache written by `mlvicx prepare`, labelled, with three splits.", first=True, metavar="CACHE"
     )
-    label_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the training patients whose labels are used, stratified and nested.",
-            "first": True,
-        },
+    label_fraction: float = option(
+        "Share of the training patients whose labels are used, stratified and nested.", 1.0, first=True
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training images."})
-    patient_balanced: bool = field(default=False, metadata={"help": "Draw all training patients equally often."})
-    allow_leak: bool = field(
-        default=False, metadata={"help": "Go on with copies of an image in two splits, and record it."}
-    )
+    max_train_samples: int | None = option("Use only the first training images.", None)
+    patient_balanced: bool = option("Draw all training patients equally often.", False)
+    allow_leak: bool = option("Go on with copies of an image in two splits, and record it.", False)
 
 
 @dataclass
 class FinetuningArguments:
-    """How a head is trained: the arguments of the Trainer that are often needed, and the patience of early stopping.
+    """How a head is trained: the arguments of transformers' Trainer that are often needed, and early stopping.
 
     Raises:
-        UserError: an option of the Trainer that does not exist, or that the protocol fixes.
+        UserError: an argument of the Trainer that does not exist, or that the protocol fixes.
     """
 
     protocol: ClassVar[Mapping[str, tuple[Any, str]]] = PROTOCOL
 
-    output_dir: str = field(metadata={"help": "Folder of the results: model, scores, predictions.", "first": True})
-    num_train_epochs: float = field(default=100, metadata={"help": "At most this many epochs.", "first": True})
-    patience: int = field(default=10, metadata={"help": "Epochs without a better validation score.", "first": True})
-    per_device_train_batch_size: int = field(
-        default=64, metadata={"help": "Batch size for training, a device.", "first": True}
+    output_dir: str = option("Folder of the results: model, scores, predictions.", first=True, metavar="DIR")
+    num_train_epochs: float = option("At most this many epochs.", 100, first=True)
+    patience: int = option("Stop after this many epochs without a better validation score.", 10, first=True)
+    per_device_train_batch_size: int = option("Images of a training step, a device.", 64, first=True)
+    per_device_eval_batch_size: int = option("Images of an evaluation step, a device.", 64)
+    learning_rate: float | None = option(
+        "Peak of AdamW; by default 1e-3, and 1e-4 to fine-tune a classifier.", None, first=True
     )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size for evaluation, a device."})
-    learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak of AdamW; by default 1e-3, and 1e-4 to fine-tune a classifier.", "first": True},
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "Of weight matrices; vectors have none."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the rate, by transformers' name."})
-    warmup_steps: float = field(default=0, metadata={"help": "Steps of rising rate; below 1 the share of all steps."})
-    max_steps: int = field(default=-1, metadata={"help": "Stop after this many steps; overrides num_train_epochs."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches that make a step."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Longest gradient; a longer one is shortened."})
-    seed: int = field(
-        default=0, metadata={"help": "Of the head, the order of images and the label fraction.", "first": True}
-    )
-    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16 where that is safe.", "first": True})
-    fp16: bool = field(default=False, metadata={"help": "Train in float16 where that is safe; GPUs only."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave GPUs alone."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images; 0: in this one."})
-    report_to: str = field(default="none", metadata={"help": "Tracker: none, tensorboard, wandb, trackio, all."})
-    trainer_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Other arguments of transformers.TrainingArguments.", "rest": True}
-    )
+    weight_decay: float = option("Of weight matrices; vectors have none.", 0.0)
+    lr_scheduler_type: str = option("Schedule of the rate, by transformers' name.", "linear")
+    warmup_steps: float = option("Steps of rising rate; below 1 the share of all steps.", 0)
+    max_steps: int = option("Stop after this many steps; -1 leaves it to the epochs.", -1)
+    gradient_accumulation_steps: int = option("Batches that make one step.", 1)
+    max_grad_norm: float = option("Shorten gradients that are longer.", 1.0)
+    seed: int = option("Of the head, the order of images and the label fraction.", 0, first=True)
+    bf16: bool = option("Train in bfloat16 where that is safe.", False)
+    fp16: bool = option("Train in float16 where that is safe; GPUs only.", False)
+    use_cpu: bool = option("Leave GPUs alone.", False)
+    dataloader_num_workers: int = option("Processes that read images; 0 reads them in this one.", 0)
+    report_to: str = option("Tracker: none, tensorboard, wandb, trackio, all.", "none")
+    trainer_options: dict[str, Any] = option("Other arguments of transformers.TrainingArguments.", {}, rest=True)
 
     def __post_init__(self) -> None:
         for name, (expected, reason) in self.protocol.items():
             found = self.trainer_options.get(name, expected)
             if _word(found) != _word(expected):
-                shown = expected if isinstance(expected, str) else repr(expected)
-                raise UserError(f"{name}={found!r} found; expected {shown}: {reason}")
+                raise UserError(f"{name}={found!r} found; expected {_word(expected)}: {reason}")
         options = {name: value for name, value in self.trainer_options.items() if name not in self.protocol}
         if options:
             self.trainer_options = read_trainer_options(options, own={each.name for each in fields(self)})
@@ -120,18 +109,18 @@ class FinetuningArguments:
 
 def _word(value: Any) -> str:
     """A value as it stands on the command line."""
-    return " ".join(map(str, value)).lower() if isinstance(value, list) else str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
 
 
 def read_trainer_options(options: Mapping[str, Any], own: set[str]) -> dict[str, Any]:
-    """Check options of the Trainer, and convert words of the command line to the types that it wants.
+    """Check arguments of the Trainer, and convert words of the command line to their types.
 
     Args:
         options: name → value. A word and a list of words are converted, anything else stays as it is.
         own: names of the fields that `FinetuningArguments` has itself.
 
     Raises:
-        UserError: a name that is no option of the Trainer, or a word that it does not take.
+        UserError: a name that is no argument of the Trainer, or a word that it does not take.
     """
     from transformers import HfArgumentParser, TrainingArguments
 
@@ -153,21 +142,15 @@ def read_trainer_options(options: Mapping[str, Any], own: set[str]) -> dict[str,
 class ClassifierArguments(EncoderArguments):
     """Which classifier, and what of it is trained."""
 
-    pooled_levels: str | None = field(
-        default=None,
-        metadata={
-            "help": "Features of the last level or of all; by default as the model's.",
-            "choices": ["last", "all"],
-        },
+    pooled_levels: str | None = option(
+        "Features of the last level or of all; by default as the model's.", None, choices=("last", "all")
     )
-    cache_features: bool = field(
-        default=True, metadata={"help": "Frozen: encode every image once instead of once an epoch."}
-    )
-    fast_probe: bool = field(
-        default=False, metadata={"help": "Frozen, with cache_features: a plain loop in place of the Trainer."}
-    )
-    positive_weights: str = field(
-        default="none", metadata={"help": "none, or balanced: negatives over positives of each label in training."}
+    cache_features: bool = option("Frozen: encode every image once instead of once an epoch.", True)
+    fast_probe: bool = option("Frozen, with cache_features: a plain loop in place of the Trainer.", False)
+    positive_weights: str = option(
+        "Weight of positives in the loss; balanced: negatives over positives of each label in training.",
+        "none",
+        choices=("none", "balanced"),
     )
 
 
@@ -185,12 +168,8 @@ class ClassificationArguments(FinetuningArguments):
 class SegmentationDataArguments(LabelledDataArguments):
     """Which images and masks."""
 
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the input in pixels; by default the model's."}
-    )
-    augment: bool = field(
-        default=True, metadata={"help": "Flip, rotate, shift and scale training images and masks together."}
-    )
+    image_size: int | None = option("Side of the input in pixels; by default the model's.", None)
+    augment: bool = option("Flip, rotate, shift and scale training images and masks together.", True)
 
 
 @dataclass
@@ -201,10 +180,7 @@ class SegmentationArguments(FinetuningArguments):
         "batch_eval_metrics": (True, "the masks of a whole split would not fit into memory")
     }
 
-    metric_for_best_model: str = field(
-        default="dice",
-        metadata={"help": "Validation score that chooses the epoch.", "choices": list(SEGMENTATION_SCORES)},
-    )
+    metric_for_best_model: str = option("Validation score that chooses the epoch.", "dice", choices=SEGMENTATION_SCORES)
 
     def __post_init__(self) -> None:
         if self.metric_for_best_model not in SEGMENTATION_SCORES:

@@ -72,7 +72,7 @@ def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
     if not any(len(np.unique(column[~np.isnan(column)])) > 1 for column in table.T):
         raise UserError(
             f"{path}: no label has both values in the validation split, so no epoch can be chosen by it; "
-            "expected more images (--max_images of prepare_data.py?), or another --seed there"
+            "expected more images (--max_images of `mlvicx prepare`?), or another --seed there"
         )
     return cache
 

@@ -21,14 +21,17 @@ from miniatures import disc_box, rsna_id, write_nih14, write_rsna, write_siim
 from miniatures_more import vin_rows, write_chexpert, write_mimic_cxr_jpg, write_vinbigdata, write_vindr
 from transformers import AutoModel
 
+from mlvicx_hf.commands.classify import parse_classification
+from mlvicx_hf.commands.pretrain import parse_pretraining
+from mlvicx_hf.commands.segment import parse_segmentation
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import KINDS
 from mlvicx_hf.data.collections.base import Collection
-from mlvicx_hf.finetuning import classification, segmentation
-from mlvicx_hf.finetuning.training import EncoderArguments, LabelledDataArguments
-from mlvicx_hf.finetuning.training import parse_arguments as parse_finetuning
-from mlvicx_hf.pretraining.loop import Pretrainer, parse_arguments
+from mlvicx_hf.finetuning.classification import finetune_classifier
+from mlvicx_hf.finetuning.segmentation import finetune_segmenter
+from mlvicx_hf.pretraining.loop import pretrain as run_pretraining
+from mlvicx_hf.pretraining.setup import set_up
 
 SIZE = 32
 SPLITS = ("train", "validation", "test")
@@ -221,7 +224,7 @@ def pretrain(cache: Path, output: Path) -> None:
     """Two steps of the tiny network."""
     words = ("--recipe", "smoke", "--dataset", cache, "--output_dir", output, "--num_workers", 0, "--logging_steps", 1)
     words += ("--epochs", 1, "--batch_size", 4, "--max_train_samples", 8, "--cpu_threads", 1)
-    Pretrainer(*parse_arguments([str(word) for word in words])).train()
+    run_pretraining(*parse_pretraining([str(word) for word in words]))
 
 
 def rows(cache: Cache) -> list[dict[str, Any]]:
@@ -349,27 +352,23 @@ def test_lateral_images_are_left_out_of_pretraining(
 ):
     prepared = make(name)
     words = ["--recipe", "smoke", "--dataset", str(prepared.cache.path), "--output_dir", str(tmp_path / "run")]
-    pretrainer = Pretrainer(*parse_arguments([*words, "--num_workers", "0"]))
-    assert pretrainer.batches.num_images == prepared.case.trained
+    run = set_up(*parse_pretraining([*words, "--num_workers", "0"]))
+    assert run.settings.images == prepared.case.trained
     left_out = prepared.case.images[0] - (prepared.case.trained or 0)
     assert f"{left_out} lateral images are left out" in capsys.readouterr().out
 
 
-def finetune(task: ModuleType, sections: tuple[type, ...], prepared: Prepared, output: Path) -> dict[str, Any]:
-    """One epoch on the network that was pretrained on the same images."""
-    words = ("--model", prepared.run, "--dataset", prepared.cache.path, "--output_dir", output, "--report_to", "none")
-    words += ("--use_cpu", "true", "--num_train_epochs", 1, "--per_device_train_batch_size", 6)
-    kind = task.__name__.rpartition(".")[2]
-    results: dict[str, Any] = task.finetune(*parse_finetuning(kind, sections, [str(word) for word in words]))
-    assert results["counts"]["test"]["images"] == prepared.case.images[2]
-    return results
+def finetuning_words(prepared: Prepared, output: Path) -> list[str]:
+    """Words of one epoch on the network that was pretrained on the same images."""
+    words = ("--model", prepared.run, "--dataset", prepared.cache.path, "--output_dir", output, "--use_cpu")
+    return [str(word) for word in (*words, "--num_train_epochs", 1, "--per_device_train_batch_size", 6)]
 
 
 @pytest.mark.parametrize("name", ["nih14", "rsna, detailed", "chexpert"])
 def test_classification_on_what_was_prepared(make: Callable[[str], Prepared], name: str, tmp_path: Path):
     prepared = make(name)
-    sections = (classification.ClassifierArguments, LabelledDataArguments, classification.ClassificationArguments)
-    results = finetune(classification, sections, prepared, tmp_path / "run")
+    results = finetune_classifier(*parse_classification(finetuning_words(prepared, tmp_path / "run")))
+    assert results["counts"]["test"]["images"] == prepared.case.images[2]
     assert results["labels"] == list(prepared.cache.label_names)
     assert (results["thresholds"] is None) == prepared.case.exclusive
     scored = {label for label, value in results["test"]["auroc"].items() if isinstance(value, float)}
@@ -387,8 +386,8 @@ def test_classification_on_what_was_prepared(make: Callable[[str], Prepared], na
 @pytest.mark.parametrize("name", ["siim", "folder, csv"])
 def test_segmentation_on_what_was_prepared(make: Callable[[str], Prepared], name: str, tmp_path: Path):
     prepared = make(name)
-    sections = (EncoderArguments, segmentation.SegmentationDataArguments, segmentation.SegmentationArguments)
-    results = finetune(segmentation, sections, prepared, tmp_path / "run")
+    results = finetune_segmenter(*parse_segmentation(finetuning_words(prepared, tmp_path / "run")))
+    assert results["counts"]["test"]["images"] == prepared.case.images[2]
     assert results["labels"] == list(prepared.cache.mask_names)
     assert math.isfinite(results["test"]["dice"])
 
