@@ -28,7 +28,8 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import FolderCollection
 from mlvicx_hf.data.collections.base import Collection, Drawing, Listing, Record
-from mlvicx_hf.data.images.pixels import MAX_BYTES, UnreadableImageError, decode_gray
+from mlvicx_hf.data.images.errors import UnreadableImageError
+from mlvicx_hf.data.images.pixels import MAX_BYTES, decode_gray
 
 PROC = Path("/proc")
 # Of any process. With torch loaded it has 0.9 GiB before the first image; 90 million pixels of 16 or 32 bits add 1.1.

@@ -22,7 +22,8 @@ from pydicom.filewriter import write_file_meta_info
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, apply_windowing, get_decoder, pixel_array
 
 from mlvicx_hf.data.images.dicom import decode_dicom
-from mlvicx_hf.data.images.pixels import UnreadableImageError, read_gray
+from mlvicx_hf.data.images.errors import UnreadableImageError
+from mlvicx_hf.data.images.pixels import read_gray
 
 HEIGHT, WIDTH = 38, 29
 LINE, COLUMN = np.mgrid[:HEIGHT, :WIDTH]

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 from test_pixels import colour_png_16
 
-from mlvicx_hf.data.images.pixels import UnreadableImageError, fit_square_gray
+from mlvicx_hf.data.images.errors import UnreadableImageError
+from mlvicx_hf.data.images.pixels import fit_square_gray
 from mlvicx_hf.data.masks import check_mask_names, class_indices, decode_mask, encode_mask, foreground
 
 CLASSES = ("background", "lung", "heart")

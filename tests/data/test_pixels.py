@@ -7,13 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mlvicx_hf.data.images.pixels import (
-    DICOM_SUFFIXES,
-    IMAGE_SUFFIXES,
-    UnreadableImageError,
-    fit_square_gray,
-    read_gray,
-)
+from mlvicx_hf.data.images.errors import UnreadableImageError
+from mlvicx_hf.data.images.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES, fit_square_gray, read_gray
 from mlvicx_hf.models.image_processing_mlvicx import FITS, fit_square, to_unit_gray
 
 HEIGHT, WIDTH = 24, 40

@@ -14,7 +14,8 @@ from PIL import Image
 
 from mlvicx_hf.common.errors import UserError
 
-from .images.pixels import UnreadableImageError, decode, fit_square_gray
+from .images.errors import UnreadableImageError
+from .images.pixels import decode, fit_square_gray
 
 MASK_FORMATS = ("PNG",)  # lossless, and what annotation tools write
 MAX_CLASSES = 256  # of an 8-bit mask

@@ -21,7 +21,8 @@ from mlvicx_hf.common.machine import choose_device, describe_hardware
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import NOTICE
-from mlvicx_hf.data.images.pixels import IMAGE_SUFFIXES, UnreadableImageError, image_files, read_gray
+from mlvicx_hf.data.images.errors import UnreadableImageError
+from mlvicx_hf.data.images.pixels import IMAGE_SUFFIXES, image_files, read_gray
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXModel
@@ -33,7 +34,7 @@ from .outputs import (
     Outputs,
     SegmentationHead,
     SingleLabelHead,
-    check_mask_names,
+    check_mask_places,
     printable,
     write_embeddings,
 )
@@ -51,7 +52,7 @@ class InputImage(NamedTuple):
     place: Path
 
 
-def find_images(inputs: Sequence[Path]) -> list[InputImage]:
+def find_inputs(inputs: Sequence[Path]) -> list[InputImage]:
     """Image files in the order of the inputs, each once.
 
     Args:
@@ -215,7 +216,7 @@ def predict(
 
     Args:
         model_source: folder or Hub name.
-        inputs: images and folders, see `find_images`.
+        inputs: images and folders, see `find_inputs`.
         output: table, a .csv file.
         embeddings: .safetensors or .parquet file for `pooler_output` of the images that could be read.
         masks: folder for the masks of a segmenter, one PNG an image: 0 and 255 for one structure, else class indices.
@@ -244,9 +245,9 @@ def predict(
         masks=None if masks is None else Path(masks),
     )
     outputs.check(overwrite)
-    images = find_images(given)
+    images = find_inputs(given)
     if outputs.masks is not None:
-        check_mask_names((image.place for image in images), given, outputs.masks)
+        check_mask_places((image.place for image in images), given, outputs.masks)
     loaded = load(model_source, revision, choose_device(device))
     _check_task(loaded, outputs)
     loader = DataLoader(

@@ -17,7 +17,8 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import Listing
 from mlvicx_hf.data.collections.hf import HFCollection
-from mlvicx_hf.data.images.pixels import UnreadableImageError, decode_gray
+from mlvicx_hf.data.images.errors import UnreadableImageError
+from mlvicx_hf.data.images.pixels import decode_gray
 
 FINDINGS = ["No Finding", "Edema", "Mass"]
 

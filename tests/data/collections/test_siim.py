@@ -16,7 +16,7 @@ from PIL import Image
 from mlvicx_hf.data.collections.base import Listing, Record
 from mlvicx_hf.data.collections.siim import SIIMCollection, union_of_runs
 from mlvicx_hf.data.images.encoding import make_picture
-from mlvicx_hf.data.images.pixels import UnreadableImageError
+from mlvicx_hf.data.images.errors import UnreadableImageError
 
 TABLE = "train-rle.csv"
 

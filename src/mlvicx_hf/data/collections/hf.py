@@ -16,7 +16,7 @@ import pyarrow.compute
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
-from ..images.pixels import UnreadableImageError
+from ..images.errors import UnreadableImageError
 from ..masks import decode_mask
 from .base import Collection, Listing, Record
 from .folder import NO_FINDING, RESERVED_COLUMNS, SPLIT_NAMES, LabelTable, _splits, _understood, read_labels, read_views

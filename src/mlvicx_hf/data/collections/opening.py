@@ -22,7 +22,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import no_datasets_bars
 from mlvicx_hf.common.text import some
 
-from ..images.pixels import UnreadableImageError
+from ..images.errors import UnreadableImageError
 
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 ROWS = 16  # images that are read at a time; a parquet file may hold a thousand in one piece

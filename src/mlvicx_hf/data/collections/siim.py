@@ -11,7 +11,8 @@ import numpy as np
 
 from mlvicx_hf.common.errors import UserError
 
-from ..images.pixels import UnreadableImageError, image_files
+from ..images.errors import UnreadableImageError
+from ..images.pixels import image_files
 from .base import Listing, Record, ReleasedCollection
 from .tables import read_columns, require_columns
 

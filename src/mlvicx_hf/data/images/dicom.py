@@ -1,9 +1,9 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""DICOM radiographs to 8-bit grey. Imported only where a file is DICOM: pydicom is an extra.
+"""Convert DICOM radiographs to 8-bit grey. Import this module only for a DICOM file: pydicom is an extra.
 
-Two rules hold throughout. No size that a file declares is believed before it is checked, since declaring one costs
-nothing. And no message quotes text of a file, nor pydicom's messages, which do: a damaged attribute may hold the name
-of a patient.
+Two rules hold throughout. Check every size that a file declares before you use it, since a file can declare any size.
+Quote no text of a file in a message, and no message of pydicom, which quotes the file: a damaged attribute may hold
+the name of a patient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image
 
 from mlvicx_hf.common.errors import MissingExtraError, UserError
 
-from .pixels import DAMAGED, UnreadableImageError
+from .errors import DAMAGED, UnreadableImageError
 
 try:
     from pydicom.dataset import Dataset
@@ -56,9 +56,9 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError('DICOM files need pydicom: pip install "mlvicx-hf[dicom]"') from error
 
-# Nothing else of a file is kept: names, dates and numbers of patients are never in memory as attributes.
+# Read these attributes alone, so that names, dates and numbers of patients are never in memory.
 COLOURS = ("Red", "Green", "Blue")
-TAGS = tuple(
+_TAGS = tuple(
     int(Tag(keyword))
     for keyword in (
         *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PlanarConfiguration", "PhotometricInterpretation"),
@@ -70,8 +70,9 @@ TAGS = tuple(
         "PixelData",
     )
 )
-# pydicom's plug-in for each compressed transfer syntax: permissive licences only, and only one, since what one decoder
-# refuses as damaged another may fill up with grey. gdcm's JPEG 2000 decoder is too old to be fed unknown files.
+# pydicom's plug-in for each compressed transfer syntax. All have permissive licences. Use one plug-in only: where one
+# decoder refuses a damaged file, another may fill the gap with grey. Do not give unknown files to gdcm's JPEG 2000
+# decoder, which is too old.
 PLUGIN = {
     JPEGBaseline8Bit: "pillow",
     JPEGExtended12Bit: "gdcm",
@@ -83,13 +84,13 @@ PLUGIN = {
     JPEG2000: "pillow",
     RLELossless: "pydicom",
 }
-PHOTOMETRIC = {
+_PHOTOMETRIC = {
     1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"),
     3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
 }
-MAX_INFLATED = 256 * 2**20  # bytes of a deflated file: 16 bits for as many pixels as Pillow accepts, and half as much
+MAX_INFLATED = 256 * 2**20  # bytes of a deflated file: 1.5 times the largest 16-bit image that Pillow accepts
 J2K_START = b"\xff\x4f\xff\x51"  # markers SOC and SIZ
-BLOCK = 2**16  # pixels looked up at a time, which the cache holds
+_BLOCK = 2**16  # pixels to look up at a time, so that they fit into the processor's cache
 # What pydicom and its plug-ins raise for damaged content, as well as Pillow's.
 DAMAGED_DICOM = (
     *DAMAGED,
@@ -103,12 +104,12 @@ DAMAGED_DICOM = (
 
 
 class _RefusedError(UserError):
-    """Why a file is not read; the message is fit to be shown."""
+    """The reason why a file is not read. The message is safe to show."""
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What the pixel data are; of damaged or dangerous files there is none."""
+    """Attributes that describe the pixel data. A damaged or dangerous file gives no header."""
 
     rows: int
     columns: int
@@ -126,40 +127,41 @@ class _Header:
         return max(8, self.allocated)
 
     def stored_values(self) -> np.ndarray:
-        """The value that each pattern of bits stands for: [2**container]; bits that are not in use do not count."""
+        """The value of each pattern of bits, [2**container]. Unused bits are ignored."""
         words = np.arange(2**self.container, dtype=f"u{self.container // 8}")
         aligned = (words << (self.container - 1 - self.high)).view(f"{'i' if self.signed else 'u'}{words.itemsize}")
         return aligned >> (self.container - self.stored)
 
 
 def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
-    """Content of a DICOM file of any modality, body part and view to 8-bit grey.
+    """Convert the content of a DICOM file, of any modality, body part and view, to 8-bit grey.
 
-    Read are all uncompressed transfer syntaxes, deflated, JPEG (8 bits), JPEG Lossless, JPEG-LS, JPEG 2000 and RLE, of
-    8 and 16 bits allocated (and 1). A file without preamble, meta information or transfer syntax is little or big
-    endian as it looks. ACR-NEMA files lack attributes: the photometric interpretation is MONOCHROME2, then, of one
-    unsigned sample.
+    All uncompressed transfer syntaxes can be read, and deflated, JPEG (8 bits), JPEG Lossless, JPEG-LS, JPEG 2000 and
+    RLE, with 1, 8 or 16 bits allocated. Where preamble, meta information or transfer syntax are missing, the first
+    bytes tell little from big endian. Old ACR-NEMA files lack attributes: one unsigned sample, MONOCHROME2 is assumed.
 
-    Grey values go through (PS3.3 C.11) the modality LUT or rescale, the first VOI LUT or else the first window
-    (LINEAR, LINEAR_EXACT, SIGMOID), and the inversion of MONOCHROME1. The output range of the window, or from the least
-    to the greatest entry of the VOI LUT, becomes 0 to 255. Without either it is the range of the image's own values. A
-    window or VOI LUT is ignored if it is damaged, if its width is no number or too small (below 1 for LINEAR, 0 or
-    less for others), or if it leaves a single grey value of an image that has several; a rescale, if it is no numbers
-    or leaves a single value. Pixels of the padding value or range are black and outside of that range. Colours become
-    luminance.
+    Grey values pass through these steps (PS3.3 C.11): the modality LUT or the rescale; the first VOI LUT, or else the
+    first window (LINEAR, LINEAR_EXACT, SIGMOID); the inversion of MONOCHROME1. The output range of the window, or the
+    range of the entries of the VOI LUT, becomes 0 to 255. Without either, the range of the image's own values does.
 
-    The grid is that of the file: pixels that are not square stay so, since boxes and masks refer to that grid.
-    Overlays are not drawn. One frame only.
+    A window or VOI LUT is ignored if it is damaged, if its width is not a number or is too small (below 1 for LINEAR,
+    0 or less for the others), or if it leaves one grey value of an image that has several. A rescale is ignored if it
+    holds no numbers or leaves one value. Pixels of the padding value or range become black, and the range of the
+    image's values does not include them. Colours become luminance.
+
+    The grid of the file stays as it is, also where pixels are not square, since boxes and masks refer to that grid.
+    Overlays are not drawn. A file with several frames is refused.
 
     Args:
         data: the content.
-        file: what errors call it.
+        file: name to use in errors.
 
     Returns:
         Picture of mode "L", Columns × Rows.
 
     Raises:
-        UnreadableImageError: no image, several frames, damaged, suspiciously large, or a kind that is not supported.
+        UnreadableImageError: the file holds no image or several frames, or is damaged, suspiciously large, or of a
+            kind that is not supported.
     """
     with _silence():
         try:
@@ -168,12 +170,12 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
             reason = str(refusal)
         except DAMAGED_DICOM as damage:  # its message may quote the file
             reason = f"damaged or unsupported DICOM: {type(damage).__name__}"
-    raise UnreadableImageError(file, reason)  # out here it does not carry the other one as its context
+    raise UnreadableImageError(file, reason)  # raised here, it does not carry the other error as its context
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Neither warnings nor log records of pydicom: they quote the file."""
+    """Silence the warnings and log records of pydicom, which quote the file."""
     logger = logging.getLogger("pydicom")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -207,7 +209,7 @@ def _decode(data: bytes) -> np.ndarray:
 
 
 def _read(data: bytes) -> tuple[Dataset, UID]:
-    """The attributes that matter, and the transfer syntax of the pixel data."""
+    """Read the attributes in `_TAGS` and the transfer syntax of the pixel data."""
     stream = io.BytesIO(data)
     read_preamble(stream, force=True)
     meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
@@ -215,18 +217,19 @@ def _read(data: bytes) -> tuple[Dataset, UID]:
     if syntax == DeflatedExplicitVRLittleEndian:
         stream = io.BytesIO(_inflate(data[stream.tell() :]))
     if not syntax:
-        start = data[stream.tell() :][:2]  # of the first tag, whose group is small: 0008 in nearly all files
+        start = data[stream.tell() :][:2]  # the group of the first tag, a small number: 0008 in nearly all files
         syntax = ExplicitVRBigEndian if start[:1] == b"\0" else ImplicitVRLittleEndian
     if not syntax.is_transfer_syntax:
         raise _RefusedError("unknown transfer syntax")
-    # Whether the VR is implicit is what the first element looks like, whatever the syntax says.
-    dataset = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian, specific_tags=list(TAGS))
+    # pydicom looks at the first element to find out whether the VR is implicit, whatever the syntax says.
+    dataset = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian, specific_tags=list(_TAGS))
     return dataset, syntax
 
 
 def _inflate(deflated: bytes) -> bytes:
+    """Inflate twice: count first, and keep the result only when the total is safe. A block becomes 16 MiB at most."""
     inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    for start in range(0, len(deflated), 2**14):  # which become 16 MiB at most; kept is nothing before all are counted
+    for start in range(0, len(deflated), 2**14):
         size += len(inflater.decompress(deflated[start : start + 2**14]))
         if size > MAX_INFLATED:
             raise _RefusedError(f"suspiciously large (decompression bomb?): inflates to more than {MAX_INFLATED} bytes")
@@ -245,10 +248,10 @@ def _integer(dataset: Dataset, keyword: str, default: int | None = None) -> int:
 
 
 def _header(dataset: Dataset) -> _Header:
-    """Attributes of the pixel data, each within what is supported.
+    """Read the attributes of the pixel data and check that each is supported.
 
     Raises:
-        _RefusedError: one is not.
+        _RefusedError: an attribute is absent or not supported.
     """
     frames = _integer(dataset, "NumberOfFrames", 1) or 1
     rows, columns = _integer(dataset, "Rows"), _integer(dataset, "Columns")
@@ -263,14 +266,14 @@ def _header(dataset: Dataset) -> _Header:
         raise _RefusedError(f"NumberOfFrames {frames} found; expected 1")
     if not (0 < rows < 2**16 and 0 < columns < 2**16):
         raise _RefusedError(f"Rows {rows} and Columns {columns} found; expected 1 to 65535")
-    limit = Image.MAX_IMAGE_PIXELS  # the one of all other formats
+    limit = Image.MAX_IMAGE_PIXELS  # the same limit as for all other formats
     if limit is not None and rows * columns > limit:
         raise _RefusedError(
             f"suspiciously large (decompression bomb?): {columns} × {rows} pixels found; expected at most {limit}"
         )
-    if photometric not in PHOTOMETRIC.get(samples, ()):
-        known = " or ".join(f"{count} of {', '.join(names)}" for count, names in PHOTOMETRIC.items())
-        found = photometric if photometric in PHOTOMETRIC[1] + PHOTOMETRIC[3] else "another interpretation"
+    if photometric not in _PHOTOMETRIC.get(samples, ()):
+        known = " or ".join(f"{count} of {', '.join(names)}" for count, names in _PHOTOMETRIC.items())
+        found = photometric if photometric in _PHOTOMETRIC[1] + _PHOTOMETRIC[3] else "another interpretation"
         raise _RefusedError(f"SamplesPerPixel {samples} of {found} found; expected {known}")
     if allocated not in ((1, 8, 16) if samples == 1 else (8, 16)) or not 0 < stored <= allocated:
         raise _RefusedError(f"BitsAllocated {allocated} and BitsStored {stored} found; expected 8 or 16 allocated")
@@ -309,7 +312,7 @@ def _uncompressed(dataset: Dataset, header: _Header, syntax: UID) -> tuple[np.nd
     bits = header.rows * header.columns * header.samples * header.allocated
     expected = math.ceil((bits * 2 // 3 if header.photometric == "YBR_FULL_422" else bits) / 8)
     found = len(element.value)
-    if not expected <= found < 2 * expected + 2:  # some padding occurs
+    if not expected <= found < 2 * expected + 2:  # real files hold some padding
         raise _RefusedError(
             f"{found} bytes of PixelData found; expected {expected} for {header.columns} × {header.rows} pixels of "
             f"{header.samples} × {header.allocated} bits"
@@ -320,27 +323,27 @@ def _uncompressed(dataset: Dataset, header: _Header, syntax: UID) -> tuple[np.nd
 
 
 def _frame(dataset: Dataset) -> bytes:
-    """The only frame, all fragments of it; the first item is an offset table, which nobody needs for one frame."""
+    """Join all fragments of the only frame. Skip the first item, an offset table that one frame does not need."""
     return b"".join(list(generate_fragments(dataset["PixelData"].value))[1:])
 
 
 def _check_codestream(frame: bytes, header: _Header, syntax: UID) -> tuple[bytes, _Header]:
-    """Compare the size that a compressed frame declares itself with the file's, before a decoder believes it.
+    """Compare the size that a compressed frame declares with the file's, before a decoder uses it.
 
     Returns:
-        What is left to decode, and the header with the bits of the decoded values.
+        The bytes to decode, and the header with the bits of the decoded values.
 
     Raises:
-        _RefusedError: they differ, or there is no such frame.
+        _RefusedError: the sizes differ, or there is no such frame.
     """
     if syntax == RLELossless:
         count, size = header.samples * header.allocated // 8, header.rows * header.columns
         found = _rle_sizes(frame, 2 * size + 2)
-        if len(found) != count or not size <= min(found) <= max(found) < 2 * size + 2:  # some padding occurs
+        if len(found) != count or not size <= min(found) <= max(found) < 2 * size + 2:  # real files hold some padding
             raise _RefusedError(f"RLE segments of {found} bytes or more found; expected {count} of {size}")
         return frame, header
     if syntax in JPEG2000TransferSyntaxes:
-        frame = frame[max(0, frame.find(J2K_START)) :]  # bare: JP2 boxes declare sizes, too
+        frame = frame[max(0, frame.find(J2K_START)) :]  # without JP2 boxes, which declare sizes too
         stream = _j2k_size(frame)
     else:
         stream = _jpeg_size(frame)
@@ -356,11 +359,11 @@ def _check_codestream(frame: bytes, header: _Header, syntax: UID) -> tuple[bytes
         )
     allocated = 8 if bits <= 8 else 16
     stored = min(header.stored, allocated) if syntax in JPEGTransferSyntaxes else bits
-    return frame, replace(header, allocated=allocated, stored=stored, high=stored - 1)  # decoders align right
+    return frame, replace(header, allocated=allocated, stored=stored, high=stored - 1)  # decoders align to the right
 
 
 def _rle_sizes(frame: bytes, limit: int) -> list[int]:
-    """Bytes that each segment of an RLE frame becomes, counted up to a limit: two may become 128 (PS3.5 G.3 to G.5)."""
+    """Count the bytes that each segment of an RLE frame becomes, up to a limit: 2 may become 128 (PS3.5 G.3-G.5)."""
     count, *starts = struct.unpack_from("<16I", frame)
     if not 0 < count <= 15:
         raise _RefusedError("no RLE Lossless codestream found in PixelData")
@@ -371,7 +374,7 @@ def _rle_sizes(frame: bytes, limit: int) -> list[int]:
             run = frame[position]
             position += 1
             if run < 128:
-                size += min(run + 1, end - position)  # the last one may be cut
+                size += min(run + 1, end - position)  # the last run may be cut
                 position += run + 1
             elif run > 128 and position < end:
                 size += 257 - run
@@ -381,10 +384,10 @@ def _rle_sizes(frame: bytes, limit: int) -> list[int]:
 
 
 def _jpeg_segments(frame: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and all bytes of each segment of a JPEG or JPEG-LS codestream (ITU-T T.81 B.1); the image is the last.
+    """Yield marker and bytes of each segment of a JPEG or JPEG-LS codestream (ITU-T T.81 B.1), the image last.
 
     Raises:
-        _RefusedError: damaged before the image.
+        _RefusedError: the codestream is damaged before the image.
     """
     position = 2
     while frame[:2] == b"\xff\xd8" and len(frame) >= position + 4 and frame[position] == 0xFF:
@@ -408,14 +411,14 @@ def _is_frame_header(marker: int) -> bool:
 def _jpeg_size(frame: bytes) -> tuple[int, int, int, int] | None:
     """Rows, columns, samples and bits of the frame header of a JPEG or JPEG-LS codestream (ITU-T T.81 B.2.2)."""
     headers = [segment for marker, segment in _jpeg_segments(frame) if _is_frame_header(marker)]
-    if len(headers) != 1:  # decoders differ in which of several they believe
+    if len(headers) != 1:  # of several headers, decoders use different ones
         return None
     bits, rows, columns, samples = struct.unpack_from(">BHHB", headers[0], 4)
     return rows, columns, samples, bits
 
 
 def _bare_jpeg(frame: bytes) -> bytes:
-    """A JPEG codestream without comments and application data: what libjpeg only warns of there makes gdcm abort."""
+    """Remove comments and application data from a JPEG codestream: damage there makes gdcm abort the process."""
     needed = (0xC4, 0xCC, 0xDA, 0xDB, 0xDD)  # tables, restart interval and the image
     segments = (part for marker, part in _jpeg_segments(frame) if marker in needed or _is_frame_header(marker))
     return b"\xff\xd8" + b"".join(segments)
@@ -432,7 +435,7 @@ def _j2k_size(frame: bytes) -> tuple[int, int, int, int] | None:
 
 def _decompress(frame: bytes, header: _Header, syntax: UID) -> tuple[np.ndarray, str]:
     """Values of a compressed frame, [H, W] or [H, W, 3], and their photometric interpretation."""
-    if syntax == JPEGExtended12Bit:  # 8 bits are baseline; 12 pydicom hands to gdcm's one decoder as lossless only
+    if syntax == JPEGExtended12Bit:  # 8 bits are baseline; pydicom gives 12 bits to gdcm only under the lossless name
         syntax = JPEGBaseline8Bit if header.allocated == 8 else JPEGLossless
     decoder = get_decoder(syntax)
     if PLUGIN[syntax] not in decoder.available_plugins:
@@ -469,7 +472,7 @@ def _palette(dataset: Dataset, header: _Header) -> np.ndarray:
 
 
 def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> np.ndarray:
-    """Bit patterns [H, W] to grey. All that happens to a value happens to a table of all values, which is short."""
+    """Convert bit patterns [H, W] to grey. Compute a table of all values, which is short, then look pixels up."""
     values = header.stored_values()
     padding = _padding(dataset, values)
     outputs = _modality(dataset, values)
@@ -490,19 +493,19 @@ def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> np.ndar
 
 def _blocks(words: np.ndarray) -> Iterator[np.ndarray]:
     flat = words.reshape(-1)
-    for start in range(0, len(flat), BLOCK):
-        yield flat[start : start + BLOCK]
+    for start in range(0, len(flat), _BLOCK):
+        yield flat[start : start + _BLOCK]
 
 
 def _look_up(table: np.ndarray, words: np.ndarray) -> np.ndarray:
     gray = np.empty(words.size, np.uint8)
     for start, block in enumerate(_blocks(words)):
-        np.take(table, block, out=gray[start * BLOCK : start * BLOCK + len(block)], mode="clip")
+        np.take(table, block, out=gray[start * _BLOCK : start * _BLOCK + len(block)], mode="clip")
     return gray.reshape(words.shape)
 
 
 def _table(unit: np.ndarray, padding: np.ndarray, invert: bool) -> np.ndarray:
-    """Grey of values in [0, 1] and beyond: uint8 [2**container]."""
+    """Grey of each value, uint8 [2**container]. Values outside [0, 1] are clipped."""
     gray = np.round(unit.clip(0, 1) * 255).astype(np.uint8)
     if invert:
         gray = 255 - gray
@@ -511,7 +514,7 @@ def _table(unit: np.ndarray, padding: np.ndarray, invert: bool) -> np.ndarray:
 
 
 def _padding(dataset: Dataset, values: np.ndarray) -> np.ndarray:
-    """Which values mean that there is no image (PS3.3 C.7.5.1.1.2)."""
+    """Tell which values mark pixels outside the image (PS3.3 C.7.5.1.1.2)."""
     first = dataset.get("PixelPaddingValue")
     last = dataset.get("PixelPaddingRangeLimit")
     if not isinstance(first, int):
@@ -521,7 +524,7 @@ def _padding(dataset: Dataset, values: np.ndarray) -> np.ndarray:
 
 
 def _modality(dataset: Dataset, values: np.ndarray) -> np.ndarray:
-    """Stored values through the modality LUT or rescale: float64 (PS3.3 C.11.1)."""
+    """Apply the modality LUT or the rescale to stored values; gives float64 (PS3.3 C.11.1)."""
     lut = _lut(dataset, "ModalityLUTSequence")
     if lut is not None:
         return _apply_lut(values, *lut)
@@ -529,16 +532,16 @@ def _modality(dataset: Dataset, values: np.ndarray) -> np.ndarray:
     if slope is not None and intercept is not None:
         with np.errstate(over="ignore", invalid="ignore"):
             rescaled = values * np.float64(slope) + intercept
-            if 0 < np.ptp(rescaled) < np.inf:  # else it is damaged
+            if 0 < np.ptp(rescaled) < np.inf:  # otherwise the rescale is damaged
                 return rescaled
     return values.astype(np.float64)
 
 
 def _lut(dataset: Dataset, keyword: str) -> tuple[int, np.ndarray] | None:
-    """The value that the first entry of a lookup table is for, and all entries (PS3.3 C.11.1.1); None without a table.
+    """Read the lookup table in a sequence, see `_entries`; None where there is no table.
 
     Raises:
-        _RefusedError: damaged.
+        _RefusedError: the table is damaged.
     """
     try:
         sequence = dataset.get(keyword)
@@ -550,34 +553,34 @@ def _lut(dataset: Dataset, keyword: str) -> tuple[int, np.ndarray] | None:
 
 
 def _entries(item: Dataset, descriptor: str, data: str, dataset: Dataset) -> tuple[int, np.ndarray]:
-    """The value that the first entry of a lookup table is for, and all entries."""
+    """The stored value to which the first entry of a lookup table belongs, and all entries (PS3.3 C.11.1.1)."""
     count, first, _ = (int(number) for number in item[descriptor].value)
     count, content = count or 2**16, item[data].value
     if isinstance(content, bytes):
         wide = "<u2" if dataset.original_encoding[1] else ">u2"
         content = np.frombuffer(content + bytes(len(content) % 2), wide)
     words = np.atleast_1d(content).astype("<u2")
-    entries = words if len(words) >= count else words.view(np.uint8)  # two in a word
+    entries = words if len(words) >= count else words.view(np.uint8)  # two entries in a word
     if len(entries) < count:
         raise _RefusedError(f"{len(entries)} entries of a lookup table found; expected {count}")
     return first, entries[:count].astype(np.float64)
 
 
 def _apply_lut(values: np.ndarray, first: int, entries: np.ndarray) -> np.ndarray:
-    """Entries for values, the outermost beyond the ends.
+    """Look values up. Values beyond the ends get the outermost entries.
 
-    pydicom's own wraps values that the type of the entries does not hold, and knows no modality LUT of 10 to 15 bits.
+    pydicom's function wraps values that do not fit the type of the entries, and refuses modality LUTs of 10 to 15 bits.
     """
     return entries[(values - np.float64(_signed(first, values))).clip(0, len(entries) - 1).astype(np.intp)]
 
 
 def _signed(number: int, values: np.ndarray) -> int:
-    """An attribute in terms of values, which are signed at times where its own type (US) is not."""
+    """Read an attribute as signed where the values are signed, although its own type (US) is not."""
     return number - 2**16 if number >= 2**15 and values.min() < 0 else number
 
 
 def _number(dataset: Dataset, keyword: str) -> float | None:
-    """First value of a decimal string; None where there is none that is finite."""
+    """The first value of a decimal string; None where it is absent or not finite."""
     try:
         value = dataset.get(keyword)
         number = float(value[0] if isinstance(value, MultiValue) else value)
@@ -587,7 +590,7 @@ def _number(dataset: Dataset, keyword: str) -> float | None:
 
 
 def _voi_lut(dataset: Dataset, values: np.ndarray) -> np.ndarray | None:
-    """Values through the first VOI LUT, of which the least and greatest entry become 0 and 1 (PS3.3 C.11.2.1.1)."""
+    """Apply the first VOI LUT; its least and greatest entries become 0 and 1 (PS3.3 C.11.2.1.1)."""
     try:
         lut = _lut(dataset, "VOILUTSequence")
     except _RefusedError:
@@ -598,7 +601,7 @@ def _voi_lut(dataset: Dataset, values: np.ndarray) -> np.ndarray | None:
 
 
 def _window(dataset: Dataset, values: np.ndarray) -> np.ndarray | None:
-    """Values through the first window, whose output range becomes 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    """Apply the first window; its output range becomes 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
     center, width = _number(dataset, "WindowCenter"), _number(dataset, "WindowWidth")
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
     if center is None or width is None or width <= 0 or (function == "LINEAR" and width < 1):
@@ -606,7 +609,7 @@ def _window(dataset: Dataset, values: np.ndarray) -> np.ndarray | None:
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         return None
     window = Dataset()
-    window.PhotometricInterpretation = "MONOCHROME2"  # this, and any range of outputs, pydicom asks for
+    window.PhotometricInterpretation = "MONOCHROME2"  # pydicom asks for this, and for some range of outputs
     window.BitsStored, window.PixelRepresentation = 16, 0
     window.WindowCenter, window.WindowWidth = (DSfloat(number, auto_format=True) for number in (center, width))
     window.VOILUTFunction = function

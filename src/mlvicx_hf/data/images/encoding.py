@@ -17,7 +17,8 @@ from mlvicx_hf.common.errors import UserError
 from ..collections.base import Box, Record
 from ..copies.duplicates import perceptual_hash
 from ..masks import Mask, class_indices, decode_mask, encode_mask
-from .pixels import UnreadableImageError, decode_gray, fit_square_gray, read_content
+from .errors import UnreadableImageError
+from .pixels import decode_gray, fit_square_gray, read_content
 
 
 @dataclass(frozen=True)

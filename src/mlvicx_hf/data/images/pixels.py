@@ -10,9 +10,7 @@ import io
 import logging
 import os
 import stat
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +19,8 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from mlvicx_hf.common.errors import UserError
 
+from .errors import DAMAGED, UnreadableImageError
+
 DICOM_SUFFIXES = (".dcm", ".dicom")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", *DICOM_SUFFIXES)
 # The only formats tried: Pillow also opens formats that start other programs (EPS) or follow links.
@@ -28,21 +28,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 
 CACHE_MARK = "cache.json"  # what a prepared cache is known by
 MAX_BYTES = 2**30  # of a file; three times what the largest uncompressed image takes that Pillow accepts
-BLOCK = 64  # rows that are converted at a time where float64 of all would need much memory
-PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
-# What Pillow raises for damaged content, over all formats; mutated files raise mostly the first three.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
-
-
-class UnreadableImageError(UserError):
-    """A file that cannot be read as an image; the message names it and says why."""
-
-    def __init__(self, file: str | Path, reason: str) -> None:
-        super().__init__(file, reason)
-        self.file, self.reason = str(file), reason
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
+_BLOCK = 64  # rows that are converted at a time where float64 of all would need much memory
+_PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
 
 
 def image_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
@@ -177,7 +164,7 @@ def _gray(image: Image.Image) -> Image.Image:
     from mlvicx_hf.models.image_processing_mlvicx import to_unit_gray
 
     unit = to_unit_gray(_unit_float(image) if image.mode == "F" else image)[0].numpy()  # [H, W]
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0:
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
         unit = 1 - unit  # Pillow does this for 8 bits only
     unit *= 255  # in place: such an image may take 350 MB
     return Image.fromarray(np.round(unit, out=unit).astype(np.uint8))
@@ -191,8 +178,8 @@ def _unit_float(image: Image.Image) -> np.ndarray:
         return array  # `to_unit_gray` refuses what is not finite
     span = float(high) - float(low)
     unit = np.zeros_like(array)
-    for top in range(0, len(array) if span > 0 else 0, BLOCK):
-        unit[top : top + BLOCK] = (array[top : top + BLOCK] - np.float64(low)) / span
+    for top in range(0, len(array) if span > 0 else 0, _BLOCK):
+        unit[top : top + _BLOCK] = (array[top : top + _BLOCK] - np.float64(low)) / span
     return unit
 
 

@@ -37,7 +37,8 @@ from mlvicx_hf.common.text import some
 from ..cache.cache import MANIFEST, load_cache
 from ..collections.base import normalize_view
 from ..collections.opening import ROWS, TABLE_ROWS, as_stream, find_image_column, open_dataset, read_content
-from ..images.pixels import UnreadableImageError, decode_gray, fit_square_gray
+from ..images.errors import UnreadableImageError
+from ..images.pixels import decode_gray, fit_square_gray
 from .sampling import LATERAL, check_batch, check_views, choose_views
 
 logger = logging.getLogger(__name__)
