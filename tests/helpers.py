@@ -1,13 +1,15 @@
-"""What several test files share: tiny models, small caches made by the real `prepare`, scripts in fresh processes."""
+"""What several test files share: tiny models, small caches made by the real `prepare`, commands and fresh processes."""
 
 from __future__ import annotations
 
 import csv
+import io
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 from PIL import Image, ImageDraw
+from transformers.utils import logging
 
 from mlvicx_hf import MLVICXConfig, MLVICXImageProcessor, MLVICXModel
+from mlvicx_hf.commands import main
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.masks import foreground
@@ -48,6 +52,32 @@ def run_python(*words: object, timeout: float = 240, **more: str) -> subprocess.
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment(**more), cwd=ROOT, check=False
     )
+
+
+def mlvicx(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run a command of `mlvicx` in this process, which leaves nothing of it behind."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with _settings_kept(), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return subprocess.CompletedProcess(["mlvicx", *map(str, words)], code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Variables, threads and what transformers shows, as commands set them for their whole process."""
+    variables, threads = dict(os.environ), torch.get_num_threads()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(variables)
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
 
 def run_script(name: str, *words: object, **more: Any) -> subprocess.CompletedProcess[str]:

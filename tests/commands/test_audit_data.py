@@ -1,36 +1,20 @@
 import csv
 import json
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_script
+from helpers import mlvicx
 from PIL import Image
 
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
-SCRIPT = ROOT / "scripts" / "audit_data.py"
 
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The script in this process: exit code, stdout, stderr."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
-        code: int | str | None = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        assert isinstance(code, int)
-        return code, *capsys.readouterr()
-
-    return call
+def call(*words: object) -> tuple[int, str, str]:
+    """The command in this process: exit code, stdout, stderr."""
+    done = mlvicx("audit", *words)
+    return done.returncode, done.stdout, done.stderr
 
 
 def prepared(folder: Path, name: str, first: int = 0, copy: bool = False) -> Path:
@@ -59,7 +43,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def test_caches_without_leaks_end_with_0(call, caches: dict[str, Path], tmp_path: Path):
+def test_caches_without_leaks_end_with_0(caches: dict[str, Path], tmp_path: Path):
     code, out, err = call(caches["clean"], caches["apart"], "--json", tmp_path / "out.json")
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "no leak found"
@@ -70,12 +54,11 @@ def test_caches_without_leaks_end_with_0(call, caches: dict[str, Path], tmp_path
     assert len(result["pairs"]) == 15
 
 
-def test_a_leak_ends_with_1(call, caches: dict[str, Path], tmp_path: Path):
+def test_a_leak_ends_with_1(caches: dict[str, Path], tmp_path: Path):
     both = (caches["clean"], caches["leaking"], "--quiet")
-    done = run_script(SCRIPT.name, *both, "--json", tmp_path / "out.json")
-    assert done.returncode == 1, done.stderr
-    assert done.stderr == ""
-    leak, last = done.stdout.splitlines()
+    code, out, err = call(*both, "--json", tmp_path / "out.json")
+    assert (code, err) == (1, "")
+    leak, last = out.splitlines()
     assert leak.startswith(f"LEAK: 1 nearly identical image(s) in {caches['clean']} train and {caches['leaking']} test")
     assert "folder:0.jpg = folder:49.jpg" in leak
     assert last == "1 leak(s)"
@@ -93,7 +76,7 @@ def test_a_leak_ends_with_1(call, caches: dict[str, Path], tmp_path: Path):
     ],
 )
 def test_users_errors_end_with_2(
-    call, monkeypatch: pytest.MonkeyPatch, caches: dict[str, Path], words: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch, caches: dict[str, Path], words: list[str], message: str
 ):
     monkeypatch.chdir(caches["clean"].parent)
     code, out, err = call(*words)
@@ -103,5 +86,5 @@ def test_users_errors_end_with_2(
     assert len(err.splitlines()) == 1
 
 
-def test_a_command_line_without_a_cache_ends_with_2(call):
+def test_a_command_line_without_a_cache_ends_with_2():
     assert call()[0] == 2

@@ -1,8 +1,6 @@
 """The command: both formats, and one clear line for every file that does not fit."""
 
 import pickle
-import runpy
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import ROOT, assert_users_error, run_script
+from helpers import mlvicx, run_script
 from official_reference import OfficialReference
 from torch import Tensor
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXModel
-
-SCRIPT = ROOT / "scripts" / "convert_official_checkpoint.py"
 
 
 class Malicious:
@@ -36,39 +32,29 @@ def state() -> dict[str, Tensor]:
     return OfficialReference().float().state_dict()
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The script in this process: exit code, stdout and stderr."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
-        code: Any = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def convert(*words: object) -> tuple[int, str, str]:
+    """The command in this process: exit code, stdout and stderr."""
+    done = mlvicx("convert", *words)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_an_official_checkpoint_in_a_fresh_process(tmp_path: Path, state: dict[str, Tensor]):
     model = {f"encoder.{key}": value for key, value in state.items()}
     torch.save({"config": {}, "epoch": 9, "steps": 4, "model": model, "optimizer": {}}, tmp_path / "run.pth")
-    done = run_script(SCRIPT.name, tmp_path / "run.pth", tmp_path / "new" / "ours")
+    done = run_script("convert_official_checkpoint.py", tmp_path / "run.pth", tmp_path / "new" / "ours")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'new' / 'ours'}: MLVICXForPreTraining, resnet18, 3 channel(s)\n"
     loaded = MLVICXForPreTraining.from_pretrained(tmp_path / "new" / "ours")
     assert torch.equal(loaded.mlvicx.backbone.conv1.weight, state["encoder.0.weight"])
-    again = run_script(SCRIPT.name, tmp_path / "run.pth", tmp_path / "new" / "ours")
-    assert_users_error(again, str(tmp_path / "new" / "ours"), "expected a new or an empty folder")
+    code, _, err = convert(tmp_path / "run.pth", tmp_path / "new" / "ours")
+    assert code == 2
+    assert f"error: {tmp_path / 'new' / 'ours'} is there already; expected a new or an empty folder" in err
 
 
 @pytest.mark.parametrize(("options", "channels"), [((), 1), (("--num_channels", 3), 3)])
-def test_a_plain_resnet(tmp_path: Path, command: Any, options: tuple[object, ...], channels: int):
+def test_a_plain_resnet(tmp_path: Path, options: tuple[object, ...], channels: int):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
-    code, out, _ = command(tmp_path / "resnet18.pth", tmp_path / "ours", *options)
+    code, out, _ = convert(tmp_path / "resnet18.pth", tmp_path / "ours", *options)
     assert code == 0
     assert out.endswith(f"ours: MLVICXModel, resnet18, {channels} channel(s); left out: fc.weight, fc.bias\n")
     model = MLVICXModel.from_pretrained(tmp_path / "ours")
@@ -99,30 +85,30 @@ def assert_one_clear_line(answer: tuple[int, str, str], output: Path, *parts: st
     ],
 )
 def test_a_checkpoint_that_does_not_fit(
-    tmp_path: Path, command: Any, state: dict[str, Tensor], change: Callable[[Any], Any], parts: list[str]
+    tmp_path: Path, state: dict[str, Tensor], change: Callable[[Any], Any], parts: list[str]
 ):
     torch.save(change(state), tmp_path / "official.pth")
-    answer = command(tmp_path / "official.pth", tmp_path / "ours")
+    answer = convert(tmp_path / "official.pth", tmp_path / "ours")
     assert_one_clear_line(answer, tmp_path / "ours", str(tmp_path / "official.pth"), *parts)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, command: Any, state: dict[str, Tensor]):
+def test_files_that_cannot_be_read(tmp_path: Path, state: dict[str, Tensor]):
     path, output = tmp_path / "official.pth", tmp_path / "ours"
-    assert_one_clear_line(command(path, output), output, str(path), "expected a checkpoint, a file that exists")
+    assert_one_clear_line(convert(path, output), output, str(path), "expected a checkpoint, a file that exists")
     torch.save({"online": state}, path)
     path.write_bytes(path.read_bytes()[:-1000])
-    assert_one_clear_line(command(path, output), output, str(path), "damaged", "expected a whole .pth or .safetensors")
+    assert_one_clear_line(convert(path, output), output, str(path), "damaged", "expected a whole .pth or .safetensors")
 
 
-def test_code_is_refused_and_not_run(tmp_path: Path, command: Any, state: dict[str, Tensor]):
+def test_code_is_refused_and_not_run(tmp_path: Path, state: dict[str, Tensor]):
     path, output, marker = tmp_path / "official.pth", tmp_path / "ours", tmp_path / "marker"
     torch.save({"online": state, "config": Malicious(marker)}, path)
     torch.load(path, weights_only=False)
     assert marker.exists()  # so the file is dangerous
     marker.unlink()
-    assert_one_clear_line(command(path, output), output, str(path), "refused", "expected tensors and plain values")
+    assert_one_clear_line(convert(path, output), output, str(path), "refused", "expected tensors and plain values")
     path.write_bytes(pickle.dumps(Malicious(marker)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning would be a second line
-        assert_one_clear_line(command(path, output), output, str(path), "damaged")
+        assert_one_clear_line(convert(path, output), output, str(path), "damaged")
     assert not marker.exists()

@@ -1,4 +1,4 @@
-"""`scripts/evaluate_classifier.py` as it is run."""
+"""`mlvicx transfer`."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_users_error, make_cache, run_script, tiny_config
+from helpers import ROOT, assert_users_error, make_cache, mlvicx, tiny_config
 from sklearn.metrics import roc_auc_score
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor
@@ -45,12 +45,12 @@ def test_train_on_one_collection_and_test_on_another(tmp_path: Path):
     run = tmp_path / "run"
     words = ("--model", tmp_path / "model", "--dataset", home, "--output_dir", run, "--use_cpu", "true")
     words += ("--allow_leak", "true")  # the stripes of two drawings are the same
-    trained = run_script("finetune_classification.py", *words, "--freeze_backbone", "--num_train_epochs", 3)
+    trained = mlvicx("classify", *words, "--freeze_backbone", "--num_train_epochs", 3)
     assert trained.returncode == 0, trained.stderr
 
     def test_on(cache: Path, name: str) -> dict[str, Any]:
         output = tmp_path / name / "results.json"
-        done = run_script("evaluate_classifier.py", "--model", run, "--dataset", cache, "--output", output)
+        done = mlvicx("transfer", "--model", run, "--dataset", cache, "--output", output)
         assert done.returncode == 0, done.stderr
         assert f"test AUROC macro {'':18s} {json.loads(output.read_text())['test']['auroc_macro']:.4f}" in done.stdout
         assert "Pleural effusion: Effusion of the model" in done.stdout
@@ -71,9 +71,7 @@ def test_train_on_one_collection_and_test_on_another(tmp_path: Path):
 
 def test_a_users_error(tmp_path: Path):
     words = ("--model", tmp_path, "--dataset", tmp_path / "absent", "--output", tmp_path / "out.json")
-    assert_users_error(
-        run_script("evaluate_classifier.py", *words), "absent: no such folder; expected a prepared cache"
-    )
+    assert_users_error(mlvicx("transfer", *words), "absent: no such folder; expected a prepared cache")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,11 +1,11 @@
-"""`scripts/explain.py` as it is run, on masks."""
+"""`mlvicx explain` on masks."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_users_error, make_cache, run_script, tiny_config
+from helpers import assert_users_error, make_cache, mlvicx, tiny_config
 
 from mlvicx_hf import MLVICXForImageClassification, MLVICXImageProcessor
 from mlvicx_hf.data.cache.cache import load_cache
@@ -36,7 +36,7 @@ def test_two_models_on_a_cache_with_masks(tmp_path: Path):
     models = [f"{name}={save_classifier(tmp_path / name, seed)}" for seed, name in enumerate(("a", "b"))]
     words = ("--models", *models, "--dataset", cache, "--output", tmp_path / "out" / "maps", "--device", "cpu")
     options = ("--findings", "disc", "--level", "last", "--max_images", 3, "--score", "--tolerance", 2)
-    done = run_script("explain.py", *words, *options)
+    done = mlvicx("explain", *words, *options)
     assert done.returncode == 0, done.stderr
     assert "disc: 6 images, 6 with a known region" in done.stdout
     assert "  a over b: pointing " in done.stdout
@@ -56,4 +56,4 @@ def test_two_models_on_a_cache_with_masks(tmp_path: Path):
 
 def test_two_models_of_one_name(tmp_path: Path):
     words = ("--models", "a=x", "a=y", "--dataset", tmp_path, "--output", tmp_path / "out")
-    assert_users_error(run_script("explain.py", *words), "--models a=x and a=y found; expected each name once")
+    assert_users_error(mlvicx("explain", *words), "--models a=x and a=y found; expected each name once")

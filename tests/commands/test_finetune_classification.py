@@ -1,11 +1,11 @@
-"""`scripts/finetune_classification.py` as it is run."""
+"""`mlvicx classify`."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_users_error, make_cache, run_script, tiny_config, unlabelled_cache
+from helpers import assert_users_error, make_cache, mlvicx, run_script, tiny_config, unlabelled_cache
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor
 
@@ -41,13 +41,13 @@ def test_the_command(model: Path, tmp_path: Path):
     assert printed["stripes"] == f"{results['test']['auroc']['stripes']:.4f}"
     assert printed["Mass"] == results["test"]["auroc"]["Mass"] == "n/a"
     assert "{'" not in done.stdout + done.stderr  # no dictionaries of the Trainer
-    again = run_script("finetune_classification.py", *words)
+    again = mlvicx("classify", *words)
     assert_users_error(again, "holds files of another run")
 
 
 def test_no_labels_are_a_users_error(model: Path, tmp_path: Path):
     cache = unlabelled_cache(tmp_path, 12)
     words = ("--model", model, "--dataset", cache, "--output_dir", tmp_path / "run")
-    done = run_script("finetune_classification.py", *words)
+    done = mlvicx("classify", *words)
     assert_users_error(done, "has no labels; expected some")
     assert not (tmp_path / "run").exists()

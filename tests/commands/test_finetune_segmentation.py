@@ -1,11 +1,11 @@
-"""`scripts/finetune_segmentation.py` as it is run, on synthetic pneumothorax."""
+"""`mlvicx segment` on synthetic pneumothorax."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_users_error, run_script, tiny_config, unlabelled_cache
+from helpers import assert_users_error, mlvicx, tiny_config, unlabelled_cache
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor
 
@@ -22,11 +22,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_phantom_pneumothorax(model: Path, tmp_path: Path):
     words = ("--collection", "phantom", "--mask_names", "Pneumothorax", "--num_patients", 40, "--size", 32)
-    done = run_script("prepare_data.py", *words, "--images_per_patient", 1, "--output", tmp_path / "cache")
+    done = mlvicx("prepare", *words, "--images_per_patient", 1, "--output", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert "Pneumothorax in" in done.stdout
     words = ("--model", model, "--freeze_backbone", "--dataset", tmp_path / "cache", "--output_dir", tmp_path / "run")
-    done = run_script("finetune_segmentation.py", *words, "--num_train_epochs", 2, "--use_cpu", "true")
+    done = mlvicx("segment", *words, "--num_train_epochs", 2, "--use_cpu", "true")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["data"]["synthetic"] is True
@@ -40,5 +40,5 @@ def test_phantom_pneumothorax(model: Path, tmp_path: Path):
 
 def test_no_masks_are_a_users_error(model: Path, tmp_path: Path):
     words = ("--model", model, "--dataset", unlabelled_cache(tmp_path, 12), "--output_dir", tmp_path / "run")
-    assert_users_error(run_script("finetune_segmentation.py", *words), "has no masks; expected some")
+    assert_users_error(mlvicx("segment", *words), "has no masks; expected some")
     assert not (tmp_path / "run").exists()

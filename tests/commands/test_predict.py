@@ -1,4 +1,4 @@
-"""`scripts/predict.py` as it is run."""
+"""`mlvicx predict`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_users_error, draw, environment, run_python, run_script, tiny_config
+from helpers import ROOT, assert_users_error, draw, environment, mlvicx, run_python, tiny_config
 from loopback_hub import LoopbackHub, Repository, StoredFile
 
 from mlvicx_hf import MLVICXForImageClassification, MLVICXImageProcessor
@@ -43,7 +43,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command(model: Path, images: Path, tmp_path: Path):
     output = tmp_path / "new" / "out.csv"
     words = ("--model", model, "--input", images, images / "broken.png", "--output", output, "--batch_size", 2)
-    done = run_script("predict.py", *words, "--embeddings", tmp_path / "new" / "e.safetensors", "--device", "cpu")
+    done = mlvicx("predict", *words, "--embeddings", tmp_path / "new" / "e.safetensors", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{output}: 3 of 4 images"]
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
@@ -59,7 +59,7 @@ def test_the_command(model: Path, images: Path, tmp_path: Path):
 
 def test_nothing_readable_is_an_error_after_the_table(model: Path, images: Path, tmp_path: Path):
     words = ("--model", model, "--input", images / "broken.png", "--output", tmp_path / "out.csv")
-    done = run_script("predict.py", *words, "--num_workers", 0, "--quiet")
+    done = mlvicx("predict", *words, "--num_workers", 0, "--quiet")
     assert_users_error(done, "none of 1 images could be read", "out.csv")
     assert "content is none of PNG" in (tmp_path / "out.csv").read_text()
 
@@ -71,7 +71,7 @@ def test_weights_that_do_not_fit_are_a_users_error(model: Path, images: Path, tm
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"architectures": ["MLVICXForImageClassification"]}))
     MLVICXImageProcessor(image_size=32).save_pretrained(source)
-    done = run_script("predict.py", "--model", source, "--input", images, "--output", tmp_path / "out.csv")
+    done = mlvicx("predict", "--model", source, "--input", images, "--output", tmp_path / "out.csv")
     assert_users_error(done, str(source), "classifier")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import segmentation_cache
+from helpers import assert_users_error, mlvicx, segmentation_cache
 from PIL import Image
 
-from mlvicx_hf.common import errors as cli
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import partial_folder
 
@@ -22,9 +21,9 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    """The command in this process: exit code, stdout, stderr."""
+    done = mlvicx("prepare", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_a_folder_is_prepared_and_summed_up(tmp_path: Path):
@@ -130,17 +129,6 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The script in this process, for errors; returns stderr."""
-    import runpy
-
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert caught.value.code == 2
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -153,32 +141,12 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
         (["--collection", "phantom", "--num_patients", "0"], "num_patients=0"),
     ],
 )
-def test_options_that_do_not_fit_are_errors(monkeypatch, capsys, tmp_path: Path, options: list[str], message: str):
-    err = call(monkeypatch, capsys, *options, "--output", tmp_path / "cache")
-    assert err.startswith("error: ")
-    assert message in err
+def test_options_that_do_not_fit_are_errors(tmp_path: Path, options: list[str], message: str):
+    assert_users_error(mlvicx("prepare", *options, "--output", tmp_path / "cache"), message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_in_the_way_is_found_before_anything_is_read(monkeypatch, capsys, tmp_path: Path):
+def test_an_output_in_the_way_is_found_before_anything_is_read(tmp_path: Path):
     (tmp_path / "file.txt").write_text("")
-    err = call(monkeypatch, capsys, "--collection", "phantom", "--output", tmp_path)
-    assert "exists and is not empty; --overwrite replaces a cache" in err
-
-
-def test_only_users_errors_lose_their_traceback(monkeypatch, capsys):
-    def fail(error: BaseException) -> None:
-        raise error
-
-    with pytest.raises(SystemExit) as caught:
-        cli.run(lambda: fail(OSError("two\nlines")))
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: two lines\n"
-    with pytest.raises(TypeError):
-        cli.run(lambda: fail(TypeError("a bug")))
-    monkeypatch.setenv("MLVICX_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="wanted"):
-        cli.run(lambda: fail(ValueError("wanted")))
-    with pytest.raises(SystemExit) as caught:
-        cli.run(lambda: fail(KeyboardInterrupt()))
-    assert caught.value.code == 130
+    done = mlvicx("prepare", "--collection", "phantom", "--output", tmp_path)
+    assert_users_error(done, "exists and is not empty; --overwrite replaces a cache")

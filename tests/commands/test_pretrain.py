@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, assert_users_error, environment, run_python, run_script, unlabelled_cache
+from helpers import ROOT, assert_users_error, environment, mlvicx, run_python, run_script, unlabelled_cache
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from mlvicx_hf.common.errors import run
-from mlvicx_hf.pretraining.loop import Pretrainer, main, parse_arguments
+from mlvicx_hf.commands.pretrain import parse_pretraining
+from mlvicx_hf.pretraining.setup import set_up
 
 SCRIPT = ROOT / "scripts" / "pretrain.py"
 SCHEDULE = ("--epochs", 4, "--checkpoint_steps", 5)  # 12 steps an epoch
@@ -49,7 +49,8 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that `accelerate launch` starts in one process and nothing interrupts."""
     output = tmp_path_factory.mktemp("whole") / "run"
     words = ("--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu")
-    done = run_python("-m", "accelerate.commands.launch", *words, SCRIPT, *flags(cache, output, *SCHEDULE))
+    words = (*words, "-m", "mlvicx_hf.commands.pretrain")  # as a module here, as a script below
+    done = run_python("-m", "accelerate.commands.launch", *words, *flags(cache, output, *SCHEDULE))
     assert done.returncode == 0, done.stderr
     assert f"model saved in {output}" in done.stdout
     return output
@@ -107,20 +108,14 @@ def test_two_processes(cache: Path, tmp_path: Path):
     assert all(torch.isfinite(p).all() for p in AutoModel.from_pretrained(output).parameters())
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-21", "checkpoint-24"}
     with pytest.raises(ValueError, match=r"run\.num_processes was 2, now 1"):
-        Pretrainer(*parse_arguments(flags(cache, output, "--num_workers", 0, "--resume")))
+        set_up(*parse_pretraining(flags(cache, output, "--num_workers", 0, "--resume")))
 
 
 def test_a_folder_in_use_is_refused(cache: Path, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
-    done = run_script("pretrain.py", *flags(cache, tmp_path))
+    done = mlvicx("pretrain", *flags(cache, tmp_path))
     assert_users_error(done, "holds files of another run", "--resume")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def command(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    """The script's two lines, in this process."""
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
-    run(main)
 
 
 @pytest.mark.parametrize(
@@ -141,28 +136,13 @@ def test_a_users_error_is_one_line_and_code_2(
     tmp_path: Path,
     more: list[str],
     parts: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ):
-    with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, flags(cache, tmp_path / "run", *more))
-    assert caught.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert all(part in errors[0] for part in parts), errors
+    assert_users_error(mlvicx("pretrain", *flags(cache, tmp_path / "run", *more)), *parts)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_is_written(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tracker_is_written(cache: Path, tmp_path: Path):
     words = ("--epochs", 1, "--report_to", "tensorboard", "--max_train_samples", 16, "--num_workers", 0)
-    command(monkeypatch, flags(cache, tmp_path / "run", *words))
+    done = mlvicx("pretrain", *flags(cache, tmp_path / "run", *words))
+    assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
-
-
-def test_help_names_every_argument(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, ["--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for name in ("--recipe", "--dataset", "--output_dir", "--expander_dims", "--resume", "--init_from"):
-        assert name in text

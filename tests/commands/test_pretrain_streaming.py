@@ -18,8 +18,8 @@ from helpers import ROOT, environment, run_script
 from PIL import Image
 from transformers import AutoModel
 
+from mlvicx_hf.commands.pretrain import main
 from mlvicx_hf.common.errors import run
-from mlvicx_hf.pretraining.loop import main
 
 SCHEDULE = ("--epochs", 2, "--checkpoint_steps", 3)  # 20 steps an epoch
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import assert_users_error, make_cache, run_python, run_script
+from helpers import assert_users_error, make_cache, mlvicx, run_python, run_script
 from loopback_hub import LoopbackHub
 
 from mlvicx_hf.data.cache.cache import load_cache
@@ -74,14 +74,14 @@ def test_a_cache_is_published_fetched_and_loaded(cache: Path, hub: LoopbackHub, 
     assert nobody.returncode != 0
 
 
-def test_a_dry_run_shows_card_and_files_and_sends_nothing(cache: Path, tmp_path: Path):
-    offline = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = run_script("push_to_hub.py", "--dataset", cache, "--repo_id", NAME, "--dry_run", **offline)
+def test_a_dry_run_shows_card_and_files_and_sends_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlvicx_hf.data.cache.sharing.HfApi", None)
+    done = mlvicx("publish", "--dataset", cache, "--repo_id", NAME, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert "Research use only. Not a medical device." in done.stdout
     assert "bytes  splits.csv" in done.stdout
     assert f"would go to {NAME} (private, main); nothing was sent" in done.stdout
-    done = run_script("push_to_hub.py", "--dataset", cache, "--repo_id", NAME, "--tag", "v1", "--card", "x")
+    done = mlvicx("publish", "--dataset", cache, "--repo_id", NAME, "--tag", "v1", "--card", "x")
     assert_users_error(done, "--tag, --card found; --dataset does not take it")
 
 

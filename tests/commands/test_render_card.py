@@ -1,14 +1,13 @@
-"""`scripts/render_card.py` as it is run."""
+"""`mlvicx card`."""
 
 import json
 from pathlib import Path
 
-import pytest
-from helpers import ROOT, assert_users_error, run_script, tiny_config
+from helpers import ROOT, assert_users_error, mlvicx, tiny_config
 from huggingface_hub import ModelCard
 
 from mlvicx_hf import MLVICXImageProcessor
-from mlvicx_hf.hub.cards.rendering import main, render_card
+from mlvicx_hf.hub.cards.rendering import render_card
 
 TEMPLATE = ROOT / "src" / "mlvicx_hf" / "hub" / "cards" / "templates" / "segmenter.md"
 
@@ -51,7 +50,7 @@ def write_model(folder: Path) -> Path:
 def test_a_card_is_written_whole(tmp_path: Path):
     words = ("--template", TEMPLATE, "--model", write_model(tmp_path / "run"), "--repo_id", "org/lungs")
     output = tmp_path / "README.md"
-    done = run_script("render_card.py", *words, "--output", output)
+    done = mlvicx("card", *words, "--output", output)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"card written to {output}\n"
     card = ModelCard.load(output)
@@ -60,18 +59,19 @@ def test_a_card_is_written_whole(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "run"]
 
 
-def test_without_an_output_the_card_is_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_without_an_output_the_card_is_printed(tmp_path: Path):
+    """The template comes by the model's class, by name, or from a path."""
     model = write_model(tmp_path / "run")
-    monkeypatch.setattr("sys.argv", ["render_card.py", "--template", str(TEMPLATE), "--model", str(model)])
-    main()
-    assert capsys.readouterr().out == f"{render_card(TEMPLATE, model, [])}\n"
+    expected = f"{render_card(TEMPLATE, model, [])}\n"
+    for template in ((), ("--template", "segmenter"), ("--template", TEMPLATE)):
+        assert mlvicx("card", "--model", model, *template).stdout == expected
+    assert_users_error(mlvicx("card", "--model", model, "--template", "classifier"), "MLVICXForSemanticSegmentation")
+    assert_users_error(mlvicx("card", "--model", model, "--template", tmp_path / "segmenter.md"), "segmenter.md")
 
 
 def test_a_missing_result_is_a_users_error_and_leaves_no_card(tmp_path: Path):
     output = tmp_path / "README.md"
     words = ("--template", TEMPLATE, "--model", write_model(tmp_path / "run"), "--output", output)
-    done = run_script("render_card.py", *words, "--results", tmp_path / "absent.json")
+    done = mlvicx("card", *words, "--results", tmp_path / "absent.json")
     assert_users_error(done, "absent.json: no such file; expected one that a run wrote")
     assert not output.exists()

@@ -9,8 +9,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on a signal that a terminal or scheduler has sent to its processes as well: within these seconds
 # it is the same one.
@@ -64,6 +62,8 @@ class StopSignals:
         """
         if accelerator.num_processes == 1:
             return self.received
+        import torch
+
         return int(accelerator.gather(torch.tensor([self.received], device=accelerator.device)).max())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
