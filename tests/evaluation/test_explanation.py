@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlvicx_hf import MLVICXForImageClassification, MLVICXImageProcessor, MLVICXModel
+from mlvicx_hf.commands.explain import parse_models
 from mlvicx_hf.common.files import sha256
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections.base import Box, Collection, Drawing, Listing, Record
-from mlvicx_hf.evaluation.explanation.explaining import explain, grad_cam, parse_models
+from mlvicx_hf.evaluation.explanation.explaining import explain, grad_cam
 from mlvicx_hf.evaluation.explanation.localization import Subject, chance, find_subject, localize, summarize
 from mlvicx_hf.evaluation.explanation.overlays import Panel, draw_grid, draw_overlay
 

@@ -13,7 +13,7 @@ from helpers import make_cache, save_encoders
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.evaluation.suite import shortcuts
 from mlvicx_hf.evaluation.suite.grid import Cell, Suite
-from mlvicx_hf.evaluation.suite.shortcuts import audit, audit_shortcuts, read_audits
+from mlvicx_hf.evaluation.suite.shortcuts import audit_shortcuts, probe_shortcuts, read_audits
 from mlvicx_hf.finetuning.linear_probe import FeatureStore
 
 
@@ -42,12 +42,19 @@ def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
     return Cell("t", "classification", "", "model", 0, *save_encoders(folder, 1), None, "frozen", 1.0, 0)
 
 
-def test_what_is_given_away_and_what_is_not(cell: Cell, tmp_path: Path):
-    caches = [
-        load_cache(make_cache(tmp_path, rows(0), name="one")),
-        load_cache(make_cache(tmp_path, rows(1, brighter=True), name="two")),
-    ]
-    found = {(row["kind"], row["data"]): row for row in audit(cell, caches, ["view", "sex", "source"], FeatureStore())}
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two caches, the second of brighter images."""
+    folder = tmp_path_factory.mktemp("caches")
+    return [make_cache(folder, rows(i, brighter=i == 1), name=name) for i, name in enumerate(("one", "two"))]
+
+
+def test_what_is_given_away_and_what_is_not(cell: Cell, paths: list[Path]):
+    caches = [load_cache(path) for path in paths]
+    found = {
+        (row["kind"], row["data"]): row
+        for row in probe_shortcuts(cell, caches, ["view", "sex", "source"], FeatureStore())
+    }
     assert set(found) == {(k, d) for k in ("view", "sex") for d in ("one", "two")} | {("source", "one, two")}
     for data in ("one", "two"):
         sex, view = found["sex", data], found["view", data]
@@ -61,10 +68,8 @@ def test_what_is_given_away_and_what_is_not(cell: Cell, tmp_path: Path):
     assert found["source", "one, two"]["images"] == 80
 
 
-def test_an_audit_is_made_anew_when_there_are_other_data(cell: Cell, tmp_path: Path):
-    cells = [
-        replace(cell, dataset=str(make_cache(tmp_path, rows(i, brighter=i == 1), name=f"data-{i}"))) for i in range(2)
-    ]
+def test_an_audit_is_made_anew_when_there_are_other_data(cell: Cell, paths: list[Path], tmp_path: Path):
+    cells = [replace(cell, dataset=str(path)) for path in paths]
     suite = Suite("", tmp_path, "", tuple(cells), {}, {}, (), (), ("sex", "source"))
     file = tmp_path / "out/shortcuts/model/0.json"
     audit_shortcuts(suite, cells[:1], tmp_path / "out", FeatureStore())
@@ -79,11 +84,11 @@ def test_an_audit_is_made_anew_when_there_are_other_data(cell: Cell, tmp_path: P
 
 
 def test_an_audit_is_made_anew_for_other_weights_and_settings(
-    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cell: Cell, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     made: list[Cell] = []
-    monkeypatch.setattr(shortcuts, "audit", lambda cell, *_: made.append(cell) or [])
-    first = replace(cell, dataset=str(make_cache(tmp_path, rows(0))))
+    monkeypatch.setattr(shortcuts, "probe_shortcuts", lambda cell, *_: made.append(cell) or [])
+    first = replace(cell, dataset=str(paths[0]))
 
     def run(*planned: Cell, finished: int = 0, kinds: tuple[str, ...] = ("sex",)) -> int:
         suite = Suite("", tmp_path, "", planned, {}, {}, (), (), kinds)
@@ -105,10 +110,11 @@ def test_an_audit_is_made_anew_for_other_weights_and_settings(
 def test_what_is_unknown_or_rare_is_left_out(cell: Cell, tmp_path: Path):
     few = [row | {"sex": "F" if i < 9 else "M", "view": "UNKNOWN"} for i, row in enumerate(rows(2))]
     cache = load_cache(make_cache(tmp_path, few))
-    assert audit(cell, [cache], ["view", "sex", "source"], FeatureStore()) == []
+    assert probe_shortcuts(cell, [cache], ["view", "sex", "source"], FeatureStore()) == []
 
 
-def test_the_source_of_caches_that_share_images_is_not_asked(cell: Cell, tmp_path: Path):
-    caches = [load_cache(make_cache(tmp_path, rows(0), name=name)) for name in ("one", "two")]
-    found = audit(cell, caches, ["sex", "source"], FeatureStore())
+def test_the_source_of_caches_that_share_images_is_not_asked(cell: Cell, paths: list[Path]):
+    one = load_cache(paths[0])
+    caches = [one, replace(one, path=one.path.with_name("two"))]
+    found = probe_shortcuts(cell, caches, ["sex", "source"], FeatureStore())
     assert {(row["kind"], row["data"]) for row in found} == {("sex", "one"), ("sex", "two")}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,14 +15,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from helpers import ROOT, environment, make_cache, run_script, save_encoders
+from helpers import make_cache, save_encoders
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from mlvicx_hf.commands.evaluate import main
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.collections.nih14 import FINDINGS
-from mlvicx_hf.evaluation.suite.analysis import analyse, paper_results, paper_table
+from mlvicx_hf.evaluation.suite.analysis import analyse
 from mlvicx_hf.evaluation.suite.grid import read_suite
+from mlvicx_hf.evaluation.suite.paper import paper_results, paper_tables
 from mlvicx_hf.evaluation.suite.report import layout
+from mlvicx_hf.evaluation.suite.running import evaluate_suite
+
+CHILDREN = multiprocessing.get_context("forkserver")  # forked after the imports, before torch has threads
+CHILDREN.set_forkserver_preload(["mlvicx_hf.evaluation.suite.running"])
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +68,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def output(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("output")
-    done = run_script("evaluate_suite.py", suite, "--output", folder, "--samples", 200)
-    assert done.returncode == 0, done.stderr
-    assert "12 of 12 cells finished, 0 failed" in done.stdout
+    outcome = evaluate_suite(str(suite), folder, samples=200)
+    assert (outcome.planned, outcome.finished, outcome.failed) == (12, 12, 0)
     return folder
 
 
@@ -161,6 +165,7 @@ def test_paper_tables_have_the_papers_layout_and_our_figures_beside(report: dict
 
 def test_the_papers_figures():
     known = paper_results()
+    assert paper_tables() == ["I", "II", "III", "IV"]
     assert set(known["column"]) == {"Mean", "Dice", *FINDINGS}
     assert known.groupby("table").size().to_dict() == {"I": 720, "II": 240, "III": 48, "IV": 18}
     means = known[(known["table"] == "I") & (known["column"] == "Mean")].set_index(["label_fraction", "method"])[
@@ -171,11 +176,6 @@ def test_the_papers_figures():
     distance = (findings.groupby(["label_fraction", "method"])["value"].mean() - means).abs()
     assert (distance < 0.004).sum() == 40  # the paper's own means do not all fit its columns: 0.030 off at most
     assert distance.max() == pytest.approx(0.0296, abs=1e-4)
-
-
-def test_a_table_that_the_paper_lacks(suite: Path):
-    with pytest.raises(ValueError, match="paper table 'V' found; expected one of I, II, III, IV"):
-        paper_table(read_suite(suite), [], "V")
 
 
 class Outline(HTMLParser):
@@ -211,56 +211,64 @@ def test_the_report_needs_nothing_else_and_its_twins_say_the_same(output: Path):
         assert f"figures/{name}.png" in markdown
 
 
+def start(suite: Path, output: Path) -> Any:
+    """The command in a process of its own."""
+    child = CHILDREN.Process(target=main, args=([str(suite), "--output", str(output), "--samples", "200"],))
+    child.start()
+    return child
+
+
 def test_a_killed_grid_goes_on_to_the_same_report(suite: Path, output: Path, tmp_path: Path):
-    command = [sys.executable, ROOT / "scripts/evaluate_suite.py", suite, "--output", tmp_path / "out"]
-    process = subprocess.Popen(
-        [str(word) for word in (*command, "--samples", 200)],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    child = start(suite, tmp_path / "out")
     deadline = time.monotonic() + 200
     while len(list(tmp_path.glob("out/cells/**/cell.json"))) < 3:
-        assert process.poll() is None
+        assert child.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    child.kill()
+    child.join()
+    assert len(list(tmp_path.glob("out/cells/**/cell.json"))) < 12
     assert not (tmp_path / "out/report.json").exists()
-    done = run_script("evaluate_suite.py", suite, "--output", tmp_path / "out", "--samples", 200)
-    assert done.returncode == 0, done.stderr
+    assert evaluate_suite(str(suite), tmp_path / "out", samples=200).finished == 12
     for name in ("report.json", "report.md", "report.html"):
         assert (tmp_path / "out" / name).read_bytes() == (output / name).read_bytes(), name
 
 
 def test_two_processes_on_one_grid_make_the_same_report(suite: Path, output: Path, tmp_path: Path):
-    command = [sys.executable, ROOT / "scripts/evaluate_suite.py", suite, "--output", tmp_path / "out"]
-    words = [str(word) for word in (*command, "--samples", 200)]
-    processes = [
-        subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    children = [start(suite, tmp_path / "out") for _ in range(2)]
+    for child in children:
+        child.join(300)
+        assert child.exitcode == 0
     assert (tmp_path / "out/report.json").read_bytes() == (output / "report.json").read_bytes()
 
 
+def test_a_report_alone_runs_no_cell(suite: Path, output: Path, tmp_path: Path):
+    outcome = evaluate_suite(str(suite), tmp_path / "none", report_only=True)
+    assert (outcome.planned, outcome.finished, outcome.failed, outcome.report) == (12, 0, 0, None)
+    shutil.copytree(output, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/cells/findings/MLVICX/1")
+    found = evaluate_suite(str(suite), tmp_path / "out", report_only=True, samples=20).report
+    assert found is not None
+    assert found["cells"] == {"planned": 12, "finished": 8, "failed": {}}
+
+
 def test_other_test_images_are_refused(suite: Path, output: Path, tmp_path: Path):
+    read = read_suite(suite)
     shutil.copytree(output, tmp_path / "out")
     file = tmp_path / "out/cells/findings/MLVICX/0/frozen/1/0/test_predictions.csv"
     table = pd.read_csv(file)
     table["label:disc"] = 1 - table["label:disc"]
     table.to_csv(file, index=False)
-    with pytest.raises(ValueError, match=r"MLVICX/0/frozen/1/0 was tested on other images or labels than"):
-        analyse(read_suite(suite), tmp_path / "out", 10)
+    with pytest.raises(UserError, match=r"MLVICX/0/frozen/1/0 was tested on other images or labels than"):
+        analyse(read, read.cells, tmp_path / "out", 10)
 
 
 def test_cells_of_another_cache_are_refused(suite: Path, output: Path, tmp_path: Path):
+    read = read_suite(suite)
     shutil.copytree(output, tmp_path / "out")
     file = tmp_path / "out/cells/findings/MLVICX/0/frozen/1/0/results.json"
     file.write_text(re.sub(r'"split_hash": "\w+"', '"split_hash": "0"', file.read_text()))
     with pytest.raises(
         ValueError, match=r"MLVICX/0/frozen/1/0 was run with split_hash 0, other cells of task findings"
     ):
-        analyse(read_suite(suite), tmp_path / "out", 10)
+        analyse(read, read.cells, tmp_path / "out", 10)
