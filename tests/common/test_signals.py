@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from helpers import run_python, unlabelled_cache
+from runs import pretrain, start
 
 from mlvicx_hf.common import signals as stopping
 from mlvicx_hf.common.signals import StoppedError, StopSignals
-from mlvicx_hf.pretraining.loop import Pretrainer, parse_arguments
+from mlvicx_hf.pretraining.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +23,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unlabelled_cache(tmp_path_factory.mktemp("stopping"), 44)
 
 
-def pretrain(cache: Path, output: Path, *flags: object) -> Pretrainer:
-    common = ("--recipe", "smoke", "--dataset", cache, "--output_dir", output, "--num_workers", 0, "--logging_steps", 1)
-    return Pretrainer(*parse_arguments([str(word) for word in (*common, "--cpu_threads", 1, *flags)]))
-
-
 @pytest.fixture(scope="module")
 def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain(cache, tmp_path_factory.mktemp("runs") / "whole").train()
+    return pretrain(cache, tmp_path_factory.mktemp("runs") / "whole")
 
 
 @contextmanager
@@ -55,7 +51,7 @@ def test_a_signal_stops_a_run_behind_its_step(cache: Path, whole: Path, tmp_path
     output, before = tmp_path / "run", [signal.getsignal(n) for n in stopping.SIGNALS]
     flags = ("--checkpoint_steps", 100, "--save_total_limit", 1)
     with sent_after(2, number, output / "metrics.jsonl"), pytest.raises(StoppedError) as caught:
-        pretrain(cache, output, *flags).train()
+        pretrain(cache, output, *flags)
     assert caught.value.number == number
     assert [signal.getsignal(n) for n in stopping.SIGNALS] == before
     step = len((output / "metrics.jsonl").read_text().splitlines())
@@ -65,9 +61,9 @@ def test_a_signal_stops_a_run_behind_its_step(cache: Path, whole: Path, tmp_path
         f"stopped by {name} after step {step} of 10; {output}/checkpoint-{step} is saved: "
         "the same command with --resume goes on from there"
     )
-    resumed = pretrain(cache, output, *flags, "--resume")
+    resumed = start(cache, output, *flags, "--resume")
     assert resumed.step == step
-    resumed.train()
+    train(resumed)
     for name in ("model.safetensors", "metrics.jsonl", "checkpoint-10/optimizer.pt"):
         assert (output / name).read_bytes() == (whole / name).read_bytes(), name
 

@@ -21,7 +21,9 @@ from mlvicx_hf.models.modeling_mlvicx import (
     MultiLevelAggregator,
     multi_label_loss,
 )
-from mlvicx_hf.pretraining.loop import ModelArguments, PretrainingArguments, create_model, create_optimizer
+from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
+from mlvicx_hf.pretraining.optimizer import create_optimizer
+from mlvicx_hf.pretraining.setup import create_objective
 
 CHANNELS = [32, 32, 48, 192, 96]  # of test_resnet, stem first
 
@@ -434,7 +436,7 @@ def test_every_parameter_exists_at_once_gets_a_gradient_and_moves(values: dict[s
             | values
         )
     )
-    model = create_model(arguments).double().train()
+    model = create_objective(arguments).model.double().train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     keys, identities = list(model.state_dict()), [id(parameter) for parameter in model.parameters()]
     optimizer = create_optimizer(model, PretrainingArguments(output_dir="unused"))

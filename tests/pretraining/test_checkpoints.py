@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import unlabelled_cache
+from runs import interrupted, pretrain, start
 
 from mlvicx_hf.pretraining.checkpoints import Checkpoints, DamagedCheckpointError, read_checkpoint
-from mlvicx_hf.pretraining.loop import Pretrainer, parse_arguments
+from mlvicx_hf.pretraining.loop import train
 
 FIXED, MACHINE = {"training.seed": 3, "model.dims": (4, 5)}, {"threads": 2}
 
@@ -229,33 +230,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """44 images: five steps of eight an epoch."""
-    return unlabelled_cache(tmp_path_factory.mktemp("checkpoints"), 44)
-
-
-def pretrain(cache: Path, output: Path, *flags: object) -> Pretrainer:
-    common = ("--recipe", "smoke", "--dataset", cache, "--output_dir", output, "--num_workers", 0, "--logging_steps", 1)
-    return Pretrainer(*parse_arguments([str(word) for word in (*common, "--cpu_threads", 1, *flags)]))
-
-
-@pytest.fixture(scope="module")
-def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten steps, never interrupted: checkpoints 6, 9 and 10 are kept."""
-    output = tmp_path_factory.mktemp("runs") / "finished"
-    pretrain(cache, output, "--checkpoint_steps", 3, "--save_total_limit", 3).train()
-    assert [path.name for path in Checkpoints(output, 3).paths()] == ["checkpoint-6", "checkpoint-9", "checkpoint-10"]
-    return output
-
-
 @pytest.fixture
 def unfinished(finished: Path, tmp_path: Path) -> Path:
-    """The same run, killed behind its ninth step."""
-    output = tmp_path / "unfinished"
-    shutil.copytree(finished, output, ignore=shutil.ignore_patterns("checkpoint-10"))
-    (output / "model.safetensors").unlink()
-    return output
+    """The same run with the checkpoints 6 and 9, killed after its ninth step."""
+    return interrupted(finished, tmp_path / "unfinished", 6, 9)
 
 
 def assert_same_end(output: Path, finished: Path) -> None:
@@ -269,11 +247,11 @@ def test_a_run_falls_back_and_ends_in_the_same_bits(
 ):
     do, message = DAMAGES[damage]
     do(unfinished / "checkpoint-9")
-    resumed = pretrain(cache, unfinished, "--resume")
+    resumed = start(cache, unfinished, "--resume")
     assert resumed.step == 6
     assert f"checkpoint-9 is damaged: {message}" in caplog.text
     assert (unfinished / "checkpoint-9").is_dir(), "nothing is changed before it trains"
-    resumed.train()
+    train(resumed)
     assert_same_end(unfinished, finished)
 
 
@@ -282,14 +260,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(cache: Path
         flip(path / "model.safetensors")
     before = {str(file): file.stat().st_mtime_ns for file in unfinished.rglob("*")}
     with pytest.raises(ValueError, match=r"is whole .*; expected one to resume"):
-        pretrain(cache, unfinished, "--resume")
+        start(cache, unfinished, "--resume")
     assert {str(file): file.stat().st_mtime_ns for file in unfinished.rglob("*")} == before
 
 
 def test_the_best_checkpoint_of_a_run_is_kept(cache: Path, unfinished: Path):
-    resumed = pretrain(cache, unfinished, "--resume", "--checkpoint_steps", 1, "--save_total_limit", 1)
-    assert resumed.mark_best(0.8, 6)
-    resumed.train()
+    resumed = start(cache, unfinished, "--resume", "--checkpoint_steps", 1, "--save_total_limit", 1)
+    assert resumed.checkpoints.mark_best(0.8, 6)
+    train(resumed)
     assert [path.name for path in resumed.checkpoints.paths()] == ["checkpoint-6", "checkpoint-10"]
 
 
@@ -315,11 +293,11 @@ def test_the_best_checkpoint_of_a_run_is_kept(cache: Path, unfinished: Path):
 @pytest.mark.usefixtures("restored_algorithms")
 def test_another_setting_is_refused(cache: Path, finished: Path, flags: list[object], message: str):
     with pytest.raises(ValueError, match=f"checkpoint-10 belongs to another run: .*{message}"):
-        pretrain(cache, finished, "--resume", *flags)
+        start(cache, finished, "--resume", *flags)
 
 
 def test_other_threads_are_a_warning(cache: Path, finished: Path, caplog: pytest.LogCaptureFixture):
-    pretrain(cache, finished, "--resume", "--cpu_threads", 2)
+    start(cache, finished, "--resume", "--cpu_threads", 2)
     assert "the bits may differ from those of a run that was not interrupted: threads was 1, now 2" in caplog.text
 
 
@@ -339,23 +317,23 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
 def test_a_full_disk_leaves_the_checkpoint_before(cache: Path, finished: Path, unfinished: Path, file: str):
-    resumed = pretrain(cache, unfinished, "--resume")
+    resumed = start(cache, unfinished, "--resume")
     model = (finished / "checkpoint-10" / "model.safetensors").stat().st_size
     limit = model - 1
     if file == "optimizer.pt":
         next(iter(resumed.optimizer.state.values()))["unused"] = torch.zeros(500_000)  # larger than the model
         limit = model + 1000
     with no_file_larger_than(limit), pytest.raises(OSError, match="cannot be written") as caught:
-        resumed.train()
+        train(resumed)
     message = str(caught.value)
     assert f"{unfinished}/checkpoint-10 cannot be written: " in message
     assert "File too large" in message
     assert message.endswith(f"last good checkpoint: {unfinished}/checkpoint-9")
     assert not [path for path in unfinished.iterdir() if path.name.startswith(".")]
     assert not (unfinished / "checkpoint-10").exists()
-    again = pretrain(cache, unfinished, "--resume")
+    again = start(cache, unfinished, "--resume")
     assert again.step == 9
-    again.train()
+    train(again)
     assert_same_end(unfinished, finished)
 
 
@@ -364,9 +342,9 @@ def test_a_full_disk_at_the_end_leaves_the_last_checkpoint(cache: Path, finished
     shutil.copytree(finished, output)
     (output / "model.safetensors").unlink()
     with no_file_larger_than(1_000_000), pytest.raises(OSError, match=r"final cannot be written.*/checkpoint-10$"):
-        pretrain(cache, output, "--resume").train()
+        pretrain(cache, output, "--resume")
     assert not (output / "final").exists()
-    pretrain(cache, output, "--resume").train()
+    pretrain(cache, output, "--resume")
     assert_same_end(output, finished)
 
 
@@ -374,7 +352,7 @@ def test_a_full_disk_at_the_end_leaves_the_last_checkpoint(cache: Path, finished
 
 
 def test_rate_and_estimate_are_said_once(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pretrain(cache, tmp_path / "run").train()
+    pretrain(cache, tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "learning rate: peak 0.05 = base_learning_rate 1.6 × batch 8 / 256"
     [estimate] = [line for line in lines if line.startswith("estimate: ")]
@@ -382,12 +360,6 @@ def test_rate_and_estimate_are_said_once(cache: Path, tmp_path: Path, capsys: py
     assert " for all 10 steps; " in estimate
     gigabytes = float(estimate.split("; ")[1].removesuffix(" GiB of memory"))
     assert 0.1 < gigabytes < 20
-
-
-@pytest.mark.parametrize("name", ["half", "FP16", ""])
-def test_another_precision_is_refused(cache: Path, tmp_path: Path, name: str):
-    with pytest.raises(ValueError, match=f"mixed_precision='{name}' found; expected one of no, bf16, fp16"):
-        pretrain(cache, tmp_path / "run", f"--mixed_precision={name}")
 
 
 @pytest.fixture
@@ -404,27 +376,22 @@ def restored_algorithms() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restored_algorithms")
 def test_deterministic_algorithms(cache: Path, tmp_path: Path):
-    pretrain(cache, tmp_path / "plain")
+    start(cache, tmp_path / "plain")
     assert not torch.are_deterministic_algorithms_enabled()
-    pretrainer = pretrain(cache, tmp_path / "run", "--deterministic", "--epochs", 1)
+    run = start(cache, tmp_path / "run", "--deterministic", "--epochs", 1)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.backends.cudnn.deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    pretrainer.train()
+    train(run)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["training"]["deterministic"] is True
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_memory_layout(cache: Path, tmp_path: Path, value: bool):
-    pretrainer = pretrain(cache, tmp_path / "run", "--channels_last", str(value).lower(), "--epochs", 1)
-    kernel = next(p for p in pretrainer.model.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1)
+    run = start(cache, tmp_path / "run", "--channels_last", str(value).lower(), "--epochs", 1)
+    kernel = next(p for p in run.objective.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1)
     assert kernel.is_contiguous(memory_format=torch.channels_last) is value
     assert kernel.is_contiguous() is not value
-    seen = []
-    pretrainer.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["view_1"].is_contiguous(memory_format=pretrainer.layout)),
-        with_kwargs=True,
-    )
-    pretrainer.train()
-    assert seen == [True] * 5
+    view, _ = run.make_views(torch.zeros(2, 1, 40, 40, dtype=torch.uint8), np.arange(2), 0)
+    assert view.stride() == ((32 * 32, 1, 32, 1) if value else (32 * 32, 32 * 32, 32, 1))

@@ -12,11 +12,11 @@ from helpers import draw, make_cache, tiny_config
 from PIL import Image
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor
-from mlvicx_hf.models.modeling_mlvicx import MLVICXForPreTrainingOutput
+from mlvicx_hf.objectives import OBJECTIVES, Objective
 from mlvicx_hf.pretraining.arguments import PretrainingArguments
 from mlvicx_hf.pretraining.collapse import Watcher
 from mlvicx_hf.pretraining.curves import plot_curves
-from mlvicx_hf.pretraining.loop import create_optimizer, learning_rate
+from mlvicx_hf.pretraining.optimizer import create_optimizer, learning_rate, set_learning_rate
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, view_draws
 from mlvicx_hf.scoring.embeddings import describe_embeddings
 
@@ -38,13 +38,18 @@ def images() -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in drawn]))[:, None]
 
 
-def watch(model: MLVICXForPreTraining, **options: Any) -> Watcher:
+def watch(model: Objective, **options: Any) -> Watcher:
     return Watcher(model, MLVICXImageProcessor(image_size=32), **options)
 
 
-def create(**values: Any) -> MLVICXForPreTraining:
+def create(**values: Any) -> Objective:
     torch.manual_seed(0)
-    return MLVICXForPreTraining(tiny_config(**values)).train()
+    return OBJECTIVES["mlvicx"](MLVICXForPreTraining(tiny_config(**values))).train()
+
+
+def shapes(*names: str, dimension: int = 32) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    embeddings = torch.empty(BATCH, dimension)
+    return dict.fromkeys(names, (embeddings, embeddings))
 
 
 def train(
@@ -59,15 +64,14 @@ def train(
     for step in range(1, steps + 1):
         chosen = order.permutation(len(images))[:BATCH]
         view_1, view_2 = augment(images[chosen], view_draws(0, step, chosen))
-        output = model(view_1=view_1, view_2=view_2)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, rate, 5, steps, 0.001)
+        output = model(view_1, view_2)
+        set_learning_rate(optimizer, learning_rate(step - 1, rate, 5, steps, 0.001))
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % every == 0:
-            figures.append({"step": step} | watcher.scalars(output, view_1))
-            warnings += [(step, text) for text in watcher.check(figures[-1], BATCH)]
+            figures.append({"step": step} | watcher.scalars(output.embeddings, view_1))
+            warnings += [(step, text) for text in watcher.check(figures[-1], output.embeddings)]
     return figures, warnings
 
 
@@ -80,8 +84,8 @@ def test_a_healthy_run_is_not_warned_of(images: torch.Tensor, values: dict[str, 
 
 def test_a_collapse_is_named_within_a_few_dozen_steps(images: torch.Tensor):
     _, warnings = train(images, 80, variance_weight=0.0, covariance_weight=0.0)
-    for name in ("global", "multi-level"):
-        found = [(step, text) for step, text in warnings if f"the {name} embeddings collapse to a point" in text]
+    for name in ("global", "multi_level"):
+        found = [(step, text) for step, text in warnings if text.startswith(f"{name}_embeddings collapse to a point")]
         assert len(found) == 1  # once, however often it is seen
         step, text = found[0]
         assert step <= 30
@@ -96,16 +100,17 @@ def test_a_collapse_to_a_line_is_none_to_a_point():
     watcher = watch(create())
     line = torch.randn(BATCH, 1) @ torch.randn(1, 32)
     healthy = torch.randn(BATCH, 32)
-    output = MLVICXForPreTrainingOutput(global_embeddings=(healthy, healthy), multi_level_embeddings=(line, line))
-    (warning,) = watcher.check(watcher.scalars(output, torch.randn(4, 1, 32, 32)), BATCH)
-    assert warning.startswith("the multi-level embeddings collapse to few directions: RankMe is 1.00 of at most 32")
+    embeddings = {"healthy": (healthy, healthy), "multi_level_embeddings": (line, line)}
+    (warning,) = watcher.check(watcher.scalars(embeddings, torch.randn(4, 1, 32, 32)), embeddings)
+    assert warning.startswith("multi_level_embeddings collapse to few directions: RankMe is 1.00 of at most 32")
 
 
 def test_a_warning_comes_again_only_after_a_recovery():
     watcher = watch(create())
     seen = []
     for spread in (0.5, 0.05, 0.15, 0.05, 0.5, 0.05):  # limit 0.1, recovered above 0.2
-        seen.append(len(watcher.check({"global_embeddings_rankme": 9.0, "global_embeddings_deviation": spread}, BATCH)))
+        scalars = {"embeddings_rankme": 9.0, "embeddings_deviation": spread}
+        seen.append(len(watcher.check(scalars, shapes("embeddings"))))
     assert seen == [0, 1, 0, 0, 0, 1]
 
 
@@ -115,15 +120,15 @@ def test_a_closed_gate_is_found_at_its_level(images: torch.Tensor):
     view = TwoViewAugmentation(image_size=32)(images[:BATCH], view_draws(0, 0, np.arange(BATCH)))[0]
 
     def check() -> list[str]:
-        return watcher.check(watcher.scalars(MLVICXForPreTrainingOutput(), view), BATCH)
+        return watcher.check(watcher.scalars({}, view), {})
 
     for _ in range(3):
         assert check() == []
-    gate = model.mlvicx.context[2].channel.weight
+    gate = model.encoder.context[2].channel.weight
     opened = gate.detach().clone()
     gate.data.fill_(-1e4)
     closed = check()
-    assert closed[0].startswith("level 2 of the encoder says nearly the same of all images")
+    assert closed[0].startswith("level 2 of the encoder gives nearly the same for all images")
     assert "mlvicx.context.2" in closed[0]
     assert not any("level 0" in text or "level 1" in text for text in closed)
     assert check() == []
@@ -137,29 +142,29 @@ def test_a_resumed_run_knows_how_its_levels_started(tmp_path: Path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"step": i, "level_1_deviation": 2.0}) + "\n" for i in range(5)))
     fallen = {"level_1_rankme": 5.0, "level_1_deviation": 0.01}
-    assert watch(create()).check(fallen, BATCH) == []  # as far as this one knows, it has always been so
+    assert watch(create()).check(fallen, {}) == []  # as far as this one knows, it has always been so
     resumed = watch(create())
     resumed.resume(metrics)
-    (warning,) = resumed.check(fallen, BATCH)
+    (warning,) = resumed.check(fallen, {})
     assert "is 0.01, at the start 2" in warning
 
 
 def test_watching_changes_nothing(images: torch.Tensor):
     model = create()
-    model.mlvicx.context.eval()
+    model.encoder.context.eval()
     view = torch.randn(80, 1, 32, 32)
-    output = model(view_1=view, view_2=view.flip(-1))
+    output = model(view, view.flip(-1))
     state = {key: value.clone() for key, value in model.state_dict().items()}
     modes, random = [part.training for part in model.modules()], torch.get_rng_state()
-    found = watch(model).scalars(output, view)
+    found = watch(model).scalars(output.embeddings, view)
     assert torch.equal(torch.get_rng_state(), random)
     assert [part.training for part in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     output.loss.backward()  # the graph is whole
     with torch.no_grad():
-        maps = model.eval().mlvicx.refined_maps(view[:64])
-    expected = describe_embeddings("global_embeddings", output.global_embeddings[0].detach())
-    expected |= describe_embeddings("multi_level_embeddings", output.multi_level_embeddings[0].detach())
+        maps = model.eval().encoder.refined_maps(view[:64])
+    expected = describe_embeddings("global_embeddings", output.embeddings["global_embeddings"][0].detach())
+    expected |= describe_embeddings("multi_level_embeddings", output.embeddings["multi_level_embeddings"][0].detach())
     for level, values in enumerate(maps):
         expected |= describe_embeddings(f"level_{level}", values.mean((2, 3)), centre=True)
     assert found == pytest.approx(expected, rel=1e-3)

@@ -19,58 +19,27 @@ from helpers import make_cache, tiny_config, unlabelled_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from runs import assert_same_bits, interrupted, lines, pretrain, start, weights
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXModel
+from mlvicx_hf.commands.pretrain import parse_pretraining
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
-from mlvicx_hf.pretraining.loop import (
-    ModelArguments,
-    Pretrainer,
-    PretrainingArguments,
-    create_model,
-    create_optimizer,
-    learning_rate,
-    parse_arguments,
-)
+from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
+from mlvicx_hf.pretraining.loop import train
+from mlvicx_hf.pretraining.optimizer import create_optimizer, learning_rate, set_learning_rate
+from mlvicx_hf.pretraining.setup import create_objective
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, view_draws
 
 TINY = ModelArguments(backbone="test_resnet", image_size=32, expander_dims=[32, 32], aggregation_channels=16)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """44 images: five steps of eight an epoch, and four that wait."""
-    return unlabelled_cache(tmp_path_factory.mktemp("pretraining"), 44)
-
-
-def pretrain(cache: Path, output: Path, *flags: object) -> Pretrainer:
-    common = ("--recipe", "smoke", "--dataset", cache, "--output_dir", output, "--num_workers", 0, "--logging_steps", 1)
-    common += ("--cpu_threads", 1)  # other processes may have the rest of the cores
-    return Pretrainer(*parse_arguments([str(word) for word in (*common, *flags)]))
-
-
-def lines(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(output: Path) -> dict[str, Tensor]:
-    return load_file(output / "model.safetensors")
-
-
-def assert_same_bits(one: Path, other: Path) -> None:
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the smoke recipe, never interrupted."""
-    output = tmp_path_factory.mktemp("runs") / "finished"
-    pretrain(cache, output, "--checkpoint_steps", 3).train()
-    return output
+def create_model(arguments: ModelArguments) -> Any:
+    return create_objective(arguments).model
 
 
 # -- order -------------------------------------------------------------------------------------------------------------
@@ -193,8 +162,7 @@ def test_lars_equals_its_definition():
     momentum = {p: torch.zeros_like(p) for p in model.parameters()}
     for step in range(4):
         rate = 0.3 / (step + 1)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         for p, value in expected.items():
@@ -213,8 +181,7 @@ def test_lars_equals_its_definition():
 def test_matrices_adapt_even_without_decay():
     model = nn.Linear(4, 4, bias=False)
     optimizer = create_optimizer(model, PretrainingArguments(output_dir="", weight_decay=0.0))
-    for group in optimizer.param_groups:
-        group["lr"] = 1.0
+    set_learning_rate(optimizer, 1.0)
     before = model.weight.detach().clone()
     model.weight.grad = 1e3 * torch.randn(4, 4)
     optimizer.step()
@@ -370,7 +337,7 @@ def test_what_made_a_run_is_written_down(finished: Path, cache: Path):
 
 
 def test_checkpoints_are_limited_and_whole(finished: Path):
-    assert sorted(path.name for path in finished.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-9"]
+    assert {path.name for path in finished.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in range(2, 11)}
     for path in finished.glob("checkpoint-*"):
         names = {file.name for file in path.iterdir()}
         assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "optimizer.pt", "state.json"}
@@ -379,46 +346,46 @@ def test_checkpoints_are_limited_and_whole(finished: Path):
 
 
 def test_images_that_an_epoch_leaves_out_are_counted(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pretrain(cache, tmp_path / "some", "--epochs", 1, "--gradient_accumulation_steps", 1).train()
+    pretrain(cache, tmp_path / "some", "--epochs", 1, "--gradient_accumulation_steps", 1)
     said = "an epoch leaves out 4 of 44 images, other ones each time"
     assert capsys.readouterr().out.splitlines().count(said) == 1
-    pretrain(cache, tmp_path / "none", "--epochs", 1, "--batch_size", 22).train()
+    pretrain(cache, tmp_path / "none", "--epochs", 1, "--batch_size", 22)
     assert "an epoch leaves out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["--torch_compile", "--compile"])
 def test_two_names_of_compiling(cache: Path, name: str):
     words = ["--recipe", "smoke", "--dataset", str(cache), "--output_dir", "run"]
-    assert parse_arguments([*words, name])[2].torch_compile
-    assert not parse_arguments(words)[2].torch_compile
+    assert parse_pretraining([*words, name])[2].torch_compile
+    assert not parse_pretraining(words)[2].torch_compile
 
 
 def test_logging_every_few_steps_and_at_the_end(cache: Path, tmp_path: Path):
-    pretrain(cache, tmp_path / "run", "--logging_steps", 4).train()
+    pretrain(cache, tmp_path / "run", "--logging_steps", 4)
     assert [row["step"] for row in lines(tmp_path / "run")] == [4, 8, 10]
 
 
 @pytest.mark.parametrize("workers", [2])
 def test_the_number_of_workers_changes_no_bit(finished: Path, cache: Path, tmp_path: Path, workers: int):
-    pretrain(cache, tmp_path / "run", "--num_workers", workers).train()
+    pretrain(cache, tmp_path / "run", "--num_workers", workers)
     assert_same_bits(tmp_path / "run", finished)
 
 
 def test_another_seed_is_another_run(finished: Path, cache: Path, tmp_path: Path):
-    pretrain(cache, tmp_path / "run", "--seed", 1).train()
+    pretrain(cache, tmp_path / "run", "--seed", 1)
     one, other = weights(tmp_path / "run"), weights(finished)
     assert not torch.equal(one["mlvicx.backbone.conv1.0.weight"], other["mlvicx.backbone.conv1.0.weight"])
 
 
 def test_only_the_first_images(cache: Path, tmp_path: Path):
-    pretrainer = pretrain(cache, tmp_path / "run", "--max_train_samples", 17)
-    assert pretrainer.total_steps == 2 * 2
-    assert pretrainer.description()["data"]["images"] == 17
+    run = start(cache, tmp_path / "run", "--max_train_samples", 17)
+    assert run.total_steps == 2 * 2
+    assert run.settings.description()["data"]["images"] == 17
 
 
 @pytest.mark.parametrize("branch", ["global", "multi_level"])
 def test_a_branch_can_be_left_out(cache: Path, tmp_path: Path, branch: str):
-    output = pretrain(cache, tmp_path / "run", f"--{branch}_weight", 0, "--epochs", 1).train()
+    output = pretrain(cache, tmp_path / "run", f"--{branch}_weight", 0, "--epochs", 1)
     assert not any(key.startswith(branch) for row in lines(output) for key in row)
     other = "multi_level" if branch == "global" else "global"
     assert all(f"{other}_embeddings_rankme" in row for row in lines(output))
@@ -429,7 +396,7 @@ def test_bfloat16(cache: Path, tmp_path: Path):
 
     AcceleratorState._reset_state(reset_partial_state=True)  # the precision is fixed once a process
     try:
-        output = pretrain(cache, tmp_path / "run", "--mixed_precision", "bf16", "--epochs", 1).train()
+        output = pretrain(cache, tmp_path / "run", "--mixed_precision", "bf16", "--epochs", 1)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in weights(output).values())
@@ -446,7 +413,7 @@ def fresh_accelerator() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_float16_is_refused_on_the_cpu(cache: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="mixed_precision='fp16' found on the CPU; expected no or bf16 there"):
-        pretrain(cache, tmp_path / "run", "--mixed_precision", "fp16")
+        start(cache, tmp_path / "run", "--mixed_precision", "fp16")
     assert not (tmp_path / "run").exists()
 
 
@@ -466,19 +433,19 @@ class Float16Accelerator(Accelerator):
 def test_float16_with_scaled_gradients(
     cache: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
 ):
-    monkeypatch.setattr("mlvicx_hf.pretraining.loop.Accelerator", Float16Accelerator)
+    monkeypatch.setattr("mlvicx_hf.pretraining.setup.Accelerator", Float16Accelerator)
     flags = ("--gradient_accumulation_steps", micro_batches, "--checkpoint_steps", 3)
-    run = pretrain(cache, tmp_path / "run", *flags)
-    output = run.train()
+    run = start(cache, tmp_path / "run", *flags)
+    output = train(run)
     assert run.accelerator.scaler.get_scale() == 1024  # no step overflowed
     losses = [row["loss"] for row in lines(output)]
     assert all(map(math.isfinite, losses))
     if micro_batches == 1:
         assert losses[0] == pytest.approx(lines(finished)[0]["loss"], rel=0.01)
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in weights(output).values())
-    again = interrupted(output, tmp_path, 9)
+    again = interrupted(output, tmp_path / "again", 9)
     AcceleratorState._reset_state(reset_partial_state=True)
-    pretrain(cache, again, *flags, "--resume").train()
+    pretrain(cache, again, *flags, "--resume")
     assert_same_bits(again, output)
 
 
@@ -488,69 +455,42 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_the_run_goes_on(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
 ):
     monkeypatch.setattr(Float16Accelerator, "scale", 2.0**24)  # too much for float16
-    monkeypatch.setattr("mlvicx_hf.pretraining.loop.Accelerator", Float16Accelerator)
-    run = pretrain(cache, tmp_path / "run", "--gradient_accumulation_steps", micro_batches)
-    images = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8)
-    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    run.model.train()
-    output, _, _ = run._train_step(images, np.arange(8), 0)
-    assert output.loss.dtype == torch.float32
-    assert output.loss.isfinite()
-    assert run.accelerator.optimizer_step_was_skipped
-    assert run.accelerator.scaler.get_scale() == 2.0**23
-    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
-    for step in range(1, 24):
-        run._train_step(images, np.arange(8), step)
-    assert not run.accelerator.optimizer_step_was_skipped
-    assert not any(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+    monkeypatch.setattr("mlvicx_hf.pretraining.setup.Accelerator", Float16Accelerator)
+    run = start(cache, tmp_path / "run", "--gradient_accumulation_steps", micro_batches, "--epochs", 5)
+    before = {name: p.detach().clone() for name, p in run.objective.named_parameters()}
+    skipped, scales, unmoved = [], [], []
+
+    def look(step: int) -> None:
+        skipped.append(run.accelerator.optimizer_step_was_skipped)
+        scales.append(run.accelerator.scaler.get_scale())
+        unmoved.append(sum(torch.equal(p, before[name]) for name, p in run.objective.named_parameters()))
+
+    monkeypatch.setattr(run.objective, "update", look)
+    output = train(run)
+    assert all(math.isfinite(row["loss"]) for row in lines(output))
+    assert (skipped[0], scales[0], unmoved[0]) == (True, 2.0**23, len(before))
+    assert (skipped[-1], unmoved[-1]) == (False, 0)
 
 
 # -- resume ------------------------------------------------------------------------------------------------------------
 
 
-def interrupted(finished: Path, folder: Path, step: int) -> Path:
-    """What a run leaves that is killed behind the checkpoint of a step: later lines, half a line, half a folder."""
-    output = folder / "interrupted"
-    shutil.copytree(finished, output)
-    for path in output.iterdir():
-        if path.is_file() and path.name not in ("metrics.jsonl", "run.json"):
-            path.unlink()
-    for path in output.glob("checkpoint-*"):
-        if path.name != f"checkpoint-{step}":
-            shutil.rmtree(path)
-    (output / ".checkpoint-10.tmp").mkdir()
-    with (output / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 11, "lo')
-    return output
-
-
-def test_resumed_is_the_same_run(finished: Path, cache: Path, tmp_path: Path):
-    output = interrupted(finished, tmp_path, 9)
-    pretrain(cache, output, "--resume", "--checkpoint_steps", 3).train()
-    assert_same_bits(output, finished)
-    assert lines(output) == lines(finished)  # no line twice, none lost
-    assert not (output / ".checkpoint-10.tmp").exists()
-
-
-@pytest.mark.parametrize("step", [2, 5, 7])
-def test_resumed_inside_and_between_epochs(finished: Path, cache: Path, tmp_path: Path, step: int):
-    whole = pretrain(cache, tmp_path / "whole", "--checkpoint_steps", 1, "--save_total_limit", 20)
-    whole.train()
-    assert_same_bits(tmp_path / "whole", finished)
-    output = interrupted(tmp_path / "whole", tmp_path, step)
-    resumed = pretrain(cache, output, "--resume")
+@pytest.mark.parametrize("step", [2, 5, 9])
+def test_resumed_is_the_same_run(finished: Path, cache: Path, tmp_path: Path, step: int):
+    """Inside and between epochs: no line of metrics comes twice, none is lost."""
+    output = interrupted(finished, tmp_path / "run", step)
+    resumed = start(cache, output, "--resume", "--checkpoint_steps", 3)
     assert resumed.step == step
-    resumed.train()
+    train(resumed)
     assert_same_bits(output, finished)
-    assert lines(output) == lines(finished)
+    assert not (output / ".checkpoint-10.tmp").exists()
 
 
 def test_resuming_a_finished_run_changes_nothing(finished: Path, cache: Path, tmp_path: Path):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    pretrain(cache, output, "--resume").train()
+    pretrain(cache, output, "--resume")
     assert_same_bits(output, finished)
-    assert lines(output) == lines(finished)
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -560,17 +500,17 @@ def test_resume_where_there_is_nothing_starts_at_the_beginning(
     output = tmp_path / "run"
     if exists:
         output.mkdir()
-    pretrainer = pretrain(cache, output, "--resume")
-    assert pretrainer.step == 0
+    run = start(cache, output, "--resume")
+    assert run.step == 0
     assert "no checkpoint: starting from the beginning" in caplog.text
-    pretrainer.train()
+    train(run)
     assert_same_bits(output, finished)
 
 
 def test_resume_with_other_settings_is_refused_and_they_are_listed(finished: Path, cache: Path):
     flags = ("--base_learning_rate", 0.5, "--expander_dims", 16, 16, "--rotation", 3)
     with pytest.raises(ValueError, match="belongs to another run") as caught:
-        pretrain(cache, finished, "--resume", *flags)
+        start(cache, finished, "--resume", *flags)
     message = str(caught.value)
     assert "training.base_learning_rate was 1.6, now 0.5" in message
     assert "model.expander_dims was [32, 32], now [16, 16]" in message
@@ -581,14 +521,14 @@ def test_resume_with_other_settings_is_refused_and_they_are_listed(finished: Pat
 def test_resume_on_other_data_is_refused(finished: Path, tmp_path: Path):
     other = unlabelled_cache(tmp_path, 45)
     with pytest.raises(ValueError, match=r"data\.data_hash was .*; data\.images was 44, now 45"):
-        pretrain(other, finished, "--resume")
+        start(other, finished, "--resume")
 
 
 def test_resume_from_a_moved_cache_goes_on(finished: Path, cache: Path, tmp_path: Path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(cache, moved)
-    output = interrupted(finished, tmp_path, 9)
-    pretrain(moved, output, "--resume", "--logging_steps", 2, "--save_total_limit", 1).train()
+    output = interrupted(finished, tmp_path / "run", 9)
+    pretrain(moved, output, "--resume", "--save_total_limit", 1)
     assert_same_bits(output, finished)
 
 
@@ -608,9 +548,9 @@ def test_a_run_is_watched_and_the_best_checkpoint_kept(cache: Path, finished: Pa
     probe = make_cache(tmp_path, rows, name="probe")
     output = tmp_path / "run"
     words = ("--checkpoint_steps", 2, "--probe_dataset", probe, "--probe_steps", 2, "--save_total_limit", 1)
-    run = pretrain(cache, output, *words)
-    run.train()
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    run = start(cache, output, *words)
+    train(run)
+    records = lines(output)
     probed = {record["step"]: record["probe_linear_auroc"] for record in records if "probe_linear_auroc" in record}
     assert set(probed) == {*range(2, run.total_steps, 2), run.total_steps}
     best = json.loads((output / "best.json").read_text())
@@ -630,11 +570,11 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def test_micro_batches_are_exact_but_for_batch_normalisation(cache: Path, tmp_path: Path):
-    output = pretrain(cache, tmp_path / "run", "--gradient_accumulation_steps", 2).train()
+    output = pretrain(cache, tmp_path / "run", "--gradient_accumulation_steps", 2)
     assert json.loads((output / "run.json").read_text())["training"]["gradient_accumulation_steps"] == 2
     assert all(value.isfinite().all() for value in weights(output).values())
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps=3 found for 8 images of a process"):
-        pretrain(cache, tmp_path / "odd", "--gradient_accumulation_steps", 3).train()
+        pretrain(cache, tmp_path / "odd", "--gradient_accumulation_steps", 3)
 
 
 # -- which images ------------------------------------------------------------------------------------------------------
@@ -651,22 +591,22 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_lateral_images_are_left_out_and_counted(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    frontal = pretrain(mixed, tmp_path / "frontal")
+    frontal = start(mixed, tmp_path / "frontal")
     assert "8 lateral images are left out (--views all takes them)" in capsys.readouterr().out
-    assert frontal.batches.num_images == 32
-    everything = pretrain(mixed, tmp_path / "all", "--views", "all")
+    assert frontal.settings.images == 32
+    everything = start(mixed, tmp_path / "all", "--views", "all")
     assert "left out" not in capsys.readouterr().out
-    assert everything.batches.num_images == 40
+    assert everything.settings.images == 40
 
 
 def test_patients_are_drawn_equally_often(mixed: Path, tmp_path: Path):
-    pretrainer = pretrain(mixed, tmp_path / "run", "--patient_balanced", "--checkpoint_steps", 1)
+    run = start(mixed, tmp_path / "run", "--patient_balanced")
     patients = load_cache(mixed).datasets["train"].filter(lambda row: row["view"] == "PA")["patient_id"]
-    drawn = [patients[index] for batch in pretrainer.batches for index in batch]
+    drawn = [patients[index] for batch in run.batches for index in batch]
     assert len(drawn) == 32
     assert 1 <= drawn.count("many") <= 2  # of 16 images, and 17 patients
-    pretrainer.train()
-    plain = pretrain(mixed, tmp_path / "plain").train()
+    train(run)
+    plain = pretrain(mixed, tmp_path / "plain")
     assert (
         weights(plain)["mlvicx.backbone.conv1.0.weight"]
         .ne(weights(tmp_path / "run")["mlvicx.backbone.conv1.0.weight"])
@@ -679,25 +619,24 @@ def test_patients_are_drawn_equally_often(mixed: Path, tmp_path: Path):
 
 def test_a_streamed_cache_can_be_resumed_inside_an_epoch(mixed: Path, tmp_path: Path):
     flags = ("--streaming", "--shuffle_buffer", 8, "--checkpoint_steps", 1, "--save_total_limit", 20)
-    whole = pretrain(mixed, tmp_path / "whole", *flags)
-    assert (whole.total_steps, whole.description()["data"]["images"]) == (8, 32)
+    whole = start(mixed, tmp_path / "whole", *flags)
+    assert (whole.total_steps, whole.settings.description()["data"]["images"]) == (8, 32)
     assert whole.processor.fit == load_cache(mixed).manifest["fit"]
-    whole.train()
+    train(whole)
     for step in (2, 4, 7):
         output = tmp_path / f"from-{step}"
         output.mkdir()
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", output / f"checkpoint-{step}")
         shutil.copy(tmp_path / "whole" / "metrics.jsonl", output)
-        pretrain(mixed, output, *flags, "--resume").train()
+        pretrain(mixed, output, *flags, "--resume")
         assert_same_bits(output, tmp_path / "whole")
-        assert lines(output) == lines(tmp_path / "whole")
 
 
 def test_the_readers_of_a_stream_must_stay_the_same(mixed: Path, tmp_path: Path):
     flags = ("--streaming", "--epochs", 1)
-    pretrain(mixed, tmp_path / "run", *flags).train()
+    pretrain(mixed, tmp_path / "run", *flags)
     with pytest.raises(ValueError, match=r"data\.num_workers was 0, now 1; data\.shuffle_buffer was 4096, now 9"):
-        pretrain(mixed, tmp_path / "run", *flags, "--resume", "--num_workers", 1, "--shuffle_buffer", 9)
+        start(mixed, tmp_path / "run", *flags, "--resume", "--num_workers", 1, "--shuffle_buffer", 9)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -706,7 +645,7 @@ def test_the_readers_of_a_stream_must_stay_the_same(mixed: Path, tmp_path: Path)
 def test_the_folder_of_another_run_is_refused(finished: Path, cache: Path):
     before = (finished / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match=r"holds files of another run; .* or --resume"):
-        pretrain(cache, finished)
+        start(cache, finished)
     assert (finished / "model.safetensors").read_bytes() == before
 
 
@@ -724,7 +663,6 @@ def test_the_folder_of_another_run_is_refused(finished: Path, cache: Path):
         (["--blur", "0.5"], "blur"),
         (["--max_train_samples", "-1"], "max_train_samples=-1 found"),
         (["--warmup_epochs", "-1"], "warmup_epochs=-1"),
-        (["--views", "side"], "views='side' found; expected one of frontal, all"),
         (["--num_images", 9], "num_images=9 found without streaming"),
         (["--image_column", "scan"], "image_column=scan found without streaming"),
         (["--streaming", "--patient_balanced"], "patient_balanced found with streaming"),
@@ -737,19 +675,30 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(
     cache: Path, tmp_path: Path, flags: list[Any], message: str
 ):
     with pytest.raises(ValueError, match=message):
-        pretrain(cache, tmp_path / "run", *flags)
+        start(cache, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["--mixed_precision", "half"], ["--views", "side"], ["--mixed_precision", ""]])
+def test_a_flag_that_knows_its_values_names_them(
+    cache: Path, tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        start(cache, tmp_path / "run", *words)
+    found = capsys.readouterr().err
+    assert f"{words[0]}: invalid choice: '{words[1]}'" in found
+    assert "bf16" in found or "frontal" in found
 
 
 def test_no_cache_is_refused(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such folder; expected a prepared cache"):
-        pretrain(tmp_path / "absent", tmp_path / "run")
+        start(tmp_path / "absent", tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path):
     output = tmp_path / "run"
     with pytest.raises(FloatingPointError) as caught:
-        pretrain(cache, output, "--base_learning_rate", 1e30).train()
+        pretrain(cache, output, "--base_learning_rate", 1e30)
     message = str(caught.value)
     assert "at step 1 with learning rate 1.25e+28" in message  # 1e30 · 8/256 · 2/5
     assert "last good checkpoint: none yet" in message
@@ -759,11 +708,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path):
 
 def test_the_checkpoint_that_a_stopped_run_names_is_good(cache: Path, tmp_path: Path):
     output = tmp_path / "run"
-    pretrainer = pretrain(cache, output, "--base_learning_rate", 1e30, "--checkpoint_steps", 1)
+    run = start(cache, output, "--base_learning_rate", 1e30, "--checkpoint_steps", 1)
     output.mkdir()
-    pretrainer.save_checkpoint()  # checkpoint-0, before the rate blows the weights up
+    run.save_checkpoint()  # checkpoint-0, before the rate blows the weights up
     with pytest.raises(FloatingPointError) as caught:
-        pretrainer.train()
+        train(run)
     named = str(caught.value).split("last good checkpoint: ")[1].split(". ")[0]
     model = MLVICXForPreTraining.from_pretrained(named).train()
     assert model(*torch.randn(2, 8, 1, 32, 32)).loss.isfinite()

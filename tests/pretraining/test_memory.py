@@ -13,11 +13,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import in_two_processes, tiny_config, unlabelled_cache
+from helpers import in_two_processes, tiny_config
+from runs import assert_same_bits, pretrain, start
 from torch import Tensor, nn
 
 from mlvicx_hf import MLVICXForPreTraining
-from mlvicx_hf.pretraining.loop import Pretrainer, parse_arguments
+from mlvicx_hf.objectives import OBJECTIVES
+from mlvicx_hf.pretraining import setup
 from mlvicx_hf.pretraining.memory import ResourceEstimate, Trial, largest_that_fits, micro_batch
 
 
@@ -36,7 +38,8 @@ def noise(count: int) -> tuple[Tensor, Tensor]:
 
 def trial(share: int = 16, **options: Any) -> Trial:
     torch.manual_seed(0)
-    return Trial(Accelerator(cpu=True), MLVICXForPreTraining(tiny_config(**options)), noise, share)
+    objective = OBJECTIVES["mlvicx"](MLVICXForPreTraining(tiny_config(**options)))
+    return Trial(Accelerator(cpu=True), objective, noise, share)
 
 
 def out_of_memory_above(limit: int, tried: list[int]) -> Callable[[int], None]:
@@ -96,8 +99,8 @@ def test_no_number_of_micro_batches(steps: int):
 def test_a_step_that_runs_out_of_memory_is_tried_with_less(monkeypatch: pytest.MonkeyPatch):
     """As on a GPU: the forward pass itself raises, in the middle of the model."""
     tried = trial()
-    before = {name: value.clone() for name, value in tried.model.state_dict().items()}
-    forward = tried.model.aggregator.forward
+    before = {name: value.clone() for name, value in tried.objective.state_dict().items()}
+    forward = tried.objective.model.aggregator.forward
     sizes: list[int] = []
 
     def limited(maps: tuple[Tensor, ...]) -> Tensor:
@@ -106,11 +109,11 @@ def test_a_step_that_runs_out_of_memory_is_tried_with_less(monkeypatch: pytest.M
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return forward(maps)
 
-    monkeypatch.setattr(tried.model.aggregator, "forward", limited)
+    monkeypatch.setattr(tried.objective.model.aggregator, "forward", limited)
     monkeypatch.setattr(tried, "_attempt", tried.run)
     assert tried.find(1) == 4
     assert sizes[:3] == [16, 8, 4]
-    assert_untouched(tried.model, before)
+    assert_untouched(tried.objective, before)
 
 
 @pytest.mark.parametrize(("images", "expected"), [(16, 1), (15, 2), (4, 4), (2, 8), (1, None)])
@@ -173,9 +176,9 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("mode", [False, True])
 def test_a_trial_leaves_no_trace(mode: bool):
     torch.manual_seed(0)
-    model = MLVICXForPreTraining(tiny_config()).train(mode)
-    model.mlvicx.backbone.eval()
-    model.global_expander.append(nn.Dropout())  # takes random numbers
+    model = OBJECTIVES["mlvicx"](MLVICXForPreTraining(tiny_config())).train(mode)
+    model.encoder.backbone.eval()
+    model.model.global_expander.append(nn.Dropout())  # takes random numbers
     modes = [part.training for part in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     numbers = torch.get_rng_state()
@@ -230,22 +233,6 @@ def test_lines():
 # -- in a run ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """44 images: five steps of eight an epoch, and four that wait."""
-    return unlabelled_cache(tmp_path_factory.mktemp("fitting"), 44)
-
-
-def pretrain(cache: Path, output: Path, *flags: object) -> Pretrainer:
-    common = ("--recipe", "smoke", "--dataset", cache, "--output_dir", output, "--num_workers", 0, "--logging_steps", 1)
-    return Pretrainer(*parse_arguments([str(word) for word in (*common, "--cpu_threads", 1, *flags)]))
-
-
-def assert_same_bits(one: Path, other: Path) -> None:
-    for name in ("model.safetensors", "metrics.jsonl"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
-
-
 def fits(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
     tried: list[int] = []
     monkeypatch.setattr(Trial, "_attempt", lambda self, size: out_of_memory_above(limit, tried)(size))
@@ -255,13 +242,13 @@ def fits(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
 def test_a_run_with_and_without_estimate_ends_in_the_same_bits(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    one = pretrain(cache, tmp_path / "one").train()
+    one = pretrain(cache, tmp_path / "one")
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("expected: ")]
     assert re.fullmatch(
         r"expected: about \d\.\d GiB of memory at the peak; about [\d.e-]+ s a step, 0:00:\d\d for 10 steps", line
     )
-    monkeypatch.setattr(Pretrainer, "_fit", lambda self, model, resumed: setattr(self, "notes", []))
-    assert_same_bits(one, pretrain(cache, tmp_path / "other").train())
+    monkeypatch.setattr(setup, "_fit", lambda trial, settings, steps, resumed: (settings, []))
+    assert_same_bits(one, pretrain(cache, tmp_path / "other"))
     assert "expected: " not in capsys.readouterr().out
 
 
@@ -271,7 +258,7 @@ def test_a_compiled_model_is_not_timed_before(
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     monkeypatch.setattr(Trial, "run", lambda self, size: pytest.fail("timed"))
-    pretrain(cache, tmp_path / "run", "--compile", "--epochs", 1).train()
+    pretrain(cache, tmp_path / "run", "--compile", "--epochs", 1)
     assert len(compiled) == 1
     assert "the time of a compiled step is measured after the first ones" in capsys.readouterr().out
 
@@ -279,10 +266,10 @@ def test_a_compiled_model_is_not_timed_before(
 def test_found_micro_batches_are_said_recorded_and_kept(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    plain = pretrain(cache, tmp_path / "plain", "--gradient_accumulation_steps", 4, "--checkpoint_steps", 3).train()
+    plain = pretrain(cache, tmp_path / "plain", "--gradient_accumulation_steps", 4, "--checkpoint_steps", 3)
     flags = ("--find_batch_size", "--checkpoint_steps", 3, "--save_total_limit", 9)
     tried = fits(monkeypatch, 3)
-    found = pretrain(cache, tmp_path / "found", *flags).train()
+    found = pretrain(cache, tmp_path / "found", *flags)
     assert tried == [8, 4, 2]
     assert "find_batch_size: 4 micro-batches of 2 images a process fit" in capsys.readouterr().out
     assert_same_bits(plain, found)
@@ -294,25 +281,25 @@ def test_found_micro_batches_are_said_recorded_and_kept(
             shutil.rmtree(path)
     (found / "model.safetensors").unlink()
     tried = fits(monkeypatch, 8)  # more memory now: the checkpoint decides all the same
-    pretrain(cache, found, *flags, "--resume").train()
+    pretrain(cache, found, *flags, "--resume")
     assert tried == []
     assert "find_batch_size: 4 micro-batches of 2 images" in capsys.readouterr().out
     assert_same_bits(plain, found)
 
     with pytest.raises(ValueError, match=r"training\.gradient_accumulation_steps was 4, now 1$"):
-        pretrain(cache, found, "--resume")
-    assert pretrain(cache, found, "--resume", "--gradient_accumulation_steps", 4).step == 10
+        start(cache, found, "--resume")
+    assert start(cache, found, "--resume", "--gradient_accumulation_steps", 4).step == 10
     with pytest.raises(ValueError, match=r"training\.gradient_accumulation_steps was 2, now 4$"):
-        pretrain(cache, with_two(cache, tmp_path), "--resume", "--find_batch_size", "--gradient_accumulation_steps", 4)
+        start(cache, with_two(cache, tmp_path), "--resume", "--find_batch_size", "--gradient_accumulation_steps", 4)
 
 
 def with_two(cache: Path, folder: Path) -> Path:
-    return pretrain(cache, folder / "two", "--gradient_accumulation_steps", 2, "--epochs", 2).train()
+    return pretrain(cache, folder / "two", "--gradient_accumulation_steps", 2, "--epochs", 2)
 
 
 def test_a_resume_without_checkpoint_searches(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tried = fits(monkeypatch, 4)
-    run = pretrain(cache, tmp_path / "run", "--find_batch_size", "--resume", "--gradient_accumulation_steps", 1)
+    run = start(cache, tmp_path / "run", "--find_batch_size", "--resume", "--gradient_accumulation_steps", 1)
     assert tried == [8, 4]
     assert run.arguments.gradient_accumulation_steps == 2
 
@@ -320,5 +307,5 @@ def test_a_resume_without_checkpoint_searches(cache: Path, tmp_path: Path, monke
 def test_a_run_that_does_not_fit_writes_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fits(monkeypatch, 1)
     with pytest.raises(ValueError, match="batch_size gives 8 images a process, and not even micro-batches of 2"):
-        pretrain(cache, tmp_path / "run", "--find_batch_size")
+        start(cache, tmp_path / "run", "--find_batch_size")
     assert not (tmp_path / "run").exists()

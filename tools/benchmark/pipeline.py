@@ -24,7 +24,7 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import PhantomCollection
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
-from mlvicx_hf.pretraining.loop import METRICS
+from mlvicx_hf.pretraining.run import METRICS_FILE
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, view_draws
 
 from .timing import compare, seconds_of, spread
@@ -157,7 +157,7 @@ def pretraining_seconds(
         words += [str(script), "--output_dir", str(output), *options]
         words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         with (Path(folder) / "log").open("w+") as log, subprocess.Popen(words, stdout=log, stderr=log) as command:
-            times = _times_of_lines(output / METRICS, steps // LOGGING_STEPS, command)
+            times = _times_of_lines(output / METRICS_FILE, steps // LOGGING_STEPS, command)
             command.terminate()  # it ends its step, and its workers with it: a kill would leave them and their memory
             command.wait()
             if len(times) < 2:

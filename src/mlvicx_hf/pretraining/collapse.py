@@ -1,6 +1,7 @@
-"""What a pretraining run watches besides its loss: effective rank and spread of every embedding and level, probes.
+"""What a run watches besides its loss: effective rank and spread of every embedding and level, and probes.
 
-A run that collapses may keep a falling loss. `Watcher` measures what shows it, and names the place and a remedy.
+The loss of a run that collapses may go on falling. `Watcher` measures what shows the collapse, and names its place and
+a remedy.
 """
 
 from __future__ import annotations
@@ -17,26 +18,25 @@ from torch import Tensor
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.encoders.features import evaluating
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
-from mlvicx_hf.models.modeling_mlvicx import MLVICXForPreTraining, MLVICXForPreTrainingOutput
+from mlvicx_hf.objectives import Objective
+from mlvicx_hf.objectives.base import EmbeddingPairs
 from mlvicx_hf.scoring.embeddings import describe_embeddings
 
 from .probe import Probe
 
-EMBEDDINGS = {"global_embeddings": "global embeddings", "multi_level_embeddings": "multi-level embeddings"}
-
-# Below these limits a warning, each beside what healthy runs kept (tests/test_watching.py has both kinds of run).
-LOW_DEVIATION = 0.1  # of embeddings, over the variance target; healthy: 0.2 and more
-LOW_RANK = 2.0  # RankMe of embeddings; healthy: 4.1 and more of 32. In batches of less than 34 images lower:
+# Warn below these limits. Each stands beside what healthy runs kept; test_collapse.py runs both kinds.
+LOW_DEVIATION = 0.1  # of embeddings, over the objective's target; healthy: 0.2 and more
+LOW_RANK = 2.0  # RankMe of embeddings; healthy: 4.1 and more of 32. In batches of less than 34 images the limit is
 LOW_RANK_SHARE = 0.03  # of the way from 1 to min(N, D)
 LOW_LEVEL_DEVIATION = 0.01  # of a level, over its start; healthy: 0.3 and more
 LOW_LEVEL_RANK = 1.2  # of a level, RankMe itself; healthy: 5 and more
-RECOVERED = 2.0  # times the limit, a figure is well again and the next fall warns anew
+RECOVERED = 2.0  # a figure above so many times its limit is well again, and its next fall warns anew
 START = 20  # first measurements of a level, whose median is its start, once there are START_AT_LEAST
 START_AT_LEAST = 3
 
 
 class Rule(NamedTuple):
-    """A figure, the limit below which it means collapse, and the warning that then is due."""
+    """A figure, the limit below which it means collapse, and the warning for that case."""
 
     name: str
     figure: float
@@ -48,7 +48,7 @@ class Watcher:
     """Measures a model while it is pretrained, and changes nothing of it: not its mode, statistics or random state.
 
     Args:
-        model: as created, not the wrapper of a distributed run.
+        objective: as created, not the wrapper of a distributed run.
         processor: of the run.
         probe_dataset: labelled cache for the probes; None for none.
         probe_steps: steps between probes.
@@ -56,13 +56,13 @@ class Watcher:
         device: of the model.
 
     Raises:
-        FileNotFoundError: a cache that is none.
-        ValueError: one that cannot be probed on, or a number below its least.
+        FileNotFoundError: there is no such cache.
+        UserError: a cache without usable labels, or a number that is too small.
     """
 
     def __init__(
         self,
-        model: MLVICXForPreTraining,
+        objective: Objective,
         processor: MLVICXImageProcessor,
         probe_dataset: str | Path | None = None,
         probe_steps: int = 1000,
@@ -71,7 +71,8 @@ class Watcher:
     ) -> None:
         if probe_steps < 1 or max_images < 2:
             raise UserError(f"probe_steps={probe_steps}, max_images={max_images} found; expected at least 1 and 2")
-        self.model, self.probe_steps, self.max_images, self.device = model, probe_steps, max_images, device
+        self.objective, self.encoder, self.device = objective, objective.encoder, device
+        self.probe_steps, self.max_images = probe_steps, max_images
         self._probe = None if probe_dataset is None else Probe(probe_dataset, processor)
         self._starts: dict[str, list[float]] = {}  # first deviations of the levels
         self._warned: set[str] = set()
@@ -81,21 +82,20 @@ class Watcher:
         for line in metrics.read_text().splitlines():
             self._remember(json.loads(line))
 
-    def scalars(self, output: MLVICXForPreTrainingOutput, view: Tensor) -> dict[str, float]:
+    def scalars(self, embeddings: EmbeddingPairs, view: Tensor) -> dict[str, float]:
         """RankMe, mean deviation and mean correlation of the first view's embeddings and of every level.
 
         The levels' figures are those of their spatial means in evaluation mode, centred for RankMe.
 
         Args:
-            output: of this step.
+            embeddings: of this step, by name.
             view: the first view [B, C, H, W], of which some images are encoded again.
         """
         found: dict[str, float] = {}
-        for name in EMBEDDINGS:
-            if name in output:  # a branch whose weight is 0 has none
-                found |= describe_embeddings(name, output[name][0].detach())
-        with evaluating(self.model.mlvicx):
-            maps = self.model.mlvicx.refined_maps(view[: self.max_images])
+        for name, (first, _) in embeddings.items():
+            found |= describe_embeddings(name, first.detach())
+        with evaluating(self.encoder):
+            maps = self.encoder.refined_maps(view[: self.max_images])
         for level, refined in enumerate(maps):
             found |= describe_embeddings(f"level_{level}", refined.mean((2, 3)), centre=True)
         return found
@@ -109,18 +109,18 @@ class Watcher:
         """
         if self._probe is None or (step % self.probe_steps and not last):
             return {}
-        return self._probe(self.model.mlvicx, self.device)
+        return self._probe(self.encoder, self.device)
 
-    def check(self, scalars: dict[str, float], images: int) -> list[str]:
-        """Warnings of collapse that are due: each once, and again only after its figure has been well.
+    def check(self, scalars: dict[str, float], embeddings: EmbeddingPairs) -> list[str]:
+        """Warnings of collapse: each once, and again only after its figure has been well.
 
         Args:
             scalars: what `scalars` gave.
-            images: of the batch in this process, whose number bounds RankMe.
+            embeddings: of the same step; their shapes bound RankMe.
         """
         warnings = []
         self._remember(scalars)
-        for rule in (*self._embedding_rules(scalars, images), *self._level_rules(scalars)):
+        for rule in (*self._embedding_rules(scalars, embeddings), *self._level_rules(scalars)):
             if rule.figure < rule.limit and rule.name not in self._warned:
                 self._warned.add(rule.name)
                 warnings.append(rule.warning)
@@ -129,39 +129,35 @@ class Watcher:
         return warnings
 
     def _remember(self, scalars: dict[str, float]) -> None:
-        for level in range(len(self.model.mlvicx.channels)):
+        for level in range(len(self.encoder.channels)):
             name = f"level_{level}_deviation"
             start = self._starts.setdefault(name, [])
             if name in scalars and len(start) < START:
                 start.append(scalars[name])
 
-    def _embedding_rules(self, scalars: dict[str, float], images: int) -> Iterator[Rule]:
-        config = self.model.config
-        full = min(images, config.expander_dims[-1])
-        for name, kind in EMBEDDINGS.items():
+    def _embedding_rules(self, scalars: dict[str, float], embeddings: EmbeddingPairs) -> Iterator[Rule]:
+        target = self.objective.target_deviation
+        remedy = f"Try {self.objective.remedy}a lower base_learning_rate or a longer warm-up (warmup_epochs)"
+        for name, (first, _) in embeddings.items():
             if f"{name}_rankme" not in scalars:
                 continue
-            rank, deviation = scalars[f"{name}_rankme"], scalars[f"{name}_deviation"]
+            rank, deviation, full = scalars[f"{name}_rankme"], scalars[f"{name}_deviation"], min(first.shape)
             yield Rule(
                 f"{name}_deviation",
                 deviation,
-                LOW_DEVIATION * config.variance_target,
-                f"the {kind} collapse to a point: their mean deviation is {deviation:.2g}, the target "
-                f"{config.variance_target:g}. Try a higher variance_weight (now {config.variance_weight:g}), a lower "
-                "base_learning_rate or a longer warm-up (warmup_epochs)",
+                LOW_DEVIATION * target,
+                f"{name} collapse to a point: their mean deviation is {deviation:.2g}, the target {target:g}. {remedy}",
             )
             yield Rule(
                 f"{name}_rankme",
                 rank - 1,
                 min(LOW_RANK - 1, LOW_RANK_SHARE * (full - 1)),
-                f"the {kind} collapse to few directions: RankMe is {rank:.2f} of at most {full}. Try a higher "
-                f"covariance_weight (now {config.covariance_weight:g}) and variance_weight (now "
-                f"{config.variance_weight:g}), a lower base_learning_rate or a longer warm-up (warmup_epochs)",
+                f"{name} collapse to few directions: RankMe is {rank:.2f} of at most {full}. {remedy}",
             )
 
     def _level_rules(self, scalars: dict[str, float]) -> Iterator[Rule]:
-        context = self.model.config.use_context
-        for level in range(len(self.model.mlvicx.channels)):
+        context = self.encoder.config.use_context
+        for level in range(len(self.encoder.channels)):
             if f"level_{level}_rankme" not in scalars:
                 continue
             rank, deviation = scalars[f"level_{level}_rankme"], scalars[f"level_{level}_deviation"]
@@ -174,8 +170,8 @@ class Watcher:
                 f"level_{level}_deviation",
                 deviation,
                 max(LOW_LEVEL_DEVIATION * start, torch.finfo(torch.float32).tiny),
-                f"level {level} of the encoder says nearly the same of all images: the mean deviation of its features "
-                f"is {deviation:.2g}, at the start {start:.2g}. {remedy}",
+                f"level {level} of the encoder gives nearly the same for all images: the mean deviation of its "
+                f"features is {deviation:.2g}, at the start {start:.2g}. {remedy}",
             )
             yield Rule(
                 f"level_{level}_rankme",

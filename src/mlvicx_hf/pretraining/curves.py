@@ -1,4 +1,4 @@
-"""Pictures and tables that show what a run did: curves, views, nearest neighbours, the quick start's report."""
+"""Pictures of a run: its curves, and the views of its images."""
 
 from __future__ import annotations
 
@@ -18,24 +18,29 @@ from mlvicx_hf.data.images.pictures import contact_sheet
 
 from .views import TwoViewAugmentation, view_draws
 
-# Panels of `plot_curves`: title, and which keys of metrics.jsonl are in it.
+# Panels of `plot_curves`: title, and the pattern of the keys of metrics.jsonl in it. Terms in no panel share one more.
 PANELS = {
-    "loss": r"loss|global_loss|multi_level_loss",
+    "loss": r"(\w+_)?loss",
     "learning rate": r"learning_rate",
     "probes: AUROC on validation": r"probe_\w+_auroc",
-    "invariance": r"\w+_invariance",
-    "variance": r"\w+_variance",
-    "covariance": r"\w+_covariance",
+    "invariance": r"(\w+_)?invariance",
+    "variance": r"(\w+_)?variance",
+    "covariance": r"(\w+_)?covariance",
     "RankMe of a batch": r"\w+_rankme",
     "mean deviation of a batch": r"\w+_deviation",
     "mean |correlation| of a batch": r"\w+_correlation",
 }
-LOSS_AND_RANK = {"loss": r"(global|multi_level)_loss", "RankMe of a batch's embeddings": r"\w+_embeddings_rankme"}
+LOSS_AND_RANK = {"loss": r"\w+_loss", "RankMe of a batch's embeddings": r"\w+_embeddings_rankme"}
+# Keys such as global_loss, global_variance and global_embeddings_rankme belong to the branch "global".
+BRANCH = re.compile(
+    r"(?!level_\d|probe_)(\w+?)_(?:embeddings_)?(?:loss|(?:in|co)?variance|rankme|deviation|correlation)$"
+)
+COUNTERS = ("step", "epoch", "images")
 LOGARITHMIC = ("deviation",)  # embeddings and levels differ by orders of magnitude
 
 
 def plot_curves(metrics: Path, picture: Path, title: str = "", panels: Mapping[str, str] = PANELS) -> None:
-    """Draw what a pretraining run logged, a panel a kind of figure; those of which it logged nothing are left out.
+    """Draw what a pretraining run logged, one panel for each kind of figure that it logged.
 
     Args:
         metrics: `metrics.jsonl` of the run.
@@ -54,9 +59,13 @@ def plot_curves(metrics: Path, picture: Path, title: str = "", panels: Mapping[s
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     shown = {name: [key for key in keys if re.fullmatch(pattern, key)] for name, pattern in panels.items()}
+    if panels is PANELS:
+        drawn = {key for matching in shown.values() for key in matching}
+        shown["other terms"] = [key for key in keys if key not in drawn and key not in COUNTERS and "/" not in key]
     shown = {name: matching for name, matching in shown.items() if matching}
     if not shown:
         raise UserError(f"{metrics} holds {len(rows)} lines and none of the figures to draw; expected a run's metrics")
+    branches = list(dict.fromkeys(found[1] for key in keys if (found := BRANCH.match(key))))
     columns = min(3, len(shown))
     height = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.1 * height), layout="constrained")
@@ -64,7 +73,7 @@ def plot_curves(metrics: Path, picture: Path, title: str = "", panels: Mapping[s
     for (name, matching), axes in zip(shown.items(), grid, strict=False):
         for key in matching:
             kept = [row for row in rows if key in row]
-            axes.plot([row["step"] for row in kept], [row[key] for row in kept], **_line(key, len(kept)))
+            axes.plot([row["step"] for row in kept], [row[key] for row in kept], **_line(key, len(kept), branches))
         axes.set(xlabel="step", title=name, yscale="log" if any(word in name for word in LOGARITHMIC) else "linear")
         axes.grid(alpha=0.3)
         if len(matching) > 1:
@@ -75,17 +84,16 @@ def plot_curves(metrics: Path, picture: Path, title: str = "", panels: Mapping[s
     figure.savefig(picture, dpi=120)
 
 
-def _line(key: str, points: int) -> dict[str, Any]:
-    """Name and looks of a curve: the same thing in one colour throughout, levels dashed."""
-    level = re.match(r"level_(\d+)", key)
+def _line(key: str, points: int, branches: list[str]) -> dict[str, Any]:
+    """Name and looks of a curve: each branch of the loss in one colour throughout, levels dashed."""
+    level, branch = re.match(r"level_(\d+)", key), BRANCH.match(key)
     if level:
         look: dict[str, Any] = {"label": f"level {level[1]}", "color": f"C{int(level[1]) + 3}", "linestyle": "--"}
     elif key.startswith("probe_"):
         look = {"label": {"probe_knn_auroc": "nearest neighbours", "probe_linear_auroc": "linear probe"}.get(key, key)}
-    elif key.startswith("multi_level"):
-        look = {"label": "multi-level", "color": "C1"}
-    elif key.startswith("global"):
-        look = {"label": "global", "color": "C0"}
+    elif branch:
+        number = branches.index(branch[1])
+        look = {"label": branch[1].replace("_", "-"), "color": f"C{number if number < 2 else number + 6}"}
     else:
         look = {"label": "total" if key == "loss" else key.replace("_", " "), "color": "C2"}
     return look | {"marker": "o" if points < 10 else None, "markersize": 3}

@@ -20,9 +20,9 @@ from accelerate.utils import find_executable_batch_size, gather_object, release_
 from torch import Tensor
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.models.modeling_mlvicx import MLVICXForPreTraining
+from mlvicx_hf.objectives import Objective
 
-SMALLEST = 2  # images of a micro-batch
+FEWEST_IMAGES = 2  # of a micro-batch
 BETWEEN = 1.1  # what the maps take on the CPU, over what autograd saves of them: the rest comes and goes
 
 
@@ -57,7 +57,7 @@ class Trial:
 
     Args:
         accelerator: of the run, for its precision.
-        model: on its device, neither compiled nor wrapped.
+        objective: on its device, neither compiled nor wrapped.
         make_views: gives both views, [B, C, H, W] each, of B images; takes no numbers of torch's global generators.
         share: images of a process.
     """
@@ -65,13 +65,13 @@ class Trial:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: MLVICXForPreTraining,
+        objective: Objective,
         make_views: Callable[[int], tuple[Tensor, Tensor]],
         share: int,
     ) -> None:
-        self.accelerator, self.model, self.make_views, self.share = accelerator, model, make_views, share
+        self.accelerator, self.objective, self.make_views, self.share = accelerator, objective, make_views, share
         self.device = accelerator.device
-        self.weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        self.weights = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
         # The momentum, and DDP's buckets, which hold the gradients once more.
         self.besides = self.weights * (2 if accelerator.num_processes > 1 else 1)
         if self.device.type != "cuda":
@@ -80,9 +80,9 @@ class Trial:
     def _count(self) -> None:
         """Measure what `process_memory` takes for granted, in steps so small that they fit anywhere."""
         before = _resident()
-        few, more = self._saved(SMALLEST), self._saved(2 * SMALLEST)
-        self.image_bytes = (more - few) / SMALLEST  # that autograd saves for an image, and whatever their number
-        self.fixed_bytes = few - SMALLEST * self.image_bytes  # such as weights of half precision
+        few, more = self._saved(FEWEST_IMAGES), self._saved(2 * FEWEST_IMAGES)
+        self.image_bytes = (more - few) / FEWEST_IMAGES  # that autograd saves for an image, and whatever their number
+        self.fixed_bytes = few - FEWEST_IMAGES * self.image_bytes  # such as weights of half precision
         trial = self.weights + more  # freed by now, but perhaps kept by the C library
         self.base = max(before, _resident() - trial)  # of the process: code, weights, what torch keeps once it ran
 
@@ -103,7 +103,7 @@ class Trial:
         if not on_gpu:
             seconds = self.run(size) if timed else None
             return ResourceEstimate(max(self.process_memory(size), _resident() + self.besides), on_gpu, seconds)
-        self.run(SMALLEST)  # what is done but once is not timed
+        self.run(FEWEST_IMAGES)  # what is done but once is not timed
         torch.cuda.reset_peak_memory_stats(self.device)
         seconds = self.run(size)
         memory = torch.cuda.max_memory_allocated(self.device) + self.besides
@@ -184,7 +184,7 @@ class Trial:
             views = self.make_views(count)
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
                 loss = self._embed(*views)
-            for tensor in (*self.model.parameters(), *self.model.buffers()):
+            for tensor in (*self.objective.parameters(), *self.objective.buffers()):
                 saved.pop(tensor.untyped_storage().data_ptr(), None)
             loss.backward()
         return sum(saved.values())
@@ -205,9 +205,8 @@ class Trial:
 
     def _embed(self, one: Tensor, two: Tensor) -> Tensor:
         with self.accelerator.autocast():
-            output = self.model(view_1=one, view_2=two, return_loss=False)
-        both = (output.global_embeddings or ()) + (output.multi_level_embeddings or ())
-        return torch.stack([embeddings.float().square().mean() for embeddings in both]).sum()
+            both = self.objective(one, two, return_loss=False)
+        return torch.stack([values.float().square().mean() for view in both for values in view.values()]).sum()
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -217,14 +216,14 @@ class Trial:
     @contextmanager
     def _no_trace(self) -> Iterator[None]:
         """Training mode; behind it no gradient, and modes, buffers and random numbers as before."""
-        modes = [(part, part.training) for part in self.model.modules()]
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        modes = [(part, part.training) for part in self.objective.modules()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.objective.buffers()]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             try:
-                self.model.train()
+                self.objective.train()
                 yield
             finally:
-                self.model.zero_grad(set_to_none=True)
+                self.objective.zero_grad(set_to_none=True)
                 with torch.no_grad():
                     for buffer, value in buffers:
                         buffer.copy_(value)
@@ -247,7 +246,7 @@ def micro_batch(share: int, steps: int) -> int:
     Raises:
         ValueError: unequal micro-batches, or smaller than two images.
     """
-    if share % steps or share // steps < SMALLEST:
+    if share % steps or share // steps < FEWEST_IMAGES:
         raise UserError(
             f"gradient_accumulation_steps={steps} found for {share} images of a process; expected a divisor that "
             "leaves two images or more"
@@ -270,7 +269,7 @@ def largest_that_fits(share: int, steps: int, attempt: Callable[[int], None]) ->
 
     def smaller() -> int:
         nonlocal size
-        divisors = [n for n in range(SMALLEST, size) if share % n == 0]
+        divisors = [n for n in range(FEWEST_IMAGES, size) if share % n == 0]
         if not divisors:
             raise UserError(
                 f"batch_size gives {share} images a process, and not even micro-batches of {size} of them fit into the "

@@ -20,7 +20,7 @@ from mlvicx_hf.data.splits import patient_hash
 from mlvicx_hf.encoders.features import PreparedImages, encode
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
-from mlvicx_hf.scoring.metrics import score_labels
+from mlvicx_hf.scoring.labels import score_labels
 from mlvicx_hf.scoring.probes import knn_scores, linear_scores
 
 

@@ -1,83 +1,202 @@
-"""What a run of pretraining is put together from: learning rate, optimiser, model, images."""
+"""Put a run together: check its arguments, read the data, build what is trained, find the checkpoint to resume."""
 
 from __future__ import annotations
 
-import json
-import math
+import logging
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from timm.optim import Lars
-from torch import nn
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import new_file
+from mlvicx_hf.common.errors import UserError, user_input
+from mlvicx_hf.common.machine import describe_hardware, keep_freed_memory, use_cpu_threads
+from mlvicx_hf.common.signals import leave_signals_to_the_main_process
 from mlvicx_hf.data.cache.cache import load_cache
-from mlvicx_hf.data.reading.sampling import choose_views
-from mlvicx_hf.data.reading.streaming import Stream, open_stream
+from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages, choose_views
+from mlvicx_hf.data.reading.streaming import Stream, StreamBatches, open_stream
 from mlvicx_hf.encoders.loading import check_source
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights
-from mlvicx_hf.models.modeling_mlvicx import MLVICXForPreTraining
+from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.objectives import OBJECTIVES, Objective
 
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
+from .checkpoints import Checkpoint, Checkpoints
+from .collapse import Watcher
+from .memory import Trial
+from .optimizer import create_optimizer
+from .run import Run
+from .settings import RunSettings
+from .views import TwoViewAugmentation, view_draws
+
+logger = logging.getLogger(__name__)
 
 
-def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int, final_ratio: float) -> float:
-    """Rate of a step, counted from 0: linear rise to the peak, then a cosine that ends on its floor."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return peak * (final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
-
-
-def create_optimizer(model: nn.Module, arguments: PretrainingArguments) -> Lars:
-    """LARS whose layer-wise rate and weight decay act on matrices and kernels; vectors follow plain momentum SGD."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in trained if p.ndim > 1],
-            "weight_decay": arguments.weight_decay,
-            "always_adapt": True,  # timm adapts only groups with decay otherwise
-        },
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "always_adapt": False},
-    ]
-    return Lars(groups, lr=0.0, momentum=arguments.momentum, trust_coeff=arguments.trust_coefficient)
-
-
-def create_model(arguments: ModelArguments) -> MLVICXForPreTraining:
-    """The model of a run, with the starting weights that `init_from` names.
+def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: PretrainingArguments) -> Run:
+    """Everything a run needs before its first step; writes no file.
 
     Raises:
-        ValueError: an earlier model whose encoder does not fit.
+        FileExistsError: an output folder that holds another run, without `resume`.
+        UserError: arguments that do not fit the data, the checkpoint or one another.
     """
-    config, source = arguments.config(), arguments.init_from
-    if source is None:
-        return MLVICXForPreTraining(config)
-    if is_timm_source(source):
-        model = MLVICXForPreTraining(config)
-        load_timm_weights(model.mlvicx, source)
-        return model
-    loaded: Any = MLVICXForPreTraining.from_pretrained(
-        check_source(source), config=config, output_loading_info=True, ignore_mismatched_sizes=True
+    _check_arguments(data_arguments, arguments)
+    accelerator = _create_accelerator(arguments)
+    device, on_main = accelerator.device, accelerator.is_main_process
+    data = _load_data(data_arguments, arguments, accelerator)
+    hardware = describe_hardware(device, accelerator.num_processes)
+    settings = RunSettings(
+        model_arguments, data_arguments, arguments, data.batches.num_images, data.manifest, device, hardware
     )
-    model, report = loaded
-    lacking = sorted(key for key in report["missing_keys"] if key.startswith("mlvicx."))
-    if lacking:
-        raise UserError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
-    wrong = sorted(str(row[0]) for row in report["mismatched_keys"])
-    if wrong:
-        raise UserError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
-    return model
+    checkpoints = Checkpoints(Path(arguments.output_dir), arguments.save_total_limit)
+    checkpoint = None
+    if arguments.resume:
+        checkpoint, settings = _find_checkpoint(checkpoints, settings, on_main)
+
+    torch.manual_seed(arguments.seed)
+    objective = create_objective(model_arguments)
+    layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
+    objective.to(device).to(memory_format=layout)
+    processor = MLVICXImageProcessor(model_arguments.image_size, model_arguments.num_channels)
+    processor.fit = data.manifest["fit"]
+    augment = create_augmentation(data_arguments, processor)
+
+    def make_views(images: Tensor, samples: np.ndarray, epoch: int) -> tuple[Tensor, Tensor]:
+        draws = view_draws(arguments.seed, epoch, samples)
+        view_1, view_2 = augment(images.to(device, non_blocking=True), draws)
+        return view_1.contiguous(memory_format=layout), view_2.contiguous(memory_format=layout)
+
+    def views_of_noise(count: int) -> tuple[Tensor, Tensor]:
+        shape = (count, 1, data.side, data.side)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return make_views(images, np.arange(count), 0)
+
+    steps = arguments.epochs * len(data.batches) - (0 if checkpoint is None else checkpoint.step)
+    notes: list[str] = []
+    if steps:
+        trial = Trial(accelerator, objective, views_of_noise, data.batches.share)
+        settings, notes = _fit(trial, settings, steps, resumed=checkpoint is not None)
+    if accelerator.num_processes > 1 and device.type == "cuda":
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    optimizer = create_optimizer(objective, arguments)
+    if arguments.torch_compile:
+        objective.compile()  # in place: the keys of the state stay as they are
+    wrapped, prepared = accelerator.prepare(objective, optimizer)
+    watcher = None
+    if on_main:
+        watcher = Watcher(objective, processor, data_arguments.probe_dataset, arguments.probe_steps, device=device)
+    run = Run(
+        settings=settings,
+        accelerator=accelerator,
+        objective=objective,
+        wrapped=wrapped,
+        optimizer=prepared,
+        processor=processor,
+        batches=data.batches,
+        loader=data.loader,
+        make_views=make_views,
+        checkpoints=checkpoints,
+        watcher=watcher,
+        notes=notes,
+    )
+    if checkpoint is not None:
+        run.load(checkpoint)
+        if on_main:
+            print(f"resuming {checkpoint.path} at step {run.step} of {run.total_steps}", flush=True)
+    return run
 
 
-def load_images(data: DataArguments) -> tuple[Any, dict[str, Any], int]:
-    """Rows of a cache to pretrain on, its manifest, and how many lateral images are left out.
+def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> None:
+    output = Path(arguments.output_dir)
+    if not arguments.resume and output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(
+            f"output_dir={output} holds files of another run; choose another folder, or --resume that run"
+        )
+    counts = ("epochs", "checkpoint_steps", "logging_steps", "save_total_limit", "probe_steps")
+    least = dict.fromkeys((*counts, "gradient_accumulation_steps"), 1)
+    for name, smallest in (least | {"seed": 0, "warmup_epochs": 0}).items():
+        if getattr(arguments, name) < smallest:
+            raise UserError(f"{name}={getattr(arguments, name)} found; expected {smallest} or more")
+    for name in ("crop_area", "blur", "solarize"):
+        value = getattr(data, name)
+        if len(value) != 2:
+            raise UserError(f"{name}={value} found; expected two values")
 
-    Raises:
-        ValueError: a split that is not there, or options that only a stream takes.
-    """
+
+def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
+    if arguments.deterministic:
+        use_deterministic_algorithms()
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        project_dir=arguments.output_dir,
+        # Otherwise Accelerate takes what torchrun starts without a GPU for independent runs.
+        cpu=not torch.accelerator.is_available(),
+    )
+    if accelerator.device.type == "cpu":
+        if arguments.mixed_precision == "fp16":  # Accelerate would compute in float32
+            raise UserError("mixed_precision='fp16' found on the CPU; expected no or bf16 there")
+        use_cpu_threads(arguments.cpu_threads)
+        keep_freed_memory()
+    return accelerator
+
+
+def use_deterministic_algorithms() -> None:
+    """Make torch compute the same bits every time, on GPUs too; what it cannot do that way is a RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+class _Data(NamedTuple):
+    """Images to pretrain on; `side` in pixels."""
+
+    batches: EpochBatches | StreamBatches
+    loader: DataLoader[Any] | StreamBatches
+    manifest: dict[str, Any]
+    side: int
+
+
+def _load_data(data: DataArguments, arguments: PretrainingArguments, accelerator: Accelerator) -> _Data:
+    place = (arguments.seed, accelerator.process_index, accelerator.num_processes)
+    if data.streaming:
+        stream = _load_stream(data)
+        left_out = stream.left_out
+        options = {"num_workers": data.num_workers, "shuffle_buffer": data.shuffle_buffer}
+        reader = StreamBatches(stream, arguments.batch_size, *place, **options)
+        found = _Data(reader, reader, stream.manifest, stream.size)
+    else:
+        images, manifest, left_out = _load_images(data)
+        patients = images["patient_id"][:] if data.patient_balanced else None
+        batches = EpochBatches(len(images), arguments.batch_size, *place, patients)
+        loader = DataLoader(
+            PretrainingImages(images.select_columns("image")),
+            batch_sampler=batches,
+            num_workers=data.num_workers,
+            persistent_workers=data.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_main_process,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        found = _Data(batches, loader, manifest, manifest["size"])
+    if left_out != 0 and accelerator.is_main_process:
+        number = "lateral images are" if left_out is None else f"{left_out} lateral images are"
+        print(f"{number} left out (--views all takes them)", flush=True)
+    return found
+
+
+def _load_images(data: DataArguments) -> tuple[Any, dict[str, Any], int]:
+    """Rows of a cache, its manifest, and how many lateral images are left out."""
     for name in ("num_images", "image_column"):
         if getattr(data, name) is not None:
             raise UserError(f"{name}={getattr(data, name)} found without streaming; expected --streaming as well")
@@ -93,12 +212,7 @@ def load_images(data: DataArguments) -> tuple[Any, dict[str, Any], int]:
     return images, cache.manifest, left_out
 
 
-def load_stream(data: DataArguments) -> Stream:
-    """The stream to pretrain on.
-
-    Raises:
-        ValueError: options that a stream cannot follow, or that do not fit the data.
-    """
+def _load_stream(data: DataArguments) -> Stream:
     if data.patient_balanced:
         raise UserError("patient_balanced found with streaming; a stream is read in order, so expected one of them")
     if data.max_train_samples is not None:
@@ -113,37 +227,116 @@ def load_stream(data: DataArguments) -> Stream:
     )
 
 
-def use_deterministic_algorithms() -> None:
-    """Make torch compute the same bits every time, on GPUs too; what it cannot do that way is a RuntimeError."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+def create_augmentation(data: DataArguments, processor: MLVICXImageProcessor) -> TwoViewAugmentation:
+    """The random views that the arguments describe, as input for models of this processor."""
+    return TwoViewAugmentation(
+        image_size=processor.image_size,
+        crop_area=(data.crop_area[0], data.crop_area[1]),
+        rotation=data.rotation,
+        brightness=data.brightness,
+        contrast=data.contrast,
+        blur=(data.blur[0], data.blur[1]),
+        solarize=(data.solarize[0], data.solarize[1]),
+        mean=processor.image_mean,
+        std=processor.image_std,
+        num_channels=processor.num_channels,
+    )
 
 
-def flat(description: dict[str, Any]) -> dict[str, str | int | float | bool]:
-    """One level of plain values, which is what trackers take."""
-    flat = {}
-    for section, values in description.items():
-        for key, value in (values if isinstance(values, dict) else {"": values}).items():
-            name = f"{section}.{key}".rstrip(".")
-            flat[name] = value if isinstance(value, (str, int, float, bool)) else str(value)
-    return flat
+# -- model -------------------------------------------------------------------------------------------------------------
 
 
-def keep_metrics_before(path: Path, step: int) -> None:
-    """Drop the lines of `metrics.jsonl` that a killed run wrote after its last checkpoint.
+def create_objective(arguments: ModelArguments) -> Objective:
+    """What a run trains, with the starting weights that `init_from` names.
 
-    Args:
-        path: of the file, which need not be there.
-        step: of the checkpoint.
+    Raises:
+        UserError: an unknown objective, a model that cannot be built, or an earlier model that does not fit.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for text in lines:
+    if arguments.objective not in OBJECTIVES:
+        raise UserError(f"objective={arguments.objective!r} found; expected one of {', '.join(OBJECTIVES)}")
+    objective = OBJECTIVES[arguments.objective]
+    values = asdict(arguments)
+    source = values.pop("init_from")
+    del values["objective"]
+    with user_input():
+        config = MLVICXConfig(**values)
+        if source is None or is_timm_source(source):
+            model = objective.model_class(config)
+            if source is not None:
+                load_timm_weights(objective.encoder_of(model), source)
+        else:
+            model = _load_earlier(objective.model_class, config, source)
+    return objective(model)
+
+
+def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, source: str) -> PreTrainedModel:
+    """A model with the weights of an earlier one, which must hold all of the encoder."""
+    loaded: Any = model_class.from_pretrained(
+        check_source(source), config=config, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, report = loaded
+    encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lacking = sorted(key for key in report["missing_keys"] if key.startswith(encoder))
+    if lacking:
+        raise UserError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
+    wrong = sorted(str(row[0]) for row in report["mismatched_keys"])
+    if wrong:
+        raise UserError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
+    return model
+
+
+def _fit(trial: Trial, settings: RunSettings, steps: int, resumed: bool) -> tuple[RunSettings, list[str]]:
+    """Find micro-batches that fit, where that is wanted, and what the remaining steps need, before wrapping the model.
+
+    Returns:
+        The settings, perhaps with more micro-batches, and what to print.
+    """
+    arguments, notes = settings.training, []
+    if arguments.find_batch_size:
+        if not resumed:
+            settings = _with_micro_batches(settings, trial.find(arguments.gradient_accumulation_steps))
+        notes.append(trial.choice(settings.training.gradient_accumulation_steps))
+    timed = not arguments.torch_compile  # timing would compile for other shapes as well
+    estimate = trial.estimate(settings.training.gradient_accumulation_steps, timed)
+    return settings, [*notes, f"expected: {estimate.line(steps)}"]
+
+
+def _with_micro_batches(settings: RunSettings, steps: int) -> RunSettings:
+    return replace(settings, training=replace(settings.training, gradient_accumulation_steps=steps))
+
+
+# -- resume ------------------------------------------------------------------------------------------------------------
+
+
+def _find_checkpoint(
+    checkpoints: Checkpoints, settings: RunSettings, on_main: bool
+) -> tuple[Checkpoint | None, RunSettings]:
+    """The newest whole checkpoint, chosen by the main process, and the settings to go on with; None without any."""
+    chosen: list[tuple[Checkpoint | None, int] | UserError | None] = [None]
+    if on_main:
         try:
-            kept += [text] if json.loads(text)["step"] <= step else []
-        except json.JSONDecodeError:  # the line that was being written at the kill
-            continue
-    with new_file(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
+            chosen = [_choose_checkpoint(checkpoints, settings)]
+        except UserError as error:  # all processes must end
+            chosen = [error]
+    found = broadcast_object_list(chosen)[0]
+    if isinstance(found, UserError):
+        raise found
+    checkpoint, steps = found
+    return checkpoint, _with_micro_batches(settings, steps)
+
+
+def _choose_checkpoint(checkpoints: Checkpoints, settings: RunSettings) -> tuple[Checkpoint | None, int]:
+    """The checkpoint, and the number of micro-batches to go on with.
+
+    With `find_batch_size` that is the checkpoint's, unless more are asked for.
+    """
+    checkpoint, steps = checkpoints.newest_whole(), settings.training.gradient_accumulation_steps
+    if checkpoint is None:
+        logger.warning("%s has no checkpoint: starting from the beginning", checkpoints.folder)
+        return None, steps
+    # Early checkpoints do not name their objective: there was one.
+    checkpoint = replace(checkpoint, fixed={"model.objective": "mlvicx"} | checkpoint.fixed)
+    if settings.training.find_batch_size:
+        steps = max(steps, checkpoint.fixed.get("training.gradient_accumulation_steps", steps))
+    checkpoint.check_same_run(_with_micro_batches(settings, steps).fixed(), settings.machine())
+    return checkpoint, steps

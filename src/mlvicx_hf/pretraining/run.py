@@ -1,0 +1,187 @@
+"""One run of pretraining: its parts, its position, and its files."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mlvicx_hf.common.files import new_folder, sync
+from mlvicx_hf.common.signals import StoppedError
+from mlvicx_hf.data.reading.sampling import EpochBatches
+from mlvicx_hf.data.reading.streaming import StreamBatches
+from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.objectives import Objective
+
+from .arguments import PretrainingArguments
+from .checkpoints import Checkpoint, Checkpoints
+from .collapse import Watcher
+from .settings import RunSettings
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass
+class Run:
+    """What `set_up` makes and the loop moves.
+
+    Attributes:
+        settings: what made the run.
+        accelerator: joins the processes.
+        objective: what is trained.
+        wrapped: the objective as Accelerate prepared it, perhaps for several processes; call this one.
+        optimizer: moves its weights.
+        processor: saved beside the model.
+        batches: which images form the batches of an epoch.
+        loader: gives images, uint8 [B, 1, S, S], and their numbers [B], in the order of `batches`.
+        make_views: gives both views [B, C, S, S] of images, of their numbers and of the epoch.
+        checkpoints: of the output folder.
+        watcher: measures the objective; None in all processes but the main one.
+        notes: lines to print when training begins.
+        step: steps that are done.
+    """
+
+    settings: RunSettings
+    accelerator: Accelerator
+    objective: Objective
+    wrapped: nn.Module
+    optimizer: AcceleratedOptimizer
+    processor: MLVICXImageProcessor
+    batches: EpochBatches | StreamBatches
+    loader: DataLoader[Any] | StreamBatches
+    make_views: Callable[[Tensor, np.ndarray, int], tuple[Tensor, Tensor]]
+    checkpoints: Checkpoints
+    watcher: Watcher | None
+    notes: list[str]
+    step: int = 0
+
+    @property
+    def arguments(self) -> PretrainingArguments:
+        """How it is trained."""
+        return self.settings.training
+
+    @property
+    def output(self) -> Path:
+        """Its folder."""
+        return Path(self.arguments.output_dir)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.arguments.epochs * len(self.batches)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        return round(self.arguments.warmup_epochs * len(self.batches))
+
+    @property
+    def peak_rate(self) -> float:
+        """The highest learning rate."""
+        return self.arguments.base_learning_rate * self.arguments.batch_size / 256
+
+    def remaining_batches(self) -> Iterator[tuple[int, Tensor, np.ndarray]]:
+        """Epoch, images and sample numbers of every batch that is not done yet."""
+        first_epoch, first_step = divmod(self.step, len(self.batches))
+        for epoch in range(first_epoch, self.arguments.epochs):
+            self.batches.start_at(epoch, first_step if epoch == first_epoch else 0)
+            for images, samples in self.loader:
+                yield epoch, images, samples.numpy()
+
+    def check_loss(self, loss: Tensor, rate: float) -> None:
+        """Stop the run before a loss that is not finite moves the weights.
+
+        A checkpoint of this very step gave that loss, so it is set aside.
+
+        Raises:
+            FloatingPointError: names step, rate and the newest checkpoint whose weights gave a finite loss.
+        """
+        if math.isfinite(loss.item()):
+            return
+        bad = self.checkpoints.path(self.step)
+        if self.accelerator.is_main_process and bad.is_dir():
+            self.checkpoints.set_aside(bad, "non-finite")
+        good = [path for path in self.checkpoints.paths() if path != bad]
+        raise FloatingPointError(
+            f"loss {loss.item()} at step {self.step} with learning rate {rate:.3g}; "
+            f"last good checkpoint: {good[-1] if good else 'none yet'}. "
+            "A lower base_learning_rate or a longer warm-up may help"
+        )
+
+    def stopped(self, number: int) -> StoppedError:
+        """The exception to raise after a signal of this number, when the checkpoint is saved."""
+        return StoppedError(
+            number,
+            f"stopped by {signal.Signals(number).name} after step {self.step} of {self.total_steps}; "
+            f"{self.checkpoints.path(self.step)} is saved: the same command with --resume goes on from there",
+        )
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, score: float | None = None) -> None:
+        """Write `checkpoint-STEP`, whole or not at all, and drop the oldest one.
+
+        Args:
+            score: of a probe at this step; the checkpoint with the highest score is kept.
+
+        Raises:
+            OSError: it cannot be written; names the checkpoint that is still good.
+        """
+        if self.accelerator.is_main_process:
+            metrics = self.output / METRICS_FILE
+            if metrics.exists():
+                sync(metrics)  # the steps before the checkpoint are not computed again
+            self.checkpoints.save(self.step, self.settings.fixed(), self.settings.machine(), self._write_state)
+            if score is not None:
+                self.checkpoints.mark_best(score, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self) -> None:
+        """Put model and image processor at the top of the output folder, by way of a folder of their own."""
+        if self.accelerator.is_main_process:
+            final = self.output / "final"
+            with self.checkpoints.saying_what_is_left(final), new_folder(final) as folder:
+                self._write_model(folder)
+            for file in sorted(final.iterdir()):
+                os.replace(file, self.output / file.name)
+            final.rmdir()
+        self.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        weights = load_file(checkpoint.path / "model.safetensors", device="cpu")
+        saved = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
+        besides = saved.get("objective", {})  # early checkpoints have none: all their weights are the model's
+        self.objective.load_state_dict({f"model.{name}": value for name, value in weights.items()} | besides)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.step = checkpoint.step
+
+    def _write_state(self, folder: Path) -> None:
+        self._write_model(folder)
+        weights = self.objective.state_dict()
+        besides = {name: value for name, value in weights.items() if not name.startswith("model.")}
+        state = {"optimizer": self.optimizer.state_dict(), "objective": besides}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        buffer = io.BytesIO()  # torch's own writer hides the reason when a disk is full
+        torch.save(state, buffer)
+        (folder / "optimizer.pt").write_bytes(buffer.getbuffer())
+
+    def _write_model(self, folder: Path) -> None:
+        self.objective.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)

@@ -1,0 +1,80 @@
+"""What made a run: written to `run.json`, and compared when a run is resumed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mlvicx_hf.common.provenance import code_version
+
+from .arguments import DataArguments, ModelArguments, PretrainingArguments
+
+# Settings that may change when a run is resumed.
+_FREE = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps", "save_total_limit", "dataset"}
+_FREE |= {"cpu_threads", "torch_compile", "probe_dataset", "probe_steps", "find_batch_size"}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Arguments, data and machine of a run.
+
+    Args:
+        model: what is trained.
+        data: on which images.
+        training: how.
+        images: number of images in an epoch.
+        manifest: of the cache or stream.
+        device: of this process.
+        hardware: see `describe_hardware`.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: PretrainingArguments
+    images: int
+    manifest: dict[str, Any]
+    device: torch.device
+    hardware: dict[str, Any]
+
+    def description(self) -> dict[str, Any]:
+        """Everything that made the run, for `run.json`."""
+        return self._sections() | {
+            "source": {name: self.manifest[name] for name in ("collection", "split_hash", "splits")},
+            "num_processes": self.hardware["processes"],
+            "device": str(self.device),
+            "hardware": self.hardware,
+            "synthetic": self.manifest["synthetic"],
+            "code": code_version(),
+        }
+
+    def fixed(self) -> dict[str, Any]:
+        """What must be the same in a resumed run, as "section.name"."""
+        # The order of a stream depends on its readers.
+        free = _FREE if self.data.streaming else _FREE | {"num_workers"}
+        sections = self._sections() | {"run": {"num_processes": self.hardware["processes"]}}
+        return {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items() if k not in free}
+
+    def machine(self) -> dict[str, Any]:
+        """What the rounding of a result depends on."""
+        return {
+            "device": self.hardware["device"],
+            "hardware": self.hardware["name"],
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "torch": torch.__version__,
+            "torch_compile": self.training.torch_compile,
+        }
+
+    def for_tracker(self) -> dict[str, str | int | float | bool]:
+        """The description in one level of plain values, which is what trackers take."""
+        flat = {}
+        for section, values in self.description().items():
+            for key, value in (values if isinstance(values, dict) else {"": values}).items():
+                name = f"{section}.{key}".rstrip(".")
+                flat[name] = value if isinstance(value, (str, int, float, bool)) else str(value)
+        return flat
+
+    def _sections(self) -> dict[str, dict[str, Any]]:
+        data = {"images": self.images, "data_hash": self.manifest["data_hash"]}
+        return {"model": asdict(self.model), "data": asdict(self.data) | data, "training": asdict(self.training)}
