@@ -21,7 +21,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mlvicx_hf.commands.evaluate import main
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.data.collections.nih14 import FINDINGS
+from mlvicx_hf.data.collections.nih14 import NIH_FINDINGS
 from mlvicx_hf.evaluation.suite.analysis import analyse
 from mlvicx_hf.evaluation.suite.grid import read_suite
 from mlvicx_hf.evaluation.suite.paper import paper_results, paper_tables
@@ -166,7 +166,7 @@ def test_paper_tables_have_the_papers_layout_and_our_figures_beside(report: dict
 def test_the_papers_figures():
     known = paper_results()
     assert paper_tables() == ["I", "II", "III", "IV"]
-    assert set(known["column"]) == {"Mean", "Dice", *FINDINGS}
+    assert set(known["column"]) == {"Mean", "Dice", *NIH_FINDINGS}
     assert known.groupby("table").size().to_dict() == {"I": 720, "II": 240, "III": 48, "IV": 18}
     means = known[(known["table"] == "I") & (known["column"] == "Mean")].set_index(["label_fraction", "method"])[
         "value"

@@ -137,8 +137,8 @@ def read_run(run: Path) -> RunResults:
     file = next((run / kind.file for kind in (Predictions, Overlaps) if (run / kind.file).is_file()), None)
     if file is None:
         raise FileNotFoundError(
-            f"{run} holds no {Predictions.file} and no {Overlaps.file}; expected a finished run of "
-            "finetune_classification.py or finetune_segmentation.py"
+            f"{run} holds no {Predictions.file} and no {Overlaps.file}; expected a finished run of mlvicx classify or "
+            "mlvicx segment"
         )
     texts = ("source", "patient_id", *GROUPS)
     table = pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""])
@@ -163,10 +163,7 @@ def read_run(run: Path) -> RunResults:
 
 
 def check_same_images(runs: Mapping[str, RunResults]) -> None:
-    """Refuse to compare runs that were not tested on the same images and labels.
-
-    Args:
-        runs: by the name that a message gives them.
+    """Refuse to compare runs, name → run, that were not tested on the same images and labels.
 
     Raises:
         UserError: naming two that differ.
@@ -175,7 +172,7 @@ def check_same_images(runs: Mapping[str, RunResults]) -> None:
     for other_name, other in runs.items():
         same = type(other) is type(first) and other.names == first.names
         same = same and np.array_equal(other.sources, first.sources)
-        if not same or not np.array_equal(other.truth, first.truth, equal_nan=True):
+        if not (same and np.array_equal(other.truth, first.truth, equal_nan=True)):
             raise UserError(
                 f"{other_name} was tested on other images or labels than {name}; expected the same test split"
             )

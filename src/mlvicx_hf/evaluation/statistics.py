@@ -63,13 +63,7 @@ def _defined(found: dict[str, float]) -> dict[str, float | str]:
 
 
 def estimate(runs: Sequence[RunResults], samples: int = 1000, seed: int = 0) -> dict[str, Estimate]:
-    """Average every metric over some runs; the same patients and seed give the same draws.
-
-    Args:
-        runs: tested on the same images.
-        samples: draws of patients.
-        seed: of the draws.
-    """
+    """Average every metric over runs that were tested on the same images, with `samples` draws of their patients."""
     everything = np.ones((1, len(runs[0].sources)))
     values = [run.scores(everything) for run in runs]
     draws: dict[str, list[np.ndarray]] = {name: [] for name in values[0]}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.vocabulary import COLLECTIONS, Match, Matching, match, normalize
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.finetuning.classification import score_logits, write_predictions
-from mlvicx_hf.finetuning.data import LabelledImages
+from mlvicx_hf.finetuning.data import LabelledImages, keep_known, with_splits
 from mlvicx_hf.finetuning.results import score_subgroups
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.labels import NOT_SCORED
@@ -35,8 +34,6 @@ from .overlap import Training, check_overlap, read_training
 from .runs import Predictions
 
 PROBABILITY_MARGIN = 1e-15  # distance of a class's probability from 0 and 1, so that its log-odds stay finite
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -191,26 +188,18 @@ def combine_labels(labels: np.ndarray, columns: Sequence[int]) -> np.ndarray:
 def rename_labels(cache: Cache, split: str, matches: Sequence[Match], exclusive: bool) -> Cache:
     """Make a cache of one split, "test", whose labels are the matched findings.
 
-    Args:
-        cache: with the split.
-        split: its name.
-        matches: columns of the new labels.
-        exclusive: the labels are classes; leave out the images whose class is unknown.
+    If these are exclusive classes, leave out the images whose class is unknown.
     """
     images = cache.datasets[split]
     labels = np.array(images["labels"], dtype=np.float64)  # [N, L]
     table = np.stack([combine_labels(labels, found.data_columns) for found in matches], 1)  # [N, M]
     feature = datasets.List(datasets.Value("float32"))
     images = images.remove_columns("labels").add_column("labels", table.tolist(), feature=feature)
+    cache = with_splits(cache, {split: images})
     if exclusive:
-        known = np.flatnonzero(~np.isnan(table[:, 0]))
-        if len(known) < len(table):
-            logger.warning("%d images of %s have no class and are left out", len(table) - len(known), split)
-        if not len(known):
-            raise UserError(f"{cache.path}: no image of {split} has a known class")
-        images = images.select(known)
-    names = tuple(found.name for found in matches)
-    return Cache(datasets.DatasetDict({"test": images}), names, cache.manifest | {"exclusive": exclusive}, cache.path)
+        cache = keep_known(cache, {split: np.flatnonzero(~np.isnan(table[:, 0])).tolist()}, "class")
+    names, manifest = tuple(found.name for found in matches), cache.manifest | {"exclusive": exclusive}
+    return Cache(datasets.DatasetDict({"test": cache.datasets[split]}), names, manifest, cache.path)
 
 
 def compute_logits(loaded: LoadedModel, images: Any, batch_size: int, num_workers: int, progress: bool) -> np.ndarray:
@@ -228,11 +217,7 @@ def compute_logits(loaded: LoadedModel, images: Any, batch_size: int, num_worker
 def combine_logits(loaded: LoadedModel, logits: np.ndarray, matching: Matching, exclusive: bool) -> np.ndarray:
     """Make logits [N, M] of the matched findings from those of the model, [N, K].
 
-    Args:
-        loaded: the model.
-        logits: of its outputs.
-        matching: with the columns.
-        exclusive: the findings are the model's own exclusive classes.
+    `exclusive` says that the findings are the model's own exclusive classes.
     """
     columns = [list(found.model_columns) for found in matching.matches]
     if exclusive or not _is_exclusive(loaded):
@@ -252,12 +237,9 @@ def _describe_scores(loaded: LoadedModel, exclusive: bool) -> str:
 
 
 def _score(cache: Cache, logits: np.ndarray, decided: bool) -> dict[str, Any]:
-    """Score the split "test" and its subgroups.
+    """Score logits [N, M] of the split "test" and its subgroups.
 
-    Args:
-        cache: from `rename_labels`.
-        logits: [N, M].
-        decided: the logits' signs, or the highest of exclusive ones, are decisions: accuracy is defined.
+    `decided` says that the signs of the logits, or the highest of exclusive ones, are decisions with an accuracy.
     """
     images = cache.datasets["test"]
     table = np.array(images["labels"], dtype=np.float64)

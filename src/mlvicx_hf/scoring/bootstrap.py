@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-CHUNK = 100  # draws at a time, so that the weights of a large test split fit into memory
+DRAWS_AT_ONCE = 100  # so that the weights of a large test split fit into memory
 
 
 def draw_patients(patients: np.ndarray, samples: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often every image is in a draw of as many patients as there are, with replacement.
+    """Draw as many patients as there are, with replacement, and yield how often every image is in each draw.
 
     Args:
         patients: of N images; all images of a patient are drawn together.
@@ -23,14 +23,14 @@ def draw_patients(patients: np.ndarray, samples: int = 1000, seed: int = 0) -> I
     """
     names, owner = np.unique(patients, return_inverse=True)
     generator = np.random.default_rng(seed)
-    for start in range(0, samples, CHUNK):
-        drawn = generator.integers(len(names), size=(min(CHUNK, samples - start), len(names)))
+    for start in range(0, samples, DRAWS_AT_ONCE):
+        drawn = generator.integers(len(names), size=(min(DRAWS_AT_ONCE, samples - start), len(names)))
         counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in drawn])
         yield counts[:, owner].astype(float)
 
 
 def weighted_areas(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Area under the ROC curve, ties counting half, and average precision as scikit-learn defines it, of every draw.
+    """Area under the ROC curve (a tie counts half) and average precision (as in scikit-learn) of every draw.
 
     Args:
         labels: [N], 1, 0 or NaN; unknown ones do not count.
@@ -38,7 +38,7 @@ def weighted_areas(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) 
         weights: [D, N].
 
     Returns:
-        [D] each; NaN where a draw lacks positives or negatives.
+        [D] each; NaN for a draw without positives or without negatives.
     """
     positive, negative = _by_score(labels, scores, weights)  # highest score first
     positives, negatives = positive.sum(1), negative.sum(1)
@@ -63,7 +63,7 @@ def _by_score(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tu
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """Mean of values [N] in every draw [D, N], over the images that count; NaN where a draw has none of them."""
+    """Mean of values [N] in every draw [D, N], over the images that count; NaN for a draw without any of them."""
     if counted is not None:
         values, weights = values[counted], weights[:, counted]
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""What tells learning from collapse without labels: figures of a set of embeddings [N, D], in float64."""
+"""Measures of embeddings [N, D] that tell learning from collapse without labels, in float64."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ MAX_DIMENSIONS = 512  # of which `mean_correlation` takes all pairs
 def rankme(embeddings: Tensor, epsilon: float = 1e-7) -> float:
     """Effective rank of a set of embeddings: RankMe (arXiv 2210.02885), Eq. 1 there.
 
-    The singular values come from the eigenvalues of the smaller Gram matrix, which is quicker than their decomposition
-    and blurs only those below 1e-7 of the largest, where epsilon rules anyway.
+    The singular values come from the eigenvalues of the smaller Gram matrix. This is faster than a singular value
+    decomposition, and less exact only for values below 1e-7 of the largest, where epsilon dominates.
 
     Args:
         embeddings: [N, D], not centred.
@@ -41,17 +41,16 @@ def mean_deviation(embeddings: Tensor) -> float:
 
 
 def mean_correlation(embeddings: Tensor) -> float:
-    """Absolute correlation of two dimensions, averaged over the pairs: 1 when all dimensions say the same.
+    """Absolute correlation of two dimensions, averaged over the pairs: 1 if all dimensions are the same.
 
-    Of more than 512 dimensions 512 evenly spaced ones stand for all: 130,816 pairs, at a sixteenth of the work for
-    2048. Dimensions that never vary have no correlation and are left out.
+    If there are more than 512 dimensions, take 512 evenly spaced ones: 130,816 pairs, a sixteenth of the work for 2048
+    dimensions. Dimensions that never vary have no correlation and are left out.
 
     Args:
         embeddings: [N, D].
 
     Returns:
-        Between 0 and 1; independent dimensions give about 0.8 / sqrt(N), not 0. With fewer than two dimensions that
-        vary, 0.
+        Between 0 and 1; independent dimensions give about 0.8 / sqrt(N), not 0. 0 if fewer than two dimensions vary.
     """
     values = embeddings.double()
     if values.shape[1] > MAX_DIMENSIONS:
@@ -67,14 +66,14 @@ def mean_correlation(embeddings: Tensor) -> float:
 
 
 def describe_embeddings(name: str, embeddings: Tensor, centre: bool = False) -> dict[str, float]:
-    """`{name}_rankme`, `{name}_deviation` and `{name}_correlation` of embeddings; nothing of fewer than two.
+    """`{name}_rankme`, `{name}_deviation` and `{name}_correlation` of embeddings.
 
-    And nothing of what is not finite: the loss of the next step says so.
+    Nothing of fewer than two, and nothing if one is not finite: the loss of the next step reports that.
 
     Args:
         name: of what they are.
         embeddings: [N, D].
-        centre: RankMe of the differences from the mean, for features behind a ReLU, whose mean outweighs the rest.
+        centre: take RankMe of the differences from the mean, for features after a ReLU, whose mean dominates.
     """
     values = embeddings.cpu().double()  # small; not every accelerator has float64
     if values.shape[0] < 2 or not values.isfinite().all():

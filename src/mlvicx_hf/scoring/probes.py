@@ -1,4 +1,4 @@
-"""Nearest neighbours and a linear probe: what a set of features is worth, in seconds."""
+"""Nearest neighbours and a linear probe: measure in seconds what a set of features is worth."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ RIDGE = 0.1  # penalty of the linear probe over the number of images, for standa
 def knn_scores(
     features: Tensor, labels: np.ndarray, queries: Tensor, same_patient: Tensor, neighbours: int = NEIGHBOURS
 ) -> np.ndarray:
-    """Share of positives among the nearest images, by cosine, weighted with exp(cosine / 0.07).
+    """Share of positives among the nearest images by cosine, weighted with exp(cosine / 0.07).
 
-    Features are centred on the mean of the fitted ones first: those behind a ReLU all point into one direction.
+    Subtract the mean of the known images first, since features after a ReLU all point in one direction.
 
     Args:
         features: of the images whose labels are known, [N, C].
-        labels: [N, L], 1, 0 or NaN; an image is no neighbour for a label that it does not know.
+        labels: [N, L], 1, 0 or NaN; an image is no neighbour for a label that is unknown of it.
         queries: features of the images to score, [M, C].
         same_patient: [M, N]; images of a query's own patient are no neighbours.
         neighbours: how many.
 
     Returns:
-        [M, L], from 0 to 1; 0 where a query has no neighbour.
+        [M, L], from 0 to 1; 0 if a query has no neighbour.
     """
     mean = features.double().mean(0)
     units, asked = (nn.functional.normalize(x.double() - mean, dim=1) for x in (features, queries))
@@ -42,10 +42,10 @@ def knn_scores(
 
 
 def linear_scores(features: Tensor, labels: np.ndarray, queries: Tensor, ridge: float = RIDGE) -> np.ndarray:
-    """Scores of a linear layer, one label at a time over the images where it is known.
+    """Scores of a linear layer, fitted for each label on the images where the label is known.
 
-    Ridge regression on standardised features, in closed form: there are no iterations that may not converge, and it is
-    a few times faster than a logistic regression, from whose AUROC it differs by some 0.01.
+    It is a ridge regression on standardised features in closed form. It has no iterations that may not converge, and
+    is a few times faster than a logistic regression, from whose AUROC it differs by about 0.01.
 
     Args:
         features: [N, C].

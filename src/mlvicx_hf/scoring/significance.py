@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Is one classifier better than another: tests over seeds and of a single pair; how far probabilities are true."""
+"""Is one classifier better than another? Tests over seeds and of a single pair. Are its probabilities calibrated?"""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def paired_tests(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, An
     """Paired t-test and Wilcoxon signed-rank test of a score over seeds (section V-A of the paper), both two-sided.
 
     Args:
-        ours: score of one model, a seed each.
-        theirs: of another one, with the same seeds in the same order.
+        ours: scores of one model, one for each seed.
+        theirs: scores of another model for the same seeds in the same order.
 
     Returns:
-        `seeds`, `difference` (mean), `t_p`, `wilcoxon_p`; a p of 1 where no seed differs. With few seeds the Wilcoxon
-        test cannot be significant whatever the scores are: 5 seeds give 0.0625 at least.
+        `seeds`, `difference` (mean), `t_p`, `wilcoxon_p`; p is 1 if no seed differs. With few seeds the Wilcoxon test
+        cannot be significant, whatever the scores are: 5 seeds give 0.0625 at least.
 
     Raises:
-        ValueError: unequal numbers of seeds, fewer than two, or a score that is not finite.
+        UserError: unequal numbers of seeds, fewer than two, or a score that is not finite.
     """
     first, second = np.asarray(ours, float), np.asarray(theirs, float)
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
@@ -35,15 +35,15 @@ def paired_tests(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, An
     found = {"seeds": len(first), "difference": float(differences.mean())}
     if not differences.any():
         return found | {"t_p": 1.0, "wilcoxon_p": 1.0}
-    # Where all seeds differ alike the statistic is infinite.
+    # If all seeds differ by the same amount, the statistic is infinite.
     t_p = 0.0 if np.ptp(differences) == 0 else float(stats.ttest_rel(first, second).pvalue)
     return found | {"t_p": t_p, "wilcoxon_p": float(stats.wilcoxon(differences).pvalue)}
 
 
 def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """Two AUROCs on the same images (DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988), two-sided.
+    """Compare two AUROCs on the same images (DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988), two-sided.
 
-    It takes images for independent; where patients have several, `compare_runs` resamples patients instead.
+    The test assumes that images are independent. If patients have several, use `compare_runs`, which draws patients.
 
     Args:
         labels: [N], 1, 0 or NaN; unknown ones are left out.
@@ -51,10 +51,10 @@ def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dic
         theirs: of the other, [N].
 
     Returns:
-        `auroc`, `other_auroc`, `difference`, its standard error `se`, and `p`; a p of 1 where the scores rank alike.
+        `auroc`, `other_auroc`, `difference`, its standard error `se`, and `p`, which is 1 if the AUROCs are equal.
 
     Raises:
-        ValueError: fewer than two images of either label, or a score that is not finite.
+        UserError: fewer than two images of either label, or a score that is not finite.
     """
     known = ~np.isnan(labels)
     scores = np.stack([ours, theirs])[:, known].astype(float)  # [2, N]
@@ -82,7 +82,7 @@ def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dic
 
 
 def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """Expected calibration error and the points of a reliability diagram (Guo et al., ICML 2017).
+    """Compute the expected calibration error and the points of a reliability diagram (Guo et al., ICML 2017).
 
     Args:
         labels: [N], 1, 0 or NaN; unknown ones are left out.
@@ -90,11 +90,11 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -
         bins: of equal width.
 
     Returns:
-        `ece`, the mean distance of probability and frequency, weighted with the images of a bin, and `bins`, of those
-        that hold images: `images`, mean `probability`, `frequency` of positives.
+        `ece`, the mean distance of probability and frequency, weighted with the images of a bin, and `bins`, those that
+        hold images: `images`, mean `probability`, `frequency` of positives.
 
     Raises:
-        ValueError: no known label, or a value outside [0, 1].
+        UserError: no known label, or a value outside [0, 1].
     """
     known = ~np.isnan(labels)
     truth, given = labels[known], np.asarray(probabilities, float)[known]

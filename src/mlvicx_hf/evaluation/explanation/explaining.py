@@ -64,11 +64,9 @@ def grad_cam(
         [B, size, size], float32 of 0 or more, on the CPU.
 
     Raises:
-        ImportError: without captum.
-        ValueError: a level that the encoder does not have.
+        UserError: a level that the encoder does not have.
         FloatingPointError: a heat map that is not finite.
     """
-    check_explain_libraries()
     from captum.attr import LayerGradCam
 
     method = LayerGradCam(lambda pixels: model(pixels).logits, find_layer(model, level))
@@ -83,7 +81,7 @@ def find_layer(model: MLVICXForImageClassification, level: int | None) -> nn.Mod
     """Find the module whose output is the refined map of a level, by default the last.
 
     Raises:
-        ValueError: a level that the encoder does not have.
+        UserError: a level that the encoder does not have.
     """
     layers = model.mlvicx.context
     if level is not None and not 0 <= level < len(layers):
@@ -121,7 +119,7 @@ def choose_findings(
         wanted: labels of the cache; by default all that every model knows and some image shows.
 
     Raises:
-        ValueError: a finding that the cache or a model does not know, or that no image shows.
+        UserError: a finding that the cache or a model does not know, or that no image shows.
     """
     images, names = cache.datasets[split], cache.label_names
     labels = np.array(images["labels"], dtype=np.float64).reshape(len(images), len(names))
@@ -185,16 +183,7 @@ class Explainer:
         return subject.rows[: max(self.max_images, subject.located if self.score else 0)]
 
     def explain(self, subject: Subject, folder: Path, bar: Any) -> dict[str, Any]:
-        """Draw and score the heat maps of a finding.
-
-        Args:
-            subject: the finding and its images.
-            folder: for the pictures.
-            bar: of the progress; it counts heat maps.
-
-        Returns:
-            What `explanations.json` says of the finding.
-        """
+        """Draw the heat maps of a finding into a folder, score them, and return what `explanations.json` says of it."""
         name = quote(subject.finding, safe=" ")
         (folder / name).mkdir()
         done = {model: self._explain_by(model, subject, folder / name, bar) for model in self.models}

@@ -71,7 +71,7 @@ def find_subject(cache: Cache, split: str, finding: str, mask_name: str | None =
         mask_name: structure of the masks that is the finding; by default the one of the same name, if there is one.
 
     Raises:
-        ValueError: a structure that the masks do not have.
+        UserError: a structure that the masks do not have.
     """
     structures = foreground(cache.mask_names)
     if mask_name is not None and mask_name not in structures:
@@ -112,16 +112,11 @@ def localize(heat: np.ndarray, region: np.ndarray, tolerance: float = 0) -> Loca
         heat: [H, W], nowhere negative.
         region: bool [H, W], not empty.
         tolerance: pixels by which the maximum may miss the region.
-
-    Raises:
-        ValueError: shapes that differ, values that are negative or not finite, or an empty region.
     """
-    _check(region, tolerance)
-    if heat.shape != region.shape or not np.isfinite(heat).all() or heat.min() < 0:
-        raise UserError(
-            f"a heat map of shape {heat.shape} with values from {heat.min()} to {heat.max()} found; expected "
-            f"{region.shape} as the region, and values of 0 or more"
-        )
+    assert region.dtype == bool
+    assert region.any()
+    assert heat.shape == region.shape
+    assert (heat >= 0).all()
     if not heat.any():
         return Localization(0, 0, 0)
     heat = heat.astype(np.float64)
@@ -144,19 +139,8 @@ def chance(region: np.ndarray, tolerance: float = 0) -> Localization:
         region: bool [H, W], not empty.
         tolerance: see `localize`.
     """
-    _check(region, tolerance)
     area = float(region.mean())
     return Localization(float(_widen(region, tolerance).mean()), area, area / (2 - area))
-
-
-def _check(region: np.ndarray, tolerance: float) -> None:
-    if region.ndim != 2 or region.dtype != bool or not region.any():
-        raise UserError(
-            f"a region of shape {region.shape}, type {region.dtype} and {region.sum()} pixels found; expected bool "
-            "[H, W] with a pixel or more"
-        )
-    if not tolerance >= 0:
-        raise UserError(f"tolerance={tolerance} found; expected 0 pixels or more")
 
 
 def _widen(region: np.ndarray, tolerance: float) -> np.ndarray:

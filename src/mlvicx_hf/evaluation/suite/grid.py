@@ -313,7 +313,7 @@ def _check_flags(path: Path, where: str, kind: str, options: Iterable[str]) -> N
         if name in GRID_FLAGS:
             raise UserError(f"{path}: {where}: flag {name} found; expected no flag that the grid sets itself")
         if name not in known:
-            similar = ", ".join(difflib.get_close_matches(name, known)) or f"those of finetune_{kind}.py --help"
+            similar = ", ".join(difflib.get_close_matches(name, known)) or "one that there is"
             raise UserError(f"{path}: {where}: {name} found, which is no flag of {kind}; expected {similar}")
 
 

@@ -71,8 +71,8 @@ def compose(report: dict[str, Any]) -> Document:
         f"{report['suite']['file']} (SHA-256 {report['suite']['sha256'][:12]}), report by mlvicx_hf "
         f"{report['code']['mlvicx_hf']}, {_plain(describe_commit(report['code']['commit']))}. Scores are means over "
         "the runs on the test split, which was looked at once, after validation had chosen epoch and thresholds. "
-        f"Intervals are 95 % bootstrap intervals over patients ({report['suite']['samples']} draws): how far a "
-        "score depends on who was tested. ± is the standard deviation over runs: how far it depends on the training. "
+        f"Intervals are 95 % bootstrap intervals over patients ({report['suite']['samples']} draws): how much a "
+        "score depends on who was tested. ± is the standard deviation over runs: how much it depends on the training. "
         "Neither covers the other."
     )
     if cells["failed"]:
@@ -126,9 +126,9 @@ def _add_comparisons(document: Document, report: dict[str, Any]) -> None:
         return
     document.heading("Differences")
     document.paragraph(
-        "The interval says how far a difference depends on who was tested. The paired tests say how far it depends on "
-        "the pretraining, or, where a model has one pretraining, on the seed; with few pairs they can hardly be "
-        "significant, whatever the difference. No correction for the number of comparisons."
+        "The interval shows how much a difference depends on who was tested. The paired tests show how much it depends "
+        "on the pretraining or, if a model has only one, on the seed. With few pairs they can hardly be significant, "
+        "however large the difference is. There is no correction for the number of comparisons."
     )
     document.picture("differences.png", forest(rows), "Differences of the test score with 95 % intervals")
     lines = []
@@ -153,15 +153,15 @@ def _add_delong(document: Document, rows: Sequence[dict[str, Any]]) -> None:
     if lines:
         document.heading("DeLong test of single pairs of runs", 3)
         document.paragraph(
-            "It takes images for independent, so it is only made where every patient has one, for findings with two "
-            "images of each kind at least."
+            "The test assumes that images are independent. It is made only if every patient has one image, and for "
+            "findings with at least two positive and two negative images."
         )
         document.table(["setting, finding", "AUROC", "against", "difference", "p"], lines)
 
 
 def _add_paper_table(document: Document, table: str, rows: Sequence[dict[str, Any]]) -> None:
     document.heading(f"Table {table} of the paper")
-    document.paragraph(f"Ours, and in parentheses the figure of the paper ({CITATION}); – is not measured by us.")
+    document.paragraph(f"Our figures, with those of the paper in parentheses ({CITATION}); – was not measured by us.")
     head, lines = layout(table, rows)
     document.table(head, lines)
 
@@ -185,12 +185,12 @@ def layout(table: str, rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[
 
 
 def _beside(row: dict[str, Any]) -> str:
-    """Our figure, and the paper's in parentheses."""
-    digits = 2 if row["paper_sd"] is not None else 3
-    paper = f"({row['paper']:.{digits}f}" + (f" ± {row['paper_sd']:.2f})" if row["paper_sd"] is not None else ")")
-    if row["ours"] is None or row["ours"] == NOT_SCORED:
+    """Our figure, and the paper's in parentheses; both with their deviation if the paper has one."""
+    with_deviation = row["paper_sd"] is not None
+    paper = f"({row['paper']:.2f} ± {row['paper_sd']:.2f})" if with_deviation else f"({row['paper']:.3f})"
+    if row["ours"] in (None, NOT_SCORED):
         return f"– {paper}"
-    return f"{row['ours']:.3f}" + (f" ± {row['ours_sd']:.3f}" if row["paper_sd"] is not None else "") + f" {paper}"
+    return f"{row['ours']:.3f} ± {row['ours_sd']:.3f} {paper}" if with_deviation else f"{row['ours']:.3f} {paper}"
 
 
 def _add_classes(document: Document, report: dict[str, Any]) -> None:
@@ -211,9 +211,9 @@ def _add_calibration(document: Document, report: dict[str, Any]) -> None:
         return
     document.heading("Calibration and decisions")
     document.paragraph(
-        "ECE is the expected calibration error over ten bins, the mean over the findings, of the probabilities of all "
-        "runs. Sensitivity, specificity and this accuracy are at the thresholds that Youden's index chose on "
-        "validation; the accuracy among the scores above is at 0.5, or that of the likeliest class."
+        "ECE is the expected calibration error of the probabilities of all runs over ten bins, averaged over the "
+        "findings. Sensitivity, specificity and this accuracy use the thresholds that Youden's index chose on "
+        "validation; the accuracy among the scores above uses 0.5, or the likeliest class."
     )
     document.picture("reliability.png", picture, "Frequency of findings over their probability")
     rows = [row for row in report["settings"] if "calibration" in row]
@@ -247,10 +247,11 @@ def _add_shortcuts(document: Document, report: dict[str, Any]) -> None:
         return
     document.heading("Shortcut audit")
     document.paragraph(
-        "How well a linear layer on the same frozen features tells what is no finding: AUROC of one value against the "
-        "rest, 0.5 is no knowledge; of several pretrainings the mean, with the lowest and highest end of their "
-        "intervals. The source is the cache that an image is from. What has one value only is left out, and so is the "
-        "source of caches that share images. Features that know view or source can score well for the wrong reason."
+        "How well a linear layer on the same frozen features tells view, sex and source of an image: AUROC of one "
+        "value against the rest; 0.5 is no knowledge. For several pretrainings it is their mean, with the lowest and "
+        "highest end of their intervals. The source is the cache that holds the image. A kind with a single value is "
+        "left out, and so is the source of caches that share images. Features that know view or source can score well "
+        "for the wrong reason."
     )
     lines = []
     for row in rows:

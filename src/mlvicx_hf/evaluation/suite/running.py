@@ -91,16 +91,16 @@ def _absent(cells: Iterable[Cell]) -> dict[str, str]:
 def run_cells(
     cells: Sequence[Cell], output: Path, keep_models: bool = False, store: FeatureStore | None = None
 ) -> tuple[list[Cell], list[Cell]]:
-    """Run the cells that are not finished and that no other process is running in the same folder.
+    """Run the cells of a suite that are not finished and that no other process is running in the same folder.
 
     Args:
-        cells: of a suite.
-        output: folder of the suite.
+        cells: of the suite.
+        output: its folder.
         keep_models: leave the weights of every cell in its folder.
         store: features that the cells share.
 
     Returns:
-        The finished cells, and those that failed; each of these has a `.error.txt` beside its folder.
+        The finished cells, and the failed ones, each with a `.error.txt` beside its folder.
 
     Raises:
         UserError: a finished cell that was run with other settings.

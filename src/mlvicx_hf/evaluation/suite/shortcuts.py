@@ -38,13 +38,8 @@ FOLDER = "shortcuts"
 def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: FeatureStore) -> None:
     """Audit the weights of all finished cells into `OUTPUT/shortcuts/MODEL/MEMBER.json`.
 
-    Keep an audit that was made of the same weights, seed, data and kinds.
-
-    Args:
-        suite: with the shortcuts to audit.
-        cells: whose models and caches are audited.
-        output: folder of the suite.
-        store: features that the cells have computed.
+    Keep an audit that was made of the same weights, seed, data and kinds. `store` holds features that the cells have
+    computed.
     """
     if not suite.shortcuts:
         return
