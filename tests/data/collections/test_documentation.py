@@ -1,4 +1,4 @@
-"""The example in docs/data.md of a collection of one's own works as it stands there."""
+"""The example in docs/develop/add_a_collection.md of a collection of one's own works as it stands there."""
 
 import math
 import re
@@ -12,10 +12,10 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import KINDS
 from mlvicx_hf.data.collections.base import Listing, Record, ReleasedCollection, file_below
-from mlvicx_hf.data.collections.folder import binary_labels, label_values
+from mlvicx_hf.data.collections.labels import binary_labels, label_values
 from mlvicx_hf.data.collections.tables import read_columns, require_columns
 
-PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "develop" / "add_a_collection.md").read_text()
 
 
 def test_the_documented_class_is_a_collection(tmp_path: Path):
