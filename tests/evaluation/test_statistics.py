@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import mlvicx
 
-from mlvicx_hf.commands.compare import main
 from mlvicx_hf.evaluation.runs import Predictions
 from mlvicx_hf.evaluation.statistics import compare_runs, estimate
 
@@ -72,14 +72,14 @@ def test_a_macro_score_is_the_same_mean_in_every_draw() -> None:
     assert np.isfinite(found["auroc:common"].interval).all()
 
 
-def test_what_cannot_be_scored_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_scored_is_said(tmp_path: Path) -> None:
     for name in ("one", "two"):
         file = write_run(tmp_path / name, 1, 0) / "test_predictions.csv"
         pd.read_csv(file).assign(**{"label:Edema": 1}).to_csv(file, index=False)
     output = tmp_path / "found.json"
     words = ["--runs", tmp_path / "one", "--baselines", tmp_path / "two", "--samples", 20, "--output", output]
-    main([str(word) for word in words])
-    assert "AUROC macro n/a (SD n/a) against n/a (SD n/a): difference n/a" in capsys.readouterr().out
+    said = mlvicx("compare", *words).stdout
+    assert "AUROC macro n/a (SD n/a) against n/a (SD n/a): difference n/a" in said
     assert json.loads(output.read_text())["difference"] == "n/a"
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
-from helpers import make_cache, save_encoders
+from helpers import make_cache, mlvicx, save_encoders
 
-from mlvicx_hf.commands.evaluate import main
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.evaluation.suite import running
 from mlvicx_hf.evaluation.suite.grid import find_suite, read_suite
@@ -98,38 +97,34 @@ def test_a_cell_that_another_process_runs_is_left_to_it(small: dict[str, Any], t
     assert run_cells(cells, tmp_path / "out") == (list(cells), [])
 
 
-def test_a_cell_that_fails_is_reported_and_the_others_go_on(
-    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_cell_that_fails_is_reported_and_the_others_go_on(small: dict[str, Any], tmp_path: Path):
     suite = small | {"models": {"absent": str(tmp_path / "absent"), **small["models"]}}
-    words = [str(write(tmp_path, suite)), "--output", str(tmp_path / "out"), "--samples", "50"]
-    with pytest.raises(SystemExit, match="1"):
-        main(words)
-    said = capsys.readouterr()
-    assert said.err.startswith(f"no folder {tmp_path / 'absent'}: it is looked for on the Hub for model absent\n")
-    assert "3 of 4 cells finished, 1 failed" in said.out
+    words = ("evaluate", write(tmp_path, suite), "--output", tmp_path / "out", "--samples", 50)
+    done = mlvicx(*words)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"no folder {tmp_path / 'absent'}: it is looked for on the Hub for model absent\n")
+    assert "3 of 4 cells finished, 1 failed" in done.stdout
     error = tmp_path / "out/cells/findings/absent/0/frozen/1/0.error.txt"
     assert "absent" in error.read_text()
     reason = error.read_text().splitlines()[-1]
-    assert f"failed: cells/findings/absent/0/frozen/1/0: {reason}; traceback in {error}" in said.err
+    assert f"failed: cells/findings/absent/0/frozen/1/0: {reason}; traceback in {error}" in done.stderr
     assert f"| {reason}" in (tmp_path / "out/report.md").read_text()
     suite["models"]["absent"] = small["models"]["pretrained"][0]
     write(tmp_path, suite)
-    main(words)
-    assert "4 of 4 cells finished, 0 failed" in capsys.readouterr().out
+    done = mlvicx(*words)
+    assert "4 of 4 cells finished, 0 failed" in done.stdout
     assert not error.exists()
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["cells"] == {"planned": 4, "finished": 4, "failed": {}}
 
 
 def test_what_is_not_there_is_said_before_anything_runs(
-    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     absent = {"kind": "segmentation", "dataset": str(tmp_path / "lungs")}
     suite = parts | {"tasks": {"lungs": absent, **parts["tasks"]}, "models": {"random": {"random": "org/none"}}}
     monkeypatch.setattr(running, "run_cells", lambda *_: ([], []))
-    main([str(write(tmp_path, suite)), "--output", str(tmp_path / "out")])
-    assert capsys.readouterr().err.splitlines() == [
+    assert mlvicx("evaluate", write(tmp_path, suite), "--output", tmp_path / "out").stderr.splitlines() == [
         f"no folder {tmp_path / 'lungs'}: task lungs will fail until its cache is there",
         "no folder org/none: it is looked for on the Hub for model random",
     ]

@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import json_field, read_json
 from mlvicx_hf.data.cache.cache import MANIFEST, Cache, load_cache
-from mlvicx_hf.data.copies.duplicates import confirm, near_pairs
+from mlvicx_hf.data.copies.duplicates import find_copies
 from mlvicx_hf.data.vocabulary import COLLECTIONS, SHARED_IMAGES
 from mlvicx_hf.encoders.inference import LoadedModel
 
@@ -126,9 +126,15 @@ def _count_seen(trained: Cache, cache: Cache, split: str, progress: bool) -> tup
     tested = cache.datasets[split]
     known = set(seen["sha256"])
     images = {row for row, file in enumerate(tested["sha256"]) if file in known}
-    near = near_pairs(list(tested["phash"]), others=list(seen["phash"]), progress=progress)
-    further = [pair for pair in near if pair[0] not in images]
-    images |= {row for row, _, _ in confirm(further, lambda row: tested[row]["image"], lambda row: seen[row]["image"])}
+    copies = find_copies(
+        list(tested["phash"]),
+        lambda row: tested[row]["image"],
+        list(seen["phash"]),
+        lambda row: seen[row]["image"],
+        skip=lambda row, _: row in images,
+        progress=progress,
+    )
+    images |= {row for row, _, _ in copies}
     source = cache.manifest["patient_source"]
     if source not in COLLECTIONS or trained.manifest["patient_source"] != source:
         return len(images), None

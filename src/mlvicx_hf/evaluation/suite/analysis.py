@@ -28,7 +28,7 @@ PAPER_METRICS = {"AUROC": "auroc_macro", "accuracy": "accuracy", "Dice": "dice"}
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedCell:
     """A finished cell with its results and what it predicted."""
 
     cell: Cell
@@ -38,14 +38,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SuiteSetting:
     """Runs that differ only in the weights of pretraining and in the seed."""
 
     task: str
     protocol: str
     label_fraction: float
     model: str
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedCell, ...]
     samples: int
 
     @property
@@ -105,23 +105,23 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
     }
 
 
-def _read_settings(cells: Sequence[Cell], output: Path, samples: int) -> list[Setting]:
-    groups: dict[tuple[str, str, float, str], list[Run]] = {}
+def _read_settings(cells: Sequence[Cell], output: Path, samples: int) -> list[SuiteSetting]:
+    groups: dict[tuple[str, str, float, str], list[FinishedCell]] = {}
     by_task: dict[str, dict[str, RunResults]] = {}
     for cell in cells:
         folder = output / cell.path
         results, about = (json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in ("results", "cell"))
-        run = Run(cell, results, read_run(folder), about["files"])
+        run = FinishedCell(cell, results, read_run(folder), about["files"])
         groups.setdefault((cell.task, cell.protocol, cell.label_fraction, cell.model), []).append(run)
         by_task.setdefault(cell.task, {})[str(folder)] = run.predictions
     for runs in by_task.values():
         check_same_images(runs)
     order = [list(dict.fromkeys(axis)) for axis in zip(*groups, strict=True)]  # of every axis, as in the suite
     names = sorted(groups, key=lambda name: [axis.index(value) for axis, value in zip(order, name, strict=True)])
-    return [Setting(*name, tuple(groups[name]), samples) for name in names]
+    return [SuiteSetting(*name, tuple(groups[name]), samples) for name in names]
 
 
-def _describe_tasks(suite: Suite, settings: Sequence[Setting]) -> dict[str, Any]:
+def _describe_tasks(suite: Suite, settings: Sequence[SuiteSetting]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for setting in settings:
         first = setting.runs[0]
@@ -148,7 +148,7 @@ def _describe_tasks(suite: Suite, settings: Sequence[Setting]) -> dict[str, Any]
     return found
 
 
-def _check_same_data(run: Run, expected: dict[str, Any]) -> None:
+def _check_same_data(run: FinishedCell, expected: dict[str, Any]) -> None:
     data, cell = run.results["data"], run.cell
     for name, value in expected.items():
         if data.get(name) != value:
@@ -158,7 +158,7 @@ def _check_same_data(run: Run, expected: dict[str, Any]) -> None:
             )
 
 
-def _describe_setting(setting: Setting, metric: str) -> dict[str, Any]:
+def _describe_setting(setting: SuiteSetting, metric: str) -> dict[str, Any]:
     runs = setting.runs
     first = runs[0]
     found = setting.names | {
@@ -177,7 +177,7 @@ def _describe_setting(setting: Setting, metric: str) -> dict[str, Any]:
     return found
 
 
-def _subgroups(setting: Setting, metric: str) -> dict[str, dict[str, Any]]:
+def _subgroups(setting: SuiteSetting, metric: str) -> dict[str, dict[str, Any]]:
     """The main metric of each view, sex and age band, where there are two or more."""
     predictions = [run.predictions for run in setting.runs]
     found: dict[str, dict[str, Any]] = {}
@@ -219,7 +219,7 @@ def _mean_decisions(runs: Sequence[dict[str, dict[str, Any]] | None]) -> dict[st
     return means
 
 
-def _compare(suite: Suite, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+def _compare(suite: Suite, settings: Sequence[SuiteSetting]) -> list[dict[str, Any]]:
     by_name = {(s.task, s.protocol, s.label_fraction, s.model): s for s in settings}
     rows = []
     for task, protocol, fraction in dict.fromkeys((s.task, s.protocol, s.label_fraction) for s in settings):
@@ -240,7 +240,7 @@ def _compare(suite: Suite, settings: Sequence[Setting]) -> list[dict[str, Any]]:
     return rows
 
 
-def pair_scores(ours: Setting, theirs: Setting, metric: str) -> dict[str, Any] | None:
+def pair_scores(ours: SuiteSetting, theirs: SuiteSetting, metric: str) -> dict[str, Any] | None:
     """Paired t-test and Wilcoxon test over the pretrainings if both models have several, else over the seeds.
 
     Runs of one pretraining are not independent, so with several pretrainings their mean is one value. Returns None if
@@ -287,7 +287,7 @@ def _shortcuts(suite: Suite, output: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def paper_table(suite: Suite, settings: Sequence[Setting], table: str) -> list[dict[str, Any]]:
+def paper_table(suite: Suite, settings: Sequence[SuiteSetting], table: str) -> list[dict[str, Any]]:
     """Put our figures beside those of a table of the paper.
 
     A setting belongs to a figure when its task has the paper's name of the data set (`paper` of the suite) and shows
@@ -320,7 +320,7 @@ def paper_table(suite: Suite, settings: Sequence[Setting], table: str) -> list[d
     return rows
 
 
-def _columns(setting: Setting, metric: str) -> dict[str, dict[str, Any]]:
+def _columns(setting: SuiteSetting, metric: str) -> dict[str, dict[str, Any]]:
     """Scores under the names of the paper's columns."""
     start = f"{metric.removesuffix('_macro')}:"
     by_label = {n.removeprefix(start): value for n, value in setting.estimates.items() if n.startswith(start)}

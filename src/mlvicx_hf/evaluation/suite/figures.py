@@ -14,7 +14,7 @@ import numpy as np
 from mlvicx_hf.common.errors import MissingExtraError
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
-PROTOCOL_NAMES = {"frozen": "frozen", "frozen_levels": "frozen, all levels", "finetuned": "fine-tuned"}
+PROTOCOL_TITLES = {"frozen": "frozen", "frozen_levels": "frozen, all levels", "finetuned": "fine-tuned"}
 BINS = 10  # of the reliability diagram
 
 
@@ -70,7 +70,7 @@ def label_efficiency(settings: Sequence[dict[str, Any]], metrics: dict[str, str]
                 look = {"color": f"C{number}", "marker": "o", "markersize": 4, "capsize": 2, "lw": 1.2}
                 panel.errorbar(shift * percent, mean, [mean - low, high - mean], label=model, **look)
         fractions = sorted({100 * row["label_fraction"] for row in settings if row["task"] == task})
-        panel.set(xscale="log", xlabel="labels, %", title=f"{task}, {PROTOCOL_NAMES[protocol]}", ylabel=metrics[task])
+        panel.set(xscale="log", xlabel="labels, %", title=f"{task}, {PROTOCOL_TITLES[protocol]}", ylabel=metrics[task])
         panel.set_xticks(fractions, [f"{value:g}" for value in fractions])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
@@ -89,7 +89,7 @@ def forest(comparisons: Sequence[dict[str, Any]]) -> bytes:
         clear = row["low"] > 0 or row["high"] < 0
         panel.plot([row["low"], row["high"]], [place, place], color="C0" if clear else "0.6", lw=2)
         panel.plot(row["difference"], place, "o", color="C0" if clear else "0.4", markersize=5)
-        how = PROTOCOL_NAMES[row["protocol"]]
+        how = PROTOCOL_TITLES[row["protocol"]]
         names.append(f"{row['model']} − {row['baseline']}: {row['task']}, {how}, {100 * row['label_fraction']:g} %")
     panel.axvline(0, color="0.3", lw=0.8)
     panel.set_yticks(range(len(shown)), names, fontsize="small")
@@ -119,7 +119,7 @@ def reliability(settings: Sequence[dict[str, Any]]) -> bytes | None:
             x, y = zip(*_pooled_bins(row["calibration"]), strict=True)
             panel.plot(x, y, marker="o", markersize=4, lw=1.2, color=f"C{models.index(row['model'])}", label=name)
         panel.set(xlabel="probability", ylabel="frequency", xlim=(0, 1), ylim=(0, 1))
-        panel.set_title(f"{task}, {PROTOCOL_NAMES[protocol]}, {100 * most:g} %", fontsize="medium")
+        panel.set_title(f"{task}, {PROTOCOL_TITLES[protocol]}, {100 * most:g} %", fontsize="medium")
         panel.legend(fontsize="x-small", framealpha=0.6)
     return _png(figure)
 

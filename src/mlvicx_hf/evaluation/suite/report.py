@@ -13,7 +13,7 @@ from mlvicx_hf.common.text import NOTICE, number
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .documents import Document
-from .figures import PROTOCOL_NAMES, forest, label_efficiency, reliability
+from .figures import PROTOCOL_TITLES, forest, label_efficiency, reliability
 from .paper import CITATION
 
 MAIN_SCORES = {
@@ -55,7 +55,7 @@ def describe_briefly(report: dict[str, Any]) -> str:
     for row in report["settings"]:
         metric = report["tasks"][row["task"]]["metric"]
         lines.append(
-            f"{row['task']}, {PROTOCOL_NAMES[row['protocol']]}, {_percent(row)} of the labels, {row['model']}: "
+            f"{row['task']}, {PROTOCOL_TITLES[row['protocol']]}, {_percent(row)} of the labels, {row['model']}: "
             f"{MAIN_SCORES.get(metric, metric)} {_score(row['scores'][metric])}"
         )
     return "\n".join(lines)
@@ -177,7 +177,7 @@ def layout(table: str, rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     columns: dict[str, None] = {}  # a set in order
     for row in rows:
-        words = row | {"percent": _percent(row), "how": PROTOCOL_NAMES[row["protocol"]]}
+        words = row | {"percent": _percent(row), "how": PROTOCOL_TITLES[row["protocol"]]}
         line = tuple(form.format_map(words) for form in names.values())
         columns[column.format_map(words)] = None
         lines.setdefault(line, {})[column.format_map(words)] = _beside(row)
@@ -265,12 +265,12 @@ def _percent(row: dict[str, Any]) -> str:
 
 
 def _pair(row: dict[str, Any]) -> str:
-    setting = f"{row['task']}, {PROTOCOL_NAMES[row['protocol']]}, {_percent(row)}"
+    setting = f"{row['task']}, {PROTOCOL_TITLES[row['protocol']]}, {_percent(row)}"
     return f"{setting}: {row['model']} − {row['baseline']}"
 
 
 def _setting(row: dict[str, Any]) -> str:
-    return f"{PROTOCOL_NAMES[row['protocol']]}, {_percent(row)}, {row['model']}"
+    return f"{PROTOCOL_TITLES[row['protocol']]}, {_percent(row)}, {row['model']}"
 
 
 def _score(score: dict[str, Any]) -> str:
