@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import socket
 import subprocess
@@ -64,6 +65,23 @@ def mlvicx(*words: object) -> subprocess.CompletedProcess[str]:
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     return subprocess.CompletedProcess(["mlvicx", *map(str, words)], code, out.getvalue(), err.getvalue())
+
+
+SERIES = """
+import json, sys
+from helpers import mlvicx
+
+done = [mlvicx(*words) for words in json.loads(sys.argv[1])]
+print(json.dumps([[each.args, each.returncode, each.stdout, each.stderr] for each in done]))
+"""
+
+
+def mlvicx_elsewhere(*commands: Sequence[object], **more: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run commands of `mlvicx` one after another in one fresh process with these variables."""
+    words = json.dumps([list(map(str, command)) for command in commands])
+    done = run_python("-c", SERIES, words, PYTHONPATH=str(ROOT / "tests"), **more)
+    assert done.returncode == 0, done.stderr
+    return [subprocess.CompletedProcess(*each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
 @contextmanager

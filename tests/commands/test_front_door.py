@@ -12,9 +12,9 @@ from helpers import ROOT, assert_users_error, draw, mlvicx, run_python, run_scri
 
 from mlvicx_hf.commands import COMMANDS, __version__, prepare
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.data.cache.prepare import FITS
+from mlvicx_hf.data.cache.prepare import CACHE_FITS
 from mlvicx_hf.data.collections import KINDS
-from mlvicx_hf.data.collections.tables import UNCERTAIN
+from mlvicx_hf.data.collections.labels import UNCERTAIN
 from mlvicx_hf.data.copies.deduplication import DROPS
 from mlvicx_hf.data.copies.duplicates import NEAR
 
@@ -102,7 +102,7 @@ def test_an_unknown_command_is_told_its_neighbours():
 def test_what_prepare_and_audit_say_without_importing_is_so():
     assert tuple(KINDS) == prepare.NAMES
     choices = {action.dest: action.choices for action in make_parser("prepare")._actions}
-    assert choices["fit"] == FITS
+    assert choices["fit"] == CACHE_FITS
     assert choices["drop_duplicates"] == DROPS
     assert choices["uncertain"] == tuple(UNCERTAIN)
     assert make_parser("audit").get_default("near") == NEAR

@@ -27,8 +27,8 @@ from helpers import ROOT, environment
 from PIL import Image
 
 from mlvicx_hf.data.cache.cache import cache_features
-from mlvicx_hf.data.cache.prepare import check_output, partial_folder
-from mlvicx_hf.data.cache.shards import Making, Shard, is_finished, make_shard, read_note, write_shards
+from mlvicx_hf.data.cache.prepare import check_cache_output, partial_folder
+from mlvicx_hf.data.cache.shards import Making, Shard, is_made, make_shard, read_note, write_shards
 from mlvicx_hf.data.collections.base import Drawing, Record
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
@@ -223,7 +223,7 @@ def kill_often(
         killed.kept.append((contents(found) if found.exists() else {}) in whole)
     if output.exists() and contents(output) == whole[-1]:
         with pytest.raises(FileExistsError, match="exists and is not empty"):  # what the command says from now on
-            check_output(output, overwrite=False)
+            check_cache_output(output, overwrite=False)
     else:
         process = run(words, log)
         assert process.wait(100) == 0, log.read_text()
@@ -432,7 +432,7 @@ def test_killed_between_old_and_new_the_old_cache_comes_back(forks: Forks):
     assert forks(place, "--overwrite")["code"] == KILLED
     assert beside(output) == [".cache.old", ".cache.partial"]
     with pytest.raises(FileExistsError, match="exists and is not empty; --overwrite replaces a cache"):
-        check_output(output, overwrite=False)
+        check_cache_output(output, overwrite=False)
     assert contents(output) == old
     assert beside(output) == [".cache.partial", "cache"]
     again = forks(-1, "--overwrite")
@@ -441,10 +441,10 @@ def test_killed_between_old_and_new_the_old_cache_comes_back(forks: Forks):
     assert beside(output) == ["cache"]
     clear(output)
     put(old_folder(output), old)  # somebody removed the partial folder
-    check_output(output.with_name("other"), overwrite=False)
+    check_cache_output(output.with_name("other"), overwrite=False)
     assert beside(output) == [".cache.old"]
     with pytest.raises(FileExistsError):
-        check_output(output, overwrite=False)
+        check_cache_output(output, overwrite=False)
     assert contents(output) == old
     assert beside(output) == ["cache"]
 
@@ -472,5 +472,5 @@ def test_a_shard_of_other_records_is_made_anew_also_after_a_crash(tmp_path: Path
     make_shard(Shard(changed.path, [Record("earlier", "p", draw=draw_gray)]), making)  # by an earlier run
     made = list(write_shards([crashing, changed], making, num_workers=1))
     assert sorted(shard.path.name for shard in made) == ["0.arrow", "1.arrow"]
-    assert is_finished(changed, making)
+    assert is_made(changed, making)
     assert read_note(crashing)["rejected"] == [["bad", "crashes its decoder (SIGABRT)"]]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import assert_users_error, make_cache, mlvicx, run_python, run_script
+from helpers import assert_users_error, make_cache, mlvicx, mlvicx_elsewhere, run_python
 from loopback_hub import LoopbackHub
 
 from mlvicx_hf.data.cache.cache import load_cache
@@ -15,7 +15,6 @@ from mlvicx_hf.data.cache.cache import load_cache
 NAME = "org/radiographs"
 
 FETCH = """
-import sys
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.sharing import fetch_cache
 
@@ -49,7 +48,7 @@ def hub() -> Iterator[LoopbackHub]:
 
 def test_a_cache_is_published_fetched_and_loaded(cache: Path, hub: LoopbackHub, tmp_path: Path):
     environment = hub.environment(tmp_path / "home")
-    done = run_script("push_to_hub.py", "--dataset", cache, "--repo_id", NAME, **environment)
+    (done,) = mlvicx_elsewhere(("publish", "--dataset", cache, "--repo_id", NAME), **environment)
     assert done.returncode == 0, done.stderr
     assert f"published as {NAME} at " in done.stdout
     repository = hub.repositories[f"datasets/{NAME}"]
@@ -59,13 +58,10 @@ def test_a_cache_is_published_fetched_and_loaded(cache: Path, hub: LoopbackHub, 
     for name, file in stored.items():
         assert name == ".gitattributes" or file.content == (cache / name).read_bytes()
 
-    fetched = run_python("-c", FETCH, **environment)
-    assert fetched.returncode == 0, fetched.stderr
-    assert fetched.stdout.split() == [load_cache(cache).manifest["split_hash"], "28", "4", "8"]
-
-    loaded = run_python("-c", LOAD, **environment)
+    loaded = run_python("-c", FETCH + LOAD, **environment)
     assert loaded.returncode == 0, loaded.stderr
-    lines = loaded.stdout.splitlines()
+    fetched, *lines = loaded.stdout.splitlines()
+    assert fetched.split() == [load_cache(cache).manifest["split_hash"], "28", "4", "8"]
     assert [line.split()[:2] for line in lines[:3]] == [["train", "28"], ["validation", "4"], ["test", "8"]]
     assert "(32, 32) folder:" in lines[0]
     assert lines[3] == "8"
@@ -87,13 +83,13 @@ def test_a_dry_run_shows_card_and_files_and_sends_nothing(cache: Path, monkeypat
 
 def test_a_public_repository_is_not_filled_with_private_images(cache: Path, hub: LoopbackHub, tmp_path: Path):
     environment = hub.environment(tmp_path / "home")
-    done = run_script("push_to_hub.py", "--dataset", cache, "--repo_id", NAME, "--public", **environment)
+    words = ("publish", "--dataset", cache, "--repo_id", NAME)
+    done, again = mlvicx_elsewhere((*words, "--public"), words, **environment)
     assert done.returncode == 0, done.stderr
-    assert not hub.repositories[f"datasets/{NAME}"].private
-    before = hub.repositories[f"datasets/{NAME}"].at("main").sha
-    done = run_script("push_to_hub.py", "--dataset", cache, "--repo_id", NAME, **environment)
-    assert_users_error(done, f"{NAME} is there already and is public; expected a private or a new repository")
-    assert hub.repositories[f"datasets/{NAME}"].at("main").sha == before
+    assert_users_error(again, f"{NAME} is there already and is public; expected a private or a new repository")
+    repository = hub.repositories[f"datasets/{NAME}"]
+    assert not repository.private
+    assert len(repository.commits) == 2  # the Hub's own and the first push
 
 
 def test_the_card_tells_what_is_in_the_cache(cache: Path):

@@ -1,4 +1,4 @@
-"""`scripts/push_to_hub.py` and `AutoModel.from_pretrained("org/mlvicx-resnet18")` over the wire, in fresh processes."""
+"""`mlvicx publish` and `AutoModel.from_pretrained("org/mlvicx-resnet18")` over the wire, in fresh processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_users_error, run_python, run_script, tiny_config
+from helpers import assert_users_error, mlvicx, mlvicx_elsewhere, run_python, tiny_config
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 
@@ -63,17 +63,6 @@ for thing in (model, processor, config, pretraining, classifier, segmenter, back
 save_file({name: tensor.contiguous().clone() for name, tensor in found.items()}, outputs)
 """
 
-PUSH_MORE = """
-import sys
-from mlvicx_hf.hub.publishing import push
-
-pretraining, classifier, segmenter = sys.argv[1:]
-card = "Research use only. Not a medical device."
-push(pretraining, "org/mlvicx-pretraining", card, with_expanders=True)
-push(classifier, "org/mlvicx-classifier", card, private=True)
-push(segmenter, "org/mlvicx-segmenter", card, revision="main")
-"""
-
 LOAD = """
 import sys
 from mlvicx_hf.common.errors import run
@@ -81,10 +70,11 @@ from mlvicx_hf.common.errors import run
 def main():
     import torch
     from transformers import AutoModel
-    name, revision, output = sys.argv[1:4]
-    model = AutoModel.from_pretrained(name, revision=revision)
-    if output:
-        torch.save(model.state_dict(), output)
+    name, revisions, output = sys.argv[1:4]
+    for revision in revisions.split(","):
+        model = AutoModel.from_pretrained(name, revision=revision)
+        if output:
+            torch.save(model.state_dict(), f"{output}.{revision}")
 
 run(main)
 """
@@ -104,9 +94,9 @@ def save(folder: Path, kind: str, seed: int = 0) -> Path:
     return folder
 
 
-def push(hub: LoopbackHub, cache: Path, folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    options = ("--model", folder, "--repo_id", name, "--card", folder / "card.md", *words)
-    return run_script("push_to_hub.py", *options, **hub.environment(cache))
+def push(folder: Path, name: str, *words: str) -> tuple[object, ...]:
+    """The command that publishes a model."""
+    return ("publish", "--model", folder, "--repo_id", name, "--card", folder / "card.md", *words)
 
 
 def load(
@@ -117,15 +107,19 @@ def load(
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
-    """A Hub to which the script published four repositories."""
+    """A Hub to which the command published four repositories."""
     root = tmp_path_factory.mktemp("sources")
     folders = {kind: save(root / kind, kind) for kind in ("pretraining", "classifier", "segmenter")}
     with LoopbackHub() as loopback:
-        done = push(loopback, root / "cache", folders["pretraining"], NAME, "--tag", "v1")
-        assert done.returncode == 0, done.stderr
-        assert f"published as {NAME} at " in done.stdout
-        done = run_python("-c", PUSH_MORE, *folders.values(), **loopback.environment(root / "cache"))
-        assert done.returncode == 0, done.stderr
+        commands = [
+            push(folders["pretraining"], NAME, "--tag", "v1"),
+            push(folders["pretraining"], PRETRAINING, "--with_expanders"),
+            push(folders["classifier"], CLASSIFIER, "--private"),
+            push(folders["segmenter"], SEGMENTER, "--revision", "main"),
+        ]
+        done = mlvicx_elsewhere(*commands, **loopback.environment(root / "cache"))
+        assert [each.returncode for each in done] == [0] * 4, done
+        assert f"published as {NAME} at " in done[0].stdout
         yield loopback
         assert loopback.unexpected == []
 
@@ -164,26 +158,27 @@ def test_every_auto_class_by_name_with_the_package_and_without(hub: LoopbackHub,
 @pytest.mark.slow
 def test_a_pinned_revision_stays_what_it_was(hub: LoopbackHub, tmp_path: Path):
     first = hub.repositories[NAME].at("v1").sha
-    done = push(hub, tmp_path / "cache", save(tmp_path / "new", "pretraining", seed=1), NAME)
+    words = push(save(tmp_path / "new", "pretraining", seed=1), NAME)
+    done, again = mlvicx_elsewhere(words, (*words, "--tag", "v1"), **hub.environment(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
-    assert weights(hub, NAME, "main") != weights(hub, NAME, "v1")
-    for revision, expected in (("v1", "v1"), (first, "v1"), ("main", "main")):
-        done = load(hub, tmp_path / "cache", revision=revision, output=tmp_path / "state.pt")
-        assert done.returncode == 0, done.stderr
-        published = tmp_path / "published.safetensors"
-        published.write_bytes(weights(hub, NAME, expected))
-        state = torch.load(tmp_path / "state.pt")
-        assert all(torch.equal(state[key], value) for key, value in load_file(published).items())
-    again = push(hub, tmp_path / "cache", tmp_path / "new", NAME, "--tag", "v1")
     assert_users_error(again, "409")
     assert hub.repositories[NAME].at("v1").sha == first
+    assert weights(hub, NAME, "main") != weights(hub, NAME, "v1")
+    loaded = load(hub, tmp_path / "cache", revision=f"v1,{first},main", output=tmp_path / "state")
+    assert loaded.returncode == 0, loaded.stderr
+    for revision, expected in (("v1", "v1"), (first, "v1"), ("main", "main")):
+        published = tmp_path / "published.safetensors"
+        published.write_bytes(weights(hub, NAME, expected))
+        state = torch.load(f"{tmp_path / 'state'}.{revision}")
+        assert all(torch.equal(state[key], value) for key, value in load_file(published).items())
 
 
 @pytest.mark.slow
 def test_a_dry_run_sends_nothing(hub: LoopbackHub, tmp_path: Path):
     before = len(hub.requests)
     folder = save(tmp_path / "model", "segmenter")
-    done = push(hub, tmp_path / "cache", folder, "org/new", "--private", "--dry_run", "--tag", "v2")
+    words = push(folder, "org/new", "--private", "--dry_run", "--tag", "v2")
+    (done,) = mlvicx_elsewhere(words, **hub.environment(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "would go to org/new (private, main, tag v2); nothing was sent" in done.stdout
     assert "Not a medical device" in done.stdout
@@ -195,16 +190,16 @@ def test_a_dry_run_sends_nothing(hub: LoopbackHub, tmp_path: Path):
 @pytest.mark.slow
 def test_what_cannot_be_pushed(hub: LoopbackHub, tmp_path: Path):
     folder = save(tmp_path / "model", "segmenter")
-    assert_users_error(
-        push(hub, tmp_path / "cache", folder, NAME, "--private"), f"{NAME} is there already and is public"
-    )
-    assert_users_error(push(hub, tmp_path / "cache", folder, "org/a/b"), "org/a/b")
+    commands = (push(folder, NAME, "--private"), push(folder, "org/a/b"))
+    public, unnamed = mlvicx_elsewhere(*commands, **hub.environment(tmp_path / "cache"))
+    assert_users_error(public, f"{NAME} is there already and is public")
+    assert_users_error(unnamed, "org/a/b")
     strange = hub.environment(tmp_path / "cache", token="hf_wrong")
-    words = ("--model", folder, "--repo_id", "org/other", "--card", folder / "card.md")
-    assert_users_error(run_script("push_to_hub.py", *words, **strange), "401")
+    (done,) = mlvicx_elsewhere(push(folder, "org/other"), **strange)
+    assert_users_error(done, "401")
     assert "org/other" not in hub.repositories
     words = ("--model", folder, "--repo_id", "org/other", "--dry_run")  # no card, and no results to make one of
-    assert_users_error(run_script("push_to_hub.py", *words), "results.json")
+    assert_users_error(mlvicx("publish", *words), "results.json")
 
 
 @pytest.mark.slow
@@ -230,7 +225,7 @@ def test_a_download_that_breaks_and_one_that_is_corrupted(hub: LoopbackHub, tmp_
     assert_users_error(corrupted, NAME, "model.safetensors is damaged", "removed from the cache", "try again")
     assert not list(tmp_path.rglob("model.safetensors"))
     hub.heal()
-    done = load(hub, tmp_path, output=tmp_path / "state.pt")
+    done = load(hub, tmp_path, output=tmp_path / "state")
     assert done.returncode == 0, done.stderr
     (kept,) = tmp_path.rglob("model.safetensors")
     assert kept.resolve().name == hashlib.sha256(kept.read_bytes()).hexdigest()

@@ -44,12 +44,12 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(words)
     from mlvicx_hf.common.files import write_json
     from mlvicx_hf.data.cache.cache import load_cache
-    from mlvicx_hf.data.copies.audit import audit, report
+    from mlvicx_hf.data.copies.audit import audit_caches, report
 
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"{arguments.json}: no folder {arguments.json.parent} found; expected one to write in")
     caches = [load_cache(path, check=False) for path in arguments.caches]
-    result = audit(caches, near=arguments.near, progress=not arguments.quiet)
+    result = audit_caches(caches, near=arguments.near, progress=not arguments.quiet)
     if arguments.json is not None:
         write_json(arguments.json, result)
     lines = report(result).splitlines()

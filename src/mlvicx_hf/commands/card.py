@@ -46,12 +46,12 @@ def add_sources(made: CommandParser) -> None:
 def find_template(model: Path, name: str | None = None) -> Path:
     """The template of this name or at this path; by default the one for the class of a saved model."""
     from mlvicx_hf.encoders.loading import saved_class
-    from mlvicx_hf.hub.cards.rendering import KINDS
+    from mlvicx_hf.hub.cards.rendering import CARD_KINDS
 
     if name is None:
         saved = saved_class(model).__name__
-        name = next(kind for kind, facts in KINDS.items() if saved in facts.architectures)
-    return Path(str(files("mlvicx_hf.hub.cards") / "templates" / f"{name}.md")) if name in KINDS else Path(name)
+        name = next(kind for kind, facts in CARD_KINDS.items() if saved in facts.architectures)
+    return Path(str(files("mlvicx_hf.hub.cards") / "templates" / f"{name}.md")) if name in CARD_KINDS else Path(name)
 
 
 def main(words: Sequence[str] | None = None) -> None:

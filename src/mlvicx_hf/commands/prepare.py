@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import UserError, run
+from mlvicx_hf.data.collections import KINDS
 
 if TYPE_CHECKING:  # importing the collections takes seconds, which --help does not have
     from mlvicx_hf.data.collections import Collection
 
-NAMES = ("folder", "hf", "nih14", "vinbigdata", "vindr", "rsna", "siim", "chexpert", "mimic_cxr_jpg", "phantom")
+NAMES = tuple(KINDS)
 OF_CACHE = (
     *("size", "fit", "splits", "seed", "drop_duplicates"),
     *("allow_missing", "max_images", "num_workers", "overwrite"),
@@ -100,9 +101,9 @@ def _add_collections(made: CommandParser) -> None:
 
 def make_collection(name: str, options: Mapping[str, Any], seed: int, size: int) -> Collection:
     """A collection from the options that were given; one that its constructor does not take is an error."""
-    from mlvicx_hf.data.collections import KINDS
+    from mlvicx_hf.data.collections import collection_class
 
-    kind, given = KINDS[name], dict(options)
+    kind, given = collection_class(name), dict(options)
     parameters = inspect.signature(kind).parameters
     renamed = PARAMETERS.get(name, {})
     hidden = set(renamed.values())  # one constructor's `splits` is not the option --splits
@@ -136,9 +137,9 @@ def main(words: Sequence[str] | None = None) -> None:
     given = vars(parser().parse_args(words))
     name, output, quiet = given.pop("collection"), given.pop("output"), given.pop("quiet")
     options = {key: given.pop(key) for key in OF_CACHE}
-    from mlvicx_hf.data.cache.prepare import check_output, prepare
+    from mlvicx_hf.data.cache.prepare import check_cache_output, prepare
 
-    check_output(output, options["overwrite"])
+    check_cache_output(output, options["overwrite"])
     start = time.perf_counter()
     of_collection = {key: value for key, value in given.items() if value is not None}
     collection = make_collection(name, of_collection, options["seed"], options["size"])

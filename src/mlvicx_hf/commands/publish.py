@@ -85,10 +85,10 @@ def _make_card(arguments: argparse.Namespace) -> str:
     """Text of the card: the file given, or the template of the model's kind filled from its runs."""
     if arguments.card is not None:
         return Path(arguments.card).read_text(encoding="utf-8")
-    from mlvicx_hf.hub.cards.rendering import RESULTS, render_card
+    from mlvicx_hf.hub.cards.rendering import RESULTS_NAME, render_card
 
     model = Path(arguments.model)
-    results = [file for file in arguments.results if file != model / RESULTS]
+    results = [file for file in arguments.results if file != model / RESULTS_NAME]
     options = _chosen(arguments, "repo_id", "pretraining", "cache", "base_model")
     return str(render_card(find_template(model), model, results, **options))
 
