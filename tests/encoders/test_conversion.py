@@ -24,7 +24,7 @@ from mlvicx_hf.encoders.conversion import (
     convert_checkpoint,
     convert_official,
     convert_resnet,
-    read_checkpoint,
+    read_weights,
     recognise,
 )
 
@@ -312,7 +312,7 @@ def test_functions_in_the_authors_optimiser_are_neither_looked_up_nor_called(
         torch.save(content, tmp_path / "run.pth")
     with pytest.raises(pickle.UnpicklingError, match="getattr"):
         torch.load(tmp_path / "run.pth", weights_only=True)
-    found = read_checkpoint(tmp_path / "run.pth")
+    found = read_weights(tmp_path / "run.pth")
     assert "trainer.mlvicx_trainer" not in sys.modules
     assert found["optimizer"]["param_groups"][0]["weight_decay_filter"] is None
     kind, state = recognise(found)
@@ -335,7 +335,7 @@ def written(path: Path, form: str) -> bytes:
 def test_a_truncated_file_is_refused(tmp_path: Path, form: str, share: float):
     path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth")
     whole = written(path, form)
-    assert read_checkpoint(path)
+    assert read_weights(path)
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=r"damaged .*; expected a whole \.pth or \.safetensors") as caught:
         convert_checkpoint(path, tmp_path / "ours")
@@ -346,13 +346,13 @@ def test_a_truncated_file_is_refused(tmp_path: Path, form: str, share: float):
 def test_files_that_are_something_else(tmp_path: Path):
     (tmp_path / "notes.pth").write_text("hello, these are notes")
     with pytest.raises(ValueError, match=r"notes\.pth: a damaged file or none of weights"):
-        read_checkpoint(tmp_path / "notes.pth")
+        read_weights(tmp_path / "notes.pth")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth: list found; expected a dictionary"):
-        read_checkpoint(tmp_path / "list.pth")
+        read_weights(tmp_path / "list.pth")
     for path in (tmp_path / "absent.pth", tmp_path):
         with pytest.raises(FileNotFoundError, match="expected a checkpoint, a file that exists") as caught:
-            read_checkpoint(path)
+            read_weights(path)
         assert str(path) in str(caught.value)
 
 
@@ -526,7 +526,7 @@ def test_golden_values(tmp_path: Path):
     convert_checkpoint(golden / "official_online.pth", tmp_path / "ours")
     ours = MLVICXForPreTraining.from_pretrained(tmp_path / "ours").double()
     oracle = OfficialReference(aggregation_channels=512, width=32)
-    oracle.load_state_dict(read_checkpoint(golden / "official_online.pth")["online"])
+    oracle.load_state_dict(read_weights(golden / "official_online.pth")["online"])
     pair = expected["view_1"].double(), expected["view_2"].double()
     errors: dict[str, dict[str, float]] = {}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, and their hashes."""
+"""Write files and folders whole or not at all, read JSON with checks, compute hashes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS_FILE = "the results.json of a fine-tuning"  # what messages call it
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, in hexadecimal digits."""
+    """Compute the SHA-256 hash of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -35,7 +35,7 @@ def check_output(output: Path) -> Path:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file that appears at `path` only when it is complete and on the disk; yields the temporary one beside it."""
+    """Make a file appear at `path` only when it is complete and on the disk. Yield the temporary file beside it."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -98,14 +98,14 @@ def json_field(
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at `path` only when everything in it is written and on the disk.
+    """Make a folder appear at `path` only when everything in it is written and on the disk.
 
-    An existing `path` is replaced; until the new one is in its place it stays whole: after a kill between two renames
-    beside it, under the name `.NAME.old`.
+    Replace an existing `path`. It stays whole until the new folder is in its place; after a kill between two renames
+    it lies beside it, as `.NAME.old`.
 
     Yields:
-        The temporary folder beside it. An exception removes it and leaves `path` as it was; an earlier kill's is
-        removed first.
+        The temporary folder beside `path`. An exception removes it and leaves `path` as it was. A temporary folder
+        that an earlier kill left is removed first.
     """
     temporary, old = (path.with_name(f".{path.name}.{ending}") for ending in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""Use and describe the machine's cores, memory and devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -27,10 +27,10 @@ def use_cpu_threads(threads: int | None = None) -> None:
     `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, which would leave the other cores idle.
 
     Args:
-        threads: that many instead.
+        threads: use this many instead.
 
     Raises:
-        ValueError: fewer than one.
+        UserError: fewer than one.
     """
     import torch
 
@@ -41,11 +41,11 @@ def use_cpu_threads(threads: int | None = None) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make the C library keep what torch frees, for the next tensor of that size.
+    """Make the C library keep the memory that torch frees, for the next tensor of that size.
 
-    By default it gives large blocks back at once, and the system fills the pages of each new one with zeros, which
-    takes longer than most operations on them: in a training step on the CPU every map is such a block. Only glibc
-    is told; elsewhere nothing happens.
+    By default it gives large blocks back at once, and the system fills the pages of each new block with zeros. In a
+    training step on the CPU every map is such a block, and zeros take longer than most operations. Only glibc has this
+    setting; elsewhere do nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
@@ -54,11 +54,11 @@ def keep_freed_memory() -> None:
 
 
 def describe_hardware(device: Any, processes: int = 1) -> dict[str, Any]:
-    """What a run computed on, for its result files.
+    """Describe what a run computed on, for its result files.
 
     Args:
         device: `torch.device` of one process.
-        processes: how many took part.
+        processes: number of processes.
 
     Returns:
         `device` (its type), `name`, `cores` (of a process's machine) and `processes`.
@@ -79,10 +79,10 @@ def _cpu_name() -> str:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name; by default a GPU where there is one.
+    """Find the device of this name; by default a GPU if there is one.
 
     Raises:
-        ValueError: no such device.
+        UserError: no such device.
     """
     import torch
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 class _Lines:
-    """Standard error that starts a new line where a terminal would overwrite the old one."""
+    """Standard error with a new line where a terminal would overwrite the old one."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -25,12 +25,12 @@ class _Lines:
 
 
 def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, show: bool = True) -> tqdm[Any]:
-    """A tqdm bar with rate and time left: redrawn in a terminal, a line every ten seconds in a file or pipe.
+    """Make a tqdm bar with rate and time left. A terminal redraws it; a file or pipe gets a line every ten seconds.
 
     Args:
-        total: units in all.
-        description: what is being done.
-        unit: what is counted.
+        total: number of units.
+        description: of the work.
+        unit: name of a unit.
         initial: units already done, after a resume.
         show: false on every process but the main one.
     """

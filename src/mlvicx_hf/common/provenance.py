@@ -1,4 +1,4 @@
-"""Which code made a result, and files that are either whole or absent."""
+"""Record which code made a result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def code_version() -> dict[str, str]:
-    """Versions of package and libraries, and the git commit of the package's checkout."""
+    """Record the versions of package and libraries, and the git commit of the package's checkout."""
     import torch
     import transformers
 
@@ -22,7 +22,7 @@ def code_version() -> dict[str, str]:
 
 
 def git_commit(folder: Path) -> str:
-    """Commit of a checkout, with "+changes" appended where tracked files differ; "unknown" outside one."""
+    """Find the commit of a checkout; append "+changes" if tracked files differ. "unknown" outside a checkout."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
@@ -36,6 +36,6 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def describe_commit(commit: str) -> str:
-    """The beginning of a commit's hash, and whether the code differed from it."""
+    """Word a commit: the beginning of its hash, and whether the code differed from it."""
     plain = commit.removesuffix("+changes")
     return f"commit `{plain[:12]}`" + (" with local changes" if plain != commit else "")

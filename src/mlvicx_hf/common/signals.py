@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop: the step is finished and a checkpoint saved before the process ends."""
+"""Take SIGTERM and SIGINT as a wish to stop: finish the step and save a checkpoint before the process ends."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A launcher passes on a signal that a terminal or scheduler has sent to its processes as well: within these seconds
-# it is the same one.
+# A launcher passes a signal on to its processes, which the terminal or scheduler may have sent it to as well. Within
+# these seconds a second signal is the same one.
 ECHO = 2.0
-GRACE = 5  # seconds in which a step is finished that waits for its images
+GRACE = 5  # seconds for a step that waits for its images
 
 
 class StoppedError(Exception):
-    """A run that a signal has stopped, after its checkpoint was saved.
-
-    Attributes:
-        number: of the signal.
-    """
+    """A signal, of this `number`, stopped the run after its checkpoint was saved."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -29,9 +25,9 @@ class StoppedError(Exception):
 
 
 class StopSignals:
-    """While it is entered, the first signal is remembered and a second one acts as it did before.
+    """Within its block, remember the first signal, and let a second one act as usual.
 
-    Outside the main thread, where Python allows no handlers, signals act as before, and so does one that is ignored.
+    Signals also act as usual outside the main thread, where Python allows no handlers, and if they are ignored.
 
     Attributes:
         received: number of the signal; 0 without one.
@@ -55,11 +51,7 @@ class StopSignals:
         self._restore()
 
     def agreed(self, accelerator: Any) -> int:
-        """The signal that stops all processes after this step, 0 for none; all of them must ask.
-
-        Args:
-            accelerator: of `accelerate`, whose processes agree.
-        """
+        """Agree with all processes on the signal that stops them, 0 for none. All processes must call this."""
         if accelerator.num_processes == 1:
             return self.received
         import torch
@@ -80,9 +72,9 @@ class StopSignals:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """For a DataLoader's `worker_init_fn`: a signal to the whole group must not take the workers from under the step.
+    """Keep a DataLoader's workers running when a signal goes to the whole group, for its `worker_init_fn`.
 
-    SIGTERM ends them some seconds later all the same: it may be the parent's own, which waits for them at its end.
+    SIGTERM ends them some seconds later: the parent may have sent it, and waits for them at its own end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))

@@ -1,4 +1,4 @@
-"""Words that several rooms use."""
+"""Text that several rooms use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NOTICE = "Research use only. Not a medical device; not for clinical decisions."
 
 
 def some(items: Iterable[str], limit: int = 5) -> str:
-    """The first few items for an error message."""
+    """List the first few items, for an error message."""
     listed = list(items)
     return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")
 

@@ -1,1 +1,1 @@
-"""Whatever turns images into features: saved models, start weights, other libraries' weights."""
+"""Turn images into features: saved models, initial weights, weights of other libraries."""

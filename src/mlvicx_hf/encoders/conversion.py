@@ -1,12 +1,11 @@
-"""Weights made elsewhere to folders of this package: the authors' checkpoints, and plain ResNets such as ImageNet's.
+"""Convert weights made elsewhere: the authors' checkpoints, and plain ResNets such as ImageNet's.
 
-The format is recognised by its keys. Nothing is guessed and nothing left over: every key of the file has its place in
-the model and every weight of the model comes from the file, or it is an error that names the keys.
+The keys of a file tell its format. Every key of the file must have its place in the model, and every weight of the
+model must come from the file; an error names the keys that do not fit.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import pickle
 import re
@@ -44,7 +43,7 @@ NUM_LEVELS = 5
 CLASSIFIER = ("fc.weight", "fc.bias")  # of a plain ResNet
 # The mean of ImageNet's constants over red, green and blue, in which both formats were normalised.
 IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226
-# What the readers raise for a file that is cut short, altered or of another kind: a safe unpickler checks little else.
+# Errors of the readers for a file that is cut short, altered or of another kind. A safe unpickler checks little else.
 UNREADABLE = (
     SafetensorError,
     pickle.UnpicklingError,
@@ -56,16 +55,16 @@ UNREADABLE = (
     TypeError,
     ValueError,
 )
-# Functions that the authors' optimiser keeps in its state. They are not looked up: `_nothing` stands in for them.
+# Functions named in the state of the authors' optimiser. `_nothing` stands in for them; they are never imported.
 OPTIMIZER_FUNCTIONS = ("builtins.getattr", "trainer.mlvicx_trainer.MLVICXTrainer")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Content of a `.safetensors` file, or of one that torch.save wrote; code in it is refused and never runs.
+def read_weights(path: Path) -> dict[str, Any]:
+    """Read a `.safetensors` file, or a file of torch.save. Refuse code in it; none ever runs.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is damaged, holds more than tensors and plain values, or is no dictionary.
+        UserError: a file that is damaged, holds more than tensors and plain values, or is no dictionary.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} found; expected a checkpoint, a file that exists")
@@ -86,18 +85,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _nothing(*_: Any) -> None:
-    """Stand-in for what a checkpoint names besides its weights."""
+    """Stand in for functions that a checkpoint names."""
 
 
 def recognise(content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Format of a checkpoint and its weights.
+    """Recognise the format of a checkpoint, and take out its weights.
 
     Returns:
         "official" with the authors' keys (`encoder.0.weight`, …), from `{"online": …}` or from the training
         dictionary's `model`; or "resnet" with `conv1.weight`, ….
 
     Raises:
-        ValueError: neither of them.
+        UserError: another format.
     """
     keys = some(map(str, content), 3)
     if "online" in content:
@@ -128,19 +127,19 @@ def _tensors(state: Any, where: str) -> dict[str, Tensor]:
 
 
 def convert_official(state: Mapping[str, Tensor]) -> tuple[MLVICXConfig, dict[str, Tensor]]:
-    """The authors' weights to those of `MLVICXForPreTraining`, which then computes the same (section III of the paper).
+    """Convert the authors' weights to those of an `MLVICXForPreTraining` that computes the same.
 
-    The level projections lie side by side in one convolution. Biases that a batch normalisation follows go into its
-    running mean, computed in float64: exactly the same in evaluation, and in training they cancel.
+    Put the level projections side by side into one convolution. Add biases in front of a batch normalisation to its
+    running mean, in float64: in evaluation that is exact, and in training they cancel.
 
     Args:
         state: the authors' keys, from `encoder.0.weight` to `resize_project.convs.4.bias`.
 
     Returns:
-        Configuration, its sizes read off the tensors and its constants the authors'; weights, in the types of `state`.
+        Configuration, with the sizes of the tensors and the authors' constants; weights, in the types of `state`.
 
     Raises:
-        ValueError: keys that are missing, left over or of another shape.
+        UserError: keys that are missing, left over or of another shape.
     """
     config = _official_config(state)
     ours = _empty_state(MLVICXForPreTraining, config)
@@ -192,7 +191,7 @@ def _official_config(state: Mapping[str, Tensor]) -> MLVICXConfig:
 
 
 def _official_name(key: str) -> str:
-    """The authors' key of one of ours."""
+    """Find the authors' key for one of our keys."""
     match key.split("."):
         case ["mlvicx", "backbone", module, *rest]:
             return ".".join(["encoder", SEQUENTIAL[module], *rest])
@@ -216,15 +215,15 @@ def _bias(weight: str) -> str:
 
 
 def convert_resnet(state: Mapping[str, Tensor], num_channels: int = 1) -> tuple[MLVICXConfig, dict[str, Tensor]]:
-    """A ResNet of torchvision or timm, whose keys are the same, to the weights of `MLVICXModel` without context.
+    """Convert a ResNet of torchvision or timm (they have the same keys) to an `MLVICXModel` without context.
 
     Args:
         state: `conv1.weight`, …; the classifier (`fc.*`) is left out.
-        num_channels: 1 sums the first kernels over their input channels, which computes the same from a grey image
-            as the original from the image copied to all channels; the file's number keeps them.
+        num_channels: 1 sums the first kernels over their input channels: a grey image then gives what the original
+            computes from the image copied to all channels. The file's own number keeps the kernels.
 
     Raises:
-        ValueError: keys that are missing, left over or of another shape, or channels that the file does not have.
+        UserError: keys that are missing, left over or of another shape, or channels that the file does not have.
     """
     given = _shape(state, "conv1.weight", 4)[1]
     if num_channels not in (1, given):
@@ -247,7 +246,7 @@ def convert_resnet(state: Mapping[str, Tensor], num_channels: int = 1) -> tuple[
 
 
 def _shape(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
-    """Shape of a weight from which a size of the network is read."""
+    """Read the shape of a weight that tells a size of the network."""
     if key not in state:
         raise UserError(f"no {key} found; expected a weight of {dimensions} dimensions")
     if state[key].ndim != dimensions:
@@ -256,7 +255,7 @@ def _shape(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int,
 
 
 def _backbone_name(keys: Iterable[str], stages: Sequence[str]) -> str:
-    """Name of the ResNet by the blocks below the stages' prefixes."""
+    """Find the name of the ResNet by the blocks below the stages' prefixes."""
     keys = list(keys)
     blocks = tuple(len({k.removeprefix(s).split(".")[0] for k in keys if k.startswith(s)}) for s in stages)
     bottleneck = any(key.startswith(tuple(stages)) and ".conv3." in key for key in keys)
@@ -267,13 +266,13 @@ def _backbone_name(keys: Iterable[str], stages: Sequence[str]) -> str:
 
 
 def _empty_state(model_class: type[MLVICXPreTrainedModel], config: MLVICXConfig) -> dict[str, Tensor]:
-    """Keys and shapes of a model's weights, without values."""
+    """List the keys and shapes of a model's weights, without values."""
     with torch.device("meta"):
         return dict(model_class(config).state_dict())
 
 
 def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], backbone: str) -> None:
-    """Refuse anything but exactly these keys and shapes; only counters of batches may be absent."""
+    """Refuse any other keys and shapes. Only counters of batches may be absent."""
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     strange = [key for key in state if key not in expected]
     shapes = [
@@ -288,31 +287,31 @@ def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size],
 
 
 def _take(state: Mapping[str, Tensor], key: str) -> Tensor:
-    """A copy of one weight; a counter of batches that is absent starts at 0."""
+    """Copy one weight. A counter of batches that is absent starts at 0."""
     return state[key].detach().clone(memory_format=torch.contiguous_format) if key in state else torch.tensor(0)
 
 
 def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None) -> str:
     """Convert a file to a folder with model and image processor, which is written whole or not at all.
 
-    Both formats were trained on images normalised by ImageNet's constants, each channel by its own. The image
-    processor, which has one constant for all channels, gets their means, 0.449 and 0.226: what a channel sees differs
-    from its training by at most 0.2. It squashes images to the square for the authors' weights, as their code did.
+    Both formats were trained on images normalised by ImageNet's constants of each channel. Our image processor has one
+    constant for all channels and gets their means, 0.449 and 0.226, so a channel's input differs from its training by
+    at most 0.2. For the authors' weights it squashes images to the square, as their code did.
 
     Args:
         path: the authors' checkpoint, or a ResNet's state dictionary, `.pth` or `.safetensors`.
         output: folder, absent or empty.
-        num_channels: of a ResNet, see `convert_resnet`; None for 1. An official checkpoint says its own.
+        num_channels: of a ResNet, see `convert_resnet`; None for 1. An official checkpoint has its own number.
 
     Returns:
         What was converted, in one line.
 
     Raises:
-        FileExistsError: an output that is a file or a folder that is not empty.
-        ValueError: a file that does not fit, named with its keys.
+        FileExistsError: an output that is a file, or a folder that is not empty.
+        UserError: a file that does not fit; the message names its keys.
     """
     check_output(output)
-    content = read_checkpoint(path)
+    content = read_weights(path)
     model_class: type[MLVICXPreTrainedModel]
     try:
         kind, state = recognise(content)
@@ -334,18 +333,3 @@ def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None
     dropped = [key for key in CLASSIFIER if kind == "resnet" and key in state]
     left_out = f"; left out: {', '.join(dropped)}" if dropped else ""
     return f"{output}: {model_class.__name__}, {config.backbone}, {config.num_channels} channel(s){left_out}"
-
-
-def main() -> None:
-    """Command line of `scripts/convert_official_checkpoint.py`."""
-    parser = argparse.ArgumentParser(
-        description="Convert the authors' MLVICX checkpoint, or a plain ResNet of torchvision or timm, to a folder "
-        "for from_pretrained. The keys tell which of them it is."
-    )
-    parser.add_argument("checkpoint", type=Path, help="file of weights: .pth or .safetensors")
-    parser.add_argument("output_dir", type=Path, help="folder to write, absent or empty")
-    parser.add_argument(
-        "--num_channels", type=int, help="of a plain ResNet: 1 (default) for grey images, 3 keeps the first kernels"
-    )
-    arguments = parser.parse_args()
-    print(convert_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.num_channels))

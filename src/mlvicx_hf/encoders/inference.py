@@ -1,4 +1,4 @@
-"""A saved model in evaluation mode, with a record of where it came from."""
+"""Load a saved model for inference, and record where it came from."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class LoadedModel:
     Attributes:
         source: folder or Hub name.
         revision: commit on the Hub; None for a folder.
-        model: in float32; an encoder alone is a `MLVICXModel`.
+        model: in float32; a model without a head is a `MLVICXModel`.
         processor: its image processor.
-        weights: SHA-256 hash of every weights file by name.
+        weights: SHA-256 hash of every weights file, by name.
         labels: names of the head's outputs, in their order.
     """
 
@@ -43,15 +43,15 @@ class LoadedModel:
 
 
 def load(source: str, revision: str | None = None, device: str | torch.device = "cpu") -> LoadedModel:
-    """Load a saved model by the installed classes, whatever code its repository holds.
+    """Load a saved model with the installed classes; never run the code in its repository.
 
     Args:
         source: folder or Hub name.
         revision: branch, tag or commit on the Hub.
-        device: where the model goes.
+        device: of the model.
 
     Raises:
-        ValueError: a model of another type, whose weights do not fit its configuration, or whose labels repeat.
+        UserError: a model of another type, weights that do not fit the configuration, or labels that repeat.
         OSError: files that are absent, damaged or not reachable.
     """
     folder = _folder(check_source(source), revision)
@@ -68,7 +68,7 @@ def load(source: str, revision: str | None = None, device: str | torch.device = 
 
 
 def _folder(source: str, revision: str | None) -> Path:
-    """Where a model's files lie: its own folder, or the Hub's cache of one commit."""
+    """Find the folder of a model's files: its own, or that of one commit in the Hub's cache."""
     if not Path(source).is_dir():
         try:
             return Path(snapshot_download(source, revision=revision, allow_patterns=FILES, ignore_patterns="*/*"))
@@ -82,15 +82,15 @@ def _folder(source: str, revision: str | None) -> Path:
 
 
 def infer(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Tensor]:
-    """One forward pass in float32.
+    """Run one forward pass in float32.
 
     Args:
         loaded: the model.
         pixels: [R, C, S, S].
-        embed: embeddings are wanted.
+        embed: compute embeddings, too.
 
     Returns:
-        Logits [R, …] of the head, and embeddings [R, C] on the CPU; an empty tensor [R, 0] for what there is not.
+        Logits [R, …] of the head, and embeddings [R, C] on the CPU; an empty tensor [R, 0] instead of missing ones.
 
     Raises:
         FloatingPointError: results that are not finite.
@@ -99,7 +99,7 @@ def infer(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Ten
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         output = loaded.model(pixels.to(loaded.model.device), output_hidden_states=embed)
         logits = nothing if isinstance(loaded.model, MLVICXModel) else output.logits
-        # what `pooler_output` is, which the heads do not pass on
+        # the encoder's `pooler_output`, which the heads do not return
         embeddings = loaded.model.base_model.pool(output.hidden_states).cpu() if embed else nothing
     if not (logits.isfinite().all() and embeddings.isfinite().all()):
         raise FloatingPointError(f"{loaded.source} gives values that are not finite; expected a trained model")

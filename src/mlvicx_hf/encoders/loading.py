@@ -1,4 +1,4 @@
-"""Models by the name or folder that a user gives."""
+"""Load models by the name or folder that a user gives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel, MLVICXPreTrainedModel
 
 
 def check_source(source: str) -> str:
-    """Refuse a path that does not exist before the Hub client takes it for the name of a repository.
+    """Refuse a path without a model, before the Hub client takes it for the name of a repository.
 
     Args:
         source: folder or Hub name ("name" or "organisation/name").
@@ -23,7 +23,7 @@ def check_source(source: str) -> str:
         The source.
 
     Raises:
-        FileNotFoundError: a path, by its looks, at which there is no model.
+        FileNotFoundError: it looks like a path, and there is no model.
     """
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -34,10 +34,10 @@ def check_source(source: str) -> str:
 
 
 def saved_class(source: str | Path) -> type[MLVICXPreTrainedModel]:
-    """The class that a saved model's configuration names as its architecture.
+    """Find the class that a saved model's configuration names as its architecture.
 
     Raises:
-        ValueError: a model of another type, or a class that is not of this package.
+        UserError: a model of another type, or a class of another package.
     """
     values, _ = MLVICXConfig.get_config_dict(check_source(str(source)))
     model_type = values.get("model_type")
@@ -53,18 +53,18 @@ def saved_class(source: str | Path) -> type[MLVICXPreTrainedModel]:
 def load_model(
     source: str | Path, model_class: type[MLVICXPreTrainedModel] | None = None
 ) -> tuple[MLVICXPreTrainedModel, MLVICXImageProcessor]:
-    """A saved model, whole, and its image processor.
+    """Load a whole saved model and its image processor.
 
     Args:
         source: folder or Hub name.
-        model_class: by default the class that was saved, but the encoder of a pretraining run.
+        model_class: by default the class that was saved; of a pretraining run, the encoder.
 
     Returns:
-        The model in evaluation mode and the type of its weights, and the image processor.
+        The model, in evaluation mode and in the type of its weights, and the image processor.
 
     Raises:
         OSError: no model, damaged weights, or no image processor beside them.
-        ValueError: a model of another type, weights that lack some of the class's, or an image processor that does not
+        UserError: a model of another type, weights that are missing or left over, or an image processor that does not
             fit the model.
     """
     saved = saved_class(source)
@@ -86,11 +86,11 @@ def load_model(
 
 
 def load_image_processor(source: str | Path, config: MLVICXConfig) -> MLVICXImageProcessor:
-    """The image processor saved beside a model.
+    """Load the image processor saved beside a model.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: one of another class, or with other channels than the model.
+        UserError: it is of another class, or has other channels than the model.
     """
     if cached_file(str(source), IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is None:
         raise FileNotFoundError(f"{source} holds no {IMAGE_PROCESSOR_NAME}; expected the model's image processor")

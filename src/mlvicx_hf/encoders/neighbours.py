@@ -1,4 +1,4 @@
-"""Nearest neighbours of images, as a picture."""
+"""Draw the nearest neighbours of images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mlvicx_hf.data.images.pictures import contact_sheet
 
 
 def neighbour_sheet(features: Tensor, images: Any, picture: Path, rows: int = 6, neighbours: int = 5) -> None:
-    """Rows of an image and the images nearest to it by cosine of their features.
+    """Draw rows of an image and the images nearest to it by the cosine of their features.
 
     Args:
         features: [N, C].
-        images: the N rows, with `image` and `patient_id`.
+        images: N rows with `image` and `patient_id`.
         picture: PNG file to write.
-        rows: how many images are asked for, evenly spread over the data.
-        neighbours: how many are shown for each.
+        rows: number of rows, evenly spread over the data.
+        neighbours: number of neighbours in each row.
     """
     neighbours = min(neighbours, len(features) - 1)
     queries = np.linspace(0, len(features) - 1, min(rows, len(features))).astype(int)

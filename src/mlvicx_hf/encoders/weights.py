@@ -1,4 +1,4 @@
-"""Start weights from timm: ImageNet's, or a file."""
+"""Initial weights from timm: ImageNet's, or a file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 
 def is_timm_source(source: str) -> bool:
-    """Whether `load_timm_weights` takes it, and it is no model of ours."""
+    """Whether a source is for `load_timm_weights`, and not a saved model of this package."""
     return source == "imagenet" or source.endswith((".safetensors", ".pth", ".bin"))
 
 
 def load_timm_weights(encoder: MLVICXModel, source: str) -> None:
-    """Give a backbone timm's weights; its context blocks stay as they are.
+    """Load timm's weights into a backbone, in place. Leave its context blocks as they are.
 
     Args:
-        encoder: whose backbone is filled in place.
-        source: "imagenet", for timm's default weights of that name from the Hub, or a file of timm weights.
+        encoder: with the backbone.
+        source: "imagenet", for timm's default weights from the Hub, or a file of timm weights.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file of another backbone.
+        UserError: a file for another backbone.
     """
     config = encoder.config
     overlay = {} if source == "imagenet" else {"file": str(_check_timm_file(source, config.backbone))}
@@ -39,9 +39,9 @@ def load_timm_weights(encoder: MLVICXModel, source: str) -> None:
 
 
 def _check_timm_file(source: str, backbone: str) -> Path:
-    """Refuse a file that does not hold this backbone, since timm loads what fits and leaves the rest random.
+    """Refuse a file for another backbone: timm would load the weights that fit, and leave the others random.
 
-    Any number of input channels is right: timm folds or repeats the first convolution.
+    Accept any number of input channels: timm adapts the first convolution.
     """
     path = Path(source)
     if not path.is_file():

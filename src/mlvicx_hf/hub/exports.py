@@ -1,8 +1,8 @@
-"""Models for other libraries: timm, torchvision and ONNX.
+"""Write a model for another library: timm, torchvision or ONNX.
 
 timm and torchvision get the **plain trunk**: the backbone without its context bottlenecks, as the paper's authors
-transfer it. Its features differ from the model's own, whose every level is refined before the next sees it, unless the
-model was trained with `use_context=False`. ONNX gets the whole model.
+transfer it. The model itself refines every level before the next sees it, so the trunk's features differ from the
+model's, unless it was trained with `use_context=False`. ONNX gets the whole model.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ model.load_state_dict(safetensors.torch.load_file("{SAFE_WEIGHTS_NAME}"), strict
 
 
 def load_encoder(source: str | Path) -> tuple[MLVICXModel, MLVICXImageProcessor]:
-    """The encoder of a saved model of any class, in float32 and evaluation mode, and its image processor."""
+    """Load the encoder of a saved model of any class, in float32 and evaluation mode, and its image processor."""
     model, processor = load_model(source, MLVICXModel)
     assert isinstance(model, MLVICXModel)
     return model.float(), processor
 
 
 def trunk_note(encoder: MLVICXModel, processor: MLVICXImageProcessor, channels: str, code: str, rest: str = "") -> str:
-    """The README.md of a plain trunk."""
+    """Write the README.md of a plain trunk."""
     config = encoder.config
     return TRUNK_NOTE.format(
         backbone=config.backbone,
@@ -89,17 +89,17 @@ def trunk_note(encoder: MLVICXModel, processor: MLVICXImageProcessor, channels: 
 
 
 def timm_trunk(encoder: MLVICXModel) -> tuple[nn.Module, list[str]]:
-    """A full timm model without classifier that has the encoder's backbone in it.
+    """Put the encoder's backbone into a full timm model without classifier.
 
-    `FeatureListNet` renames modules ("stages_0" for "stages.0"). One made of the very modules of a full model takes the
-    encoder's weights under their names, and the full model has them under its own.
+    `FeatureListNet` renames modules ("stages_0" for "stages.0"). So make one from the modules of a full model and load
+    the encoder's weights into it: then the full model has them under its own names.
 
     Returns:
-        The model, and the names of its tensors that belong to no level of the backbone, such as a last norm: initial
-        values, the same in every call.
+        The model, and the names of its tensors that belong to no level of the backbone, such as a last norm. These
+        have initial values, the same in every call.
 
     Raises:
-        ValueError: no such pair of names, which no backbone that `create_backbone` accepts is known to lack.
+        UserError: the names do not fit; no backbone that `create_backbone` accepts is known to do that.
     """
     config, weights = encoder.config, encoder.backbone.state_dict()
     with torch.random.fork_rng(devices=[]):
@@ -121,21 +121,16 @@ def timm_trunk(encoder: MLVICXModel) -> tuple[nn.Module, list[str]]:
 def export_timm(source: str | Path, output: str | Path) -> Path:
     """Write the plain trunk, without context bottlenecks, as a folder or repository of timm.
 
-    Its features differ from the model's, see the module's docstring. It loads as
-    `timm.create_model("local-dir:OUTPUT", pretrained=True)`, also with `features_only=True` or another `num_classes`.
-    What timm puts behind the last level (of a ConvNeXt a norm, of a ResNet nothing) was not pretrained and keeps its
-    initial values; the README.md names it.
+    It loads as `timm.create_model("local-dir:OUTPUT", pretrained=True)`, also with `features_only=True` or another
+    `num_classes`. What timm puts behind the last level (a norm in a ConvNeXt, nothing in a ResNet) was not pretrained
+    and keeps its initial values; the README.md names it.
 
     Args:
         source: folder or Hub name of a saved model of any class.
-        output: new or empty folder.
-
-    Returns:
-        The output folder: `config.json`, `model.safetensors`, `README.md`.
+        output: new or empty folder; gets `config.json`, `model.safetensors` and `README.md`.
 
     Raises:
-        OSError: see `hub.load_model`; an output that is not empty.
-        ValueError: see `hub.load_model`.
+        OSError, UserError: as `encoders.loading.load_model`; or an output that is not empty.
     """
     output = check_output(Path(output))
     encoder, processor = load_encoder(source)
@@ -162,12 +157,12 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
 
 
 def torchvision_state(encoder: MLVICXModel) -> dict[str, Tensor]:
-    """The backbone's weights under torchvision's names, for three channels.
+    """Give the backbone's weights torchvision's names, for three channels.
 
-    Of one channel's first kernel each colour gets a third, which is exact for a grey image copied to RGB.
+    If the first kernel has one channel, each colour gets a third of it: this is exact for a grey image copied to RGB.
 
     Raises:
-        ValueError: a backbone that torchvision has not as a ResNet, or with neither one nor three channels.
+        UserError: a backbone that is no ResNet of torchvision, or that has neither one nor three channels.
     """
     name = encoder.config.backbone.split(".")[0]
     known = torchvision.models.list_models(torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
@@ -188,19 +183,16 @@ def torchvision_state(encoder: MLVICXModel) -> dict[str, Tensor]:
 def export_torchvision(source: str | Path, output: str | Path) -> Path:
     """Write the plain trunk of a ResNet, without context bottlenecks, for torchvision.
 
-    Its features differ from the model's, see the module's docstring. The weights are for three channels and load into
-    `torchvision.models.resnet18(weights=None)` (or its like) with `strict=False`; `fc` alone is missing.
+    The weights are for three channels. They load into `torchvision.models.resnet18(weights=None)`, or its like, with
+    `strict=False`; only `fc` is missing.
 
     Args:
         source: folder or Hub name of a saved model of any class.
-        output: new or empty folder.
-
-    Returns:
-        The output folder: `model.safetensors`, `preprocessing.json`, `README.md`.
+        output: new or empty folder; gets `model.safetensors`, `preprocessing.json` and `README.md`.
 
     Raises:
-        OSError: see `hub.load_model`; an output that is not empty.
-        ValueError: see `hub.load_model`; a backbone that torchvision does not have as a ResNet.
+        OSError, UserError: as `encoders.loading.load_model`; an output that is not empty, or a backbone that is no
+            ResNet of torchvision.
     """
     output = check_output(Path(output))
     encoder, processor = load_encoder(source)
@@ -216,17 +208,13 @@ def export_torchvision(source: str | Path, output: str | Path) -> Path:
 
 
 def preprocessing(processor: MLVICXImageProcessor) -> dict[str, Any]:
-    """The constants by which an image becomes input, for those who do without transformers."""
+    """List the constants that make an image model input, for programs that do not use transformers."""
     names = ("image_size", "num_channels", "image_mean", "image_std", "fit")
     return {name: getattr(processor, name) for name in names}
 
 
 class Tensors(nn.Module):
-    """A model whose outputs are a plain tuple of tensors, as an ONNX graph's are.
-
-    Args:
-        model: any but the pretraining class.
-    """
+    """A model, of any class but the pretraining one, with a plain tuple of tensors as output, as in an ONNX graph."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -246,22 +234,18 @@ class Tensors(nn.Module):
 
 
 def require_onnx() -> None:
-    """Check for the packages of the extra.
-
-    Raises:
-        ImportError: some are missing; names them and the extra that brings them.
-    """
+    """Refuse to start without the packages of the extra `onnx`; the `MissingExtraError` names what is missing."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise MissingExtraError(f'ONNX export needs {", ".join(missing)}: pip install "mlvicx-hf[onnx]"')
 
 
 def export_onnx(source: str | Path, output: str | Path) -> float:
-    """Write a whole model, context bottlenecks included, as an ONNX graph, and compare it with torch.
+    """Write a whole model, with its context bottlenecks, as an ONNX graph, and compare it with torch.
 
-    The graph takes `pixel_values` [B, num_channels, image_size, image_size] for any B. Outputs: `logits` of a
-    classifier or segmenter; `last_hidden_state` and `pooler_output` of an encoder, also of a pretraining run's; the
-    maps of a backbone's `out_features` by name.
+    The graph takes `pixel_values` [B, num_channels, image_size, image_size] for any B. It gives `logits` (classifier,
+    segmenter), `last_hidden_state` and `pooler_output` (encoder, pretraining run), or the maps of `out_features`
+    by name (backbone).
 
     Args:
         source: folder or Hub name of a saved model.
@@ -271,9 +255,8 @@ def export_onnx(source: str | Path, output: str | Path) -> float:
         The largest absolute difference between onnxruntime and torch, for 1 and 3 images of noise.
 
     Raises:
-        ImportError: without the extra `onnx`.
-        OSError: see `hub.load_model`; an output that is not empty.
-        ValueError: see `hub.load_model`.
+        MissingExtraError: without the extra `onnx`.
+        OSError, UserError: as `encoders.loading.load_model`; or an output that is not empty.
         RuntimeError: a difference above 1e-4 of an output's largest value.
     """
     require_onnx()
@@ -303,7 +286,7 @@ def export_onnx(source: str | Path, output: str | Path) -> float:
 
 @torch.no_grad()
 def compare_onnx(tensors: Tensors, graph: Path, size: tuple[int, ...]) -> float:
-    """Largest absolute difference between an ONNX graph and its model; RuntimeError where it is not rounding."""
+    """Find the largest absolute difference between a graph and its model; RuntimeError if it is more than rounding."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])

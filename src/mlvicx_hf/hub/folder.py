@@ -1,4 +1,4 @@
-"""Folders to publish."""
+"""Make a folder that can be published on the Hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from mlvicx_hf.models.hub_mlvicx import AUTO_MAP, IMAGE_PROCESSOR_AUTO_MAP
 def export(source: str | Path, output: str | Path, *, with_expanders: bool = False, card: str | None = None) -> Path:
     """Write a folder to publish on the Hub, with weights, constants and code, whole or not at all.
 
-    With this package imported, the folder loads through every Auto class. Without it, transformers runs the code in the
-    folder: `AutoModel.from_pretrained(folder, trust_remote_code=True)`, likewise AutoConfig, AutoImageProcessor,
-    AutoModelForPreTraining, AutoModelForImageClassification and AutoModelForSemanticSegmentation.
-    `AutoBackbone.from_pretrained` takes names on the Hub only. For a folder:
+    With this package imported, every Auto class loads the folder. Without it, transformers runs the code in the folder
+    if asked to: `AutoModel.from_pretrained(folder, trust_remote_code=True)`. Only `AutoBackbone.from_pretrained` takes
+    no folder but a name on the Hub. For a folder, write:
 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         backbone = type(AutoBackbone.from_config(config, trust_remote_code=True)).from_pretrained(folder)
@@ -25,16 +24,16 @@ def export(source: str | Path, output: str | Path, *, with_expanders: bool = Fal
     Args:
         source: folder or Hub name of a saved model of any class.
         output: new or empty folder.
-        with_expanders: keep the expanders and the aggregation of a pretraining run, to go on with pretraining; by
-            default its encoder alone is exported.
-        card: text of the README.md, the model card.
+        with_expanders: keep the expanders and the aggregation of a pretraining run, to go on with pretraining;
+            otherwise only its encoder is exported.
+        card: text of the model card, README.md.
 
     Returns:
         The output folder.
 
     Raises:
-        OSError: see `load_model`; an output that is not empty.
-        ValueError: see `load_model`; `with_expanders` for a model that has none.
+        OSError: as `load_model`; or an output that is not empty.
+        UserError: as `load_model`; or `with_expanders` for a model that has none.
     """
     output = check_output(Path(output))
     saved = saved_class(source)

@@ -19,7 +19,7 @@ from .hub_mlvicx import AUTO_MAP, save_code
 
 @functools.cache
 def backbone_stages(backbone: str) -> tuple[str, ...]:
-    """Names of a timm backbone's levels: "stem" where one is at half the resolution, then "stage1", "stage2", …."""
+    """Name a timm backbone's levels: "stem" if one has half the resolution, then "stage1", "stage2", …."""
     with torch.device("meta"):
         network: Any = timm.create_model(backbone, features_only=True)
     reductions = network.feature_info.reduction()
@@ -29,24 +29,24 @@ def backbone_stages(backbone: str) -> tuple[str, ...]:
 
 @strict
 class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Architecture and loss of MLVICX (arXiv 2403.11504); the defaults are the README's table of differences.
+    """Architecture and loss of MLVICX (arXiv 2403.11504). The README's table of differences gives the defaults.
 
     Args:
         backbone: name of a timm model whose `features_only` form is a `FeatureListNet`, such as resnet18.
         num_channels: channels of `pixel_values`; 1 for radiographs, 3 for converted colour weights.
-        image_size: nominal side of the input in pixels, which the image processor takes over.
+        image_size: side of the input in pixels, also for the image processor.
         use_context: refine every level by a context bottleneck (Eqs. 1 and 2) before the next layer sees it.
         context_reduction: None for the one shared 1×1 convolution of Eq. 1; a number for the two-layer form
             C → C/reduction → C of the authors' code.
-        context_gain: factor of each of the two gates. 1 as in the paper, whose gates σ(0) · σ(0) quarter every map of
-            an untrained network; 2 lets maps through as they are at first.
-        context_init_scale: factor of the gates' random weights. 0.01 starts every gate near the middle of its range, so
-            that all maps begin with the same scale; with 1, as torch draws a convolution, chance opens some and shuts
-            others. Not 0: LARS would give weights of norm 0 a rate a thousand times the others'.
-        pooled_levels: "last" pools the last refined map into `pooler_output`; "all" pools every level's, one behind
-            the other, for the classification head too.
+        context_gain: factor of each of the two gates. With 1, as in the paper, the gates of an untrained network
+            quarter every map: σ(0) · σ(0). With 2 they leave the maps as they are.
+        context_init_scale: factor of the gates' random weights. With 0.01 every gate starts near the middle of its
+            range, and all maps start with the same scale. With 1, as torch draws a convolution, some gates start open
+            and some shut, by chance. Not 0: LARS would give weights of norm 0 a rate a thousand times the others'.
+        pooled_levels: "last" pools the last refined map into `pooler_output`; "all" pools the maps of all levels and
+            concatenates them. The classification head takes the same features.
         aggregation_levels: levels that enter the multi-level embedding; None for all.
-        aggregation_size: side of the common grid on which the levels meet.
+        aggregation_size: side of the grid to which every level is pooled.
         aggregation_channels: channels of the compound representation u.
         aggregation_resize: side to which the maps are interpolated before pooling, as the authors do with 64; None
             pools them directly.
@@ -61,13 +61,13 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         variance_epsilon: ε of Eq. 7, under the root.
         invariance_reduction: "mean" over batch and dimensions, or "sum" over the dimensions as Eq. 6.
         positive_weights: weight of the positives of each label in the multi-label loss; None for 1.
-        decision_thresholds: of a classifier: {"values": {label: probability or None}, "split", "criterion", …}, the
-            probabilities from which a finding is called present, and on what they were chosen.
+        decision_thresholds: of a classifier: {"values": {label: probability or None}, "split", "criterion", …}. A
+            finding is present from its probability on; split and criterion say how the values were chosen.
         decoder_hidden_sizes: widths of the segmentation decoder from the coarsest level to the input's resolution,
             one a level of the backbone; None for …, 64, 32, 16.
         semantic_loss_ignore_index: value of mask pixels that do not count in the segmentation loss.
-        out_features: levels that `MLVICXBackbone` returns, of `stage_names`; by default the last.
-        out_indices: the same by number.
+        out_features: names of the levels that `MLVICXBackbone` returns, from `stage_names`; by default the last.
+        out_indices: numbers of these levels.
 
     Raises:
         ValueError: a dictionary of another model type.
@@ -104,7 +104,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in what depends on other fields; `problem_type` is never left for transformers to guess."""
+        """Fill in fields that depend on others. Set `problem_type`, because transformers would guess it."""
         if self.problem_type is None:
             self.problem_type = "multi_label_classification"
         for name in ("aggregation_levels", "expander_dims", "positive_weights", "decoder_hidden_sizes"):
@@ -123,7 +123,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of the base class, but a configuration of another model is an error instead of a warning."""
+        """As of the base class, but a configuration of another model is an error, not a warning."""
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(f"configuration of a {found!r} model found; expected one of {cls.model_type!r}")

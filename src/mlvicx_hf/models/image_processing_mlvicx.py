@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Image processor: any picture of a chest radiograph to normalised `pixel_values` [B, num_channels, H, W].
+"""Turn any picture of a chest radiograph into normalised `pixel_values` [B, num_channels, H, W].
 
 This file travels to the Hub beside the model, so it imports nothing from the package.
 """
@@ -26,9 +26,9 @@ BIT_DEPTHS = (8, 10, 12, 14, 16)
 
 
 def full_scale(maximum: int) -> int:
-    """Largest value of the smallest usual bit depth (8, 10, 12, 14, 16) that holds `maximum`.
+    """Find the largest value of the smallest usual bit depth (8, 10, 12, 14, 16) that holds `maximum`.
 
-    A 16-bit file rarely says how many of its bits are used; 12-bit radiographs stored in 16 bits are common.
+    A 16-bit file rarely says how many of its bits are used, and radiographs of 12 bits in 16 are common.
 
     Raises:
         ValueError: `maximum` does not fit into 16 bits.
@@ -40,7 +40,7 @@ def full_scale(maximum: int) -> int:
 
 
 def _pil_to_array(image: Image.Image) -> np.ndarray:
-    """PIL image of any mode to an array [H, W] or [H, W, C] that keeps its depth."""
+    """Convert a PIL image of any mode to an array [H, W] or [H, W, C] without loss of depth."""
     if image.mode in ("L", "RGB", "F", "I", "1") or image.mode.startswith("I;16"):
         return np.asarray(image)
     if image.mode == "LA" or image.mode == "La":
@@ -49,7 +49,7 @@ def _pil_to_array(image: Image.Image) -> np.ndarray:
 
 
 def _channels_first(array: np.ndarray) -> np.ndarray:
-    """[H, W], [H, W, C] or [C, H, W] to [C, H, W] with C of 1 or 3; an alpha channel is dropped."""
+    """Bring [H, W], [H, W, C] or [C, H, W] to [C, H, W] with C of 1 or 3. Drop an alpha channel."""
     if array.ndim == 2:
         return array[None]
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
@@ -66,10 +66,10 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
 
 
 def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """One picture of any mode and bit depth to grey values in [0, 1].
+    """Convert one picture of any mode and bit depth to grey values in [0, 1].
 
-    Integers are divided by the full scale of their bit depth (16-bit values are rescaled, never saturated; see
-    `full_scale`), floats must lie in [0, 1] already, booleans become 0 and 1.
+    Divide integers by the full scale of their bit depth (see `full_scale`; no value is saturated). Floats must already
+    lie in [0, 1]. Booleans become 0 and 1.
 
     Args:
         image: PIL image of any mode, or array or tensor [H, W], [H, W, C] or [C, H, W].
@@ -78,7 +78,7 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor
         Float32 tensor [1, H, W].
 
     Raises:
-        ValueError: a shape, type or value range that is not an image's.
+        ValueError: a shape, type or value range that no image has.
     """
     if isinstance(image, Image.Image):
         array = _pil_to_array(image)
@@ -106,7 +106,7 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor
 
 
 def _padded(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Where "pad" puts a picture in a square: top, left, height, width."""
+    """Find where "pad" puts a picture in a square: top, left, height, width."""
     scale = size / max(height, width)
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
     return (size - height) // 2, (size - width) // 2, height, width
@@ -115,13 +115,13 @@ def _padded(height: int, width: int, size: int) -> tuple[int, int, int, int]:
 def fit_square(
     image: torch.Tensor, size: int, fit: str = "pad", fill: float = 0, nearest: bool = False
 ) -> torch.Tensor:
-    """Resize to a square, antialiased, and say what happens to an image that is not one.
+    """Resize to a square, with antialiasing.
 
     Args:
         image: [..., H, W].
         size: side of the result in pixels.
-        fit: "pad" keeps everything and the aspect ratio (black borders), "squash" keeps everything but not the
-            aspect ratio, "crop" keeps the aspect ratio of the central square.
+        fit: what happens to an image that is not square. "pad" adds black borders; "squash" changes the aspect ratio;
+            "crop" keeps the central square alone.
         fill: grey value of the borders.
         nearest: take the nearest pixel instead of a mean, for masks.
 
@@ -134,7 +134,7 @@ def fit_square(
     if fit == "crop":
         image = F.center_crop(image, [min(height, width)] * 2)
     elif fit == "pad":
-        # The long side first, then the border: a border is never interpolated into the image.
+        # Resize first and pad then, so that no border is interpolated into the image.
         top, left, height, width = _padded(height, width, size)
         image = _resize(image, height, width, nearest)
         return F.pad(image, [left, top, size - width - left, size - height - top], fill=fill)
@@ -147,7 +147,7 @@ def _resize(image: torch.Tensor, height: int, width: int, nearest: bool) -> torc
 
 
 def unfit_square(logits: torch.Tensor, height: int, width: int, fit: str = "pad") -> torch.Tensor:
-    """The inverse of `fit_square`: what a square says about the image that it was made of.
+    """Invert `fit_square`: bring logits of the square back to the geometry of the image.
 
     Args:
         logits: [C, S, S].
@@ -167,7 +167,7 @@ def unfit_square(logits: torch.Tensor, height: int, width: int, fit: str = "pad"
 
 
 def to_class_map(mask: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """A mask of class indices, one an integer pixel, to int64 [1, H, W].
+    """Convert a mask of class indices [H, W] to int64 [1, H, W].
 
     Raises:
         ValueError: another shape or type.
@@ -179,9 +179,9 @@ def to_class_map(mask: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 class MLVICXImageProcessor(BaseImageProcessor):
-    """Pictures of chest radiographs to `pixel_values`: grey in [0, 1], square, normalised.
+    """Turn pictures of chest radiographs into `pixel_values`: grey in [0, 1], square, normalised.
 
-    Deterministic: no random transforms. The constants are saved with the model as `preprocessor_config.json`.
+    Nothing is random. The constants are saved beside the model in `preprocessor_config.json`.
 
     Args:
         image_size: side of the square in pixels.
@@ -224,7 +224,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
         return super().push_to_hub(*args, **kwargs)
 
     def normalize(self, unit: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # constants are the processor's own
-        """Grey values in [0, 1], [..., 1, H, W], to model input [..., num_channels, H, W]."""
+        """Turn grey values in [0, 1], [..., 1, H, W], into model input [..., num_channels, H, W]."""
         pixels = (unit - self.image_mean) / self.image_std
         return pixels.expand(*pixels.shape[:-3], self.num_channels, *pixels.shape[-2:])
 
@@ -244,7 +244,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
             [B, image_size, image_size], int64, through the same geometry; borders are class 0.
 
         Raises:
-            ValueError: what is no image, or a mask that does not fit its image.
+            ValueError: something that is no image, or a mask that does not fit its image.
         """
         items = _as_list(images, batch_dimensions=4)
         if not items:
@@ -266,15 +266,16 @@ class MLVICXImageProcessor(BaseImageProcessor):
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[torch.Tensor]:
-        """Class of every pixel, in the geometry of the original images.
+        """Find the class of every pixel, in the geometry of the original images.
 
         Args:
             outputs: of `MLVICXForSemanticSegmentation`, with logits [B, K, H, W].
             target_sizes: (height, width) of the original images; by default the resolution of the logits. Borders that
-                `fit` added are removed, what it cut off is class 0.
+                `fit` added are removed; pixels that it cut off get class 0.
 
         Returns:
-            One int64 [height, width] an image: the class with the highest logit; with one logit 1 where it is above 0.
+            For each image int64 [height, width]: the class with the highest logit; with one logit, 1 where it is
+            above 0.
 
         Raises:
             ValueError: another number of sizes than images.
@@ -294,7 +295,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
 
 
 def _as_list(images: Any, batch_dimensions: int) -> list[Any]:
-    """The items of a list or of a batch array; a single one as a list."""
+    """Split a list or a batch array into its items; a single item becomes a list."""
     if isinstance(images, (list, tuple)) or (
         not isinstance(images, Image.Image) and np.ndim(images) == batch_dimensions
     ):
@@ -303,7 +304,7 @@ def _as_list(images: Any, batch_dimensions: int) -> list[Any]:
 
 
 def _decide(logits: torch.Tensor) -> torch.Tensor:
-    """[B, K, H, W] to classes [B, H, W]."""
+    """Choose classes [B, H, W] by logits [B, K, H, W]."""
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 

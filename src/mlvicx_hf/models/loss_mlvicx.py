@@ -1,9 +1,8 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Invariance, variance and covariance of a batch of embeddings: Eqs. 3-8 of MLVICX (arXiv 2403.11504).
 
-Functions of [batch, dimension] tensors, computed in at least float32 whatever autocast says. Each is named for
-its equation; the weights and their sums are in `variance_covariance_loss`. `segmentation_loss` is what the
-segmentation head minimises.
+Functions of [batch, dimension] tensors, computed in float32 or more, also under autocast. `variance_covariance_loss`
+weights and adds the terms. `segmentation_loss` is the loss of the segmentation head.
 
 This file travels to the Hub beside the model, so it imports nothing from the package.
 """
@@ -39,9 +38,9 @@ def _check_batch(embeddings: Tensor) -> None:
 
 
 def invariance_loss(z_1: Tensor, z_2: Tensor, reduction: str = "mean") -> Tensor:
-    """Squared distance between the embeddings of the two views (Eq. 6).
+    """Compute the squared distance between the embeddings of the two views (Eq. 6).
 
-    Differs from the paper: the default also averages over the dimensions, which VICReg's weights 25/25/1 assume.
+    Unlike the paper, average over the dimensions by default: VICReg's weights 25/25/1 assume that.
 
     Args:
         z_1: embeddings of view 1, [b, r].
@@ -61,9 +60,9 @@ def invariance_loss(z_1: Tensor, z_2: Tensor, reduction: str = "mean") -> Tensor
 
 
 def variance_loss(z: Tensor, target: float = 1.0, epsilon: float = 1e-4) -> Tensor:
-    """Hinge that keeps the standard deviation of every dimension above a target (Eq. 7).
+    """Compute the hinge that keeps the standard deviation of every dimension above a target (Eq. 7).
 
-    Differs from the paper: ε stands under the root, whose gradient is infinite at zero otherwise.
+    Unlike in the paper, ε stands under the root: otherwise its gradient at zero is infinite.
 
     Args:
         z: embeddings, [b, r].
@@ -79,9 +78,9 @@ def variance_loss(z: Tensor, target: float = 1.0, epsilon: float = 1e-4) -> Tens
 
 
 def covariance_loss(z: Tensor) -> Tensor:
-    """Squares of the off-diagonal covariances, summed, over the dimension (Eq. 8).
+    """Sum the squares of the off-diagonal covariances, and divide by the dimension (Eq. 8).
 
-    With centred Z, ‖ZᵀZ‖ = ‖ZZᵀ‖ (Frobenius), so the smaller of the r×r covariance and the n×n Gram matrix serves.
+    With centred Z, ‖ZᵀZ‖ = ‖ZZᵀ‖ (Frobenius). So use the smaller of the r×r covariance and the n×n Gram matrix.
 
     Args:
         z: embeddings, [b, r].
@@ -95,7 +94,7 @@ def covariance_loss(z: Tensor) -> Tensor:
 
 
 def _center(z: Tensor) -> Tensor:
-    """Centred over the global batch of n and divided by √(n-1), [V, b, r]: then squares add up to the variance."""
+    """Centre over the global batch of n and divide by √(n-1), [V, b, r]: then squares add up to the variance."""
     count = z.shape[1] * _world_size()
     return (z - sum_over_ranks(z.sum(1, keepdim=True)) / count) / (count - 1) ** 0.5
 
@@ -113,10 +112,10 @@ def _off_diagonal(centered: Tensor) -> Tensor:
 
 
 class _OffDiagonalSquares(torch.autograd.Function):
-    """Squares of the off-diagonal covariances, summed: [V, b, r] of this rank to [V] of the global batch.
+    """Sum of squares of the off-diagonal covariances: from [V, b, r] of this rank to [V] of the global batch.
 
-    Every rank does its own rows, forward and backward. The gradient of ‖ZZᵀ‖² is 4 ZZᵀZ, so a rank needs no other
-    rank's gradient; autograd would compute it twice.
+    Every rank computes its own rows, forward and backward. The gradient of ‖ZZᵀ‖² is 4 ZZᵀZ, so a rank needs no other
+    rank's gradient. Autograd would compute it twice.
     """
 
     @staticmethod
@@ -143,7 +142,7 @@ class _OffDiagonalSquares(torch.autograd.Function):
             slope = products @ everyone - centered * variance
         else:
             slope = centered @ products
-        # As if every rank's loss were added up, like `sum_over_ranks`.
+        # The gradient of the sum of all ranks' losses, as in `sum_over_ranks`.
         return 4 * _world_size() * gradient[:, None, None] * slope
 
 
@@ -158,10 +157,10 @@ def variance_covariance_loss(
     variance_epsilon: float = 1e-4,
     invariance_reduction: str = "mean",
 ) -> LossTerms:
-    """L_G of Eq. 3 or L_L of Eq. 4: α·inv + β·var + γ·cov of the embeddings of two views.
+    """Compute L_G of Eq. 3 or L_L of Eq. 4: α·inv + β·var + γ·cov of the embeddings of two views.
 
-    The variance term is the mean of the two views' (halved, as VICReg's code has it), the covariance term their sum.
-    Under torch.distributed all terms are those of the global batch, and every process does its share of them.
+    The variance term is the mean over the two views (as in VICReg's code), the covariance term the sum. Under
+    torch.distributed all terms are those of the global batch, and every process computes its share.
 
     Args:
         z_1: this process's embeddings of view 1, [b, r]; all processes have equally many.
@@ -188,7 +187,7 @@ def _world_size() -> int:
 
 
 def _all_reduce(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, without gradients."""
+    """Add up over all ranks, without gradients."""
     if _world_size() > 1:
         tensor = tensor.contiguous()
         dist.all_reduce(tensor)
@@ -206,19 +205,19 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(local: Tensor) -> Tensor:
-    """Sum over all processes, with gradients; itself in one process.
+    """Add up over all processes, with gradients.
 
     Every rank computes the loss of the global batch, and the gradient is that of the sum of all ranks' losses.
-    Distributed data parallel averages over the W ranks, so parameter gradients equal those of one process with the
+    Distributed data parallel averages over the W ranks, so parameters get the gradients of one process with the
     whole batch.
     """
     return local if _world_size() == 1 else _SumOverRanks.apply(local)
 
 
 def gather_batch(local: Tensor) -> Tensor:
-    """All ranks' samples in rank order, [V, W·b, r] from this process's [V, b, r]; without gradients.
+    """Gather the samples of all ranks, in rank order and without gradients: [V, b, r] to [V, W·b, r].
 
-    All ranks have equally many samples.
+    All ranks must have the same number of samples.
     """
     if _world_size() == 1:
         return local
@@ -229,19 +228,19 @@ def gather_batch(local: Tensor) -> Tensor:
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross-entropy plus soft Dice loss, for one structure or several classes.
+    """Compute cross-entropy plus soft Dice loss, for one structure or several classes.
 
     With one logit a pixel: binary cross-entropy and the Dice loss of the structure. With K logits: cross-entropy over
-    the classes and the mean Dice loss of the foreground classes 1 to K-1. Dice is taken over the whole batch, so images
-    without the structure need no convention.
+    the classes and the mean Dice loss of the foreground classes 1 to K-1. Dice is computed over the whole batch, so
+    images without the structure need no convention.
 
     Args:
         logits: [B, K, H, W]; K of 1 for a binary mask.
-        labels: [B, H, W], 0 to K-1 (binary: 0 or 1), or `ignore_index` for pixels that do not count.
-        ignore_index: see there.
+        labels: [B, H, W], 0 to K-1 (binary: 0 or 1), or `ignore_index`.
+        ignore_index: value of pixels that do not count.
 
     Returns:
-        Scalar; 0, with gradients of 0, when no pixel counts.
+        Scalar; 0, with gradients of 0, if no pixel counts.
 
     Raises:
         ValueError: labels of another shape, or a value out of range.
@@ -268,5 +267,5 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
         weight = known[:, None]
         overlap = (probability * target * weight).sum((0, 2, 3))  # [K-1]
         total = ((probability + target) * weight).sum((0, 2, 3))
-        dice = (2 * overlap + 1) / (total + 1)  # the 1 keeps a batch without the structure from dividing by 0
+        dice = (2 * overlap + 1) / (total + 1)  # + 1, because a batch without the structure would divide by 0
         return mean + (1 - dice).mean()

@@ -37,7 +37,7 @@ from .loss_mlvicx import LossTerms, segmentation_loss, variance_covariance_loss
 
 
 class GateConv2d(nn.Conv2d):
-    """Convolution of a gate, without bias; its first weights are drawn at `config.context_init_scale`."""
+    """Convolution of a gate, without bias. `config.context_init_scale` scales its initial weights."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> None:
         super().__init__(in_channels, out_channels, kernel_size, bias=False, **kwargs)
@@ -66,26 +66,26 @@ class ContextBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H, W]."""
         trained = torch.is_grad_enabled() and all(tensor.requires_grad for tensor in (x, *self.parameters()))
-        if trained and not torch.compiler.is_compiling():  # a compiler fuses what is below by itself
+        if trained and not torch.compiler.is_compiling():  # a compiler fuses the operations below by itself
             return _Refinement.apply(x, self, *self.parameters())
         x = x * self.channel_gate(x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
         return x * self.spatial_gate(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1))
 
     def channel_gate(self, average: Tensor, maximum: Tensor) -> Tensor:
-        """Eq. 1 without the product: pooled maps, [B, C, 1, 1] each, to gates [B, C, 1, 1]."""
+        """Compute the gates of Eq. 1, [B, C, 1, 1], from the two pooled maps, [B, C, 1, 1] each."""
         return self.gain * torch.sigmoid(self.channel(average) + self.channel(maximum))
 
     def spatial_gate(self, planes: Tensor) -> Tensor:
-        """Eq. 2 without the product: mean and maximum over the channels, [B, 2, H, W], to gates [B, 1, H, W]."""
+        """Compute the gates of Eq. 2, [B, 1, H, W], from mean and maximum over the channels, [B, 2, H, W]."""
         return self.gain * torch.sigmoid(self.spatial(planes))
 
 
 class _Refinement(torch.autograd.Function):
-    """`ContextBottleneck.forward` in few passes over the map, which are what it costs: the stem's is 112×112.
+    """`ContextBottleneck.forward` with few passes over the map. They are the cost: the stem's map is 112×112.
 
-    With y = x · channel gate, the result is y · spatial gate. Only x and the places of the maxima are kept; y is
-    computed again, and the gates, which are small, are left to autograd. Of equal maxima one takes the gradient.
-    Modules are handed no leaves: some hooks, torch's FLOP counter's for one, refuse them inside a backward pass.
+    With y = x · channel gate, the result is y · spatial gate. Keep only x and the places of the maxima, compute y again
+    in the backward pass, and leave the small gates to autograd. One of several equal maxima takes the gradient.
+    Give no leaves to modules: some hooks, such as torch's FLOP counter, refuse them inside a backward pass.
     """
 
     @staticmethod
@@ -152,7 +152,7 @@ class MultiLevelAggregator(nn.Module):
             )
         self.size = config.aggregation_size
         self.resize = config.aggregation_resize
-        # No bias: the batch normalisation behind the first expander layer would cancel it.
+        # No bias, because the batch normalisation behind the first expander layer would cancel it.
         self.projection = nn.Conv2d(sum(channels[i] for i in self.levels), config.aggregation_channels, 1, bias=False)
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
@@ -165,7 +165,7 @@ class MultiLevelAggregator(nn.Module):
             x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", align_corners=False)
         if not torch.are_deterministic_algorithms_enabled():
             return F.adaptive_avg_pool2d(x, self.size)
-        # On GPUs the gradient of the above is not deterministic; the same averages by matrix products are.
+        # On GPUs the gradient of that is not deterministic. Matrix products give the same averages, and are.
         rows, columns = (_averages(side, self.size).to(x) for side in x.shape[2:])
         x = columns @ x.permute(0, 2, 3, 1)  # [B, H, size, C]
         x = (rows @ x.flatten(2)).unflatten(2, (self.size, -1))  # [B, size, size, C]
@@ -173,7 +173,7 @@ class MultiLevelAggregator(nn.Module):
 
 
 def _averages(side: int, size: int) -> Tensor:
-    """The matrix [size, side] whose products are the averages of `adaptive_avg_pool1d`."""
+    """Make the matrix [size, side] whose products are the averages of `adaptive_avg_pool1d`."""
     matrix = torch.zeros(size, side)
     for row in range(size):
         start, end = row * side // size, -(-(row + 1) * side // size)
@@ -182,9 +182,9 @@ def _averages(side: int, size: int) -> Tensor:
 
 
 class Expander(nn.Sequential):
-    """MLP that lifts a representation to the embedding in which the loss is taken (g and h of section III-B).
+    """MLP from a representation to the embedding on which the loss is computed (g and h of section III-B).
 
-    Linear layers with batch normalisation and ReLU between them. No bias where a normalisation or the loss itself
+    Linear layers with batch normalisation and ReLU between them, without a bias where a normalisation or the loss
     would cancel it.
 
     Args:
@@ -203,7 +203,7 @@ class Expander(nn.Sequential):
             if not last:
                 layers.append(nn.ReLU(inplace=True))
             in_features = width
-        if final_norm:  # a constant shift of every embedding cancels in the loss: kept, not trained
+        if final_norm:  # a constant shift of all embeddings cancels in the loss: keep it, do not train it
             norm = layers[-1]
             del norm.bias
             norm.register_buffer("bias", torch.zeros(width))
@@ -211,10 +211,10 @@ class Expander(nn.Sequential):
 
 
 def create_backbone(config: MLVICXConfig) -> FeatureListNet:
-    """The timm backbone of a configuration, with random weights.
+    """Make the timm backbone of a configuration, with random weights.
 
     Raises:
-        ValueError: an unknown name, or a model whose features timm does not give as an NCHW `FeatureListNet`.
+        ValueError: an unknown name, or a model that timm cannot make as an NCHW `FeatureListNet`.
     """
     works = "resnet18, resnet34, resnet50, densenet121 or regnety_008"
     if not timm.is_model(config.backbone):
@@ -232,12 +232,12 @@ def create_backbone(config: MLVICXConfig) -> FeatureListNet:
 
 
 class MLVICXPreTrainedModel(PreTrainedModel):
-    """What the MLVICX models share: configuration, initialisation, freezing."""
+    """Base class: configuration, initialisation, freezing, loading and publishing."""
 
     config_class = MLVICXConfig
     base_model_prefix = "mlvicx"
     main_input_name = "pixel_values"
-    # A pretraining checkpoint also holds expanders and aggregation, a classifier its head: not wanted elsewhere.
+    # Weights of another class's head: expanders and aggregation of pretraining, a classifier, a decoder.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."
     ]
@@ -280,7 +280,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Torch's own initialisation for what is ours; a backbone built with values keeps timm's (see MLVICXModel)."""
+        """Initialise our own layers as torch does. A backbone keeps timm's initial values (see `MLVICXModel`)."""
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             bound = 1 / math.sqrt(module.weight[0].numel())
             if isinstance(module, GateConv2d):
@@ -292,13 +292,13 @@ class MLVICXPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def freeze_backbone(self) -> None:
-        """No gradients for the backbone, and its batch normalisation in evaluation mode whatever `train()` says."""
+        """Switch off the backbone's gradients, and keep it in evaluation mode through every call of `train()`."""
         self._backbone_frozen = True
         self.base_model.requires_grad_(False)
         self.base_model.train(False)
 
     def train(self, mode: bool = True) -> MLVICXPreTrainedModel:
-        """As `nn.Module.train`, except that a frozen backbone stays in evaluation mode."""
+        """As `nn.Module.train`, but a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if mode and self._backbone_frozen:
             self.base_model.train(False)
@@ -322,12 +322,12 @@ class MLVICXModel(MLVICXPreTrainedModel):
         )
         self.pooled_features = self.channels[-1] if config.pooled_levels == "last" else sum(self.channels)
         for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
-            if not tensor.is_meta:  # from_pretrained builds on the meta device and fills what a checkpoint lacks
+            if not tensor.is_meta:  # from_pretrained builds on the meta device, and fills in missing weights later
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
         self.post_init()
 
     def refined_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The refined map of every level, finest first, each [B, C_p, H_p, W_p].
+        """Compute the refined map of every level, finest first, each [B, C_p, H_p, W_p].
 
         Raises:
             ValueError: input that is not [B, num_channels, H, W].
@@ -396,7 +396,7 @@ class MLVICXModel(MLVICXPreTrainedModel):
 
 @dataclass
 class MLVICXForPreTrainingOutput(ModelOutput):
-    """Output of `MLVICXForPreTraining`; a branch whose weight is 0 gives None.
+    """Output of `MLVICXForPreTraining`. Fields of a branch whose weight is 0 are None.
 
     Args:
         loss: global_weight · L_G + λ · L_L (Eq. 5).
@@ -426,7 +426,7 @@ class MLVICXForPreTrainingOutput(ModelOutput):
 
 
 class MLVICXForPreTraining(MLVICXPreTrainedModel):
-    """MLVICX as it is pretrained: encoder, global expander g, aggregation, multi-level expander h, loss (Eq. 5).
+    """MLVICX for pretraining: encoder, global expander g, aggregation, multi-level expander h, loss (Eq. 5).
 
     Args:
         config: see `MLVICXConfig`.
@@ -447,7 +447,7 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         self.post_init()
 
     def embed(self, pixel_values: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Global embedding z and multi-level embedding m, [B, r] each, of one view."""
+        """Compute the global embedding z and the multi-level embedding m of one view, [B, r] each."""
         maps = self.mlvicx.refined_maps(pixel_values)
         z = self.global_expander(maps[-1].mean((2, 3))) if self.config.global_weight > 0 else None
         m = self.multi_level_expander(self.aggregator(maps).flatten(1)) if self.config.multi_level_weight > 0 else None
@@ -456,14 +456,14 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
     def forward(
         self, view_1: Tensor, view_2: Tensor, return_loss: bool = True, **kwargs: Any
     ) -> MLVICXForPreTrainingOutput:
-        """Loss of two views of the same images; under torch.distributed that of the global batch.
+        """Compute the loss of two views of the same images; under torch.distributed, the loss of the global batch.
 
         Each view has its own forward pass, hence its own batch normalisation statistics.
 
         Args:
             view_1: [B, num_channels, H, W].
             view_2: [B, num_channels, H, W].
-            return_loss: false gives the embeddings alone, of which `add_losses` makes the rest.
+            return_loss: false gives only the embeddings; `add_losses` computes the rest.
             kwargs: ignored.
 
         Raises:
@@ -484,7 +484,7 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         return self.add_losses(output) if return_loss else output
 
     def add_losses(self, output: MLVICXForPreTrainingOutput) -> MLVICXForPreTrainingOutput:
-        """Fill in loss and terms from the embeddings of a batch."""
+        """Fill in the loss and its terms from the embeddings of a batch."""
         total = []
         if output.global_embeddings is not None:
             terms = self._loss(*output.global_embeddings)
@@ -514,15 +514,15 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
 
 
 def multi_label_loss(logits: Tensor, labels: Tensor, positive_weights: list[float] | None = None) -> Tensor:
-    """Binary cross-entropy over the known labels.
+    """Compute the binary cross-entropy over the known labels.
 
     Args:
         logits: [B, L].
-        labels: [B, L], 1, 0, or NaN for unknown, which does not count.
+        labels: [B, L], 1, 0, or NaN for unknown labels, which do not count.
         positive_weights: L weights of the positives, None for 1.
 
     Returns:
-        Mean over the known labels; 0, with gradients of 0, when none is known.
+        Mean over the known labels; 0, with gradients of 0, if no label is known.
 
     Raises:
         ValueError: labels of another shape than the logits.
@@ -578,14 +578,14 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
             `loss` (when labels are given), `logits` [B, L], `hidden_states`.
         """
         encoded = self.mlvicx(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        # Under autocast, too, in the layer's own precision: rounded to bfloat16 many scores would tie.
+        # Use the layer's own precision under autocast, too: rounded to bfloat16, many scores would be equal.
         with torch.autocast(pixel_values.device.type, enabled=False):
             logits = self.classifier(encoded.pooler_output.to(self.classifier.weight.dtype))
         loss = None if labels is None else self.compute_loss(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Loss of the configuration's problem type, at least float32: masked BCE, or cross-entropy."""
+        """Compute the loss of the configuration's problem type, in float32 or more: masked BCE, or cross-entropy."""
         logits = logits.float() if logits.dtype != torch.float64 else logits
         if self.config.problem_type == "single_label_classification":
             return F.cross_entropy(logits, labels.long())
@@ -634,10 +634,10 @@ class UNetDecoder(nn.Module):
         self.classifier = nn.Conv2d(widths[-1], int(config.num_labels or 0), 1)
 
     def forward(self, maps: tuple[Tensor, ...], pixel_values: Tensor) -> Tensor:
-        """Refined maps, finest first, and the input [B, C, H, W] to logits [B, num_labels, H, W]."""
+        """Compute logits [B, num_labels, H, W] from the refined maps, finest first, and the input [B, C, H, W]."""
         x = maps[-1]
         for block, skip in zip(self.blocks, (*reversed(maps[:-1]), pixel_values), strict=True):
-            x = F.interpolate(x, skip.shape[2:], mode="nearest")  # its backward is deterministic on GPUs, too
+            x = F.interpolate(x, skip.shape[2:], mode="nearest")  # whose gradient is deterministic on GPUs, too
             x = block(torch.cat([x, skip], 1))
         return self.classifier(x)
 
@@ -669,7 +669,7 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
 
         Args:
             pixel_values: [B, num_channels, H, W], from `MLVICXImageProcessor`.
-            labels: [B, H, W] class indices, or `semantic_loss_ignore_index` for pixels that do not count.
+            labels: [B, H, W] class indices; `semantic_loss_ignore_index` for pixels that do not count.
             output_hidden_states: also return the refined maps of all levels.
             kwargs: `return_dict=False` gives a plain tuple.
 
@@ -694,8 +694,8 @@ class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
     """The encoder as a backbone of other transformers models (UperNet, DETR, Mask2Former …).
 
     Args:
-        config: `out_features` (names such as "stage1", see `config.stage_names`) or `out_indices` say which levels are
-            returned; by default the last.
+        config: `out_features` (names such as "stage1", see `config.stage_names`) or `out_indices` choose the levels;
+            by default the last.
     """
 
     has_attentions = False
@@ -715,7 +715,7 @@ class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple[Any, ...]:
-        """Refined maps of the chosen levels.
+        """Compute the refined maps of the chosen levels.
 
         Args:
             pixel_values: [B, num_channels, H, W].

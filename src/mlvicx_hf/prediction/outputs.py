@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a prediction says about an image, and the files that it is written to."""
+"""The columns and files of a prediction."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ class Head(Protocol):
 
 
 class NoHead:
-    """An encoder alone says nothing that a table could hold."""
+    """An encoder alone has nothing for the table."""
 
     columns: list[str] = []  # noqa: RUF012 - nobody adds to it
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
-        """None."""
+        """No columns, no cells."""
         return []
 
 
 class MultiLabelHead:
-    """Probability of every label, and 1 or 0 where the model has a threshold for it.
+    """Probability of every label, and a decision 1 or 0 if the model has a threshold for the label.
 
     Args:
         labels: names of the logits.
         thresholds: `decision_thresholds` of the configuration.
 
     Raises:
-        ValueError: thresholds that do not fit the labels.
+        UserError: thresholds that do not fit the labels.
     """
 
     def __init__(self, labels: list[str], thresholds: dict[str, Any] | None) -> None:
@@ -69,8 +69,8 @@ class MultiLabelHead:
         self.columns = [f"{kind}:{name}" for kind in ("probability", "decision") for name in labels]
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
-        """Of logits [L]."""
-        probabilities = logits.double().sigmoid().tolist()  # as the thresholds were chosen
+        """Cells for logits [L]."""
+        probabilities = logits.double().sigmoid().tolist()  # in float64, as the thresholds were chosen
         decisions = [
             "" if threshold is None else str(int(value >= threshold))
             for value, threshold in zip(probabilities, self.thresholds, strict=True)
@@ -79,39 +79,35 @@ class MultiLabelHead:
 
 
 class SingleLabelHead:
-    """Probability of every class, and the most probable one.
-
-    Args:
-        labels: names of the logits.
-    """
+    """Probability of every class, and the most probable class; `labels` are the names of the logits."""
 
     def __init__(self, labels: list[str]) -> None:
         self.labels = labels
         self.columns = [*(f"probability:{name}" for name in labels), "class"]
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
-        """Of logits [L]."""
+        """Cells for logits [L]."""
         probabilities = logits.double().softmax(0).tolist()
         return [*(f"{value:.6f}" for value in probabilities), self.labels[int(logits.argmax())]]
 
 
 class SegmentationHead:
-    """Share of the image's pixels of every structure, and its mask.
+    """Every structure's share of the image's pixels, and the mask.
 
     Args:
         labels: names of the classes.
-        processor: of the model.
-        folder: where masks are written, if anywhere.
+        processor: the model's image processor.
+        folder: where to write masks; None for nowhere.
 
     Raises:
-        ValueError: more classes than a mask file can hold.
+        UserError: more classes than a mask file can hold.
     """
 
     def __init__(self, labels: list[str], processor: MLVICXImageProcessor, folder: Path | None) -> None:
         if len(labels) > MAX_CLASSES:
             raise UserError(f"{len(labels)} classes found; expected at most {MAX_CLASSES}, as an 8-bit mask holds")
         self.structures, self.processor, self.folder = foreground(labels), processor, folder
-        self.scale = 255 if len(labels) <= 2 else 1  # a binary mask is visible, classes are their index
+        self.scale = 255 if len(labels) <= 2 else 1  # a binary mask can be seen; a class is its index
         self.columns = [f"area:{name}" for name in self.structures] + (["mask"] if folder else [])
 
     @property
@@ -120,7 +116,7 @@ class SegmentationHead:
         return {name: value * self.scale for name, value in self.structures.items()}
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
-        """Of logits [K, S, S]."""
+        """Cells for logits [K, S, S]."""
         output = SemanticSegmenterOutput(logits=logits[None])
         classes = self.processor.post_process_semantic_segmentation(output, [size])[0]  # [H, W]
         counts = classes.flatten().bincount(minlength=MAX_CLASSES).tolist()
@@ -134,24 +130,18 @@ class SegmentationHead:
 
 
 def mask_name(place: Path) -> Path:
-    """File of an image's mask below the mask folder; two places never share one."""
+    """Name the file of an image's mask below the mask folder. Two places never share a name."""
     return place.with_name(place.name + MASK_SUFFIX)
 
 
 def printable(path: Path) -> str:
-    """A path as text; bytes that are not UTF-8 are escaped."""
+    """Write a path as text. Escape bytes that are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the results go.
-
-    Attributes:
-        table: CSV file.
-        embeddings: .safetensors or .parquet file.
-        masks: folder.
-    """
+    """Where the results go: a CSV file, a .safetensors or .parquet file, a folder."""
 
     table: Path
     embeddings: Path | None = None
@@ -163,11 +153,11 @@ class Outputs:
         return self.table.with_suffix(".json")
 
     def check(self, overwrite: bool) -> None:
-        """Refuse what cannot be written, before work starts.
+        """Refuse outputs that cannot be written, before work starts.
 
         Raises:
-            FileExistsError: something is there already, and may not be replaced.
-            ValueError: a suffix, or one output within another.
+            FileExistsError: something is there already and may not be replaced.
+            UserError: a wrong suffix, or one output within another.
         """
         if self.table.suffix != ".csv":
             raise UserError(f"output {self.table} found; expected a name that ends in .csv")
@@ -186,7 +176,7 @@ class Outputs:
             self._check_masks(self.masks, overwrite)
 
     def _check_masks(self, masks: Path, overwrite: bool) -> None:
-        """Replacing a folder removes it, so it may hold nothing but masks."""
+        """Refuse a folder that holds anything but masks, because replacing a folder removes it."""
         if masks.is_symlink() or (masks.exists() and not masks.is_dir()):
             raise FileExistsError(f"mask folder {masks} is a file or a link; expected a folder, absent or empty")
         held = [path for path in sorted(masks.rglob("*")) if not path.is_dir()]
@@ -197,11 +187,11 @@ class Outputs:
             raise FileExistsError(f"mask folder {masks} holds {strange[0].name}, which is no mask: it is not replaced")
 
 
-def check_mask_names(places: Iterable[Path], inputs: Iterable[Path], masks: Path) -> None:
-    """Refuse masks that could not be written beside one another, or that would be found as images next time.
+def check_mask_places(places: Iterable[Path], inputs: Iterable[Path], masks: Path) -> None:
+    """Refuse masks that cannot be written beside one another, or that the next run would take for images.
 
     Raises:
-        ValueError: a mask folder within an input, or names that no file system takes.
+        UserError: a mask folder within an input, or names that no file system takes.
     """
     for item in inputs:
         if item.is_dir() and item.resolve() in (masks.resolve(), *masks.resolve().parents):
@@ -215,14 +205,10 @@ def check_mask_names(places: Iterable[Path], inputs: Iterable[Path], masks: Path
 
 
 def write_embeddings(path: Path, suffix: str, files: list[str], batches: list[Tensor]) -> None:
-    """Embeddings [B, C] of batches with the names of their files.
+    """Write the embeddings of batches, [B, C] each, with the names of their N files.
 
-    Args:
-        path: of the file.
-        suffix: ".safetensors" (tensor "embeddings" [N, C], JSON list "files" in the metadata) or ".parquet" (columns
-            file, embedding).
-        files: N names.
-        batches: N rows together.
+    The suffix is ".safetensors" (tensor "embeddings" [N, C], JSON list "files" in the metadata) or ".parquet" (columns
+    file and embedding).
     """
     if suffix == ".safetensors":
         save_file({"embeddings": torch.cat(batches)}, path, metadata={"files": json.dumps(files)})

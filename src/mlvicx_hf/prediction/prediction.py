@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""A saved model on image files: probabilities, masks or embeddings, with a record of what made them."""
+"""Run a saved model on image files: probabilities, masks or embeddings, and a record of what made them."""
 
 from __future__ import annotations
 
@@ -39,11 +39,6 @@ from .outputs import (
     write_embeddings,
 )
 
-# The model
-
-
-# The images
-
 
 class InputImage(NamedTuple):
     """A file, and its place below the folder that all inputs share."""
@@ -53,15 +48,15 @@ class InputImage(NamedTuple):
 
 
 def find_inputs(inputs: Sequence[Path]) -> list[InputImage]:
-    """Image files in the order of the inputs, each once.
+    """List the image files in the order of the inputs, each once.
 
     Args:
-        inputs: files, taken whatever they are called; folders, searched recursively and in sorted order for names that
-            end as images do. Hidden ones are skipped and links to folders not followed.
+        inputs: files, whatever their names; or folders, which are searched recursively and in sorted order for names
+            that end like an image's. Skip hidden files, and do not follow links to folders.
 
     Raises:
         FileNotFoundError: an input that does not exist.
-        ValueError: no images.
+        UserError: no images.
     """
     places: dict[Path, Path] = {}
     bases = []
@@ -86,7 +81,7 @@ def _fail(error: OSError) -> None:
 
 
 class Item(NamedTuple):
-    """An image as model input [C, S, S] with its own height and width, or the error why not."""
+    """An image as model input [C, S, S] with its own height and width, or the error that kept it from being read."""
 
     pixels: Tensor | None
     size: tuple[int, int] | None
@@ -102,12 +97,7 @@ class Batch(NamedTuple):
 
 
 class ImageFiles(Dataset[Item]):
-    """Files as model input.
-
-    Args:
-        paths: of the files.
-        processor: of the model.
-    """
+    """Image files as model input, by the model's image processor."""
 
     def __init__(self, paths: Sequence[Path], processor: MLVICXImageProcessor) -> None:
         self.paths, self.processor = paths, processor
@@ -126,17 +116,14 @@ class ImageFiles(Dataset[Item]):
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """One tensor a batch, so that a worker hands over one piece of shared memory."""
+    """Make one tensor of a batch, so that a worker hands over one piece of shared memory."""
     pixels = [item.pixels for item in items if item.pixels is not None]
     stacked = torch.stack(pixels) if pixels else torch.empty(0)
     return Batch(stacked, [item.size for item in items], [item.error for item in items])
 
 
-# The results
-
-
 def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
-    """What the model's head says about an image."""
+    """Choose the columns of the table by the model's head."""
     if isinstance(loaded.model, MLVICXForSemanticSegmentation):
         return SegmentationHead(loaded.labels, loaded.processor, masks)
     if not isinstance(loaded.model, MLVICXForImageClassification):
@@ -156,16 +143,7 @@ def write_rows(
     embed: bool,
     progress: bool,
 ) -> tuple[list[str], list[Tensor]]:
-    """Predict batch by batch, one row an image.
-
-    Args:
-        loaded: the model.
-        head: what is said about an image.
-        images: in the order in which the loader gives them.
-        loader: of the images.
-        table: CSV file.
-        embed: embeddings are wanted.
-        progress: show a bar.
+    """Predict batch by batch and write one row an image to the CSV file `table`.
 
     Returns:
         The files that could be read, and their embeddings in batches, the first of them empty.
@@ -210,21 +188,21 @@ def predict(
 ) -> dict[str, Any]:
     """Run a saved model on image files and write a table, a record of what made it, and what else is asked for.
 
-    The model's architecture decides: a classifier gives probabilities, with decisions by the thresholds saved with it;
-    a segmenter areas and masks in the geometry of the files; any model embeddings. A file that cannot be read is a row
-    with the reason. Every output is whole or absent; the record `OUTPUT.json` comes last.
+    A classifier gives probabilities, and decisions by the thresholds saved with it. A segmenter gives areas, and masks
+    in the geometry of the files. Any model gives embeddings. A file that cannot be read gets a row with the reason.
+    Every output is whole or absent; the record `OUTPUT.json` is written last.
 
     Args:
         model_source: folder or Hub name.
         inputs: images and folders, see `find_inputs`.
         output: table, a .csv file.
-        embeddings: .safetensors or .parquet file for `pooler_output` of the images that could be read.
+        embeddings: .safetensors or .parquet file for the `pooler_output` of the images that could be read.
         masks: folder for the masks of a segmenter, one PNG an image: 0 and 255 for one structure, else class indices.
         batch_size: images a forward pass.
-        num_workers: processes that read files; 0 reads them in this one.
-        device: of torch; by default a GPU where there is one.
+        num_workers: processes that read files; 0 reads them in this process.
+        device: of torch; by default a GPU if there is one.
         revision: branch, tag or commit of a model on the Hub.
-        overwrite: replace earlier outputs once the new ones are complete.
+        overwrite: replace earlier outputs when the new ones are complete.
         progress: show a bar.
 
     Returns:
@@ -232,7 +210,8 @@ def predict(
 
     Raises:
         FileExistsError: outputs that exist already.
-        ValueError: arguments or a model that do not fit, no images, or (with everything written) none that can be read.
+        UserError: arguments or a model that do not fit; no images; or, after everything was written, no image that
+            could be read.
         OSError: a model or inputs that are absent, damaged or not reachable.
         FloatingPointError: a model whose results are not finite.
     """
@@ -259,7 +238,7 @@ def predict(
     for path in (outputs.table, outputs.embeddings, outputs.masks):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:  # left in reverse: masks, embeddings, table
+    with ExitStack() as stack:  # which completes the masks first, then the embeddings, then the table
         table = stack.enter_context(new_file(outputs.table))
         vectors = outputs.embeddings and stack.enter_context(new_file(outputs.embeddings))
         head = make_head(loaded, outputs.masks and stack.enter_context(new_folder(outputs.masks)))
@@ -267,8 +246,8 @@ def predict(
         readable, batches = write_rows(loaded, head, images, loader, table, embed=embed, progress=progress)
         if outputs.embeddings is not None and vectors is not None:
             write_embeddings(vectors, outputs.embeddings.suffix, readable, batches)
-        outputs.check(overwrite)  # again, for what came up meanwhile
-        outputs.sidecar.unlink(missing_ok=True)  # an old one beside new results would be wrong
+        outputs.check(overwrite)  # again, because somebody else may have written there meanwhile
+        outputs.sidecar.unlink(missing_ok=True)  # the old record does not describe the new results
     record = _describe(loaded, head, given, outputs) | {
         "images": len(images),
         "errors": len(images) - len(readable),
@@ -289,7 +268,7 @@ def _check_task(loaded: LoadedModel, outputs: Outputs) -> None:
 
 
 def _describe(loaded: LoadedModel, head: Head, inputs: Sequence[Path], outputs: Outputs) -> dict[str, Any]:
-    """Which model, code and machine made the results."""
+    """Record which model, code and machine made the results."""
     return {
         "notice": NOTICE,
         "model": loaded.source,

@@ -1,4 +1,4 @@
-"""The files that a model card is made from, checked field by field, and how a card words what they say."""
+"""Read the files that a model card is made from, check every field, and word what they say."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from mlvicx_hf.common.provenance import describe_commit
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 NUMBER = (int, float)
-SCORE = (int, float, str)
-PROTOCOLS = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
+PROTOCOL_NAMES = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """How the scores of a task are called.
+    """The names of a task's scores.
 
     Attributes:
         tag: of the Hub's tasks.
-        scores: field of a split's scores → its name.
+        scores: field of a split's scores → its name; the first is the score that subgroups have.
         metrics: field → identifier of the metric in `evaluate`.
         per_class: field with a score for every class.
-        class_score: name of that.
+        class_score: name of that score.
     """
 
     tag: str
@@ -64,21 +63,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "protocol": str, "labels": list, "model": str, "label_fraction": NUMBER, "seed": int,
     **{f"counts.{split}.{what}": int for split in ("train", "validation", "test") for what in ("images", "patients")},
     "data.cache": str, "data.collection": str, "data.synthetic": bool, "data.data_hash": str, "data.split_hash": str,
-    "hyperparameters": dict, "epochs_trained": NUMBER, "code.mlvicx_hf": str, "code.commit": str,
+    "hyperparameters": dict, "epochs_trained": NUMBER, "code.mlvicx_hf": str, "code.commit": str, "test": dict,
 }  # fmt: skip
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def last_part(path: str) -> str:
-    """The last component of a path or of a name on the Hub: all that a card says of it."""
-    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
-
-
-def canonical(value: Any) -> str:
-    """A value as text that is the same for equal values."""
-    return json.dumps(value, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -90,7 +76,7 @@ class Result:
 
     @property
     def task(self) -> Task:
-        """What its scores are called."""
+        """Names of its scores."""
         return TASKS[self.content["task"]]
 
     @property
@@ -106,37 +92,34 @@ class Result:
         protocol = (c["protocol"], float(c["label_fraction"]), canonical(c["hyperparameters"]), c.get("image_size"))
         return (*protocol, c["model"], c.get("architecture"), bool(c.get("drop_context"))) if model else protocol
 
-    def score(self, name: str) -> float | str:
-        """A score of the test split."""
-        value: float | str = self.content["test"][name]
-        return value
+    @property
+    def test(self) -> dict[str, Any]:
+        """Scores of the test split."""
+        return dict(self.content["test"])
 
     @property
     def subgroups(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Scores of parts of the test split by kind and name of subgroup."""
-        groups: dict[str, dict[str, dict[str, Any]]] = self.content["test"].get("subgroups", {})
-        return groups
+        """Scores of parts of the test split, by kind and name of the subgroup."""
+        return dict(self.test.get("subgroups", {}))
 
     @property
     def images_positive(self) -> dict[str, int]:
-        """Test images that show a structure."""
-        test = self.content["test"]
-        per_label = {name: scores["images_positive"] for name, scores in test.get("per_label", {}).items()}
-        return dict(test.get("images_positive", per_label))
+        """Number of test images that show a structure."""
+        per_label = {name: scores["images_positive"] for name, scores in self.test.get("per_label", {}).items()}
+        return dict(self.test.get("images_positive", per_label))
 
     @property
     def empty_masks(self) -> str:
         """What an image without a structure counts."""
-        test: dict[str, str] = self.content["test"]
-        return str(test.get("empty_mask_convention", self.content.get("empty_mask_convention", "")))
+        return str(self.test.get("empty_mask_convention", self.content.get("empty_mask_convention", "")))
 
 
 def read_results(paths: Iterable[Path]) -> list[Result]:
-    """Results of fine-tuned runs, each once however often it is named or copied.
+    """Read the results of fine-tuned runs. A result that is named twice, or copied, counts once.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file of another kind, or a field that is absent or no figure; both are named.
+        UserError: another kind of file, or a field that is absent or no figure; the message names both.
     """
     results: list[Result] = []
     for path in paths:
@@ -153,22 +136,24 @@ def _check(result: Result) -> None:
         raise UserError(f"{file}: task={content['task']!r} found; expected {' or '.join(TASKS)}")
     for name, kind in FIELDS.items():
         json_field(content, name, kind, file)
-    if content["protocol"] not in PROTOCOLS:
-        raise UserError(f"{file}: protocol={content['protocol']!r} found; expected {' or '.join(PROTOCOLS)}")
-    task, test = result.task, json_field(content, "test", dict, file)
-    scores = {name: json_field(content, name, SCORE, file) for name in (f"test.{score}" for score in task.scores)}
+    if content["protocol"] not in PROTOCOL_NAMES:
+        raise UserError(f"{file}: protocol={content['protocol']!r} found; expected {' or '.join(PROTOCOL_NAMES)}")
+    task = result.task
     classes = json_field(content, f"test.{task.per_class}", dict, file)
     if sorted(classes) != sorted(content["labels"]):
         listed = ", ".join(map(str, content["labels"]))
         raise UserError(f"{file}: test.{task.per_class} of {', '.join(classes)} found; expected {listed}, the labels")
+    scores = {f"test.{name}": json_field(content, f"test.{name}", (*NUMBER, str), file) for name in task.scores}
     scores |= {f"test.{task.per_class}.{name}": value for name, value in classes.items()}
-    for kind, groups in test.get("subgroups", {}).items():
-        for name, group in groups.items():
-            place = f"test.subgroups.{kind}.{name}"
-            for what in ("images", "patients", task.main):
-                if what not in group:
-                    raise UserError(f"{file}: no field '{place}.{what}' found; expected {RESULTS_FILE}")
-            scores[f"{place}.{task.main}"] = group[task.main]
+    for place, group in (
+        (f"test.subgroups.{kind}.{name}", group)
+        for kind, groups in result.subgroups.items()
+        for name, group in groups.items()
+    ):
+        for what in ("images", "patients", task.main):
+            if what not in group:
+                raise UserError(f"{file}: no field '{place}.{what}' found; expected {RESULTS_FILE}")
+        scores[f"{place}.{task.main}"] = group[task.main]
     for name, value in scores.items():
         if value != NOT_SCORED and not (isinstance(value, NUMBER) and math.isfinite(value)):
             raise UserError(f"{file}: {name}={value!r} found; expected a number or {NOT_SCORED!r}")
@@ -180,8 +165,23 @@ def _check(result: Result) -> None:
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
+def last_part(path: str) -> str:
+    """The last component of a path or of a name on the Hub: all that a card says of it."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def canonical(value: Any) -> str:
+    """A value as text that is the same for equal values."""
+    return json.dumps(value, sort_keys=True)
+
+
+def count(number: int, one: str, many: str) -> str:
+    """A number and its noun."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def describe_machine(content: dict[str, Any], file: Path) -> str:
-    """What a run computed on; files of older versions say less, or nothing."""
+    """Word what a run computed on. Files of older versions say less, or nothing."""
     if "hardware" in content:
         kinds = {"name": str, "device": str, "cores": int, "processes": int}
         found = {key: json_field(content, f"hardware.{key}", kind, file) for key, kind in kinds.items()}
@@ -193,12 +193,7 @@ def describe_machine(content: dict[str, Any], file: Path) -> str:
     return "not recorded"
 
 
-def count(number: int, one: str, many: str) -> str:
-    """A number and its noun."""
-    return f"{number:,} {one if number == 1 else many}"
-
-
 def describe_code(code: dict[str, str]) -> str:
-    """Versions and commit that made a result."""
+    """Word which versions and which commit made a result."""
     libraries = "".join(f", {name} {code[name]}" for name in ("torch", "transformers") if name in code)
     return f"mlvicx_hf {code['mlvicx_hf']}, {describe_commit(code['commit'])}{libraries}"

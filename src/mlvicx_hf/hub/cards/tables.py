@@ -1,4 +1,4 @@
-"""What a model card says of results: which of them belong together, their means and their tables.
+"""Say in tables what the results of a model card say: which of them belong together, their means, their differences.
 
 Results of different data never share a table. Several seeds of otherwise equal runs become a mean and a standard
 deviation; where a seed occurs twice, the runs are listed one by one.
@@ -18,18 +18,15 @@ from mlvicx_hf.common.provenance import describe_commit
 from mlvicx_hf.common.text import markdown_table
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
-from .results import PROTOCOLS, Result, Task, canonical, count, last_part
+from .results import PROTOCOL_NAMES, Result, Task, canonical, count, last_part
 
-COLUMNS = 3  # of settings in a table of classes, so that it stays narrow enough to read
+SETTINGS_A_TABLE = 3  # of classes, so that the table stays narrow enough to read
 T = TypeVar("T")
 
 
-# -- which results belong together -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Row:
-    """Runs of one setting, one a seed.
+class Setting:
+    """The runs of one setting, one a seed: a row of a table.
 
     Attributes:
         name: of the encoder and of how it was trained.
@@ -55,7 +52,12 @@ class Row:
 
     def scores(self, name: str) -> list[float | str]:
         """A score of every run."""
-        return [result.score(name) for result in self.results]
+        return [result.test[name] for result in self.results]
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the encoder was not pretrained."""
+        return bool(self.results[0].content["model"] == "random")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Table:
         classes: scores by class, some settings a table.
         subgroups: kind → table of its scores.
         empty_masks: of segmentation: what an image without a structure counts; else empty.
-        rows: what the tables were made of.
+        settings: what the tables were made of.
     """
 
     title: str
@@ -82,18 +84,11 @@ class Table:
     classes: list[str]
     subgroups: dict[str, str]
     empty_masks: str
-    rows: tuple[Row, ...]
-
-
-def _grouped(values: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    groups: dict[Hashable, list[T]] = {}
-    for value in values:
-        groups.setdefault(key(value), []).append(value)
-    return list(groups.values())
+    settings: tuple[Setting, ...]
 
 
 def build_tables(results: Sequence[Result], encoder: Collection[str], own: Result | None) -> list[Table]:
-    """Tables of an evaluation, one for every task, data and split.
+    """Make a table for every task, data and split.
 
     Args:
         results: of all runs.
@@ -104,44 +99,45 @@ def build_tables(results: Sequence[Result], encoder: Collection[str], own: Resul
 
 
 def _table(results: Sequence[Result], encoder: Collection[str], own: Result | None) -> Table:
-    grouped, first = _rows(results, encoder, own), results[0]
+    grouped, first = _settings(results, encoder, own), results[0]
     rows = grouped if own is None else _own_first(grouped, own)
     task, data, counts = first.task, first.content["data"], first.content["counts"]
-    head = ["encoder, training", "training images", "seeds", *task.scores.values()]
+    images = [_range([result.content["counts"]["train"]["images"] for result in row.results]) for row in rows]
     lines = [
-        [
-            row.name,
-            _range([result.content["counts"]["train"]["images"] for result in row.results]),
-            row.list_seeds(),
-            *(_mean(row.scores(name)) for name in task.scores),
-        ]
-        for row in rows
+        [row.name, number, row.list_seeds(), *(_mean(row.scores(name)) for name in task.scores)]
+        for row, number in zip(rows, images, strict=True)
     ]
-    commits = ", ".join(
-        dict.fromkeys(describe_commit(r.content["code"]["commit"]) for row in rows for r in row.results)
-    )
-    kinds = dict.fromkeys(kind for result in results for kind in result.subgroups)
+    commits = dict.fromkeys(describe_commit(r.content["code"]["commit"]) for row in rows for r in row.results)
     return Table(
         title=f"{first.content['task'].capitalize()}, `{last_part(data['cache'])}`",
         facts=f"Test split: {_counts(counts['test'])}; validation: {_counts(counts['validation'])}. "
         f"Collection `{data['collection']}`, data `{data['data_hash'][:12]}`, split `{data['split_hash'][:12]}`. "
-        f"Made by {commits}.",
+        f"Made by {', '.join(commits)}.",
         synthetic=data["synthetic"],
-        scores=markdown_table(head, lines),
+        scores=markdown_table(["encoder, training", "training images", "seeds", *task.scores.values()], lines),
         differences=_differences(grouped, encoder),
         classes=_class_tables(rows, first),
-        subgroups={kind: _subgroup_table(rows, kind, task) for kind in kinds},
+        subgroups={kind: _subgroup_table(rows, kind, task) for result in results for kind in result.subgroups},
         empty_masks=first.empty_masks,
-        rows=tuple(rows),
+        settings=tuple(rows),
     )
 
 
-def _rows(results: Sequence[Result], encoder: Collection[str], own: Result | None) -> list[Row]:
+# -- which results belong together -------------------------------------------------------------------------------------
+
+
+def _grouped(values: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    groups: dict[Hashable, list[T]] = {}
+    for value in values:
+        groups.setdefault(key(value), []).append(value)
+    return list(groups.values())
+
+
+def _settings(results: Sequence[Result], encoder: Collection[str], own: Result | None) -> list[Setting]:
     """One row a setting, or a run where a seed of the setting occurs twice; this model's first."""
     rows = []
     for group in _grouped(results, lambda result: result.setting()):
-        rivals = [r.content for r in results if r.content["protocol"] == group[0].content["protocol"]]
-        training = _training_name(group[0], _varying([content["hyperparameters"] for content in rivals]))
+        training = _training_name(group[0], results)
         seeds = [result.content["seed"] for result in group]
         for runs in [group] if len(set(seeds)) == len(seeds) else [[run] for run in group]:
             ordered = tuple(sorted(runs, key=lambda result: int(result.content["seed"])))
@@ -149,52 +145,45 @@ def _rows(results: Sequence[Result], encoder: Collection[str], own: Result | Non
                 mine = last_part(runs[0].content["model"]) in encoder
             else:
                 mine = any(run.content == own.content for run in runs)
-            name = f"{_encoder_name(ordered[0], own, encoder)}, {training}"
-            rows.append(Row(name, training, ordered, mine))
+            rows.append(Setting(f"{_encoder_name(ordered[0], own, encoder)}, {training}", training, ordered, mine))
     often = Counter(row.name for row in rows)
     named = [replace(row, name=row.name + _run_names(row)) if often[row.name] > 1 else row for row in rows]
     return sorted(named, key=lambda row: not row.mine)
 
 
-def _own_first(rows: Sequence[Row], own: Result) -> list[Row]:
+def _own_first(rows: Sequence[Setting], own: Result) -> list[Setting]:
     """The head that the card is of as a row of its own, before the mean of its setting."""
     shown = []
     for row in rows:
         if row.mine:
-            shown.append(Row(f"**this model** ({row.name})", row.training, (own,), True))
+            shown.append(Setting(f"**this model** ({row.name})", row.training, (own,), True))
         if not row.mine or len(row.results) > 1:
             shown.append(replace(row, mine=False))
     return shown
 
 
-def _varying(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the hyper-parameters that are not the same in all runs."""
-    names = dict.fromkeys(name for setting in settings for name in setting)
-    return [name for name in names if len({canonical(setting.get(name)) for setting in settings}) > 1]
-
-
-def _training_name(result: Result, varying: Sequence[str]) -> str:
+def _training_name(result: Result, results: Sequence[Result]) -> str:
+    """How a result was trained, with the hyper-parameters in which the runs of its protocol differ."""
     content = result.content
+    rivals = [r.content["hyperparameters"] for r in results if r.content["protocol"] == content["protocol"]]
+    names = dict.fromkeys(name for settings in rivals for name in settings)
+    varying = [name for name in names if len({canonical(settings.get(name)) for settings in rivals}) > 1]
     share = "" if content["label_fraction"] == 1 else f", {100 * content['label_fraction']:g} % of the labels"
     settings = [f", `{name}={content['hyperparameters'].get(name)}`" for name in varying]
-    return PROTOCOLS[content["protocol"]] + share + "".join(settings)
+    return PROTOCOL_NAMES[content["protocol"]] + share + "".join(settings)
 
 
 def _encoder_name(result: Result, own: Result | None, encoder: Collection[str]) -> str:
-    model = result.content["model"]
+    model, architecture = result.content["model"], result.content.get("architecture")
     if model == "random":
-        return "random weights" + ("" if _same_architecture(result, encoder) else f" of {_architecture(result)}")
+        of = "the default architecture" if architecture is None else f"`{last_part(architecture)}`"
+        return "random weights" + ("" if _same_architecture(result, encoder) else f" of {of}")
     dropped = " without context blocks" if result.content.get("drop_context") else ""
     return ("pretrained" if own is None else f"`{last_part(model)}`") + dropped
 
 
-def _run_names(row: Row) -> str:
+def _run_names(row: Setting) -> str:
     return ", run " + ", ".join(f"`{result.path.resolve().parent.name}`" for result in row.results)
-
-
-def _architecture(result: Result) -> str:
-    found = result.content.get("architecture")
-    return "the default architecture" if found is None else f"`{last_part(found)}`"
 
 
 def _same_architecture(result: Result, encoder: Collection[str]) -> bool:
@@ -205,59 +194,52 @@ def _same_architecture(result: Result, encoder: Collection[str]) -> bool:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _differences(rows: Sequence[Row], encoder: Collection[str]) -> list[str]:
+def _differences(rows: Sequence[Setting], encoder: Collection[str]) -> list[str]:
     """A sentence for every training that this model and random weights share."""
-    fair = [row for row in rows if _is_random(row) and _same_architecture(row.results[0], encoder)]
-    pretrained = [row for row in rows if row.mine and not _is_random(row)]
+    fair = [row for row in rows if row.is_random and _same_architecture(row.results[0], encoder)]
+    pretrained = [row for row in rows if row.mine and not row.is_random]
     sentences = []
     for ours in _grouped(pretrained, lambda row: row.results[0].setting(model=False)):
-        theirs = [row for row in fair if row.results[0].setting(model=False) == ours[0].results[0].setting(model=False)]
-        if not theirs:
-            continue
+        protocol = ours[0].results[0].setting(model=False)
+        theirs = [row for row in fair if row.results[0].setting(model=False) == protocol]
         if len(ours) == len(theirs) == 1 and ours[0].seeds == theirs[0].seeds:
             sentences.append(_difference(ours[0], theirs[0]))
-            continue
-        seeds = " against ".join(" and ".join(row.list_seeds() for row in group) for group in (ours, theirs))
-        sentences.append(
-            f"Pretrained against random weights ({ours[0].training}): no difference is given, because the seeds do not "
-            f"match or occur twice: {seeds}."
-        )
+        elif theirs:
+            seeds = " against ".join(" and ".join(row.list_seeds() for row in group) for group in (ours, theirs))
+            sentences.append(
+                f"Pretrained against random weights ({ours[0].training}): no difference is given, because the seeds do "
+                f"not match or occur twice: {seeds}."
+            )
     return sentences
 
 
-def _difference(row: Row, baseline: Row) -> str:
+def _difference(row: Setting, baseline: Setting) -> str:
     parts = []
     for name, title in row.results[0].task.scores.items():
         pairs = list(zip(row.scores(name), baseline.scores(name), strict=True))
         scored = [a - b for a, b in pairs if not isinstance(a, str) and not isinstance(b, str)]
-        parts.append(f"{title} {_mean(scored, signed=True) if len(scored) == len(pairs) else NOT_SCORED}")
+        parts.append(f"{title} {f'{fmean(scored):+.3f}' if len(scored) == len(pairs) else NOT_SCORED}")
     seeds = f"{'mean over the seeds' if len(row.seeds) > 1 else 'seed'} {row.list_seeds()}"
     return f"Pretrained minus random weights ({row.training}): {', '.join(parts)}; {seeds}."
 
 
-def _is_random(row: Row) -> bool:
-    return bool(row.results[0].content["model"] == "random")
-
-
-def _class_tables(rows: Sequence[Row], first: Result) -> list[str]:
-    """The score of every class, with at most `COLUMNS` settings a table."""
-    task = first.task
+def _class_tables(rows: Sequence[Setting], first: Result) -> list[str]:
+    """The score of every class, of a few settings a table."""
+    task, shows_counts = first.task, first.content["task"] == "segmentation"
     tables = []
-    for start in range(0, len(rows), COLUMNS):
-        chosen = rows[start : start + COLUMNS]
-        head = [f"{task.class_score}, test", *(row.name for row in chosen)]
-        lines = [
-            [name, *(_mean([r.content["test"][task.per_class][name] for r in row.results]) for row in chosen)]
-            for name in first.content["labels"]
-        ]
-        if first.content["task"] == "segmentation":
-            head.insert(1, "images with it")
-            lines = [[name, f"{first.images_positive[name]:,}", *rest] for name, *rest in lines]
-        tables.append(markdown_table(head, lines))
+    for start in range(0, len(rows), SETTINGS_A_TABLE):
+        chosen = rows[start : start + SETTINGS_A_TABLE]
+        lines = []
+        for name in first.content["labels"]:
+            counted = [f"{first.images_positive[name]:,}"] if shows_counts else []
+            scores = [_mean([result.test[task.per_class][name] for result in row.results]) for row in chosen]
+            lines.append([name, *counted, *scores])
+        counted = ["images with it"] if shows_counts else []
+        tables.append(markdown_table([f"{task.class_score}, test", *counted, *(row.name for row in chosen)], lines))
     return tables
 
 
-def _subgroup_table(rows: Sequence[Row], kind: str, task: Task) -> str:
+def _subgroup_table(rows: Sequence[Setting], kind: str, task: Task) -> str:
     """Scores of the parts of the test split, of the runs that have them."""
     lines = []
     for row in rows:
@@ -271,14 +253,9 @@ def _subgroup_table(rows: Sequence[Row], kind: str, task: Task) -> str:
 
 
 def evaluation_results(tables: Sequence[Table], repo_id: str) -> list[EvalResult]:
-    """The Hub's metadata: a head's own figures, or a backbone's means over seeds.
-
-    Args:
-        tables: of the card.
-        repo_id: name on the Hub.
-    """
+    """The Hub's metadata: a head's own figures, or a backbone's means over seeds."""
     found = []
-    for row in (row for table in tables for row in table.rows if row.mine):
+    for row in (row for table in tables for row in table.settings if row.mine):
         content, task = row.results[0].content, row.results[0].task
         name = row.name.replace("**", "").replace("`", "")
         for key, metric in task.metrics.items():
@@ -306,16 +283,11 @@ def evaluation_results(tables: Sequence[Table], repo_id: str) -> list[EvalResult
     return found
 
 
-# -- words and figures ------------------------------------------------------------------------------------------------
-
-
-def _mean(values: Sequence[float | str], signed: bool = False) -> str:
+def _mean(values: Sequence[Any]) -> str:
     """Mean, and the sample standard deviation where there are several; "n/a" as soon as one was not scored."""
-    numbers = [value for value in values if not isinstance(value, str)]
-    if len(numbers) < len(values):
+    if any(isinstance(value, str) for value in values):
         return NOT_SCORED
-    mean = f"{fmean(numbers):{'+' if signed else ''}.3f}"
-    return mean if signed or len(numbers) == 1 else f"{mean} (SD {stdev(numbers):.3f})"
+    return f"{fmean(values):.3f}" + (f" (SD {stdev(values):.3f})" if len(values) > 1 else "")
 
 
 def _counts(split: dict[str, int]) -> str:
