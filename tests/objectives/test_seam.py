@@ -1,0 +1,122 @@
+"""The seam of objectives: MLVICX through it equals the model, and a new method is one small class and one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_config, unlabelled_cache
+from runs import assert_same_bits, lines, start
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from mlvicx_hf import MLVICXForPreTraining, MLVICXModel
+from mlvicx_hf.models.loss_mlvicx import invariance_loss
+from mlvicx_hf.objectives import OBJECTIVES
+from mlvicx_hf.objectives.base import Embeddings, LossOutput, Objective
+from mlvicx_hf.pretraining.loop import train
+
+
+class Invariance(Objective):
+    """Only the invariance term: what a newcomer writes first."""
+
+    def __init__(self, model: MLVICXModel) -> None:
+        super().__init__(model)
+        self.projector = nn.Linear(model.channels[-1], 8)
+
+    def embed(self, view: Tensor) -> Embeddings:
+        return {"embeddings": self.projector(self.model(view).pooler_output)}
+
+    def loss(self, embeddings_1: Embeddings, embeddings_2: Embeddings) -> LossOutput:
+        pair = embeddings_1["embeddings"], embeddings_2["embeddings"]
+        loss = invariance_loss(*pair)
+        return LossOutput(loss, {"invariance": loss}, {"embeddings": pair})
+
+
+class Teacher(Invariance):
+    """With everything that other methods need: a momentum encoder, targets without gradient, a queue."""
+
+    def __init__(self, model: MLVICXModel) -> None:
+        super().__init__(model)
+        self.teacher = MLVICXModel(model.config).requires_grad_(False)
+        self.teacher.load_state_dict(model.state_dict())
+        self.register_buffer("queue", torch.zeros(16, model.channels[-1]))
+        self.predictor = nn.Linear(8, model.channels[-1])
+
+    def embed(self, view: Tensor) -> Embeddings:
+        with torch.no_grad():
+            target = self.teacher(view).pooler_output
+        return {"student": self.predictor(super().embed(view)["embeddings"]), "target": target}
+
+    def loss(self, embeddings_1: Embeddings, embeddings_2: Embeddings) -> LossOutput:
+        self.keys = torch.cat([embeddings_1["target"], embeddings_2["target"]]).detach()
+        loss = invariance_loss(embeddings_1["student"], embeddings_2["target"])
+        loss = loss + invariance_loss(embeddings_2["student"], embeddings_1["target"])
+        negatives = embeddings_1["student"] @ self.queue.T
+        loss = loss + 1e-3 * negatives.square().mean()
+        return LossOutput(loss, {"negatives": negatives.mean()}, {"student": (embeddings_1["student"],) * 2})
+
+    def update(self, step: int) -> None:
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+            self.queue.copy_(torch.cat([self.keys, self.queue])[:16])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unlabelled_cache(tmp_path_factory.mktemp("seam"), 16)
+
+
+@pytest.mark.parametrize(("kind", "micro_batches"), [(Invariance, 1), (Teacher, 1), (Teacher, 2)])
+def test_a_new_objective_trains_and_resumes_to_the_same_bits(
+    kind: type[Objective], micro_batches: int, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(OBJECTIVES, "mine", kind)
+    flags = ("--objective", "mine", "--gradient_accumulation_steps", micro_batches, "--checkpoint_steps", 2)
+    whole = start(cache, tmp_path / "whole", *flags, "--save_total_limit", 9)
+    before = {name: value.clone() for name, value in whole.objective.state_dict().items()}
+    train(whole)
+    assert all(row["loss"] > 0 for row in lines(tmp_path / "whole"))
+    after = whole.objective.state_dict()
+    expected = ["model.backbone.conv1.0.weight", "projector.weight"]
+    if kind is Teacher:
+        expected += [
+            "teacher.backbone.conv1.0.weight",
+            "teacher.backbone.conv1.1.running_mean",
+            "predictor.bias",
+            "queue",
+        ]
+    assert not [name for name in expected if torch.equal(after[name], before[name])]
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "whole"), MLVICXModel)
+
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "killed" / "checkpoint-2")
+    (tmp_path / "killed" / "metrics.jsonl").write_bytes((tmp_path / "whole" / "metrics.jsonl").read_bytes())
+    resumed = start(cache, tmp_path / "killed", *flags, "--resume")
+    assert resumed.step == 2
+    train(resumed)
+    assert_same_bits(tmp_path / "killed", tmp_path / "whole")
+    for name, value in resumed.objective.state_dict().items():
+        assert torch.equal(value, after[name]), name
+
+
+def test_an_unknown_objective_is_refused(cache: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="objective='simclr' found; expected one of mlvicx"):
+        start(cache, tmp_path / "run", "--objective", "simclr")
+
+
+@pytest.mark.parametrize("options", [{}, {"multi_level_weight": 0.0}, {"global_weight": 0.0}])
+def test_mlvicx_through_the_seam_is_the_model(options: dict[str, float]):
+    torch.manual_seed(0)
+    model = MLVICXForPreTraining(tiny_config(**options)).eval()
+    objective = OBJECTIVES["mlvicx"](model)
+    views = torch.randn(2, 6, 1, 32, 32)
+    expected, found = model(*views), objective(*views)
+    assert torch.equal(found.loss, expected.loss)
+    for name, value in (found.terms | found.embeddings).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    assert {"loss", *found.terms, *found.embeddings} == {name for name, value in expected.items() if value is not None}
+    assert objective.encoder is model.mlvicx
+    assert objective.state_dict().keys() == {f"model.{name}" for name in model.state_dict()}
