@@ -9,7 +9,7 @@ from pathlib import Path
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import run
 
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Look for leaks in prepared caches: patients, files or copies of an image that two splits share.
 
 Every split is compared with every other one, of all caches. What the splits of one cache share is a leak, and so is
@@ -23,7 +23,7 @@ def parser() -> CommandParser:
     made = CommandParser(
         "audit",
         "CACHE [CACHE ...] [options]",
-        DESCRIPTION,
+        _DESCRIPTION,
         ["mlvicx audit caches/nih14", "mlvicx audit caches/nih14 caches/rsna --json audit.json"],
     )
     add = made.add_argument

@@ -9,13 +9,13 @@ from pathlib import Path
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import UserError, run
 
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Write a saved model for the Hub, or for another library.
 
 hub: a folder to publish, with its code; of a pretraining run the encoder alone, unless --with_expanders.
 timm, torchvision: the plain trunk without context bottlenecks; its features differ from the model's.
 onnx: the whole model as a graph, compared with torch; needs pip install "mlvicx-hf[onnx]"."""
-FORMATS = ("hub", "timm", "torchvision", "onnx")
+_FORMATS = ("hub", "timm", "torchvision", "onnx")
 
 
 def parser() -> CommandParser:
@@ -23,7 +23,7 @@ def parser() -> CommandParser:
     made = CommandParser(
         "export",
         "--model MODEL --output DIR --format FORMAT [options]",
-        DESCRIPTION,
+        _DESCRIPTION,
         [
             "mlvicx export --model runs/mine --output exports/mine --format hub",
             "mlvicx export --model runs/mine --output exports/mine-timm --format timm",
@@ -32,7 +32,7 @@ def parser() -> CommandParser:
     add = made.add_argument
     add("--model", required=True, metavar="MODEL", help="folder or Hub name of a saved model")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write, absent or empty")
-    add("--format", required=True, choices=FORMATS, help="see above")
+    add("--format", required=True, choices=_FORMATS, help="see above")
     add("--with_expanders", action="store_true", help="hub: keep the heads of a pretraining run")
     return made
 
