@@ -20,7 +20,7 @@ PROTOCOL_NAMES = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoreNames:
     """The names of a task's scores.
 
     Attributes:
@@ -44,14 +44,14 @@ class Task:
 
 
 TASKS = {
-    "classification": Task(
+    "classification": ScoreNames(
         "image-classification",
         {"auroc_macro": "macro AUROC", "accuracy": "accuracy"},
         {"auroc_macro": "roc_auc", "accuracy": "accuracy"},
         "auroc",
         "AUROC",
     ),
-    "segmentation": Task(
+    "segmentation": ScoreNames(
         "image-segmentation",
         {"dice": "Dice", "dice_positive": "Dice, present", "iou": "IoU", "iou_positive": "IoU, present"},
         {"dice": "dice", "iou": "mean_iou"},
@@ -75,7 +75,7 @@ class Result:
     content: dict[str, Any]
 
     @property
-    def task(self) -> Task:
+    def task(self) -> ScoreNames:
         """Names of its scores."""
         return TASKS[self.content["task"]]
 

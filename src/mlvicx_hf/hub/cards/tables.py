@@ -18,7 +18,7 @@ from mlvicx_hf.common.provenance import describe_commit
 from mlvicx_hf.common.text import markdown_table
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
-from .results import PROTOCOL_NAMES, Result, Task, canonical, count, last_part
+from .results import PROTOCOL_NAMES, Result, ScoreNames, canonical, count, last_part
 
 SETTINGS_A_TABLE = 3  # of classes, so that the table stays narrow enough to read
 T = TypeVar("T")
@@ -239,7 +239,7 @@ def _class_tables(rows: Sequence[Setting], first: Result) -> list[str]:
     return tables
 
 
-def _subgroup_table(rows: Sequence[Setting], kind: str, task: Task) -> str:
+def _subgroup_table(rows: Sequence[Setting], kind: str, task: ScoreNames) -> str:
     """Scores of the parts of the test split, of the runs that have them."""
     lines = []
     for row in rows:
