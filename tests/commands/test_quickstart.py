@@ -1,17 +1,17 @@
 """The quick start on a user's own folder: with labels a classifier, without them neighbours."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from helpers import mlvicx
 from PIL import Image
 from safetensors import safe_open
 
-ROOT = Path(__file__).parents[2]
+from mlvicx_hf.demo.quickstart import Quickstart
 
 
 def write_folder(folder: Path, labelled: bool) -> None:
@@ -28,18 +28,35 @@ def write_folder(folder: Path, labelled: bool) -> None:
 
 
 def run_quickstart(images: Path, output: Path) -> dict:
-    words = [sys.executable, "-m", "mlvicx_hf.demo.quickstart", "--images", str(images), "--output", str(output)]
-    done = subprocess.run(
-        [*words, "--pretraining_images", "100"],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = mlvicx("quickstart", "--images", images, "--output", output, "--pretraining_images", 100)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "accelerate launch" in done.stdout
+    assert f"$ mlvicx prepare --size 128 --seed 0 --output {output / 'cache'} --collection folder" in done.stdout
+    assert "mlvicx_hf.commands.pretrain" in done.stdout or "$ mlvicx pretrain" in done.stdout  # on several GPUs or not
     return json.loads((output / "report.json").read_text())
+
+
+def test_pretraining_on_several_gpus_is_launched_by_accelerate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Cache:
+        datasets: ClassVar = {"train": range(40)}
+
+    launched = []
+
+    def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        launched.append(words)
+        return subprocess.CompletedProcess(words, 3)
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        Quickstart(print, tmp_path / "report")._pretrain(Cache())
+    assert ended.value.code == 3
+    (words,) = launched
+    assert words[1:3] == ["-m", "accelerate.commands.launch"]
+    assert words[words.index("--num_processes") + 1] == "2"
+    assert words[words.index("mlvicx_hf.commands.pretrain") - 1] == "-m"
+    assert capsys.readouterr().out.startswith("$ accelerate launch --num_machines 1 --num_processes 2")
 
 
 @pytest.mark.slow

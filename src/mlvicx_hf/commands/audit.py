@@ -19,7 +19,7 @@ as always in Python, but it ends in a traceback, without this last line and with
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "audit",
         "CACHE [CACHE ...] [options]",

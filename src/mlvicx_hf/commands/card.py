@@ -12,7 +12,7 @@ from mlvicx_hf.common.errors import run
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "card",
         "--model DIR [options]",
@@ -44,7 +44,7 @@ def add_sources(made: CommandParser) -> None:
 
 
 def find_template(model: Path, name: str | None = None) -> Path:
-    """The template of this name or at this path; by default the one for the class of a saved model."""
+    """Find the template of this name or at this path; by default the one for the class of a saved model."""
     from mlvicx_hf.encoders.loading import saved_class
     from mlvicx_hf.hub.cards.rendering import CARD_KINDS
 

@@ -12,7 +12,7 @@ from mlvicx_hf.common.text import number
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "compare",
         "--runs DIR [DIR ...] --baselines DIR [DIR ...] [options]",

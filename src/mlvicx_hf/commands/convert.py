@@ -11,7 +11,7 @@ from mlvicx_hf.common.errors import run
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "convert",
         "CHECKPOINT DIR [options]",

@@ -12,7 +12,7 @@ from mlvicx_hf.recipes import recipe_names
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "evaluate",
         "SUITE --output DIR [options]",

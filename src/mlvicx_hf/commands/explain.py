@@ -14,7 +14,7 @@ from .startup import start_inference
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "explain",
         "--models NAME=MODEL [NAME=MODEL ...] --dataset CACHE --output DIR [options]",
@@ -48,7 +48,7 @@ def _level(text: str) -> int | None:
 
 
 def parse_models(words: Sequence[str]) -> dict[str, str]:
-    """Name → folder or Hub name, from NAME=MODEL.
+    """Read words of the form NAME=MODEL. Return name → folder or Hub name.
 
     Raises:
         UserError: another form, or a name for the second time.

@@ -19,7 +19,7 @@ _FORMATS = ("hub", "timm", "torchvision", "onnx")
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "export",
         "--model MODEL --output DIR --format FORMAT [options]",

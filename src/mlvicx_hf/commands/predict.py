@@ -14,7 +14,7 @@ from .startup import start_inference
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "predict",
         "--model MODEL --input PATH [PATH ...] --output FILE [options]",

@@ -23,7 +23,7 @@ OF_CACHE = (
     *("size", "fit", "splits", "seed", "drop_duplicates"),
     *("allow_missing", "max_images", "num_workers", "overwrite"),
 )
-# Options of a collection that its constructor calls otherwise, because `prepare` has options of these names.
+# Parameters of a constructor that are called otherwise on the command line, where `prepare` has these names itself.
 PARAMETERS = {
     "hf": {"root": "path", "config_name": "name", "split_names": "splits"},
     "phantom": {"mask_names": "mask"},
@@ -32,7 +32,7 @@ LISTS = ("label_columns", "mask_names")  # joined by commas
 
 
 def parser() -> CommandParser:
-    """Options of the command; those of the collections are absent from the namespace unless they are given."""
+    """Make the parser."""
     made = CommandParser(
         "prepare",
         "--collection NAME [--root DIR] --output CACHE [options]",
@@ -100,7 +100,7 @@ def _add_collections(made: CommandParser) -> None:
 
 
 def make_collection(name: str, options: Mapping[str, Any], seed: int, size: int) -> Collection:
-    """A collection from the options that were given; one that its constructor does not take is an error."""
+    """Make a collection from the options that were given. Refuse an option that its constructor does not take."""
     from mlvicx_hf.data.collections import collection_class
 
     kind, given = collection_class(name), dict(options)
@@ -125,7 +125,7 @@ def make_collection(name: str, options: Mapping[str, Any], seed: int, size: int)
 
 
 def parse_split_names(text: str) -> dict[str, str]:
-    """`images_2020=train,images_2021=test` as a dictionary."""
+    """Read `images_2020=train,images_2021=test` as a dictionary."""
     pairs = [word.strip().partition("=") for word in text.split(",")]
     if not all(theirs and ours for theirs, _, ours in pairs):
         raise UserError(f"--split_names {text} found; expected pairs such as images_2020=train,images_2021=test")
@@ -180,7 +180,7 @@ def _print_split(split: str, counts: dict[str, Any], label_names: Sequence[str])
 
 
 def _print_losses(summary: dict[str, Any], output: Path, images: int) -> None:
-    """What was rejected, missing or there twice."""
+    """Print what was rejected, missing or there twice."""
     from mlvicx_hf.data.cache.assembly import REJECTED
     from mlvicx_hf.data.cache.cache import DUPLICATES
 

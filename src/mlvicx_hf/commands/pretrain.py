@@ -18,7 +18,7 @@ from mlvicx_hf.recipes import add_recipe, fill_sections
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "pretrain",
         "--dataset CACHE --output_dir DIR [options]",
@@ -35,7 +35,7 @@ def parser() -> CommandParser:
 
 
 def parse_pretraining(words: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
-    """The recipe first, then the flags, which override it."""
+    """Read the recipe, then the flags, which override it."""
     model, data, training = fill_sections(SECTIONS_OF_PRETRAINING, vars(parser().parse_args(words)), "pretraining")
     return model, data, training
 

@@ -19,7 +19,7 @@ OF_BOTH = ("revision", "message", "dry_run")
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "publish",
         "(--model DIR | --dataset CACHE) --repo_id NAME [options]",
@@ -82,7 +82,7 @@ def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _make_card(arguments: argparse.Namespace) -> str:
-    """Text of the card: the file given, or the template of the model's kind filled from its runs."""
+    """Read the card that was given, or fill the template of the model's kind from its runs."""
     if arguments.card is not None:
         return Path(arguments.card).read_text(encoding="utf-8")
     from mlvicx_hf.hub.cards.rendering import RESULTS_NAME, render_card

@@ -14,7 +14,7 @@ from mlvicx_hf.recipes import add_recipe, fill_sections
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "segment",
         "--model MODEL --dataset CACHE --output_dir DIR [options]",
@@ -31,7 +31,7 @@ def parser() -> CommandParser:
 
 
 def parse_segmentation(words: Sequence[str] | None) -> tuple[Any, ...]:
-    """The recipe first, then the flags, which override it."""
+    """Read the recipe, then the flags, which override it."""
     return fill_sections(SEGMENTATION_SECTIONS, vars(parser().parse_args(words)), "segmentation")
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""What commands that run a saved model do first."""
+"""Prepare this process for commands that run a saved model."""
 
 from __future__ import annotations
 

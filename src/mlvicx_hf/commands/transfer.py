@@ -16,7 +16,7 @@ from .startup import start_inference
 
 
 def parser() -> CommandParser:
-    """Options of the command."""
+    """Make the parser."""
     made = CommandParser(
         "transfer",
         "--model MODEL --dataset CACHE --output FILE [options]",

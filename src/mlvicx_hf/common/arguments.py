@@ -1,9 +1,10 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Dataclasses as command-line flags, and as mappings from YAML files. Imports neither torch nor transformers.
+"""Make command-line flags of dataclasses, and dataclasses of parsed flags or of YAML files, without importing torch.
 
-A field with the metadata `{"first": True}` is shown among the first options of `--help`, any other under "advanced".
-Further metadata are argparse's `help`, `choices` and `metavar`, and `aliases`: a list of further flags. A field of the
-type dict with the metadata `{"rest": True}` takes what no section knows, by name: the section checks it itself.
+A dataclass whose fields are flags is called a section. `--help` shows a field with the metadata `{"first": True}` among
+the first options, and any other field under "advanced". Further metadata are argparse's `help`, `choices` and
+`metavar`, and `aliases`, a list of further flags. A field of the type dict with the metadata `{"rest": True}` takes the
+flags that no section knows, by name; its section checks them itself.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def option(text: str, default: Any = MISSING, **metadata: Any) -> Any:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of one command: a short usage line, examples, and the options in two groups.
+    """Parse the words of one command. The help has a short usage line, two groups of options, and examples.
 
     Hyphens in the name of a flag are read as underscores: `--batch-size` is `--batch_size`.
 
@@ -83,7 +84,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _by_flag(words: Sequence[str]) -> dict[str, str | list[str]]:
-    """Flag → "true" if it stands alone, its word, or the list of its words."""
+    """Map each flag to "true" if it stands alone, to its word, or to the list of its words."""
     found: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
@@ -113,13 +114,13 @@ class _Option:
     metadata: Mapping[str, Any]
 
     def read(self, word: str) -> Any:
-        """One value from a word."""
+        """Read one value from a word."""
         if self.choices is not None:
             return next((choice for choice in self.choices if str(choice) == word), word)
         return _read_bool(word) if self.kind is bool else self.kind(word)
 
     def convert(self, value: Any) -> Any:
-        """A value from a YAML file or from Python, checked; words become numbers as on the command line."""
+        """Check a value of a YAML file or of Python. Convert a word as on the command line."""
         if value is None and self.optional:
             return None
         if not self.many:
@@ -188,29 +189,29 @@ def add_sections(parser: CommandParser, *sections: type) -> None:
         sections: dataclasses whose fields are of bool, int, float, str, Path, Literal, lists of these, or optional.
     """
     parser.rest = _rest_of(sections)
-    for option in (option for section in sections for option in _options(section)):
-        group = parser if option.metadata.get("first") else parser.advanced
-        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(option)}
-        read: Callable[[str], Any] = option.read if option.choices is not None or option.kind is bool else option.kind
-        settings |= {"type": read, "required": option.required, "choices": option.choices}
-        if option.kind is bool:
+    for each in (each for section in sections for each in _options(section)):
+        group = parser if each.metadata.get("first") else parser.advanced
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(each)}
+        read: Callable[[str], Any] = each.read if each.choices is not None or each.kind is bool else each.kind
+        settings |= {"type": read, "required": each.required, "choices": each.choices}
+        if each.kind is bool:
             settings |= {"nargs": "?", "const": True, "metavar": "BOOL"}
-        elif option.choices is None:
-            settings["metavar"] = option.metadata.get("metavar", _METAVARS[option.kind])
-        if option.many:
+        elif each.choices is None:
+            settings["metavar"] = each.metadata.get("metavar", _METAVARS[each.kind])
+        if each.many:
             settings["nargs"] = "+"
-        group.add_argument(f"--{option.name}", *option.metadata.get("aliases", ()), **settings)
-        if option.default is True:
-            off: dict[str, Any] = {"dest": option.name, "action": "store_false", "default": argparse.SUPPRESS}
-            group.add_argument(f"--no_{option.name}", help=argparse.SUPPRESS, **off)
+        group.add_argument(f"--{each.name}", *each.metadata.get("aliases", ()), **settings)
+        if each.default is True:
+            off: dict[str, Any] = {"dest": each.name, "action": "store_false", "default": argparse.SUPPRESS}
+            group.add_argument(f"--no_{each.name}", help=argparse.SUPPRESS, **off)
 
 
-def _help(option: _Option) -> str:
-    text = option.metadata.get("help", "")
-    if option.default is True:
-        text += f" (default true; --no_{option.name} turns it off)"
-    elif not (option.required or option.default is None or option.default is False):
-        text += f" (default {' '.join(map(str, option.default)) if option.many else option.default})"
+def _help(each: _Option) -> str:
+    text = each.metadata.get("help", "")
+    if each.default is True:
+        text += f" (default true; --no_{each.name} turns it off)"
+    elif not (each.required or each.default is None or each.default is False):
+        text += f" (default {' '.join(map(str, each.default)) if each.many else each.default})"
     return text.replace("%", "%%")
 
 
@@ -219,19 +220,19 @@ def _rest_of(sections: Sequence[type]) -> str | None:
 
 
 def takes_others(sections: Sequence[type]) -> bool:
-    """Whether one of the dataclasses has a field for what none of them knows."""
+    """Say whether a section has a field for the flags that no section knows."""
     return _rest_of(sections) is not None
 
 
 def names_of(sections: Sequence[type]) -> set[str]:
-    """The names of all fields of dataclasses."""
+    """Collect the names of all fields."""
     return {each.name for section in sections for each in fields(section) if each.init}
 
 
 def from_values(
     sections: Sequence[type], values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
-    """Dataclasses of values by name, with types checked: of a parsed command line, of a YAML file or from Python.
+    """Make dataclasses of values by name, of a parsed command line, of a YAML file or of Python. Check the types.
 
     Args:
         sections: dataclasses, as for `add_sections`.
@@ -244,7 +245,7 @@ def from_values(
     Raises:
         UserError: a name that no section has, a value of another type, or a missing one.
     """
-    options = {option.name: option for section in sections for option in _options(section)}
+    options = {each.name: each for section in sections for each in _options(section)}
     given, usual, rest = dict(values), dict(defaults or {}), _rest_of(sections)
     unknown = {name: value for name, value in (usual | given).items() if name not in options and name != rest}
     if unknown and rest is None:
@@ -257,7 +258,7 @@ def from_values(
             converted = options[name].convert(value)
             found[name] = converted if isinstance(value, str) else value
     found |= {name: options[name].convert(value) for name, value in given.items() if name in options}
-    missing = [f"--{option.name}" for option in options.values() if option.required and option.name not in found]
+    missing = [f"--{each.name}" for each in options.values() if each.required and each.name not in found]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; expected a value for each")
     return tuple(section(**{name: found[name] for name in names_of([section]) & set(found)}) for section in sections)
