@@ -572,7 +572,7 @@ def test_a_folder_in_use_is_refused(cache: Path, frozen: Path, pretrained: Path)
         ("max_train_samples", 0, "max_train_samples=0"),
         ("metric_for_best_model", "accuracy", "metric_for_best_model='accuracy' found; expected auroc_macro: the mean"),
         ("eval_strategy", "steps", "eval_strategy='steps' found; expected epoch: every epoch is scored"),
-        ("load_best_model_at_end", "false", "load_best_model_at_end='false' found; expected True: every epoch is"),
+        ("load_best_model_at_end", "false", "load_best_model_at_end='false' found; expected true: every epoch is"),
         ("save_total_limit", 3, "save_total_limit=3 found; expected 1: only the best epoch"),
         ("lerning_rate", "1", "lerning_rate found, which does not exist; did you mean learning_rate"),
         ("adam_epsilon", "small", "argument --adam_epsilon.*small"),

@@ -177,7 +177,7 @@ def test_a_structure_that_no_mask_shows(tmp_path: Path):
     ("values", "message"),
     [
         ({"metric_for_best_model": "loss"}, "metric_for_best_model='loss' found; expected one of dice, dice_positive"),
-        ({"batch_eval_metrics": "false"}, "batch_eval_metrics='false' found; expected True: the masks of a whole"),
+        ({"batch_eval_metrics": "false"}, "batch_eval_metrics='false' found; expected true: the masks of a whole"),
         ({"recipe": "nothing"}, "recipe 'nothing' found; expected default, paper"),
     ],
 )

@@ -193,14 +193,15 @@ def test_metrics_equal_torchmetrics():
 
 def test_the_classes_for_evaluate_compute_the_same():
     scores, labels = random_table(2)
-    given = {"predictions": scores, "references": labels, "label_names": NAMES}
+    given: dict[str, Any] = {"predictions": scores, "references": labels, "label_names": NAMES}
     assert MultiLabelAUROC().compute(**given) == score_labels(scores, labels, NAMES)
     assert MultiLabelAUPRC().compute(**given) == score_precision(scores, labels, NAMES)
-    assert Accuracy().compute(**given, threshold=0.3) == score_accuracy(scores, labels, threshold=0.3)
+    tables = {name: given[name] for name in ("predictions", "references")}
+    assert Accuracy().compute(**tables, threshold=0.3) == score_accuracy(scores, labels, threshold=0.3)
     maps = np.random.default_rng(0).integers(0, 3, (2, 5, 6, 4))
     overlap = SegmentationOverlap().compute(predictions=maps[0], references=maps[1], label_names=["a", "b"])
     assert overlap == score_overlap(overlap_counts(*maps, 3), ["a", "b"])
-    with pytest.raises(ValueError, match=r"\(60, 4\) found; expected \[N, 3\]"):
-        Accuracy().compute(**given | {"label_names": NAMES[:3]})
+    with pytest.raises(ValueError, match=r"\(60, 4\) found; expected \[N, 3\] twice"):
+        MultiLabelAUROC().compute(**given | {"label_names": NAMES[:3]})
     with pytest.raises(ValueError, match="60"):
         MultiLabelAUROC().compute(**given | {"references": labels[:-1]})

@@ -26,7 +26,7 @@ from .data import LabelledImages, check_splits, keep_known
 from .heads import load_config, load_for_task
 from .linear_probe import FeatureStore, LinearProbe, ProbeTrainer, prepare_probe
 from .results import write_images
-from .training import Images, Task, train_with_trainer
+from .training import FinetuningTask, Split, train_with_trainer
 
 
 def load_classifier(
@@ -113,7 +113,7 @@ class Classified:
         return score_logits(self.logits[rows], self.labels[rows], self.label_names, self.exclusive)
 
 
-class Classification(Task):
+class Classification(FinetuningTask):
     """Train a classifier.
 
     Args:
@@ -154,14 +154,14 @@ class Classification(Task):
         cache = self.cache
         return LabelledImages(cache.datasets[split], self.processor, cache.exclusive, cache.digest)
 
-    def _prepare(self, training: Images) -> tuple[nn.Module, Callable[[Images], Images]]:
+    def _prepare(self, training: Split) -> tuple[nn.Module, Callable[[Split], Split]]:
         if not self.encoder.freeze_backbone:
             return self.model, lambda images: images
         batch_size, device = self.settings.per_device_eval_batch_size, self.settings.device
         return prepare_probe(self.model, training, self.encoder.cache_features, batch_size, device, self.store)
 
     def _train(
-        self, trained: nn.Module, splits: Mapping[str, Images], patients: Sequence[str] | None
+        self, trained: nn.Module, splits: Mapping[str, Split], patients: Sequence[str] | None
     ) -> Trainer | ProbeTrainer:
         how = (splits, self.settings, self.arguments.patience, self._scalars, patients)
         if isinstance(trained, LinearProbe) and self.encoder.fast_probe:
@@ -176,7 +176,7 @@ class Classification(Task):
         logits, labels = np.asarray(found.predictions), np.asarray(found.label_ids)
         return Classified(logits, labels, self.cache.label_names, self.cache.exclusive)
 
-    def _evaluate(self, trainer: Trainer | ProbeTrainer, images: Images) -> Classified:
+    def _evaluate(self, trainer: Trainer | ProbeTrainer, images: Split) -> Classified:
         return self._outcome(trainer.predict(images))
 
     def _choose(self, validation: Classified) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, StackDataset
 from transformers import EvalPrediction, Trainer, TrainerState, TrainingArguments, get_scheduler
 from transformers.trainer_utils import PredictionOutput
 
@@ -144,23 +144,9 @@ def prepare_probe(
         if not cache_features:
             return images
         columns = scale if images is training else how(encoder, images, batch_size, device)
-        return _Features(columns["features"], columns["labels"])
+        return StackDataset(**columns)  # type: ignore[arg-type]  # it takes tensors, too
 
     return probe, prepare
-
-
-class _Features(Dataset[dict[str, Tensor]]):
-    """Features and labels under the names that the probe takes."""
-
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
-        self.rows = TensorDataset(features, labels)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        features, labels = self.rows[index]
-        return {"features": features, "labels": labels}
 
 
 class ProbeTrainer:
@@ -232,7 +218,7 @@ class ProbeTrainer:
         return self.settings.process_index == 0
 
     def _tensors(self, images: Any) -> tuple[Tensor, Tensor]:
-        features, labels = images.rows.tensors
+        features, labels = images.datasets["features"], images.datasets["labels"]
         return features.to(self.settings.device), labels.to(self.settings.device)
 
     def _orders(self, images: int) -> Iterator[Tensor]:

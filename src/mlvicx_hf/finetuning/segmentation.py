@@ -28,7 +28,7 @@ from .arguments import EncoderArguments, SegmentationArguments, SegmentationData
 from .data import check_splits, keep_known
 from .heads import load_config, load_for_task
 from .results import write_images
-from .training import Images, Task, train_with_trainer
+from .training import FinetuningTask, Split, train_with_trainer
 
 
 class MaskedImages(Dataset[dict[str, Tensor]]):
@@ -119,7 +119,7 @@ class Segmented:
         return score_overlap(self.counts[rows], self.names)
 
 
-class Segmentation(Task):
+class Segmentation(FinetuningTask):
     """Train a segmenter. Masks are compared at the resolution of the model's input.
 
     Args:
@@ -147,7 +147,7 @@ class Segmentation(Task):
     def _images(self, split: str) -> MaskedImages:
         return MaskedImages(self.cache.datasets[split], self.processor, self.data.augment and split == "train")
 
-    def _prepare(self, training: Images) -> tuple[nn.Module, Callable[[Images], Images]]:
+    def _prepare(self, training: Split) -> tuple[nn.Module, Callable[[Split], Split]]:
         if self.encoder.freeze_backbone:
             if self.encoder.model == "random":
                 self._calibrate()
@@ -166,7 +166,7 @@ class Segmentation(Task):
         loader = DataLoader(images, self.settings.per_device_eval_batch_size)
         update_bn((batch["pixel_values"] for batch in loader), encoder, self.settings.device)
 
-    def _train(self, trained: nn.Module, splits: Mapping[str, Images], patients: Sequence[str] | None) -> Trainer:
+    def _train(self, trained: nn.Module, splits: Mapping[str, Split], patients: Sequence[str] | None) -> Trainer:
         how = (splits, self.settings, self.arguments.patience, self._count, patients)
         return train_with_trainer(trained, *how, preprocess_logits_for_metrics=decide)
 
@@ -182,7 +182,7 @@ class Segmentation(Task):
         self.outcome, self.batches = Segmented(np.concatenate(self.batches), self.names), []
         return {name: value for name, value in self.outcome.scores().items() if isinstance(value, (int, float))}
 
-    def _evaluate(self, trainer: Trainer, images: Images) -> Segmented:
+    def _evaluate(self, trainer: Trainer, images: Split) -> Segmented:
         trainer.evaluate(images, metric_key_prefix="final")
         return self.outcome
 

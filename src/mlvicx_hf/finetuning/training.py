@@ -37,10 +37,10 @@ from .data import select_training, used_images
 from .linear_probe import LinearProbe
 from .results import describe_run, score_subgroups
 
-Images = Dataset[Any]
+Split = Dataset[Any]
 
 
-class Task(ABC):
+class FinetuningTask(ABC):
     """One run of a task. `finetune` follows the protocol; the other methods are what the tasks do differently.
 
     Attributes:
@@ -116,19 +116,19 @@ class Task(ABC):
         """Load the model with a new head for the cache, and its image processor."""
 
     @abstractmethod
-    def _images(self, split: str) -> Images:
+    def _images(self, split: str) -> Split:
         """Model input and truth of a split."""
 
     @abstractmethod
-    def _prepare(self, training: Images) -> tuple[nn.Module, Callable[[Images], Images]]:
+    def _prepare(self, training: Split) -> tuple[nn.Module, Callable[[Split], Split]]:
         """Freeze what is frozen. Return what is trained, and a function that turns images into its input."""
 
     @abstractmethod
-    def _train(self, trained: nn.Module, splits: Mapping[str, Images], patients: Sequence[str] | None) -> Any:
+    def _train(self, trained: nn.Module, splits: Mapping[str, Split], patients: Sequence[str] | None) -> Any:
         """Train on "train" and restore the best epoch of "validation". Return the Trainer, or what acts like it."""
 
     @abstractmethod
-    def _evaluate(self, trainer: Any, images: Images) -> Any:
+    def _evaluate(self, trainer: Any, images: Split) -> Any:
         """Apply the trained model to a split. Return something with `scores(rows)`."""
 
     def _choose(self, validation: Any) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class BalancedTrainer(Trainer):
 
 def train_with_trainer(
     model: nn.Module,
-    splits: Mapping[str, Images],
+    splits: Mapping[str, Split],
     settings: TrainingArguments,
     patience: int,
     compute_metrics: Callable[..., dict[str, float]],

@@ -60,6 +60,8 @@ def _score_each(
     metric: Callable[[np.ndarray, np.ndarray], float], scores: np.ndarray, labels: np.ndarray, names: Sequence[str]
 ) -> tuple[dict[str, float | str], float | str]:
     """Compute a metric of labels and scores for every label, over the images where it is known, and the mean."""
+    if scores.shape != labels.shape or scores.shape[1:] != (len(names),):
+        raise ValueError(f"shapes {scores.shape} and {labels.shape} found; expected [N, {len(names)}] twice")
     values: dict[str, float | str] = {}
     for i, name in enumerate(names):
         known = ~np.isnan(labels[:, i])

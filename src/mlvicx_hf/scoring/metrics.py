@@ -7,8 +7,8 @@ Each class calls a function of `labels` or `overlap`, which fine-tuning calls di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import datasets
 import evaluate
@@ -18,11 +18,11 @@ from .labels import score_accuracy, score_labels, score_precision
 from .overlap import overlap_counts, score_overlap
 
 
-class _Metric(evaluate.Metric):
-    """A metric whose predictions and references have the same type."""
+class _LabelMetric(evaluate.Metric):
+    """A score of tables [N, L]: `predictions`, `references` (1, 0 or NaN), and the options of the function."""
 
-    values: Any = datasets.Sequence(datasets.Value("float64"))
-    inputs = "predictions: scores [N, L]; references: labels [N, L], 1, 0 or NaN; label_names: the L names."
+    score: ClassVar[Callable[..., dict[str, Any]]]
+    values: ClassVar[Any] = datasets.Sequence(datasets.Value("float64"))
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(keep_in_memory=True, **kwargs)
@@ -30,57 +30,41 @@ class _Metric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=str(type(self).__doc__),
-            citation="Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, 2011.",
-            inputs_description=self.inputs,
+            citation="",
             features=datasets.Features({"predictions": self.values, "references": self.values}),
         )
 
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any], **options: Any) -> dict[str, Any]:
+        return type(self).score(np.asarray(predictions, np.float64), np.asarray(references, np.float64), **options)
 
-class MultiLabelAUROC(_Metric):
+
+class MultiLabelAUROC(_LabelMetric):
     """Area under the ROC curve of every label, and their mean: `scoring.labels.score_labels`."""
 
-    def _compute(
-        self, predictions: Sequence[Any], references: Sequence[Any], label_names: Sequence[str]
-    ) -> dict[str, Any]:
-        return score_labels(_table(predictions, label_names), _table(references, label_names), label_names)
+    score = staticmethod(score_labels)
 
 
-class MultiLabelAUPRC(_Metric):
+class MultiLabelAUPRC(_LabelMetric):
     """Average precision of every label, and their mean: `scoring.labels.score_precision`."""
 
-    def _compute(
-        self, predictions: Sequence[Any], references: Sequence[Any], label_names: Sequence[str]
-    ) -> dict[str, Any]:
-        return score_precision(_table(predictions, label_names), _table(references, label_names), label_names)
+    score = staticmethod(score_precision)
 
 
-class Accuracy(_Metric):
+class Accuracy(_LabelMetric):
     """Share of right decisions: `scoring.labels.score_accuracy`."""
 
-    def _compute(
-        self, predictions: Sequence[Any], references: Sequence[Any], label_names: Sequence[str], **options: Any
-    ) -> dict[str, Any]:
-        return score_accuracy(_table(predictions, label_names), _table(references, label_names), **options)
+    score = staticmethod(score_accuracy)
 
 
-class SegmentationOverlap(_Metric):
-    """Dice and intersection over union of masks, averaged over images: `scoring.overlap.score_overlap`."""
+class SegmentationOverlap(_LabelMetric):
+    """Dice and intersection over union of class maps [N, H, W]: `scoring.overlap.score_overlap`."""
 
     values = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
-    inputs = "predictions, references: class maps [N, H, W]; label_names: of classes 1 and up."
 
-    def _compute(
-        self, predictions: Sequence[Any], references: Sequence[Any], label_names: Sequence[str], ignore_index: int = 255
-    ) -> dict[str, Any]:
-        counts = [
-            overlap_counts(np.asarray(p)[None], np.asarray(r)[None], len(label_names) + 1, ignore_index)
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any], **options: Any) -> dict[str, Any]:
+        names, ignored = options["label_names"], options.get("ignore_index", 255)
+        counts = [  # one by one: the images may have different sizes
+            overlap_counts(np.asarray(p)[None], np.asarray(r)[None], len(names) + 1, ignored)
             for p, r in zip(predictions, references, strict=True)
         ]
-        return score_overlap(np.concatenate(counts), label_names)
-
-
-def _table(rows: Sequence[Any], label_names: Sequence[str]) -> np.ndarray:
-    table = np.asarray(rows, dtype=np.float64)
-    if table.ndim != 2 or table.shape[1] != len(label_names):
-        raise ValueError(f"table of shape {table.shape} found; expected [N, {len(label_names)}], a column a label")
-    return table
+        return score_overlap(np.concatenate(counts), names)
