@@ -13,8 +13,8 @@ from mlvicx_hf.commands import COMMANDS
 
 INTRODUCTION = """# Commands
 
-This page is made from the parsers of the commands, so it shows what `mlvicx COMMAND --help` shows. In a checkout, the files in
-`scripts/` are the same commands under their earlier names.
+This page is made from the parsers of the commands, so it shows what `mlvicx COMMAND --help` shows. In a checkout,
+the files in `scripts/` are the same commands under their earlier names.
 """
 
 

@@ -15,11 +15,12 @@ from mlvicx_hf.data.collections.base import Listing, Record, ReleasedCollection,
 from mlvicx_hf.data.collections.labels import binary_labels, label_values
 from mlvicx_hf.data.collections.tables import read_columns, require_columns
 
-PAGE = (Path(__file__).parents[3] / "docs" / "develop" / "add_a_collection.md").read_text()
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_the_documented_class_is_a_collection(tmp_path: Path):
-    (code,) = re.findall(r"```python\n(class .*?)```", PAGE, re.DOTALL)
+    page = (DOCS / "develop" / "add_a_collection.md").read_text()
+    (code,) = re.findall(r"```python\n(class .*?)```", page, re.DOTALL)
     names: dict[str, Any] = {
         "FINDINGS": ("Edema",),
         "Path": Path,
@@ -47,5 +48,7 @@ def test_the_documented_class_is_a_collection(tmp_path: Path):
 
 
 def test_every_collection_is_documented():
-    rows = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
+    page = (DOCS / "guides" / "prepare.md").read_text()
+    table = page[page.index("## Released collections") :]
+    rows = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert set(rows[: len(KINDS)]) == KINDS.keys()
