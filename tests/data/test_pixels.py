@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mlvicx_hf.data.images.errors import UnreadableImageError
-from mlvicx_hf.data.images.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES, fit_square_gray, read_gray
+from mlvicx_hf.data.images.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES, _unit_integer, fit_square_gray, read_gray
 from mlvicx_hf.models.image_processing_mlvicx import FITS, fit_square, to_unit_gray
 
 HEIGHT, WIDTH = 24, 40
@@ -57,6 +57,12 @@ def test_a_file_and_the_image_processor_agree_on_16_bits(tmp_path: Path):
     with Image.open(path) as image:
         expected = to_unit_gray(image)[0].numpy()
     assert np.abs(np.asarray(read_gray(path)) / 255 - expected).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_every_integer_is_scaled_as_the_image_processor_scales_it(bits: int):
+    values = np.arange(2**bits, dtype=np.uint16).reshape(-1, 4)
+    assert np.array_equal(_unit_integer(values), to_unit_gray(values)[0].numpy())
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])

@@ -1,4 +1,4 @@
-"""What a file that cannot be read raises, and what the libraries that read it raise."""
+"""Errors of files that cannot be read: ours, and those of the libraries that read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
 
-# What Pillow raises for damaged content, over all formats. Mutated files raise mostly the first three.
+# Pillow raises these for damaged content, depending on the format. Mutated files raise mostly the first three.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Any image file to 8-bit grey, and 8-bit grey to a square.
+"""Read any image file as 8-bit grey, and fit 8-bit grey to a square.
 
-Only Pillow and NumPy are imported at the top: worker processes read ordinary files without waiting for torch.
+This module needs Pillow and NumPy alone: worker processes start without waiting for torch.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ from .errors import DAMAGED, UnreadableImageError
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", *DICOM_SUFFIXES)
-# The only formats tried: Pillow also opens formats that start other programs (EPS) or follow links.
+# Try these formats alone: Pillow also opens formats that start other programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 
-CACHE_MARK = "cache.json"  # what a prepared cache is known by
-MAX_BYTES = 2**30  # of a file; three times what the largest uncompressed image takes that Pillow accepts
-_BLOCK = 64  # rows that are converted at a time where float64 of all would need much memory
+CACHE_MARK = "cache.json"  # a folder with this file is a prepared cache
+MAX_BYTES = 2**30  # of a file: three times the size of the largest uncompressed image that Pillow accepts
+_BIT_DEPTHS = (8, 10, 12, 14, 16)  # as of the image processor
+_BLOCK = 64  # rows to convert at a time, because float64 values of a whole image need much memory
 _PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
 
 
 def image_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
-    """Files below a folder that are called like images, in sorted order; hidden ones and prepared caches are skipped.
+    """Find the files below a folder whose names look like images, in sorted order.
+
+    Skip hidden files and folders, and prepared caches. Do not follow links to folders.
 
     Args:
-        folder: links to folders in it are not followed.
-        onerror: told of folders that cannot be listed, which are skipped otherwise.
+        folder: where to look.
+        onerror: called with the error of a folder that cannot be listed. Without it such a folder is skipped.
     """
     for parent, subfolders, files in os.walk(folder, onerror=onerror):
         if CACHE_MARK in files:  # its pictures are no radiographs
@@ -52,26 +55,27 @@ def image_files(folder: Path, onerror: Callable[[OSError], None] | None = None) 
 def read_gray(path: str | Path) -> Image.Image:
     """Read a PNG, JPEG, TIFF, WebP, BMP, JPEG 2000 or DICOM file of any mode as 8-bit grey.
 
-    The content decides, not the file's name. 16-bit files are rescaled, never saturated (see `full_scale`); float
-    files in [0, 1] are taken as they are, others from their minimum to their maximum. An EXIF orientation is applied,
-    transparency is dropped. Of several frames the first is read. Of DICOM see `dicom.decode_dicom`.
+    The content decides which format it is, not the file's name. Divide 16-bit values by the full scale of their bit
+    depth, so that none is saturated. Keep float values within [0, 1]; stretch others from their minimum to their
+    maximum. Apply the EXIF orientation, drop transparency, and read the first of several frames. For DICOM files see
+    `dicom.decode_dicom`.
 
     Returns:
         Picture of mode "L".
 
     Raises:
-        UnreadableImageError: truncated, empty, no image, or suspiciously large.
+        UnreadableImageError: the file is truncated, empty, no image, or suspiciously large.
         FileNotFoundError: no such file.
-        ImportError: a DICOM file, and pydicom is not installed.
+        ImportError: the file is DICOM, and pydicom is not installed.
     """
     return decode_gray(read_content(path), path)
 
 
 def read_content(path: str | Path) -> bytes:
-    """Content of an image file, which is never larger than `MAX_BYTES`, nor a pipe that would be waited for.
+    """Read the content of an image file.
 
     Raises:
-        UnreadableImageError: it is.
+        UnreadableImageError: it is larger than `MAX_BYTES`, or no regular file (reading a pipe might never end).
         OSError: it cannot be read.
     """
     status = os.stat(path)
@@ -83,7 +87,7 @@ def read_content(path: str | Path) -> bytes:
 
 
 def decode_gray(data: bytes, file: str | Path) -> Image.Image:
-    """`read_gray` for a file's content; `file` is only what errors call it."""
+    """Do what `read_gray` does, with a file's content. `file` is its name in error messages."""
     if is_dicom(data):
         from .dicom import decode_dicom
 
@@ -91,42 +95,45 @@ def decode_gray(data: bytes, file: str | Path) -> Image.Image:
     image = decode(data, file)
     try:
         return _gray(image)
-    except ValueError as error:  # a depth or range that the image processor refuses too
+    except UserError as error:
         raise UnreadableImageError(file, str(error)) from error
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether a file's content looks like DICOM.
+    """Check whether a file's content looks like DICOM.
 
-    It has the prefix after the preamble, or else starts like old exports without either: with an attribute of group 2
-    or 8, of a known type in capitals, or of a short even length where types are implicit. No format of Pillow's does.
+    Either it has the prefix "DICM" after a preamble of 128 bytes. Or it is an old export without these, and starts with
+    an attribute of group 2 or 8: its type follows in two capital letters, or, where types are implicit, a short and
+    even length. No format that Pillow reads starts like this.
     """
     if data[128:132] == b"DICM":
         return True
     explicit = data[4:6].isalpha() and data[4:6].isupper()
-    if data[:1] == b"\0":  # big endian
+    if data[:1] == b"\0":  # big-endian
         return data[1:2] in (b"\2", b"\x08") and explicit
     length = int.from_bytes(data[4:8], "little")
     return data[:2] in (b"\2\0", b"\x08\0") and len(data) > 8 and (explicit or (length < 1024 and length % 2 == 0))
 
 
 def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """A file's content in the mode that it has, turned upright as EXIF says.
+    """Decode a file's content without changing its mode, and turn it upright as EXIF says.
 
     Args:
         data: the content.
-        file: what errors call it.
-        formats: those of Pillow's that are tried.
+        file: its name in error messages.
+        formats: the formats of Pillow to try.
 
     Raises:
-        UnreadableImageError: as `read_gray`.
+        UnreadableImageError: the content is truncated, empty, no image, or suspiciously large.
     """
     if not data:
         raise UnreadableImageError(file, "empty file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata in a file is no concern of the user's
+        warnings.simplefilter("ignore")  # odd metadata in a file does not concern the user
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        tiff = logging.getLogger(TiffImagePlugin.__name__)  # it logs errors without a name, and raises them as well
+        tiff = logging.getLogger(
+            TiffImagePlugin.__name__
+        )  # it logs errors without the file's name, and raises them as well
         tiff.disabled = True
         try:
             return _load(data, formats)
@@ -146,7 +153,7 @@ def _load(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if deep_colour and np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max() < 64:
-        # Pillow keeps the high byte: right when all 16 bits are used, next to nothing when 14 or fewer are.
+        # Pillow keeps the high byte. If only 14 bits or fewer are used, next to nothing is left in it.
         raise UserError(
             "16 bits a channel of which 14 or fewer are used; expected such depth in one-channel files only"
         )
@@ -154,28 +161,43 @@ def _load(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 
 def _gray(image: Image.Image) -> Image.Image:
-    """Picture of any mode to mode "L", through the image processor's own rule where there are more than 8 bits."""
+    """Convert a picture of any mode to mode "L". For more than 8 bits follow the rule of the image processor."""
     if image.mode == "L":
         return image
     if image.mode in ("LA", "La"):
         return image.getchannel(0)
     if not (image.mode.startswith("I") or image.mode == "F"):
         return image.convert("RGB").convert("L")  # 1, palette, RGB, RGBA, CMYK, YCbCr, LAB
-    from mlvicx_hf.models.image_processing_mlvicx import to_unit_gray
-
-    unit = to_unit_gray(_unit_float(image) if image.mode == "F" else image)[0].numpy()  # [H, W]
+    unit = _unit_float(np.asarray(image)) if image.mode == "F" else _unit_integer(np.asarray(image))
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
         unit = 1 - unit  # Pillow does this for 8 bits only
     unit *= 255  # in place: such an image may take 350 MB
     return Image.fromarray(np.round(unit, out=unit).astype(np.uint8))
 
 
-def _unit_float(image: Image.Image) -> np.ndarray:
-    """Float picture to [0, 1]: as it is where it fits, else from minimum to maximum."""
-    array = np.asarray(image)
+def _unit_integer(array: np.ndarray) -> np.ndarray:
+    """Divide integers by the largest value of the smallest usual bit depth that holds them; float32 in [0, 1].
+
+    `to_unit_gray` of the image processor does the same; a test holds the two together.
+    """
+    low, high = int(array.min()), int(array.max())
+    if low < 0:
+        raise UserError(f"image with values from {low} to {high} found; expected 0 or more for integers")
+    scales = [2**bits - 1 for bits in _BIT_DEPTHS if high < 2**bits]
+    if not scales:
+        raise UserError(f"pixel value {high} found; expected at most 16 bits (65535)")
+    unit = array.astype(np.float32)
+    unit /= scales[0]
+    return unit
+
+
+def _unit_float(array: np.ndarray) -> np.ndarray:
+    """Copy float values that lie in [0, 1], and stretch others from their minimum to their maximum."""
     low, high = array.min(), array.max()
-    if not (np.isfinite(low) and np.isfinite(high)) or (low >= 0 and high <= 1):
-        return array  # `to_unit_gray` refuses what is not finite
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise UserError("image with NaN or infinite pixels found; expected finite values")
+    if low >= 0 and high <= 1:
+        return array.copy()
     span = float(high) - float(low)
     unit = np.zeros_like(array)
     for top in range(0, len(array) if span > 0 else 0, _BLOCK):
@@ -186,15 +208,16 @@ def _unit_float(image: Image.Image) -> np.ndarray:
 def fit_square_gray(
     image: Image.Image, size: int, fit: str = "pad", resample: Image.Resampling = Image.Resampling.BILINEAR
 ) -> Image.Image:
-    """`fit_square` of the image processor for pictures of mode "L", with Pillow alone.
+    """Fit a picture of mode "L" to a square, with Pillow alone.
 
-    The geometry is the same and the grey values agree within rounding; a test holds them together.
+    The geometry is that of `fit_square` of the image processor, and the grey values agree within rounding; a test holds
+    the two together.
 
     Args:
         image: mode "L".
         size: side of the result in pixels.
         fit: "pad", "squash" or "crop".
-        resample: nearest for class indices, which must not be mixed.
+        resample: take the nearest pixel for class indices, which must not be mixed.
 
     Returns:
         Mode "L", `size` × `size`.
