@@ -1,8 +1,8 @@
-"""Checkpoints of a run: folders that are whole or absent, and that are compared with their hashes before they are used.
+"""Checkpoints of a run: folders that are whole or absent. Their hashes are compared before they are used.
 
-`checkpoint-STEP` holds what a run puts there and `state.json`: the step, settings, and the SHA-256 hash of every other
-file. A kill at any moment leaves the newest whole one as it was: a folder is written under a hidden name and then
-renamed, and renamed to a hidden name before it is removed.
+`checkpoint-STEP` holds what a run puts there, and `state.json` with the step, the settings, and the SHA-256 hash of
+every other file. A kill at any moment leaves the newest whole checkpoint as it was: `new_folder` writes a checkpoint
+under a hidden name and renames it; a checkpoint to remove is renamed to a hidden name first.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint is not what was written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole.
+    """A whole checkpoint.
 
     Attributes:
         path: its folder.
-        step: steps that were done.
-        fixed: settings that must be the same when a run goes on from it.
-        machine: what may differ then, but is needed for the same bits.
+        step: number of steps that were done.
+        fixed: settings that must be the same in a run that resumes it.
+        machine: what may differ in that run, but changes the bits of its result.
     """
 
     path: Path
@@ -52,10 +52,10 @@ class Checkpoint:
     machine: dict[str, Any]
 
     def check_same_run(self, fixed: dict[str, Any], machine: dict[str, Any]) -> None:
-        """Compare with what is so now; another machine is a warning.
+        """Compare the settings with those of now. Another machine is a warning.
 
         Raises:
-            ValueError: other settings, all of them listed.
+            UserError: lists all settings that differ.
         """
         if changed := _differences(self.fixed, fixed):
             raise UserError(f"{self.path} belongs to another run: {changed}")
@@ -69,11 +69,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in keys)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Compare a checkpoint with its hashes.
+def verify_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, and compare its files with their hashes.
 
     Raises:
-        DamagedCheckpointError: which file, and what is wrong with it.
+        DamagedCheckpointError: names the file and what is wrong with it.
     """
     name = STATE
     try:
@@ -100,18 +100,18 @@ def _digest(checkpoint: Checkpoint) -> str:
 
 
 class Checkpoints:
-    """Those of one run.
+    """The checkpoints of one run.
 
     Args:
         folder: of the run.
-        limit: how many of the newest are kept, besides the best one.
+        limit: number of newest checkpoints to keep, besides the best one.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """Folder of the checkpoint of a step."""
         return self.folder / f"checkpoint-{step}"
 
     def paths(self) -> list[Path]:
@@ -120,18 +120,18 @@ class Checkpoints:
         return sorted(found, key=_step)
 
     def newest_whole(self) -> Checkpoint | None:
-        """The checkpoint to go on from; a warning names each newer one that is damaged, and why.
+        """The checkpoint to resume. A warning names each newer one that is damaged, and why.
 
         Returns:
-            None where nothing of a run is lost by starting from the beginning.
+            None if there are no checkpoints and no trained model, so that a start from the beginning loses nothing.
 
         Raises:
-            ValueError: there are checkpoints and none is whole, or there is a trained model without any.
+            UserError: all checkpoints are damaged, or there is a trained model without checkpoints.
         """
         reasons = []
         for path in reversed(self.paths()):
             try:
-                return read_checkpoint(path)
+                return verify_checkpoint(path)
             except DamagedCheckpointError as error:
                 reasons.append(f"{path.name}: {error}")
                 logger.warning("%s is damaged: %s; falling back to the one before", path, error)
@@ -142,7 +142,7 @@ class Checkpoints:
         return None
 
     def begin(self, step: int) -> None:
-        """Tidy up before a run goes on from a step: what kills have left, and what is newer, which is damaged."""
+        """Before a run goes on from a step, remove what kills left and set newer checkpoints aside: damaged ones."""
         for left in self.folder.glob(".checkpoint-*"):
             shutil.rmtree(left)
         for path in self.paths():
@@ -151,19 +151,19 @@ class Checkpoints:
         self._drop_oldest()
 
     def save(self, step: int, fixed: dict[str, Any], machine: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Make the checkpoint of a step, whole or not at all, and drop the oldest.
+        """Write the checkpoint of a step, whole or not at all, and remove the oldest one.
 
         Args:
-            step: steps that are done; where it has a checkpoint nothing is written.
+            step: number of steps that are done. If it has a checkpoint already, nothing is written.
             fixed: see `Checkpoint`.
             machine: see `Checkpoint`.
-            write: puts files into the folder that it is given.
+            write: writes files into the folder that it gets.
 
         Raises:
-            OSError: it cannot be written; names the checkpoint that is still good.
+            OSError: the checkpoint cannot be written; names the one that is still good.
         """
         path = self.path(step)
-        if path.is_dir():  # the run went on from it: replacing it would only put it at risk
+        if path.is_dir():  # the run resumed it; replacing it would only put it at risk
             return
         with self.saying_what_is_left(path), new_folder(path) as folder:
             write(folder)
@@ -174,11 +174,7 @@ class Checkpoints:
 
     @contextmanager
     def saying_what_is_left(self, path: Path) -> Iterator[None]:
-        """Add to the error of writing something which checkpoint is good.
-
-        Raises:
-            OSError: the error.
-        """
+        """Add the last good checkpoint to the message of an OSError, while `path` is written."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -189,13 +185,13 @@ class Checkpoints:
         """The newest whole checkpoint."""
         for path in reversed(self.paths()):
             try:
-                return read_checkpoint(path).path
+                return verify_checkpoint(path).path
             except DamagedCheckpointError:
                 continue
         return None
 
     def set_aside(self, path: Path, why: str) -> None:
-        """Rename a checkpoint to WHY-checkpoint-STEP, which no run goes on from."""
+        """Rename a checkpoint to WHY-checkpoint-STEP, which no run resumes."""
         aside = path.with_name(f"{why}-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)  # an earlier one
         if self._best().get("step") == _step(path):
@@ -203,22 +199,17 @@ class Checkpoints:
         os.replace(path, aside)
 
     def mark_best(self, score: float, step: int) -> bool:
-        """Protect the checkpoint of a step from removal, as long as no other one has a higher score.
+        """Keep the checkpoint of a step as long as no other one has a higher score.
 
         Args:
-            score: the higher the better.
-            step: of a checkpoint.
+            score: a finite number; higher is better.
+            step: of a checkpoint that is there.
 
         Returns:
-            Whether the score is the highest so far; then `best.json` holds it and the step.
-
-        Raises:
-            ValueError: no such checkpoint, or a score that is not finite.
+            Whether the score is the highest so far. If so, `best.json` holds it and the step.
         """
-        if not math.isfinite(score):
-            raise UserError(f"score={score} found; expected a finite number")
-        if not self.path(step).is_dir():
-            raise UserError(f"step={step} found; {self.folder} has {', '.join(p.name for p in self.paths()) or 'none'}")
+        assert math.isfinite(score), f"score={score}"
+        assert self.path(step).is_dir(), f"step {step} has no checkpoint"
         if score <= self._best().get("score", -math.inf):
             return False
         write_json(self.folder / BEST, {"step": step, "score": score})
@@ -237,7 +228,7 @@ class Checkpoints:
         best = self._best().get("step")
         for path in self.paths()[: -self.limit]:
             if _step(path) != best:
-                hidden = path.with_name(f".{path.name}.old")  # at once no checkpoint any more, wherever a kill hits
+                hidden = path.with_name(f".{path.name}.old")  # a kill during the removal leaves no half checkpoint
                 os.replace(path, hidden)
                 shutil.rmtree(hidden)
 

@@ -1,7 +1,7 @@
-"""How much memory and time pretraining needs, and micro-batches that fit, found before the first step.
+"""Find out before the first step how much memory and time a run needs, and which micro-batches fit.
 
-Trial steps run on random images through the model as it was built: before it is compiled, and before several processes
-share it, so that nothing is exchanged and no process waits for another. They leave no trace in the run.
+Trial steps on random images run through the objective before it is compiled and before several processes share it, so
+that no process waits for another. They leave no trace in the run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.objectives import Objective
 
 FEWEST_IMAGES = 2  # of a micro-batch
-BETWEEN = 1.1  # what the maps take on the CPU, over what autograd saves of them: the rest comes and goes
+BETWEEN = 1.1  # memory of the maps on the CPU over what autograd saves of them; the rest is temporary
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ResourceEstimate:
     Args:
         memory: bytes at the peak, of the GPU or of the process.
         on_gpu: which of the two.
-        seconds: of a step, without reading images and what processes exchange; None where it is not known.
+        seconds: of a step, without reading images and without communication; None if not known.
     """
 
     memory: int
@@ -41,7 +41,7 @@ class ResourceEstimate:
     seconds: float | None
 
     def line(self, steps: int) -> str:
-        """What to say of a run of so many steps."""
+        """A line about a run of so many steps."""
         memory = f"about {self.memory / 2**30:.1f} GiB of {'GPU memory' if self.on_gpu else 'memory'} at the peak"
         if self.seconds is None:
             return f"{memory}; the time of a compiled step is measured after the first ones"
@@ -50,10 +50,10 @@ class ResourceEstimate:
 
 
 class Trial:
-    """Steps of a model that is about to be trained, which leave it as it was: weights, statistics, random numbers.
+    """Trial steps of an objective that leave it as it was: weights, statistics, random numbers.
 
-    The loss is replaced by the mean square of the embeddings: its matrices are small beside the maps, and under
-    torch.distributed it would wait for other processes.
+    The mean square of the embeddings stands for the loss. The loss's matrices are small beside the maps, and under
+    torch.distributed the loss would wait for other processes.
 
     Args:
         accelerator: of the run, for its precision.
@@ -78,7 +78,7 @@ class Trial:
             self._count()
 
     def _count(self) -> None:
-        """Measure what `process_memory` takes for granted, in steps so small that they fit anywhere."""
+        """Measure the constants of `process_memory`, in steps so small that they fit anywhere."""
         before = _resident()
         few, more = self._saved(FEWEST_IMAGES), self._saved(2 * FEWEST_IMAGES)
         self.image_bytes = (more - few) / FEWEST_IMAGES  # that autograd saves for an image, and whatever their number
@@ -87,17 +87,17 @@ class Trial:
         self.base = max(before, _resident() - trial)  # of the process: code, weights, what torch keeps once it ran
 
     def estimate(self, steps: int, timed: bool = True) -> ResourceEstimate:
-        """What a step by so many micro-batches needs.
+        """What a step of so many micro-batches needs.
 
-        On a GPU the memory is that of a trial step. On the CPU it is computed, see `process_memory`, unless the process
-        is larger than that after the trial step.
+        On a GPU this is the memory of a trial step. On the CPU it is computed by `process_memory`, unless the process
+        is larger after the trial step.
 
         Args:
             steps: micro-batches of a process.
             timed: false leaves out the time, as for a model that will be compiled.
 
         Raises:
-            ValueError: unequal micro-batches, or smaller than two images.
+            UserError: unequal micro-batches, or smaller than two images.
         """
         size, on_gpu = micro_batch(self.share, steps), self.device.type == "cuda"
         if not on_gpu:
@@ -111,7 +111,7 @@ class Trial:
         return ResourceEstimate(memory, on_gpu, seconds if timed else None)
 
     def choice(self, steps: int) -> str:
-        """What to say of so many micro-batches."""
+        """A line about so many micro-batches."""
         if steps == 1:
             return f"find_batch_size: all {self.share} images of a process fit into the memory at once"
         return (
@@ -120,18 +120,18 @@ class Trial:
         )
 
     def find(self, steps: int) -> int:
-        """The smallest number of micro-batches that fit into the memory, in every process.
+        """The smallest number of micro-batches that fit into the memory of every process.
 
-        It doubles from the one given, or where the images cannot be halved goes to the next divisor. A GPU tries a
-        step. On the CPU a process that takes too much is killed, without an exception that could be caught: there
-        `process_memory` is compared with the memory that psutil calls available, which knows nothing of the limits of
-        a container or a batch system.
+        Double the number until they fit; where the images cannot be halved, go to the next divisor. On a GPU, try a
+        step. On the CPU the system kills a process that takes too much memory, and no exception can be caught. There,
+        compare `process_memory` with the memory that psutil calls available. psutil does not know the limits of a
+        container or a batch system.
 
         Args:
             steps: micro-batches of a process to begin with.
 
         Raises:
-            ValueError: in all processes, when not even the smallest micro-batches fit in one of them.
+            UserError: in all processes, if even the smallest micro-batches do not fit in one of them.
         """
         found: int | ValueError
         try:
@@ -163,16 +163,16 @@ class Trial:
         return made - start + self.share // size * (done - made)
 
     def process_memory(self, size: int) -> int:
-        """Bytes that a process takes on the CPU at the peak, with micro-batches of so many images.
+        """Peak memory of a process on the CPU in bytes, with micro-batches of so many images.
 
-        Beyond what it has without a step: momentum, gradients of both views before they are added up, and what autograd
-        saves for an image, times their number. Measured runs took 0.92 to 1.09 times as much.
+        A step adds the momentum, the gradients of both views before they are added up, and what autograd saves for
+        each image. Measured runs took 0.92 to 1.09 times as much.
         """
         maps = BETWEEN * size * self.image_bytes + self.fixed_bytes
         return round(self.base + self.besides + 2 * self.weights + maps)
 
     def _saved(self, count: int) -> int:
-        """Bytes that autograd saves in a step of so many images, weights and statistics left out."""
+        """Bytes that autograd saves in a step of so many images, without weights and statistics."""
         saved: dict[int, int] = {}  # by address: several operations save the same tensor
 
         def save(tensor: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class Trial:
         return sum(saved.values())
 
     def _attempt(self, size: int) -> None:
-        """Raise what torch raises when memory ends, if micro-batches of so many images are too large."""
+        """Raise torch's out-of-memory error if micro-batches of so many images are too large."""
         if self.device.type == "cpu":
             available = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             further = self.process_memory(size) - _resident()
@@ -215,7 +215,7 @@ class Trial:
 
     @contextmanager
     def _no_trace(self) -> Iterator[None]:
-        """Training mode; behind it no gradient, and modes, buffers and random numbers as before."""
+        """Training mode; afterwards there is no gradient, and modes, buffers and random numbers are as before."""
         modes = [(part, part.training) for part in self.objective.modules()]
         buffers = [(buffer, buffer.clone()) for buffer in self.objective.buffers()]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -232,7 +232,7 @@ class Trial:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process has."""
+    """Memory of this process in bytes."""
     return psutil.Process().memory_info().rss
 
 
@@ -244,7 +244,7 @@ def micro_batch(share: int, steps: int) -> int:
         steps: micro-batches.
 
     Raises:
-        ValueError: unequal micro-batches, or smaller than two images.
+        UserError: unequal micro-batches, or smaller than two images.
     """
     if share % steps or share // steps < FEWEST_IMAGES:
         raise UserError(
@@ -255,15 +255,15 @@ def micro_batch(share: int, steps: int) -> int:
 
 
 def largest_that_fits(share: int, steps: int, attempt: Callable[[int], None]) -> int:
-    """Images of the largest micro-batches that fit into the memory: halved until they do.
+    """Halve micro-batches until they fit into the memory; returns their images.
 
     Args:
         share: images of a process.
         steps: micro-batches to begin with.
-        attempt: tries micro-batches of so many images; raises the error of torch's when memory ends.
+        attempt: tries micro-batches of so many images; raises torch's out-of-memory error.
 
     Raises:
-        ValueError: not even the smallest ones fit, or `steps` is no number of equal micro-batches.
+        UserError: even the smallest ones do not fit, or the images cannot be divided into `steps` equal parts.
     """
     size = micro_batch(share, steps)
 

@@ -1,8 +1,7 @@
-"""What the features of a frozen encoder are worth: nearest neighbours and a linear probe, in seconds.
+"""Measure the features of a frozen encoder in seconds: nearest neighbours and a linear probe.
 
-The probes fit on the train split of a labelled cache and are scored on its validation split; the test split is never
-read. Nothing is random: the same encoder and cache give the same scores, and the state of the caller's generators stays
-as it was.
+The probes are fitted on the train split of a labelled cache and scored on its validation split. The test split is
+never read. Nothing is random: the same encoder and cache give the same scores, and random generators do not move.
 """
 
 from __future__ import annotations

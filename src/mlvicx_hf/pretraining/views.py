@@ -1,6 +1,6 @@
-"""Two random views of every image, batched on the device and seeded by (seed, epoch, sample).
+"""Two random views of every image, made in batches on the device and seeded by (seed, epoch, sample).
 
-The six transforms of section III-A of the paper; the magnitudes, which it does not give, are arguments.
+These are the six transforms of section III-A of the paper. It gives no magnitudes; they are arguments here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mlvicx_hf.common.errors import UserError
 
-# One uniform number in [0, 1) each, in this order; a run's views depend on nothing else.
+# One uniform number in [0, 1) for each, in this order. The views of a run depend on nothing else.
 DRAWS = (
     "area",
     "ratio",
@@ -36,8 +36,8 @@ DRAWS = (
 def view_draws(seed: int, epoch: int, samples: Sequence[int] | np.ndarray) -> Tensor:
     """Uniform numbers behind the two views of each sample.
 
-    Every sample has its own counter of a Philox generator, so its views depend neither on the batch it comes in nor
-    on workers, ranks or a resume.
+    Every sample has its own counter of a Philox generator, so its views do not depend on its batch, on workers,
+    on ranks or on a resume.
 
     Args:
         seed: of the run.
@@ -58,15 +58,15 @@ def view_draws(seed: int, epoch: int, samples: Sequence[int] | np.ndarray) -> Te
 class TwoViewAugmentation:
     """The two views, from uint8 to model input.
 
-    Crop, rotation and flip are one bilinear warp; brightness and contrast are one affine map clamped once. The pairs
-    give the value of view 1 and of view 2.
+    Crop, rotation and flip are one bilinear warp. Brightness and contrast are one affine map, clamped once. Pairs of
+    probabilities are those of view 1 and of view 2.
 
     Args:
         image_size: side of the views in pixels.
         crop_area: range of the crop's share of the image's area.
         crop_ratio: range of the crop's width over height, log-uniform.
         flip: probability of a horizontal flip.
-        rotation: largest angle in degrees, either way; what lies outside the image is black.
+        rotation: largest angle in degrees, in both directions; the outside of the image is black.
         brightness: largest change of the brightness factor from 1.
         contrast: largest change of the contrast factor from 1, about the view's mean.
         jitter: probability of changing brightness and contrast.
