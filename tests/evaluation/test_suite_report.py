@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from helpers import make_cache, save_encoders
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mlvicx_hf.commands.evaluate import main
+from kills import KILLED, Forks
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.collections.nih14 import NIH_FINDINGS
 from mlvicx_hf.evaluation.suite.analysis import analyse
@@ -27,9 +27,6 @@ from mlvicx_hf.evaluation.suite.grid import read_suite
 from mlvicx_hf.evaluation.suite.paper import paper_results, paper_tables
 from mlvicx_hf.evaluation.suite.report import layout
 from mlvicx_hf.evaluation.suite.running import evaluate_suite
-
-CHILDREN = multiprocessing.get_context("forkserver")  # forked after the imports, before torch has threads
-CHILDREN.set_forkserver_preload(["mlvicx_hf.evaluation.suite.running"])
 
 
 @pytest.fixture(scope="module")
@@ -211,22 +208,19 @@ def test_the_report_needs_nothing_else_and_its_twins_say_the_same(output: Path):
         assert f"figures/{name}.png" in markdown
 
 
-def start(suite: Path, output: Path) -> Any:
-    """The command in a process of its own."""
-    child = CHILDREN.Process(target=main, args=([str(suite), "--output", str(output), "--samples", "200"],))
-    child.start()
-    return child
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks(["mlvicx_hf.evaluation.suite.running"]) as found:
+        yield found
 
 
-def test_a_killed_grid_goes_on_to_the_same_report(suite: Path, output: Path, tmp_path: Path):
-    child = start(suite, tmp_path / "out")
-    deadline = time.monotonic() + 200
+def test_a_killed_grid_goes_on_to_the_same_report(suite: Path, output: Path, tmp_path: Path, forks: Forks):
+    process = forks.start("evaluate", suite, "--output", tmp_path / "out", "--samples", 200)
     while len(list(tmp_path.glob("out/cells/**/cell.json"))) < 3:
-        assert child.is_alive()
-        assert time.monotonic() < deadline
+        assert process.poll() is None, process.output
         time.sleep(0.02)
-    child.kill()
-    child.join()
+    process.kill()
+    assert process.wait() == KILLED
     assert len(list(tmp_path.glob("out/cells/**/cell.json"))) < 12
     assert not (tmp_path / "out/report.json").exists()
     assert evaluate_suite(str(suite), tmp_path / "out", samples=200).finished == 12
@@ -234,11 +228,10 @@ def test_a_killed_grid_goes_on_to_the_same_report(suite: Path, output: Path, tmp
         assert (tmp_path / "out" / name).read_bytes() == (output / name).read_bytes(), name
 
 
-def test_two_processes_on_one_grid_make_the_same_report(suite: Path, output: Path, tmp_path: Path):
-    children = [start(suite, tmp_path / "out") for _ in range(2)]
-    for child in children:
-        child.join(300)
-        assert child.exitcode == 0
+def test_two_processes_on_one_grid_make_the_same_report(suite: Path, output: Path, tmp_path: Path, forks: Forks):
+    processes = [forks.start("evaluate", suite, "--output", tmp_path / "out", "--samples", 200) for _ in range(2)]
+    for process in processes:
+        assert process.wait() == 0, process.output
     assert (tmp_path / "out/report.json").read_bytes() == (output / "report.json").read_bytes()
 
 
