@@ -109,7 +109,7 @@ def area_under_curves(labels: np.ndarray, scores: np.ndarray) -> dict[str, float
     return {**areas, "macro": float(np.mean(list(areas.values())))}
 
 
-def parse_arguments() -> argparse.Namespace:
+def _parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--num_patients", type=int, default=800, help="a quarter of them are held out")
@@ -124,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Draw, fit both, print."""
-    arguments = parse_arguments()
+    arguments = _parse()
     images, labels, groups = draw_all(arguments)
     is_train = groups < 0.75 * arguments.num_patients
     results = {

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlvicx_hf import MLVICXForPreTraining
 from mlvicx_hf.models.loss_mlvicx import gather_batch, variance_covariance_loss
+from mlvicx_hf.objectives import OBJECTIVES, Objective
 
 WORLDS = (2, 3)
 
@@ -29,10 +30,10 @@ def views() -> tuple[Tensor, Tensor]:
     return view_1, view_2
 
 
-def model() -> MLVICXForPreTraining:
+def objective() -> Objective:
     """In evaluation mode: in training each process has its own batch statistics, on the CPU at least."""
     torch.manual_seed(2)
-    return MLVICXForPreTraining(tiny_config()).double().eval()
+    return OBJECTIVES["mlvicx"](MLVICXForPreTraining(tiny_config())).double().eval()
 
 
 def share(tensor: Tensor, rank: int, world: int) -> Tensor:
@@ -53,11 +54,11 @@ def process(rank: int, world: int, folder: str, shapes: list[tuple[int, int]]) -
         assert z_2.grad is not None
         # Data parallel averages parameter gradients over the ranks, so each rank's share counts 1/W.
         results[f"{shape}"] = (loss.detach(), z_1.grad / world, z_2.grad / world)
-    parallel = DistributedDataParallel(model())
-    output = parallel(view_1=share(views()[0], rank, world), view_2=share(views()[1], rank, world))
+    parallel = DistributedDataParallel(objective())
+    output = parallel(*(share(view, rank, world) for view in views()))
     output.loss.backward()
-    results["terms"] = {k: v.detach() for k, v in output.items() if isinstance(v, Tensor)}
-    results["embeddings"] = output.global_embeddings[0].detach()
+    results["terms"] = {name: value.detach() for name, value in (output.terms | {"loss": output.loss}).items()}
+    results["embeddings"] = output.embeddings["global_embeddings"][0].detach()
     results["gradients"] = {name: p.grad for name, p in parallel.module.named_parameters()}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -90,14 +91,15 @@ def test_loss_and_gradients_of_the_embeddings(results: list[dict[str, Any]], sha
 
 @pytest.mark.slow
 def test_loss_and_gradients_of_the_parameters(results: list[dict[str, Any]]):
-    single = model()
+    single = objective()
     output = single(*views())
     output.loss.backward()
     for rank, result in enumerate(results):
-        expected = share(output.global_embeddings[0].detach(), rank, len(results))
+        expected = share(output.embeddings["global_embeddings"][0].detach(), rank, len(results))
         torch.testing.assert_close(result["embeddings"], expected)
         for name, value in result["terms"].items():
-            torch.testing.assert_close(value, output[name].detach(), rtol=1e-10, atol=0, msg=name)
+            expected = output.loss if name == "loss" else output.terms[name]
+            torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=0, msg=name)
         for name, parameter in single.named_parameters():
             assert parameter.grad is not None
             torch.testing.assert_close(result["gradients"][name], parameter.grad, rtol=1e-8, atol=1e-12, msg=name)

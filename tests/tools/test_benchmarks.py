@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_users_error, run_script
+from helpers import ROOT
 
 from benchmark.authors_order import covariance
+from benchmark.command import main
 from benchmark.pipeline import benchmark_views, phantom_cache, pretraining_seconds
 from benchmark.timing import compare, peak_memory, spread
 from benchmark.training import Setting, benchmark_step, gigaflops, training_step
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.models.loss_mlvicx import covariance_loss
 
 CPU = torch.device("cpu")
@@ -88,15 +91,16 @@ def test_views_and_the_whole_command(tmp_path: Path):
         pretraining_seconds(ROOT / "scripts" / "pretrain.py", cache, SMALL, ["--patch_size", "3"])
 
 
-def test_the_command(tmp_path: Path):
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "benchmark.json"
     words = ["--sections", "inference", "--rounds", "1", "--image_size", "32", "--inference_batch_sizes", "1", "2"]
-    done = run_script("benchmark.py", *words, "--json", output)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(output.read_text())
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words, "--json", str(output)])
+    main(ROOT / "scripts" / "pretrain.py")
+    report, printed = json.loads(output.read_text()), capsys.readouterr().out
     for row, batch in zip(report["inference"], (1, 2), strict=True):
         assert row["eager_ratio"] == row["seconds"]["eager"]["median"] / row["seconds"]["timm"]["median"]
-        assert f"inference, batch {batch}: timm" in done.stdout
+        assert f"inference, batch {batch}: timm" in printed
     assert report["precision"] == "float32"
-    done = run_script("benchmark.py", "--sections", "speed")
-    assert_users_error(done, "sections speed found", "expected some of step")
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--sections", "speed"])
+    with pytest.raises(UserError, match="sections speed found; expected some of step"):
+        main(ROOT / "scripts" / "pretrain.py")

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command `scripts/benchmark.py`: sections, table, JSON."""
+"""The command `python -m benchmark`: sections, table, JSON."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import write_json
 from mlvicx_hf.common.machine import available_cores, describe_hardware, keep_freed_memory, use_cpu_threads
 from mlvicx_hf.common.provenance import code_version
@@ -40,7 +41,7 @@ def main(script: Path) -> None:
         script: scripts/pretrain.py, which is timed as a whole.
 
     Raises:
-        ValueError: an unknown section.
+        UserError: an unknown section.
     """
     arguments = _parse()
     device = torch.device(arguments.device)
@@ -85,7 +86,7 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.sections) - set(SECTIONS))
     if unknown:
-        raise ValueError(f"sections {', '.join(unknown)} found; expected some of {', '.join(SECTIONS)}")
+        raise UserError(f"sections {', '.join(unknown)} found; expected some of {', '.join(SECTIONS)}")
     return arguments
 
 
