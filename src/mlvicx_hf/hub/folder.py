@@ -41,7 +41,7 @@ def export(source: str | Path, output: str | Path, *, with_expanders: bool = Fal
         raise UserError(f"{source}: a {saved.__name__} found; with_expanders expects a MLVICXForPreTraining")
     model, processor = load_model(source, saved if with_expanders else None)
     model.config.auto_map = dict(AUTO_MAP)
-    processor.auto_map = dict(IMAGE_PROCESSOR_AUTO_MAP)  # type: ignore[attr-defined]  # transformers reads it, undeclared
+    processor.auto_map = dict(IMAGE_PROCESSOR_AUTO_MAP)
     with new_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

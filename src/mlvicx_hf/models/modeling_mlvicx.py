@@ -270,7 +270,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
             check_download(Path(file))
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # the base class wraps its own
         """As of the base class. The code goes along, so that the model also loads where this package is not installed.
 
         Push the image processor, too.
