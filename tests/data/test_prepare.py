@@ -521,9 +521,9 @@ def test_only_the_wanted_splits_are_opened(root: Path, tmp_path: Path):
 
 
 def test_folders_that_are_no_caches_are_refused(root: Path, tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"no such folder; expected a prepared cache .*prepare_data\.py"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder; expected a prepared cache .*mlvicx prepare"):
         load_cache(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match=r"holds no cache\.json, so it is no prepared cache .*prepare_data\.py"):
+    with pytest.raises(FileNotFoundError, match=r"holds no cache\.json, so it is no prepared cache .*mlvicx prepare"):
         load_cache(root)
 
 

@@ -37,7 +37,7 @@ VINDR = [
     "Other diseases", "No finding",
 ]  # fmt: skip
 RELEASED = {
-    "nih14": list(nih14.FINDINGS),
+    "nih14": list(nih14.NIH_FINDINGS),
     "vinbigdata": VINBIGDATA,
     "vindr": [*VINDR, "Other disease"],  # the test tables' spelling
     "rsna": ["Normal", "No Lung Opacity / Not Normal", "Lung Opacity"],
@@ -63,13 +63,13 @@ def test_every_label_of_every_collection_has_an_entry_and_no_other():
 @pytest.mark.parametrize(
     ("collection", "labels"),
     [
-        ("nih14", nih14.FINDINGS),
-        ("vinbigdata", vinbigdata.FINDINGS),
-        ("vindr", vindr.FINDINGS),
+        ("nih14", nih14.NIH_FINDINGS),
+        ("vinbigdata", vinbigdata._FINDINGS),
+        ("vindr", vindr.VINDR_FINDINGS),
         ("rsna", rsna.CLASS_NAMES),
-        ("siim", (siim.FINDING,)),
-        ("chexpert", chexpert.FINDINGS),
-        ("mimic_cxr_jpg", mimic_cxr_jpg.FINDINGS),
+        ("siim", (siim._FINDING,)),
+        ("chexpert", chexpert.CHEXPERT_FINDINGS),
+        ("mimic_cxr_jpg", mimic_cxr_jpg.CHEXPERT_FINDINGS),
     ],
 )
 def test_the_labels_that_caches_have_are_in_the_table(collection: str, labels: tuple[str, ...]):
@@ -152,7 +152,7 @@ def test_rsna_means_another_lung_opacity():
     assert (rsna.name, chexpert.name) == ("Pneumonia", "Lung opacity")
     assert "suspicious for pneumonia" in rsna.lost
     assert names(match("rsna", ["Lung Opacity"], "chexpert", ["Lung Opacity"]).matches) == []
-    assert names(match("rsna", ["Lung Opacity"], "nih14", nih14.FINDINGS).matches) == ["Pneumonia"]
+    assert names(match("rsna", ["Lung Opacity"], "nih14", nih14.NIH_FINDINGS).matches) == ["Pneumonia"]
 
 
 @given(st.text(max_size=30) | st.text(alphabet="aiesuS _:", max_size=12))
@@ -165,9 +165,9 @@ def test_normalising_leaves_what_is_normal(label: str):
 
 
 def test_nih14_to_vinbigdata():
-    found = match("nih14", nih14.FINDINGS, "vinbigdata", VINBIGDATA)
+    found = match("nih14", nih14.NIH_FINDINGS, "vinbigdata", VINBIGDATA)
     columns = {
-        m.name: ([nih14.FINDINGS[i] for i in m.model_columns], [VINBIGDATA[i] for i in m.data_columns])
+        m.name: ([nih14.NIH_FINDINGS[i] for i in m.model_columns], [VINBIGDATA[i] for i in m.data_columns])
         for m in found.matches
     }
     assert columns == {
@@ -196,14 +196,14 @@ def test_nih14_to_vinbigdata():
 
 
 def test_chexpert_to_nih14():
-    found = match("chexpert", CHEXPERT, "nih14", nih14.FINDINGS)
+    found = match("chexpert", CHEXPERT, "nih14", nih14.NIH_FINDINGS)
     assert names(found.matches) == [
         "Atelectasis", "Cardiomegaly", "Pleural effusion", "Nodule or mass", "Pneumonia", "Pneumothorax",
         "Consolidation", "Edema",
     ]  # fmt: skip
     lesion = found.matches[3]
     assert [CHEXPERT[i] for i in lesion.model_columns] == ["Lung Lesion"]
-    assert [nih14.FINDINGS[i] for i in lesion.data_columns] == ["Mass", "Nodule"]
+    assert [nih14.NIH_FINDINGS[i] for i in lesion.data_columns] == ["Mass", "Nodule"]
     assert lesion.lost[0] == "Nodule or mass is Mass or Nodule of the images"
     assert lesion.lost[1].startswith("chexpert's Lung Lesion: other focal lesions")
     assert "thickening" in found.model_only["Pleural Other"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Segmentation masks: from the files that people have to class indices, and to the cache's squares."""
+"""Segmentation masks: read files of several kinds as class indices, and fit these to the squares of a cache."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mlvicx_hf.common.errors import UserError
 from .images.errors import UnreadableImageError
 from .images.pixels import decode, fit_square_gray
 
-MASK_FORMATS = ("PNG",)  # lossless, and what annotation tools write
+MASK_FORMATS = ("PNG",)  # lossless, and the format of annotation tools
 MAX_CLASSES = 256  # of an 8-bit mask
 
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask as the cache holds it.
+    """A mask in a cache.
 
     Attributes:
         png: 8-bit PNG of class indices.
-        sha256: of the file, or of the drawn pixels.
+        sha256: hash of the original file, or of the drawn pixels.
         values: class indices that occur in `png`, ascending.
     """
 
@@ -37,10 +37,10 @@ class Mask:
 
 
 def check_mask_names(names: Sequence[str]) -> None:
-    """Refuse names of classes that are empty, repeated or too many for 8 bits.
+    """Check the names of classes.
 
     Raises:
-        ValueError: they are.
+        UserError: a name is empty or repeated, or there are too many for 8 bits.
     """
     if not all(names) or len(set(names)) < len(names) or len(names) > MAX_CLASSES:
         raise UserError(
@@ -50,19 +50,19 @@ def check_mask_names(names: Sequence[str]) -> None:
 
 
 def foreground(names: Sequence[str]) -> dict[str, int]:
-    """Pixel value of each structure; a lone name is the structure itself, else the first is the background."""
+    """Map each structure to its pixel value. The first of several names is the background; a single name is not."""
     return {name: value for value, name in enumerate(names if len(names) > 1 else ("", *names)) if value}
 
 
 def decode_mask(data: bytes, file: str | Path) -> np.ndarray:
-    """Values [H, W] of a mask file: grey values or palette indices, or the channel that equal channels share.
+    """Read the values [H, W] of a mask file: grey values, palette indices, or one of several equal channels.
 
     Args:
         data: the file's content.
-        file: what errors call it.
+        file: its name in error messages.
 
     Raises:
-        UnreadableImageError: no readable PNG, colours that are no grey, or a shape that is in the transparency alone.
+        UnreadableImageError: the file is no readable PNG, has colours, or a transparency that varies.
     """
     pixels = np.asarray(decode(data, file, MASK_FORMATS))
     if pixels.ndim == 2:
@@ -78,19 +78,19 @@ def decode_mask(data: bytes, file: str | Path) -> np.ndarray:
 
 
 def class_indices(pixels: np.ndarray, names: Sequence[str], size: tuple[int, int], file: str | Path) -> np.ndarray:
-    """Check a mask against its classes and its image.
+    """Check a mask against its classes and its image, and turn it into class indices.
 
     Args:
         pixels: values [H, W]; a binary mask holds 0 and 1, or 0 and 255.
-        names: one structure, or the classes by value.
-        size: width and height of the image, upright.
-        file: what errors call the mask.
+        names: the one structure of a binary mask, or the classes in the order of their values.
+        size: width and height of the upright image.
+        file: the mask's name in error messages.
 
     Returns:
         Class indices, uint8 [H, W]; 0 is the background.
 
     Raises:
-        UnreadableImageError: another size than the image's, or values out of range.
+        UnreadableImageError: the mask has another size than its image, or values that are no class.
     """
     height, width = pixels.shape
     if (width, height) != size:
@@ -111,11 +111,11 @@ def class_indices(pixels: np.ndarray, names: Sequence[str], size: tuple[int, int
 
 
 def encode_mask(indices: np.ndarray, content: bytes, size: int, fit: str) -> Mask:
-    """Class indices [H, W] to the cache's square, with the geometry of the image and without mixing classes.
+    """Fit class indices to the square of the cache, with the geometry of the image and without mixing classes.
 
     Args:
         indices: uint8 [H, W].
-        content: what is hashed.
+        content: the bytes to hash.
         size: side of the square in pixels.
         fit: "pad" (with background), "squash" or "crop".
     """

@@ -1,7 +1,7 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""One vocabulary: which labels of different collections mean the same finding, and what is lost where not quite.
+"""One vocabulary: find the labels of different collections that mean the same finding, and say where they differ.
 
-The labels are spelled as the releases do. The counts are of VinBigData's and CheXpert's training tables.
+Labels are spelled as in the releases. Counts in comments are those of the training tables of VinBigData and CheXpert.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlvicx_hf.common.errors import UserError
 
 @dataclass(frozen=True)
 class Finding:
-    """A common name, and what is lost when a collection's label takes it (empty: nothing)."""
+    """The common name of a collection's label, and how their meanings differ (empty: not at all)."""
 
     name: str
     lost: str = ""
@@ -26,7 +26,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class NoCommonName:
-    """Why a collection's label has none."""
+    """The reason why a collection's label has no common name."""
 
     reason: str
 
@@ -36,10 +36,10 @@ class Match:
     """A finding that a model and a collection have in common.
 
     Attributes:
-        name: common name, or the label itself where there is none.
-        model_columns: outputs of the model; of several the finding is the union.
-        data_columns: labels of the collection; likewise.
-        lost: in what the two sides differ, one line each.
+        name: the common name, or the label itself if it has none.
+        model_columns: outputs of the model. If there are several, the finding is their union.
+        data_columns: labels of the collection. If there are several, the finding is their union.
+        lost: how the two sides differ, one line for each difference.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Matching:
-    """What a model and a collection have in common, in the order of the collection's labels, and what not.
+    """The labels that a model and a collection share, and those that only one of them has.
 
     Attributes:
-        matches: the common findings.
-        model_only: the model's labels without a counterpart, and why (empty: the collection lacks them).
-        data_only: the collection's, likewise.
+        matches: the common findings, in the order of the collection's labels.
+        model_only: the model's labels without a counterpart → the reason (empty: the collection lacks them).
+        data_only: the collection's labels without a counterpart → the reason (empty: the model lacks them).
     """
 
     matches: tuple[Match, ...]
@@ -63,7 +63,7 @@ class Matching:
     data_only: Mapping[str, str] = field(default_factory=dict)
 
 
-# Findings that are present where one of their parts is, and what is lost when the parts are taken for the whole.
+# A finding is present if one of its parts is. Finding → parts, and what the parts together do not cover.
 UNIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "Nodule or mass": (("Nodule", "Mass"), ""),
     "Fracture": (("Rib fracture", "Clavicle fracture"), "fractures of other bones than ribs and clavicles"),
@@ -127,7 +127,7 @@ _VINDR = _VINBIGDATA | {
     "Pneumonia": Finding("Pneumonia", _FROM_IMAGE),
     "Tuberculosis": Finding("Tuberculosis", _FROM_IMAGE),
     "Other diseases": _OTHER_KINDS,
-    "Other disease": _OTHER_KINDS,  # the test tables' spelling
+    "Other disease": _OTHER_KINDS,  # as the test tables spell it
 }
 
 _RSNA: dict[str, Finding | NoCommonName] = {
@@ -176,7 +176,7 @@ COLLECTIONS: Mapping[str, Mapping[str, Finding | NoCommonName]] = MappingProxyTy
 # Collections that hold some of the same images.
 SHARED_IMAGES = (frozenset({"nih14", "rsna", "siim"}), frozenset({"vinbigdata", "vindr"}))
 
-# What other tables call a finding, beside the spellings of the collections above.
+# Further names of findings, which other tables use.
 _FURTHER_SPELLINGS = {
     "Oedema": "Edema",
     "Pulmonary edema": "Edema",
@@ -190,14 +190,14 @@ _FURTHER_SPELLINGS = {
     "Airspace opacity": "Lung opacity",
     "Lung tumour": "Lung tumor",
 }
-# Elsewhere Lung Opacity is any opacity, and nobody knows what is normal: what RSNA means by its names is RSNA's alone.
+# RSNA alone uses its names in its sense: elsewhere Lung Opacity means any opacity, and Normal is not defined.
 _SPELLED_BY = [name for name in COLLECTIONS if name != "rsna"]
 
 # -- looking up --------------------------------------------------------------------------------------------------------
 
 
 def normalize(label: str) -> str:
-    """A label without differences of case, blanks, underscores, other signs and plural."""
+    """Remove from a label what does not change its meaning: upper case, blanks, underscores, other signs, plurals."""
     return " ".join(_singular(word) for word in re.split(r"[\W_]+", label.casefold()) if word)
 
 
@@ -211,10 +211,10 @@ def _singular(word: str) -> str:
 
 @cache
 def _spellings(collection: str | None) -> dict[str, Finding | NoCommonName]:
-    """Entries by normalised spelling: of a collection of the table, or (None) of all of them together."""
+    """Map normalised spellings to entries: those of one collection, or (None) of all collections together."""
     if collection is not None:
         return {normalize(label): entry for label, entry in COLLECTIONS[collection].items()}
-    # What is lost is known of the collections alone: somebody's folder may mean anything by a name.
+    # Drop the differences in meaning: they are known for the collections, not for somebody's own folder.
     entries = [item for name in _SPELLED_BY for item in COLLECTIONS[name].items()]
     names = {normalize(label): entry.name for label, entry in entries if isinstance(entry, Finding)}
     names |= {normalize(label): name for label, name in _FURTHER_SPELLINGS.items()}
@@ -230,14 +230,14 @@ def _look_up(collection: str | None, label: str) -> Finding | NoCommonName | Non
 
 
 def common_name(collection: str | None, label: str) -> Finding | None:
-    """The common name of a label.
+    """Find the common name of a label.
 
     Args:
-        collection: one of `COLLECTIONS`; labels of any other, and of None, are known by their spelling.
+        collection: one of `COLLECTIONS`. For any other, or None, the spelling of the label decides.
         label: as the collection spells it.
 
     Returns:
-        Name, and what is lost by it; None for a label that has no common name or is not known.
+        The common name, or None if the label has none or is not known.
     """
     entry = _look_up(collection, label)
     return entry if isinstance(entry, Finding) else None
@@ -248,16 +248,18 @@ def common_name(collection: str | None, label: str) -> Finding | None:
 
 @dataclass(frozen=True)
 class _Side:
-    """Labels of a model or a collection of images, and what identifies each: a name, or a label of this collection."""
+    """The labels of a model or of a collection of images."""
 
     collection: str | None
     labels: tuple[str, ...]
 
     def key(self, column: int) -> tuple[str, str]:
+        """Identify the meaning of a label: ("", common name), or (collection or "", normalised label)."""
         entry = _look_up(self.collection, self.labels[column])
         if isinstance(entry, Finding):
             return "", entry.name
-        # Known to have no common name: the same wherever this table holds. Not known: the same wherever so spelled.
+        # A label without a common name means the same in all collections with this table. An unknown label means the
+        # same wherever it is spelled like this.
         tables = [name for name, table in COLLECTIONS.items() if table is COLLECTIONS.get(self.collection or "")]
         scope = tables[0] if entry is not None else ""
         return scope, normalize(self.labels[column])
@@ -274,13 +276,13 @@ class _Side:
         return (f"{self.collection}'s {self.labels[column]}: {entry.lost}",) if entry and entry.lost else ()
 
     def parts(self, whole: str) -> list[int]:
-        """Columns of all the parts of a finding; empty if one is absent."""
+        """Find the columns of all parts of a finding. Return none if one part is absent."""
         keys, parts = self.keys(), UNIONS[whole][0]
         columns = [column for column, key in enumerate(keys) if key in [("", part) for part in parts]]
         return columns if len(columns) == len(parts) == len({keys[column] for column in columns}) else []
 
     def without(self, used: set[int]) -> dict[str, str]:
-        """Labels of other columns than these, and why they have no common name."""
+        """Map the labels of all columns but these to the reason why they have no common name."""
         entries = {
             label: _look_up(self.collection, label) for column, label in enumerate(self.labels) if column not in used
         }
@@ -295,18 +297,18 @@ def match(
 ) -> Matching:
     """Pair the labels of a model with those of a collection.
 
-    Labels match that have the same common name; a finding of one side also matches its parts on the other (`UNIONS`),
-    if all of them are there. Labels without a common name match by their spelling, but those that the table knows
-    only where the same table holds.
+    Two labels match if they have the same common name. A finding of one side also matches its parts on the other side
+    (`UNIONS`), if all of them are there. Labels without a common name match by their spelling; those that a table
+    lists match only between collections that share this table.
 
     Args:
-        model_collection: what the model was trained on; None if unknown.
-        model_labels: names of its outputs.
-        data_collection: of the images; None if unknown.
-        data_labels: names of their labels.
+        model_collection: the collection on which the model was trained; None if unknown.
+        model_labels: names of the model's outputs.
+        data_collection: the collection of the images; None if unknown.
+        data_labels: names of the images' labels.
 
     Raises:
-        ValueError: two labels of one side that mean the same, and neither is spelled as on the other side.
+        UserError: two labels of one side mean the same, and neither is spelled as on the other side.
     """
     model, data = _Side(model_collection, tuple(model_labels)), _Side(data_collection, tuple(data_labels))
     matches = _same(model, data)
@@ -320,7 +322,7 @@ def match(
 
 
 def _same(model: _Side, data: _Side) -> list[Match]:
-    """One label of each side."""
+    """Match single labels of both sides."""
     model_keys, data_keys = model.keys(), data.keys()
     matches = []
     for key in dict.fromkeys(key for key in data_keys if key in model_keys):
@@ -340,7 +342,7 @@ def _same(model: _Side, data: _Side) -> list[Match]:
 
 
 def _unions(model: _Side, data: _Side, matched: set[str]) -> list[Match]:
-    """A finding of one side, all the parts of it on the other."""
+    """Match a finding of one side with all its parts on the other side."""
     matches = []
     for whole in UNIONS.keys() - matched:
         for side, other in ((model, data), (data, model)):

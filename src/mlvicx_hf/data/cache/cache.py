@@ -1,11 +1,11 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""A prepared cache: its columns, and how training reads it."""
+"""A prepared cache: its columns, and how to open it."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from mlvicx_hf.common.progress import no_datasets_bars
 from ..images.pixels import CACHE_MARK
 from ..splits import check_no_patient_overlap
 
-FORMAT = 2  # of the cache; another one is refused
+FORMAT = 2  # version of the layout; other versions are refused
 MANIFEST = CACHE_MARK
 DUPLICATES = "duplicates.csv"
-HINT = "make one with scripts/prepare_data.py"
+_HINT = "make one with `mlvicx prepare`"
 
 
 def cache_features(masks: bool = False, boxes: bool = False) -> datasets.Features:
-    """Columns of a cache."""
+    """Describe the columns of a cache."""
     text, real = datasets.Value("string"), datasets.Value("float32")
     box = {"label": text} | dict.fromkeys(("x_min", "y_min", "x_max", "y_max"), real)
     return datasets.Features(
@@ -53,15 +53,15 @@ class Cache:
     """A prepared cache.
 
     Attributes:
-        datasets: splits with the columns of `cache_features`. `image` is 8-bit grey, square; `mask` the class indices,
-            None where they are unknown; `boxes` are in pixels of the square; `sha256` is the original file's, `phash`
-            a perceptual hash of the square, `width` and `height` the original's.
+        datasets: split → dataset with the columns of `cache_features`. `image` is 8-bit grey and square. `mask` holds
+            class indices, or None if they are unknown. `boxes` are in pixels of the square. `sha256` is the hash of
+            the original file, `phash` the perceptual hash of the square; `width` and `height` are the original's.
         label_names: names of the labels.
         manifest: content of `cache.json`.
-        path: its folder.
+        path: folder of the cache.
     """
 
-    datasets: datasets.DatasetDict
+    datasets: Mapping[str, datasets.Dataset]
     label_names: tuple[str, ...]
     manifest: dict[str, Any]
     path: Path
@@ -73,16 +73,16 @@ class Cache:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of `cache.json`: of original files, splits and everything that was done to the images."""
+        """SHA-256 of `cache.json`, which depends on the original files, the splits and all processing of the images."""
         return sha256(self.path / MANIFEST)
 
     @property
     def mask_names(self) -> tuple[str, ...]:
-        """Empty without masks; one structure (pixels 0 and 1), or the classes by pixel value, the background first."""
+        """Names of what the masks show: none, one structure (pixels 0 and 1), or the classes by pixel value from 0."""
         return tuple(self.manifest.get("mask_names", ()))
 
     def duplicates(self) -> list[dict[str, str]]:
-        """Identical and nearly identical images that were found when the cache was made: rows of `duplicates.csv`."""
+        """Read the rows of `duplicates.csv`: identical and nearly identical images, found when the cache was made."""
         with (self.path / DUPLICATES).open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
@@ -92,28 +92,28 @@ def load_cache(path: str | Path, splits: Sequence[str] | None = None, check: boo
 
     Args:
         path: folder that `prepare` wrote.
-        splits: only these; by default all.
-        check: false to open one whose patients cross, as an audit must.
+        splits: open these alone; by default all.
+        check: set to false to open a cache with patients in several splits, as an audit must.
 
     Raises:
         FileNotFoundError: the folder is no cache.
-        ValueError: another format, splits that are absent, images that are, or a patient in two splits.
+        UserError: the format is another one, a split is absent, images are missing, or a patient is in two splits.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a prepared cache ({HINT})")
+        raise FileNotFoundError(f"{folder}: no such folder; expected a prepared cache ({_HINT})")
     for name in (MANIFEST, "dataset_dict.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: holds no {name}, so it is no prepared cache ({HINT})")
+            raise FileNotFoundError(f"{folder}: holds no {name}, so it is no prepared cache ({_HINT})")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder}: format {manifest.get('format')} found; expected {FORMAT} ({HINT} anew)")
+        raise UserError(f"{folder}: format {manifest.get('format')} found; expected {FORMAT} ({_HINT} anew)")
     with no_datasets_bars():
         loaded = datasets.DatasetDict.load_from_disk(str(folder))
     for split, counts in manifest["splits"].items():
         if split not in loaded or len(loaded[split]) != counts["images"]:
             found = len(loaded[split]) if split in loaded else 0
-            raise UserError(f"{folder}: {found} images of {split} found; expected {counts['images']} ({HINT} anew)")
+            raise UserError(f"{folder}: {found} images of {split} found; expected {counts['images']} ({_HINT} anew)")
     if check:
         check_no_patient_overlap(
             {split: dataset.data.column("patient_id").to_pylist() for split, dataset in loaded.items()}

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Publish a prepared cache as a dataset on the Hub, as it is: `datasets` reads it there, and so does `load_cache`."""
+"""Publish a prepared cache as a dataset on the Hub, where `datasets` reads it, and fetch it for `load_cache`."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def push_cache(
     """Send a cache in one commit, with its card, split file, hashes and lists of rejected and duplicate images.
 
     Args:
-        path: folder of the cache; its patients do not cross splits, or it is refused.
-        repo_id: name on the Hub, "organisation/name"; the repository is made if it is not there.
-        public: everybody may read it. Radiographs are private unless somebody says otherwise.
-        revision: branch, made if it is not there; by default main.
-        message: of the commit.
-        dry_run: say what would be sent, without the network.
+        path: folder of the cache. No patient may be in two splits.
+        repo_id: name on the Hub, "organisation/name". A repository that does not exist is created.
+        public: let everybody read it. By default the repository is private, as radiographs should be.
+        revision: branch; created if it does not exist. By default main.
+        message: message of the commit.
+        dry_run: return what would be sent, without the network.
 
     Returns:
-        `repo_id`, `public`, `revision`, `files` (name → bytes), and unless `dry_run` `commit` and `url`.
+        `repo_id`, `public`, `revision`, `files` (name → size in bytes); without `dry_run` also `commit` and `url`.
 
     Raises:
-        ValueError: a name that the Hub would not take, or a public repository where a private one was wanted.
-        OSError: no cache, no right to write, no connection.
+        ValueError: the Hub does not allow this name, or the repository is public and a private one was wanted.
+        OSError: there is no cache, no right to write, or no connection.
     """
     validate_repo_id(repo_id)
     cache = load_cache(path)
     files = {
         str(file.relative_to(cache.path)): file.stat().st_size
         for file in sorted(cache.path.rglob("*"))
-        if file.is_file() and not file.name.startswith("cache-")  # what `datasets` keeps of its own
+        if file.is_file() and not file.name.startswith("cache-")  # intermediate files of `datasets`
     }
     plan = {"repo_id": repo_id, "public": public, "revision": revision or "main", "files": files}
     if dry_run:
@@ -61,7 +61,7 @@ def push_cache(
         repo_type="dataset",
         folder_path=cache.path,
         allow_patterns=list(files),
-        delete_patterns="*.arrow",  # those of an earlier cache
+        delete_patterns="*.arrow",  # of an earlier cache
         revision=revision,
         commit_message=message or f"{cache.manifest['collection']}, split hash {cache.manifest['split_hash'][:12]}",
     )
@@ -69,9 +69,9 @@ def push_cache(
 
 
 def fetch_cache(repo_id: str, revision: str | None = None) -> Path:
-    """Folder of a published cache, in the Hub's cache on this machine; `load_cache` opens it.
+    """Download a published cache. Return its folder in the Hub's cache on this machine, for `load_cache`.
 
     Raises:
-        OSError: no such dataset, no right to read it, no connection.
+        OSError: there is no such dataset, no right to read it, or no connection.
     """
     return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision))

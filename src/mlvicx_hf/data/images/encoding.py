@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""From a record to what a cache holds of it: a square PNG, hashes, mask and boxes."""
+"""Turn a record into what a cache holds of it: a square PNG, hashes, mask and boxes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .pixels import decode_gray, fit_square_gray, read_content
 
 @dataclass(frozen=True)
 class Picture:
-    """What is made of a record, or the reason why nothing is.
+    """The prepared form of a record, or the reason why there is none.
 
     Attributes:
         png: 8-bit grey square.
-        sha256: of the file, or of the drawn pixels.
+        sha256: hash of the original file, or of the drawn pixels.
         phash: perceptual hash of the square.
-        width: of the original, upright.
-        height: of the original, upright.
-        mask: None where it is unknown.
-        boxes: in pixels of the square; None where they are unknown.
-        reason: why there is no picture; empty where there is one.
+        width: width of the original, upright.
+        height: height of the original, upright.
+        mask: None if it is unknown.
+        boxes: in pixels of the square; None if they are unknown.
+        reason: why there is no picture; empty if there is one.
     """
 
     png: bytes = b""
@@ -49,14 +49,14 @@ class Picture:
 def make_picture(
     record: Record, size: int, fit: str, mask_names: Sequence[str] = (), content: bytes | None = None
 ) -> Picture:
-    """Read or draw one image and its mask, make them square, encode them.
+    """Read or draw one image and its mask, fit them to squares, and encode them.
 
     Args:
-        record: where the pixels are.
+        record: says where the pixels are.
         size: side of the square in pixels.
         fit: "pad", "squash" or "crop".
-        mask_names: see `Listing`; without them no mask is read.
-        content: of the file, where it is at hand already.
+        mask_names: see `Listing`. Without them no mask is read.
+        content: content of the image file, if it was read before.
     """
     drawn = None
     try:
@@ -102,7 +102,7 @@ def _make_mask(
     fit: str,
     mask_names: Sequence[str],
 ) -> Mask | None:
-    """The mask that came with the drawing, or else the table's or the file's; None where there is none."""
+    """Take the mask from the drawing, or else from the table or the file. Return None if there is none."""
     if drawn is None and record.draw_mask is not None:
         drawn = _scaled(record.draw_mask(), image_size)
     if drawn is not None:
@@ -117,24 +117,24 @@ def _make_mask(
 
 
 def _scaled(mask: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """A mask that a table describes at another resolution than the image has, by nearest pixels."""
+    """Resize the mask of a table to the image, by nearest pixels, if the two differ in resolution alone."""
     height, width = mask.shape
     if (width, height) == image_size or width * image_size[1] != height * image_size[0]:
-        return mask  # `class_indices` judges
+        return mask  # `class_indices` refuses another size
     return np.asarray(Image.fromarray(mask).resize(image_size, Image.Resampling.NEAREST))
 
 
 def fit_box(box: Box, frame: tuple[int, int], size: int, fit: str) -> Box | None:
-    """A box through the geometry of `fit_square_gray`.
+    """Move a box as `fit_square_gray` moves the image.
 
     Args:
         box: in pixels of the frame.
-        frame: its width and height; the image's own, or proportional to them.
+        frame: width and height of the image, or numbers proportional to them.
         size: side of the square in pixels.
         fit: "pad", "squash" or "crop".
 
     Returns:
-        The box in pixels of the square, cut at its edges; None where nothing of it is left.
+        The box in pixels of the square, cut at its edges, or None if nothing of it is left.
     """
     width, height = frame
     left = top = 0.0

@@ -1,4 +1,4 @@
-"""Pictures to look at: rows and columns of grey images on one sheet."""
+"""Contact sheets: rows and columns of grey images on one picture."""
 
 from collections.abc import Sequence
 
@@ -15,15 +15,15 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, titles: Sequence[s
     """Lay grey images out in rows, each under its title.
 
     Args:
-        images: uint8 images [H, W], all of one shape.
-        columns: images in a row.
+        images: uint8 images [H, W], all of the same shape.
+        columns: number of images in a row.
         titles: one string for each image, drawn above it; lines are separated by "\\n".
 
     Returns:
         A grey (mode "L") sheet.
 
     Raises:
-        ValueError: if there are no images, their shapes or types differ, or the titles do not match them.
+        ValueError: there are no images, their shapes or types differ, or the titles do not match them.
     """
     _check_images(images, columns, titles)
     height, width = images[0].shape

@@ -133,7 +133,7 @@ def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) ->
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         tiff = logging.getLogger(
             TiffImagePlugin.__name__
-        )  # it logs errors without the file's name, and raises them as well
+        )  # it logs errors without the file's name, and raises them too
         tiff.disabled = True
         try:
             return _load(data, formats)

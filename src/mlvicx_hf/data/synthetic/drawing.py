@@ -1,7 +1,7 @@
-"""Draws synthetic radiographs: a view of the body, the shapes in it, their attenuation, and the detector.
+"""Draw synthetic radiographs: a view of the body, the shapes in it, their attenuation, and the detector.
 
-Body coordinates: the thorax spans about [-1, 1] in x and y, y points down, the picture's right is the patient's left.
-Maps are float32 [S, S]; attenuation is in optical depths, so the maps of overlapping structures are summed.
+Body coordinates: the thorax spans about [-1, 1] in x and y. y points down. The right of the picture is the patient's
+left. Maps are float32 [S, S]. Attenuation is in optical depths, so the maps of overlapping structures are summed.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Points = np.ndarray  # [N, 2] body coordinates
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the detector stood: one affine map from body coordinates to the picture, where [-1, 1] is in view."""
+    """The position of the detector: an affine map from body coordinates to view coordinates, [-1, 1] in the picture."""
 
     rotation: float = 0.0
     scale: float = 1.0
@@ -38,7 +38,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Canvas:
-    """A square picture of the body seen in a pose; everything is drawn at the picture's own resolution."""
+    """A square picture of the body in a pose. Everything is drawn at the picture's own resolution."""
 
     size: int
     pose: Pose
@@ -56,15 +56,15 @@ class Canvas:
 
     @property
     def supersampling(self) -> int:
-        """Factor at which strokes are drawn before they are averaged down; small pictures need finer strokes."""
+        """Factor by which strokes are drawn larger before they are averaged. Small pictures need finer strokes."""
         return 2 if self.size >= 192 else 4
 
     def edge(self, distance: np.ndarray, softness: float = 0.0) -> np.ndarray:
-        """1 where `distance` (body units) is positive, 0 where negative, with a border no sharper than a pixel."""
+        """Map positive distances (body units) to 1 and negative ones to 0. The border is at least one pixel wide."""
         return np.clip(distance / max(self.pixel, softness) + 0.5, 0, 1)
 
     def blur(self, picture: np.ndarray, width: float) -> np.ndarray:
-        """Gaussian blur with a standard deviation in body units; wide ones are done on a reduced picture."""
+        """Blur with a Gaussian whose standard deviation is in body units. Reduce the picture first if it is wide."""
         sigma = width / self.pixel
         factor = 1
         while sigma > 4 * factor and self.size // (2 * factor) >= 16:
@@ -76,7 +76,7 @@ class Canvas:
         return np.asarray(Image.fromarray(small).resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def texture(self, tile: np.ndarray) -> np.ndarray:
-        """A noise tile [N, N] fixed to the body, spread over [-TILE_EXTENT, TILE_EXTENT]."""
+        """Draw a noise tile [N, N] that is fixed to the body and covers [-TILE_EXTENT, TILE_EXTENT]."""
         inverse = np.linalg.inv(self.pose.matrix()) * tile.shape[0] / (2 * TILE_EXTENT)
         step = inverse * 2 / self.size
         origin = inverse @ (-1 - np.array(self.pose.shift)) + tile.shape[0] / 2
@@ -99,7 +99,7 @@ class Canvas:
         return Image.new("L", (self.size * self.supersampling,) * 2)
 
     def polygons(self, outlines: Sequence[Points], values: Sequence[float]) -> np.ndarray:
-        """Filled outlines with values in 0..1, later ones over earlier ones."""
+        """Fill outlines with values from 0 to 1. Later ones cover earlier ones."""
         layer = self._blank()
         draw = ImageDraw.Draw(layer)
         for outline, value in zip(self._to_strokes(outlines), values, strict=True):
@@ -107,7 +107,7 @@ class Canvas:
         return self._average_down(layer)
 
     def lines(self, paths: Sequence[Points], widths: Sequence[float], values: Sequence[float]) -> np.ndarray:
-        """Open paths with widths in body units; a line thinner than the finest stroke is drawn fainter instead."""
+        """Draw open paths with widths in body units. A line thinner than the finest stroke is drawn fainter instead."""
         layer = self._blank()
         draw = ImageDraw.Draw(layer)
         scale = self.supersampling / self.pixel
@@ -118,19 +118,19 @@ class Canvas:
 
 
 def tabulate(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Values of a function of one body coordinate on a fine grid, for `look_up`."""
+    """Compute a function of one body coordinate on a fine grid, for `look_up`."""
     return function(np.linspace(TABLE_LOW, TABLE_HIGH, TABLE_LENGTH)).astype(np.float32)
 
 
 def look_up(table: np.ndarray, coordinate: np.ndarray) -> np.ndarray:
-    """Nearest tabulated value: much faster on a picture than the function itself."""
+    """Take the nearest value of a table. On a picture this is much faster than the function itself."""
     scale = (TABLE_LENGTH - 1) / (TABLE_HIGH - TABLE_LOW)
     index = ((coordinate - TABLE_LOW) * scale + 0.5).astype(np.int32)
     return table[np.clip(index, 0, TABLE_LENGTH - 1)]
 
 
 def smooth_curve(knots: Points, num_points: int = 24) -> Points:
-    """A smooth path through a few knots (three passes of corner cutting, evenly resampled)."""
+    """Draw a smooth path along a few knots: cut the corners three times, then resample evenly."""
     for _ in range(3):
         quarter, three = 0.75 * knots[:-1] + 0.25 * knots[1:], 0.25 * knots[:-1] + 0.75 * knots[1:]
         inner = np.stack([quarter, three], axis=1).reshape(-1, 2)
@@ -140,8 +140,8 @@ def smooth_curve(knots: Points, num_points: int = 24) -> Points:
 
 
 def ribbon(path: Points, width: np.ndarray | float) -> Points:
-    """Outline of a band with the given full width along a path."""
-    # Central differences; `np.gradient` takes longer than the rest of a rib.
+    """Outline a band of the given full width along a path."""
+    # Take central differences by hand: `np.gradient` takes longer than the rest of a rib.
     tangent = path[np.r_[1 : len(path), -1]] - path[np.r_[0, 0 : len(path) - 1]]
     tangent /= np.hypot(tangent[:, :1], tangent[:, 1:]) + 1e-9
     normal = tangent[:, ::-1] * np.array([-1.0, 1.0])
@@ -202,7 +202,7 @@ class Heart:
 
 @dataclass(frozen=True)
 class Pleura:
-    """Fluid or air in one pleural space: which lung, and how much at the base or edge and further in."""
+    """Fluid or air in one pleural space: the lung's side, the amount at its base or edge, and how far it spreads."""
 
     side: int
     amount: float
@@ -211,7 +211,7 @@ class Pleura:
 
 @dataclass(frozen=True)
 class Spot:
-    """A round lesion or look-alike: centre, radius, optical depth at its centre."""
+    """A round lesion, or something that looks like one: centre, radius, optical depth at the centre."""
 
     x: float
     y: float
@@ -221,7 +221,7 @@ class Spot:
 
 @dataclass(frozen=True)
 class VesselTree:
-    """Branches of one lung: arrays over branches."""
+    """The vessels of one lung, as N branches."""
 
     paths: np.ndarray  # [N, 3, 2]
     widths: np.ndarray  # [N]
@@ -241,7 +241,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Exposure:
-    """What the X-ray machine and the display did to one picture."""
+    """The settings of the X-ray machine and of the display for one picture."""
 
     beam: float  # multiplies every optical depth: softer or harder radiation
     scatter: float  # share of the signal that is scattered light
@@ -254,7 +254,7 @@ class Exposure:
 
 @dataclass(frozen=True)
 class Patient:
-    """Everything that a patient's pictures share."""
+    """All that the pictures of a patient share."""
 
     labels: tuple[float, ...]
     lungs: tuple[Lung, Lung]
@@ -282,7 +282,7 @@ class Patient:
 
 @dataclass(frozen=True)
 class Visit:
-    """What differs between the pictures of one patient."""
+    """All that differs between the pictures of a patient."""
 
     pose: Pose
     exposure: Exposure
@@ -297,7 +297,7 @@ class Visit:
 
 @dataclass
 class Chest:
-    """Maps of one lung while the picture is put together; float32 [S, S]."""
+    """Maps of one lung, float32 [S, S], which change while the picture is drawn."""
 
     lung: Lung
     across: np.ndarray  # 0 at the mediastinum, 1 at the chest wall
@@ -307,14 +307,14 @@ class Chest:
 
 
 def _distance(canvas: Canvas, x: float, y: float, long: float, short: float, tilt: float = 0.0) -> np.ndarray:
-    """Squared distance from a centre, 1 on the ellipse."""
+    """Compute the squared distance from the centre of an ellipse; 1 on the ellipse."""
     cosine, sine = np.float32(np.cos(tilt)), np.float32(np.sin(tilt))
     dx, dy = canvas.x - np.float32(x), canvas.y - np.float32(y)
     return ((cosine * dx + sine * dy) / np.float32(long)) ** 2 + ((cosine * dy - sine * dx) / np.float32(short)) ** 2
 
 
 def _dome(squared: np.ndarray) -> np.ndarray:
-    """Path length through an ellipsoid, 1 at its centre."""
+    """Compute the path length through an ellipsoid; 1 at its centre."""
     return np.sqrt(np.maximum(1 - squared, 0))
 
 
@@ -324,7 +324,7 @@ def _circle(spot: Spot) -> Points:
 
 
 def _draw_body(canvas: Canvas, patient: Patient) -> np.ndarray:
-    """Optical depth of the soft tissue as if the lungs were solid."""
+    """Draw the optical depth of the soft tissue as if the lungs were solid."""
     chest = max(lung.width for lung in patient.lungs) + patient.wall
     knots = [(-2, 0.2), (-1, 0.21), (-0.9, 0.25), (-0.78, 0.6), (-0.66, 1.05), (-0.4, 1.1), (-0.15, chest + 0.08)]
     heights, widths = np.array([*knots, (0.1, chest), (0.6, chest - 0.02), (2, chest + 0.02)]).T
@@ -345,13 +345,13 @@ def _draw_lung(canvas: Canvas, lung: Lung, turn: float) -> Chest:
     inside = canvas.edge(np.minimum(within, above), 0.02)
     clipped = np.clip(across, 0, 1)
     thickness = look_up(tabulate(lambda y: 0.55 + 0.45 * np.sqrt(1 - lung._depth_below_apex(y) ** 2)), canvas.y)
-    # The lung reaches down behind the dome, so it fades towards the diaphragm rather than ending there.
+    # The lung reaches down behind the dome, so let it fade towards the diaphragm instead of ending there.
     air = inside * np.sqrt(1 - (clipped * clipped) ** 2) * thickness * (0.75 + 0.25 * np.clip(above / 0.25, 0, 1))
     return Chest(lung, clipped, inside, air, inside)
 
 
 def _solid_fraction(canvas: Canvas, heart: Heart, turn: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mask of the heart, and how much of the lung's depth the heart and the great vessels take."""
+    """Draw the mask of the heart, and the share of the lung's depth that heart and great vessels take."""
     squared = _distance(canvas, heart.x + turn, heart.y, heart.long, heart.short, heart.tilt)
     solid = np.minimum(1.5 * _dome(squared), 1)
     knob = _dome(_distance(canvas, 0.1 + turn, -0.36, heart.knob, heart.knob * 1.1))
@@ -361,7 +361,7 @@ def _solid_fraction(canvas: Canvas, heart: Heart, turn: float) -> tuple[np.ndarr
 
 
 def _draw_ribs(canvas: Canvas, patient: Patient) -> np.ndarray:
-    """Each rib is a ring that descends from the spine to the front; both halves are projected."""
+    """Draw the ribs. Each is a ring that descends from the spine to the front; both halves are projected."""
     layers = []
     for low, high, count in ((0.13, np.pi / 2, 10), (np.pi / 2, 0.8 * np.pi, 7)):
         outlines, values = [], []
@@ -379,7 +379,7 @@ def _draw_ribs(canvas: Canvas, patient: Patient) -> np.ndarray:
 
 
 def _draw_girdle(canvas: Canvas, patient: Patient, turn: float) -> np.ndarray:
-    """Collar bones, shoulder blades and upper arms."""
+    """Draw collar bones, shoulder blades and upper arms."""
     bones, blades = [], []
     for side, edge in zip(SIDES, patient.scapula, strict=True):
         tilt = patient.clavicle_tilt
@@ -398,7 +398,7 @@ def _draw_girdle(canvas: Canvas, patient: Patient, turn: float) -> np.ndarray:
 
 
 def _draw_middle(canvas: Canvas, patient: Patient, turn: float) -> np.ndarray:
-    """Spine with its discs, less the windpipe."""
+    """Draw the spine with its discs, and subtract the windpipe."""
     across = (canvas.x / np.float32(0.09)) ** 2
     vertebrae = tabulate(lambda y: 0.75 + 0.25 * np.tanh(4 * np.cos(2 * np.pi * y / (0.115 + 0.01 * y)) + 2.5))
     spine = np.sqrt(np.maximum(1 - across, 0)) * look_up(vertebrae, canvas.y)
@@ -426,7 +426,7 @@ def _draw_vessels(canvas: Canvas, patient: Patient) -> np.ndarray:
 
 
 def _draw_outside(canvas: Canvas, visit: Visit) -> np.ndarray:
-    """What lies on the patient: a skin fold, wires and electrodes."""
+    """Draw what lies on the patient: a skin fold, wires and electrodes."""
     layer = np.zeros_like(canvas.x)
     if visit.fold is not None:
         outward = np.array([np.sign(visit.fold[0, 0]), 0])
@@ -443,7 +443,7 @@ def _draw_outside(canvas: Canvas, visit: Visit) -> np.ndarray:
 
 
 def _add_pneumothorax(canvas: Canvas, chest: Chest, finding: Pleura, visit: Visit) -> tuple[np.ndarray, np.ndarray]:
-    """Take the lung off the chest wall; returns the free air and the pleural line."""
+    """Detach the lung from the chest wall. Return the mask of the free air, and the pleural line."""
     lung = chest.lung
     gap, drop = finding.amount * visit.growth, finding.spread * visit.growth
     collapsed = replace(
@@ -463,7 +463,7 @@ def _add_pneumothorax(canvas: Canvas, chest: Chest, finding: Pleura, visit: Visi
 
 
 def _add_effusion(canvas: Canvas, chest: Chest, finding: Pleura, visit: Visit) -> np.ndarray:
-    """Fill the base with fluid that climbs the chest wall; returns the mask."""
+    """Fill the base with fluid that climbs the chest wall. Return its mask."""
     level = finding.amount + finding.spread * chest.across * chest.across * chest.across
     surface = np.float32(chest.lung.sulcus) - np.float32(visit.growth) * level
     fluid = np.clip((canvas.y - surface) / np.float32(0.08), 0, 1)
@@ -473,7 +473,7 @@ def _add_effusion(canvas: Canvas, chest: Chest, finding: Pleura, visit: Visit) -
 
 
 def _add_patch(canvas: Canvas, chest: Chest, patch: Patch, visit: Visit) -> np.ndarray:
-    """Fill airspaces with a cloud that leaves the airways open; returns the mask."""
+    """Fill airspaces with a cloud that leaves the airways open. Return its mask."""
     long = patch.spot.radius * visit.growth
     squared = _distance(canvas, patch.spot.x, patch.spot.y, long, long * patch.flat, patch.turn)
     noise = canvas.texture(patch.tile)
@@ -496,7 +496,7 @@ def _draw_nodule(canvas: Canvas, spot: Spot, tile: np.ndarray, visit: Visit) -> 
 
 
 def attenuate(canvas: Canvas, patient: Patient, visit: Visit) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Sum the attenuation of everything; returns it with the masks (bool)."""
+    """Sum the attenuation of all structures. Return it with the masks (bool)."""
     masks = {name: np.zeros(canvas.x.shape, dtype=bool) for name in ("lungs", "heart", *FINDINGS)}
     coarse, fine = (canvas.texture(tile) for tile in patient.tiles)
     heart = replace(patient.heart, y=patient.heart.y + 0.6 * visit.inspiration)
@@ -527,7 +527,7 @@ def attenuate(canvas: Canvas, patient: Patient, visit: Visit) -> tuple[np.ndarra
 def _add_findings(
     canvas: Canvas, chest: Chest, patient: Patient, visit: Visit, masks: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """Change one lung by its findings and mark them in `masks`; returns what they attenuate themselves."""
+    """Change one lung by its findings and mark them in `masks`. Return their own attenuation."""
     side, line = chest.lung.side, np.zeros((), np.float32)
     if patient.pneumothorax is not None and patient.pneumothorax.side == side:
         masks["Pneumothorax"], line = _add_pneumothorax(canvas, chest, patient.pneumothorax, visit)
@@ -541,7 +541,7 @@ def _add_findings(
 
 
 def _draw_soft_tissue(canvas: Canvas, patient: Patient, inside: np.ndarray) -> np.ndarray:
-    """Breasts, overlying haze and the air in the stomach."""
+    """Draw breasts, haze before the lungs, and the air in the stomach."""
     layer = np.zeros_like(inside)
     for side, density in zip(SIDES, patient.breasts, strict=True):
         if density:
@@ -555,9 +555,9 @@ def _draw_soft_tissue(canvas: Canvas, patient: Patient, inside: np.ndarray) -> n
 
 
 def expose(canvas: Canvas, attenuation: np.ndarray, exposure: Exposure, rng: np.random.Generator) -> np.ndarray:
-    """Attenuation to an 8-bit picture: transmission, scatter, photon noise, logarithm, display window."""
+    """Turn attenuation into an 8-bit picture: transmission, scatter, photon noise, logarithm, display window."""
     transmission = np.exp(-exposure.beam * attenuation)
-    # Open air next to the body would outshine everything; a grid removes most of its scatter.
+    # Limit open air next to the body, which would outshine everything: a real grid removes most of its scatter.
     scattered = canvas.blur(np.minimum(transmission, 0.25), 0.16)
     signal = (1 - exposure.scatter) * transmission + exposure.scatter * scattered
     photons = exposure.photons * (256 / canvas.size) ** 2

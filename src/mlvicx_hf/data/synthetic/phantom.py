@@ -1,6 +1,6 @@
 """Synthetic frontal chest radiographs with known findings, drawn from a seed. Not for any clinical conclusion.
 
-A patient is a set of shapes; a picture is those shapes seen in a pose with an exposure, as a sum of attenuations.
+A patient is a set of shapes. A picture is the sum of their attenuations, seen in a pose and with an exposure.
 `python -m mlvicx_hf.data.synthetic.phantom sheet.png` draws a contact sheet.
 """
 
@@ -53,7 +53,7 @@ class Phantom:
     Attributes:
         image: uint8 [S, S].
         masks: uint8 [S, S] of 0 and 255 for "lungs" (the lung fields beside the heart and above the diaphragm, with
-            whatever fluid or air lies in them), "heart", and each finding; all zero when absent.
+            any fluid or air in them), "heart", and each finding (all zero if it is absent).
         labels: 0 or 1 in the order of `FINDINGS`.
         patient_id: "phantom-000012".
         image_id: "phantom-000012-0".
@@ -69,7 +69,7 @@ class Phantom:
 def draw_phantom(patient: int, image: int = 0, *, size: int = 256, seed: int = 0) -> Phantom:
     """Draw one synthetic radiograph; not for any clinical conclusion.
 
-    The picture depends on nothing but the arguments: patients and pictures can be drawn in any order.
+    The picture depends on the arguments alone, so patients and pictures can be drawn in any order.
 
     Args:
         patient: number of the patient, from 0.
@@ -78,7 +78,7 @@ def draw_phantom(patient: int, image: int = 0, *, size: int = 256, seed: int = 0
         seed: number of the whole collection, from 0.
 
     Raises:
-        ValueError: if a number is too small.
+        UserError: a number is too small.
     """
     for name, value, least in (("patient", patient, 0), ("image", image, 0), ("size", size, 32), ("seed", seed, 0)):
         _check_positive(name, value, least)
@@ -99,7 +99,7 @@ def draw_phantom(patient: int, image: int = 0, *, size: int = 256, seed: int = 0
 
 
 def phantom_labels(patient: int, *, seed: int = 0) -> tuple[float, ...]:
-    """Labels of all pictures of a synthetic patient, in the order of `FINDINGS`, without drawing one."""
+    """Find the labels of a synthetic patient, in the order of `FINDINGS`, without drawing a picture."""
     return _sample_labels(_patient_stream(patient, seed))
 
 
@@ -120,7 +120,7 @@ def _collimate(size: int, border: Sequence[float]) -> np.ndarray:
 
 
 def _sample_labels(rng: np.random.Generator) -> tuple[float, ...]:
-    """A fifth of the patients are normal by design, and some of the others by chance."""
+    """Draw the findings of a patient. A fifth are normal by design, some others by chance."""
     present = (rng.random(len(FINDINGS)) < 0.37) & (rng.random() > 0.18)
     return tuple(float(value) for value in present)
 
@@ -128,7 +128,7 @@ def _sample_labels(rng: np.random.Generator) -> tuple[float, ...]:
 @functools.lru_cache(maxsize=64)
 def _sample_patient(patient: int, seed: int) -> Patient:
     rng = _patient_stream(patient, seed)
-    labels = _sample_labels(rng)  # first: `phantom_labels` draws no further
+    labels = _sample_labels(rng)  # draw these first: `phantom_labels` draws nothing else
     has = dict(zip(FINDINGS, labels, strict=True))
     width, apex = rng.uniform(0.5, 0.8), rng.uniform(-0.8, -0.64)
     lungs = (_sample_lung(rng, -1, width, apex), _sample_lung(rng, 1, width, apex))
@@ -162,7 +162,7 @@ def _sample_patient(patient: int, seed: int) -> Patient:
 
 
 def _sample_lung(rng: np.random.Generator, side: int, width: float, apex: float) -> Lung:
-    # A raised diaphragm without fluid is common here, so that a bright base says little.
+    # Raise the diaphragm often without fluid, so that a bright base says little.
     raised = rng.uniform(0.05, 0.28) if rng.random() < 0.4 else 0.0
     return Lung(
         side=side,
@@ -177,7 +177,7 @@ def _sample_lung(rng: np.random.Generator, side: int, width: float, apex: float)
 
 
 def _sample_heart(rng: np.random.Generator, lungs: tuple[Lung, Lung], enlarged: bool) -> Heart:
-    """The transverse width follows from the cardio-thoracic ratio, the height does not."""
+    """Draw the shape of a heart. Its width follows from the cardio-thoracic ratio, its height does not."""
     ratio = rng.uniform(0.56, 0.68) if enlarged else rng.uniform(0.37, 0.49)
     width = ratio * (lungs[0].width + lungs[1].width)
     tilt = rng.uniform(0.3, 0.8)
@@ -221,7 +221,7 @@ def _grow_vessels(rng: np.random.Generator, lung: Lung) -> VesselTree:
 
 
 def _sample_pleura(rng: np.random.Generator, fluid: bool, air: bool) -> tuple[tuple[Pleura, ...], Pleura | None]:
-    """Fluid on one or both sides, air on one; never both in one pleural space, where the fluid would lie level."""
+    """Put fluid on one or both sides and air on one, never both on one side, where the fluid would lie level."""
     first = int(rng.choice(SIDES))
     both = rng.random() < 0.3 and not air
     sides = (first, -first) if both else (first,)
@@ -247,7 +247,7 @@ def _sample_patches(
     for index in [first, 1 - first][: 1 + (rng.random() < 0.35)]:
         x, y = lungs[index].point(rng.uniform(0.3, 0.75), rng.uniform(0.25, 0.85))
         spot = Spot(x, y, rng.uniform(0.24, 0.4), rng.uniform(0.8, 1.3))
-        # The airways run with the vessels: a few branches of the tree stay open inside the opacity.
+        # Airways run along the vessels: leave a few branches of the tree open inside the opacity.
         near = np.linalg.norm(trees[index].paths[:, 1] - np.array([x, y]), axis=1) < spot.radius
         bronchi = tuple(trees[index].paths[near & (trees[index].widths > 0.011)])
         patch = Patch(SIDES[index], spot, rng.uniform(0.6, 0.9), rng.uniform(0, np.pi), _cloud_tile(rng, spot), bronchi)
@@ -256,7 +256,7 @@ def _sample_patches(
 
 
 def _cloud_tile(rng: np.random.Generator, spot: Spot) -> np.ndarray:
-    """Noise that is on average a little positive around the spot, so that no cloud dissolves altogether."""
+    """Draw noise that is a little positive on average around the spot, so that no cloud vanishes."""
     tile = noise_tile(rng, 40)
     axis = (np.arange(40) + 0.5) / 40 * 2 * TILE_EXTENT - TILE_EXTENT
     weight = np.exp(-2 * ((axis[None, :] - spot.x) ** 2 + (axis[:, None] - spot.y) ** 2) / spot.radius**2)
@@ -264,7 +264,7 @@ def _cloud_tile(rng: np.random.Generator, spot: Spot) -> np.ndarray:
 
 
 def _sample_end_on(rng: np.random.Generator, lungs: tuple[Lung, Lung]) -> tuple[Spot, ...]:
-    """Vessels seen end on: small, sharp and dense, where a nodule is larger."""
+    """Draw vessels seen end on. They are small, sharp and dense; a nodule is larger."""
     spots = []
     for _ in range(rng.integers(3, 9)):
         x, y = lungs[rng.integers(2)].point(rng.uniform(0.1, 0.7), rng.uniform(0.3, 0.8))
@@ -278,7 +278,7 @@ def _sample_breasts(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def _sample_haze(rng: np.random.Generator) -> tuple[Spot, ...]:
-    """Soft tissue before or behind the lungs: as bright as a consolidation, but smooth and not kept to the lung."""
+    """Draw soft tissue before or behind the lungs: as bright as a consolidation, but smooth and not only in a lung."""
     return tuple(
         Spot(rng.uniform(-0.7, 0.7), rng.uniform(-0.5, 0.6), rng.uniform(0.15, 0.35), rng.uniform(0.2, 0.6))
         for _ in range(rng.integers(0, 3))
@@ -287,7 +287,7 @@ def _sample_haze(rng: np.random.Generator) -> tuple[Spot, ...]:
 
 def _sample_visit(rng: np.random.Generator) -> Visit:
     rotation, scale, aspect = rng.normal(0, 0.06), rng.uniform(0.85, 1.15), rng.uniform(0.94, 1.06)
-    # Both costophrenic angles stay in view, as whoever takes the picture wants them.
+    # Keep both costophrenic angles in view, as on a real radiograph.
     reach = max(0.03, 1.0 - 0.75 * scale * aspect)
     lowest = 0.86 - 0.62 * scale / aspect
     shift = (float(np.clip(rng.normal(0, 0.11), -reach, reach)), min(rng.normal(0.02, 0.1), lowest))
@@ -316,7 +316,7 @@ def _sample_visit(rng: np.random.Generator) -> Visit:
 
 
 def _sample_fold(rng: np.random.Generator) -> Points:
-    """A skin fold runs down the outer chest and, unlike a pleural line, does not keep to the lung."""
+    """Draw a skin fold. It runs down the outer chest and, unlike a pleural line, crosses the border of the lung."""
     side, top = rng.choice(SIDES), rng.uniform(-0.75, -0.1)
     x = side * rng.uniform(0.35, 0.65)
     drift = side * rng.uniform(-0.15, 0.2)
@@ -333,7 +333,7 @@ def _sample_electrode(rng: np.random.Generator) -> Spot:
 
 
 def noise_tile(rng: np.random.Generator, cells: int, sigma: float = 1.2) -> np.ndarray:
-    """Smooth noise [cells, cells] of mean 0 and variance 1."""
+    """Draw smooth noise [cells, cells] of mean 0 and variance 1."""
     tile = ndimage.gaussian_filter(rng.standard_normal((cells, cells)), sigma, mode="wrap")
     return ((tile - tile.mean()) / tile.std()).astype(np.float32)
 
@@ -353,24 +353,24 @@ def phantom_dataset(
     masks: bool = True,
     num_proc: int | None = None,
 ) -> datasets.Dataset:
-    """Synthetic radiographs as a `datasets.Dataset`; not for any clinical conclusion.
+    """Draw synthetic radiographs into a `datasets.Dataset`; not for any clinical conclusion.
 
-    The same arguments give the same rows, whatever `num_proc` is; the cache also depends on the drawing code, so that
-    a change of the code never finds old pictures.
+    The same arguments give the same rows with any `num_proc`. The name of the cache depends on the drawing code too, so
+    changed code never finds old pictures.
 
     Args:
-        num_patients: patients, numbered from 0.
-        images_per_patient: pictures of each.
+        num_patients: number of patients, who are numbered from 0.
+        images_per_patient: number of pictures of each.
         size: height and width in pixels, at least 32.
         seed: number of the whole collection.
-        masks: also the columns `mask_lungs`, `mask_heart` and `mask_<finding>`.
-        num_proc: processes that draw.
+        masks: add the columns `mask_lungs`, `mask_heart` and `mask_<finding>`.
+        num_proc: number of processes that draw.
 
     Returns:
         Columns `image`, `patient_id`, `image_id`, `view`, `labels` (0 or 1 in the order of `FINDINGS`), `source`.
 
     Raises:
-        ValueError: if a number is too small.
+        UserError: a number is too small.
     """
     counts = {
         "num_patients": num_patients,
@@ -410,7 +410,7 @@ def _features(masks: bool) -> datasets.Features:
 def _generate_rows(
     patients: list[int], images_per_patient: int, size: int, seed: int, masks: bool
 ) -> Iterator[dict[str, object]]:
-    """Rows of some patients; `datasets` gives each process its share of the list."""
+    """Draw the rows of some patients. `datasets` gives each process its share of the list."""
     for patient in patients:
         for image in range(images_per_patient):
             phantom = draw_phantom(patient, image, size=size, seed=seed)
@@ -428,7 +428,7 @@ def _generate_rows(
 
 
 def _fingerprint(**arguments: int) -> str:
-    """Name of the cache: `datasets` itself would hash the generator, but not the code that it calls."""
+    """Name the cache. `datasets` itself would hash the generator, but not the code that it calls."""
     code = b"".join(Path(module).read_bytes() for module in (__file__, phantom_drawing.__file__))
     return hashlib.sha256(code + repr(sorted(arguments.items())).encode()).hexdigest()[:16]
 
@@ -449,7 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _title(phantom: Phantom) -> str:
-    """Up to two findings a line, so that the title is no wider than the picture."""
+    """Write up to two findings a line, so that the title is no wider than the picture."""
     present = [name for name, label in zip(FINDINGS, phantom.labels, strict=True) if label] or ["normal"]
     lines = [", ".join(present[start : start + 2]) for start in range(0, len(present), 2)]
     return "\n".join([f"synthetic {phantom.patient_id.removeprefix('phantom-')}", *lines])
