@@ -30,6 +30,7 @@ from mlvicx_hf import (
     MLVICXModel,
     MLVICXPreTrainedModel,
 )
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.hub import folder as hub
 
 CODE = {file.name for file in (ROOT / "src" / "mlvicx_hf" / "models").glob("*_mlvicx.py")}
@@ -326,6 +327,8 @@ def broken(kind: str, sources: dict[str, Path], folder: Path) -> Path:
     if kind == "empty":
         folder.mkdir()
         return folder
+    if kind == "unknown backbone":
+        return edited(sources["run"], folder, "config.json", backbone="resnet17")
     if kind == "unknown class":
         return edited(sources["run"], folder, "config.json", architectures=["MLVICXForDetection"])
     if kind == "no class":
@@ -350,7 +353,8 @@ def broken(kind: str, sources: dict[str, Path], folder: Path) -> Path:
         ("another model", ValueError, ["source: ", "'resnet' found", "expected 'mlvicx'"]),
         ("empty", FileNotFoundError, ["source holds no config.json"]),
         ("unknown class", ValueError, ["source: ", "['MLVICXForDetection'] found", "expected one of MLVICXBackbone, "]),
-        ("no class", ValueError, ["source: ", "architectures=[] found"]),
+        ("unknown backbone", UserError, ["backbone='resnet17' found"]),
+        ("no class", UserError, ["source: ", "architectures=[] found"]),
         ("no head", ValueError, ["source: ", "without 2 of ", "classifier.bias", "all of a MLVICXForImageClassificat"]),
         ("other labels", ValueError, ["classifier.bias of shape (3,) found, not (5,)", "with 5 label(s)"]),
         ("no processor", FileNotFoundError, ["source holds no preprocessor_config.json"]),

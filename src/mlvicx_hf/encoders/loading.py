@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
-from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.models import modeling_mlvicx
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
@@ -70,7 +70,8 @@ def load_model(
     saved = saved_class(source)
     if model_class is None:
         model_class = MLVICXModel if saved is modeling_mlvicx.MLVICXForPreTraining else saved
-    model, loading = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
+    with user_input():  # a configuration that names no backbone, for one
+        model, loading = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
     expected = f"expected all of a {model_class.__name__} with {len(model.config.id2label)} label(s)"
     mismatched = sorted(loading["mismatched_keys"])
     if mismatched:
@@ -98,7 +99,8 @@ def load_image_processor(source: str | Path, config: MLVICXConfig) -> MLVICXImag
     found = values.get("image_processor_type")
     if found != MLVICXImageProcessor.__name__:
         raise UserError(f"{source}: image processor {found} found; expected {MLVICXImageProcessor.__name__}")
-    processor = MLVICXImageProcessor.from_pretrained(source)
+    with user_input():
+        processor = MLVICXImageProcessor.from_pretrained(source)
     if processor.num_channels != config.num_channels:
         raise UserError(
             f"{source}: image processor with num_channels={processor.num_channels} found; "
