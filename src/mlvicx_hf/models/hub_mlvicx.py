@@ -43,7 +43,7 @@ def check_download(file: Path) -> None:
     """
     if not file.is_symlink():
         return
-    blob = file.parent / os.readlink(file)
+    blob = Path(os.path.normpath(file.parent / os.readlink(file)))
     if blob.parent.name != "blobs" or len(blob.name) != 64:
         return
     with file.open("rb") as content:
@@ -51,7 +51,8 @@ def check_download(file: Path) -> None:
     if found != blob.name:
         for path in (file.resolve(), blob, file):  # the blob may itself be a link, to a store that models share
             path.unlink(missing_ok=True)
+        repository = blob.parent.parent.name.removeprefix("models--").replace("--", "/")
         raise OSError(
-            f"{file.name} is damaged: SHA-256 hash {found[:12]}… found in the Hub's cache; expected {blob.name[:12]}…; "
+            f"{repository}: {file.name} is damaged: SHA-256 hash {found[:12]}… found in the Hub's cache; expected {blob.name[:12]}…; "
             "it was removed from the cache, so try again"
         )
