@@ -53,6 +53,6 @@ def check_download(file: Path) -> None:
             path.unlink(missing_ok=True)
         repository = blob.parent.parent.name.removeprefix("models--").replace("--", "/")
         raise OSError(
-            f"{repository}: {file.name} is damaged: SHA-256 hash {found[:12]}… found in the Hub's cache; expected {blob.name[:12]}…; "
-            "it was removed from the cache, so try again"
+            f"{repository}: {file.name} is damaged: SHA-256 hash {found[:12]}… found in the Hub's cache; expected "
+            f"{blob.name[:12]}…; it was removed from the cache, so try again"
         )
