@@ -29,6 +29,14 @@ from mlvicx_hf.evaluation.suite.report import layout
 from mlvicx_hf.evaluation.suite.running import evaluate_suite
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_commit() -> Iterator[None]:
+    """Hide the checkout, so that a commit during the tests does not tell two reports apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GIT_DIR", "/nowhere")
+        yield
+
+
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, the first with two pretrainings, on two findings; views, sexes and ages known; the file."""
