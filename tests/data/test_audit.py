@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mlvicx_hf.data.cache.cache import FORMAT, MANIFEST, Cache, cache_features, load_cache
-from mlvicx_hf.data.copies.audit import Part, audit, compare, find_copies, report
+from mlvicx_hf.data.copies.audit import Part, audit_caches, compare, copies_of_parts, report
 from mlvicx_hf.data.copies.duplicates import perceptual_hash
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
@@ -111,7 +111,7 @@ NOTHING = {"patients": 0, "identical": 0, "near": 0, "leaks": []}
 
 
 def test_a_clean_cache_has_no_leak(tmp_path: Path):
-    result = audit([write_cache(tmp_path / "a", clean())])
+    result = audit_caches([write_cache(tmp_path / "a", clean())])
     assert found(result) == {
         ("a train", "a validation"): NOTHING,
         ("a train", "a test"): NOTHING,
@@ -135,7 +135,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_leak_is_found(tmp_path: Path, name: str):
     planted, kind = PLANTED[name]
-    result = audit([write_cache(tmp_path / "a", [*clean(), planted])])
+    result = audit_caches([write_cache(tmp_path / "a", [*clean(), planted])])
     assert found(result)["a train", "a test"] == NOTHING | {kind: 1, "leaks": [kind]}
     assert found(result)["a train", "a validation"] == found(result)["a validation", "a test"] == NOTHING
     assert len(result["leaks"]) == 1
@@ -151,7 +151,7 @@ def test_a_leak_into_another_cache_is_found(tmp_path: Path, name: str):
     planted, kind = PLANTED[name]
     one = write_cache(tmp_path / "one", clean())
     other = write_cache(tmp_path / "other", [*clean(first=20), planted])
-    result = audit([one, other])
+    result = audit_caches([one, other])
     shared = found(result)
     assert shared.pop(("one train", "other test")) == NOTHING | {kind: 1, "leaks": [kind]}
     assert list(shared.values()) == [NOTHING] * 14
@@ -167,7 +167,7 @@ def test_only_training_on_what_is_tested_elsewhere_is_a_leak(tmp_path: Path, nam
         write_cache(tmp_path / "one", [line | {"split": "train"} for line in clean()]),
         write_cache(tmp_path / "held", [line | {"split": "validation"} for line in clean()]),
     ]
-    shared = found(audit(caches))
+    shared = found(audit_caches(caches))
     leaks = [kind]
     assert shared[f"other {split}", "one train"] == NOTHING | {kind: 1, "leaks": leaks if split != "train" else []}
     assert shared[f"other {split}", "held validation"] == NOTHING | {
@@ -180,7 +180,7 @@ def test_only_training_on_what_is_tested_elsewhere_is_a_leak(tmp_path: Path, nam
 
 def test_copies_inside_a_split_are_reported_and_no_leak(tmp_path: Path):
     more = [row("train", "p0", "twin.png", png(0)), row("train", "p1", "again.jpg", jpeg(png(1, 1)))]
-    result = audit([write_cache(tmp_path / "a", [*clean(), *more])])
+    result = audit_caches([write_cache(tmp_path / "a", [*clean(), *more])])
     assert result["leaks"] == []
     train, validation, test = result["splits"]
     assert train["identical"] == {"count": 2, "examples": [["nih14:0-0.png", "nih14:twin.png"]]}
@@ -190,7 +190,7 @@ def test_copies_inside_a_split_are_reported_and_no_leak(tmp_path: Path):
 
 
 def test_labels_views_and_patients_are_counted(tmp_path: Path):
-    result = audit([write_cache(tmp_path / "a", clean())])
+    result = audit_caches([write_cache(tmp_path / "a", clean())])
     train = result["caches"][0]["splits"]["train"]
     assert (train["images"], train["patients"], train["views"]) == (12, 6, {"AP": 6, "PA": 6})
     # patients 0, 1, 2, 5, 6, 7 are in train, two films each
@@ -216,7 +216,7 @@ def test_labels_views_and_patients_are_counted(tmp_path: Path):
 )
 def test_patients_that_cannot_be_compared_are_not(tmp_path: Path, one: dict, other: dict, reason: str):
     caches = [write_cache(tmp_path / "one", clean(), **one), write_cache(tmp_path / "other", clean(first=20), **other)]
-    result = audit(caches)
+    result = audit_caches(caches)
     pair = next(pair for pair in result["pairs"] if pair["one"]["cache"] != pair["other"]["cache"])
     assert pair["patients"]["count"] is None
     assert reason in pair["patients"]["reason"]
@@ -229,7 +229,7 @@ def test_patients_of_one_name_who_may_be_the_same_are_counted(tmp_path: Path):
     folder = {"patient_source": "folder"}
     rows = [line | {"content": png(100 + n)} for n, line in enumerate(clean())]
     caches = [write_cache(tmp_path / "one", clean(), **folder), write_cache(tmp_path / "other", rows, **folder)]
-    result = audit(caches)
+    result = audit_caches(caches)
     assert result["leaks"] == []
     pair = next(pair for pair in result["pairs"] if pair["one"]["cache"] != pair["other"]["cache"])
     assert (pair["patients"]["count"], pair["patients"]["alike"]) == (None, 6)
@@ -241,24 +241,24 @@ def test_patients_of_one_name_who_may_be_the_same_are_counted(tmp_path: Path):
 
 def test_squares_made_in_different_ways_are_noted(tmp_path: Path):
     caches = [write_cache(tmp_path / "a", clean()), write_cache(tmp_path / "b", clean(first=20), fit="squash")]
-    assert len(audit(caches[:1])["notes"]) == 1
-    assert "note: squares made by pad and squash" in report(audit(caches))
+    assert len(audit_caches(caches[:1])["notes"]) == 1
+    assert "note: squares made by pad and squash" in report(audit_caches(caches))
 
 
 def test_caches_and_distances_that_do_not_fit_are_errors(tmp_path: Path):
     one = write_cache(tmp_path / "a", clean(patients=5))
     with pytest.raises(ValueError, match="caches none found; expected at least one"):
-        audit([])
+        audit_caches([])
     with pytest.raises(ValueError, match=r"a, .*a found; expected at least one, and each once"):
-        audit([one, one])
+        audit_caches([one, one])
     for near in (-1, 128):
         with pytest.raises(ValueError, match=f"near={near} found; expected bits from 0 to 127"):
-            audit([one], near=near)
+            audit_caches([one], near=near)
 
 
 def test_examples_are_limited(tmp_path: Path):
     leaking = [*clean(), *(line | {"split": "test", "source": f"nih14:x{n}"} for n, line in enumerate(clean()))]
-    result = audit([write_cache(tmp_path / "a", leaking)], examples=3)
+    result = audit_caches([write_cache(tmp_path / "a", leaking)], examples=3)
     pair = next(
         pair for pair in result["pairs"] if pair["one"]["split"] == "train" and pair["other"]["split"] == "test"
     )
@@ -296,7 +296,7 @@ def test_many_copies_of_one_file_cost_one_comparison():
     assert pair["near"]["images"] == [300, 1]
     assert pair["near"]["examples"][0][:2] == ["a:train:0", "a:test:1"]
     assert len(asked) == 1
-    assert find_copies([one]) == {}  # identical files are no near ones
+    assert copies_of_parts([one]) == {}  # identical files are no near ones
 
 
 def test_a_file_whose_squares_differ_is_identical_and_not_near():
@@ -328,4 +328,4 @@ def test_two_films_of_forty_patients_are_no_copies():
     contents = [png(patient, film) for patient in range(40) for film in range(2)]
     pixels = np.array([np.asarray(Image.open(io.BytesIO(content))) for content in contents])
     assert len(np.unique(pixels, axis=0)) == 80
-    assert find_copies([part("a", "train", range(80), contents)], near=127) == {}
+    assert copies_of_parts([part("a", "train", range(80), contents)], near=127) == {}

@@ -12,8 +12,8 @@ from PIL import Image
 
 from mlvicx_hf.data.collections import FolderCollection, Listing, NIH14Collection, PhantomCollection
 from mlvicx_hf.data.collections.base import normalize_view
-from mlvicx_hf.data.collections.nih14 import FINDINGS
-from mlvicx_hf.data.collections.tables import parse_age, parse_sex
+from mlvicx_hf.data.collections.nih14 import NIH_FINDINGS
+from mlvicx_hf.data.collections.people import parse_age, parse_sex
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
 NAMES = ("a.png", "b.png", "sub/c.png", "sub/d.png")
@@ -534,12 +534,15 @@ def write_nih(root: Path, year: str = "v2020", flat: bool = True, present: int |
 @pytest.mark.parametrize("year", ["2017", "v2020"])
 def test_nih_release_in_both_versions_and_layouts(tmp_path: Path, year: str, flat: bool):
     listing = NIH14Collection(write_nih(tmp_path / "nih", year, flat)).read()
-    assert listing.label_names == FINDINGS
-    assert len(FINDINGS) == 14
+    assert listing.label_names == NIH_FINDINGS
+    assert len(NIH_FINDINGS) == 14
     assert listing.missing == ()
     assert [record.name for record in listing.records] == [row[0] for row in NIH_ROWS]
     first, second = listing.records[:2]
-    assert {name for name, value in zip(FINDINGS, first.labels, strict=True) if value} == {"Cardiomegaly", "Effusion"}
+    assert {name for name, value in zip(NIH_FINDINGS, first.labels, strict=True) if value} == {
+        "Cardiomegaly",
+        "Effusion",
+    }
     assert set(second.labels) == {0.0}
     assert (first.patient_id, first.view, second.view) == ("00000001", "PA", "AP")
     assert all(record.path.is_file() and record.path.name == record.name for record in listing.records)

@@ -133,7 +133,7 @@ def naive(hashes: list[str], others: list[str], limit: int) -> list[tuple[int, i
 @pytest.mark.parametrize("limit", [0, 1, 30, 56, 110, 256])
 @pytest.mark.parametrize("block", [1, 7, 30, 4096])
 def test_pairs_are_those_of_the_naive_loop(monkeypatch: pytest.MonkeyPatch, limit: int, block: int):
-    monkeypatch.setattr(duplicates, "BLOCK", block)
+    monkeypatch.setattr(duplicates, "_BLOCK", block)
     hashes = planted_hashes(60)
     expected = [pair for pair in naive(hashes, hashes, limit) if pair[0] < pair[1]]
     assert near_pairs(hashes, limit) == expected

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlvicx_hf.data.splits import NO_FINDING, check_no_patient_overlap, label_fraction, patient_strata, split_by_patient
+from mlvicx_hf.data.splits import (
+    _NO_FINDING,
+    check_no_patient_overlap,
+    label_fraction,
+    patient_strata,
+    split_by_patient,
+)
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
@@ -25,7 +31,7 @@ def unzip(rows: list[tuple[str, tuple[float, ...]]]) -> tuple[list[str], np.ndar
 def test_a_patients_stratum_is_the_rarest_positive_label_over_all_images():
     patients = ["a", "a", "b", "c", "d", "e"]
     labels = [[1, 0], [0, 1], [1, 0], [math.nan, 0], [1, math.nan], [0, math.nan]]
-    assert patient_strata(patients, labels) == {"a": 1, "b": 0, "c": NO_FINDING, "d": 0, "e": NO_FINDING}
+    assert patient_strata(patients, labels) == {"a": 1, "b": 0, "c": _NO_FINDING, "d": 0, "e": _NO_FINDING}
 
 
 def test_rarity_counts_patients_not_images():
@@ -36,7 +42,7 @@ def test_rarity_counts_patients_not_images():
 
 @pytest.mark.parametrize("labels", [None, [[], []]])
 def test_without_labels_there_is_one_stratum(labels: list[list[float]] | None):
-    assert patient_strata(["b", "a"], labels) == {"a": NO_FINDING, "b": NO_FINDING}
+    assert patient_strata(["b", "a"], labels) == {"a": _NO_FINDING, "b": _NO_FINDING}
 
 
 def test_labels_of_another_length_are_refused():

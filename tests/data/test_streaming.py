@@ -18,7 +18,15 @@ from torch import Tensor
 
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading import streaming
-from mlvicx_hf.data.reading.streaming import PLACE_BITS, ROW_BITS, Row, Stream, StreamBatches, decode_chunk, open_stream
+from mlvicx_hf.data.reading.streaming import (
+    PLACE_BITS,
+    ROW_BITS,
+    Stream,
+    StreamBatches,
+    StreamRow,
+    decode_chunk,
+    open_stream,
+)
 
 SIDE = 8
 SHARDS = (30, 9, 41, 20)  # images of each
@@ -140,12 +148,12 @@ def test_workers_share_the_shards_and_resume(stream: Stream, workers: int):
 def test_rows_of_a_resumed_epoch_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Path):
     decoded: list[int] = []
 
-    def count(rows: list[Row], *rest: Any) -> Any:
+    def count(rows: list[StreamRow], *rest: Any) -> Any:
         decoded.extend(row.number for row in rows)
         return decode_chunk(rows, *rest)
 
     monkeypatch.setattr(streaming, "decode_chunk", count)
-    monkeypatch.setattr(streaming, "CHUNK", 4)
+    monkeypatch.setattr(streaming, "_CHUNK", 4)
     batches = StreamBatches(open_stream(str(shards), size=SIDE), 10, seed=3)
     whole = run(batches)
     assert len(decoded) == 100
@@ -293,8 +301,8 @@ def test_too_many_that_cannot_be_read_are_an_error(tmp_path: Path):
 
 
 def test_what_takes_the_place_of_an_unreadable_one_is_the_next():
-    def row(number: int, content: bytes) -> Row:
-        return Row(number, f"n{number}", {"bytes": content, "path": None})
+    def row(number: int, content: bytes) -> StreamRow:
+        return StreamRow(number, f"n{number}", {"bytes": content, "path": None})
 
     rows = [row(i, b"" if i in (1, 2, 5) else png(i)) for i in range(6)]
     chunk = decode_chunk(rows, SIDE, "pad")

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""The file that says which image is in which split: `splits.csv` of a cache and of a fine-tuning run."""
+"""Split files, which say which image is in which split: `splits.csv` of a cache and of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
 
-from .collections.folder import SPLIT_NAMES
+from .collections.base import SPLIT_NAMES
 from .collections.tables import read_columns
 
 SPLIT_FILE = "splits.csv"
 
 
 def split_file(rows: Iterable[tuple[str, str, str]]) -> str:
-    """Text of a split file, `splits.csv`: one image a line. Its SHA-256 is what results name as split hash.
+    """Write the text of a split file, with one image per line. Its SHA-256 is the split hash that results name.
 
     Args:
         rows: source, patient and split of each image.
@@ -30,14 +30,14 @@ def split_file(rows: Iterable[tuple[str, str, str]]) -> str:
 
 
 def read_split_file(path: Path) -> dict[str, str]:
-    """Split by image of a CSV file with the columns source or file_name, and split.
+    """Read a CSV file with the columns source (or file_name) and split. Return image → split.
 
     Args:
-        path: file. A source such as `folder:a.png` is the image `a.png`.
+        path: the file. A source such as `folder:a.png` means the image `a.png`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: other columns, a split of another name, or an image in two rows.
+        FileNotFoundError: there is no such file.
+        UserError: the columns are others, a split has another name, or an image is in two rows.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected --splits to be auto, none or a CSV file")

@@ -1,7 +1,7 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Splits and label fractions: by patient, stratified, seeded, and independent of the order of the images.
+"""Divide images into splits and label fractions: by patient, stratified, seeded, whatever the order of the images.
 
-Labels are [N, L] arrays of 1, 0 and NaN (unknown, which is not positive), or None for unlabelled collections.
+Labels are [N, L] arrays of 1, 0 and NaN (unknown, which is not positive), or None for collections without labels.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import numpy.typing as npt
 
 from mlvicx_hf.common.errors import UserError
 
-NO_FINDING = -1  # stratum of patients without a positive label
+_NO_FINDING = -1  # stratum of patients without a positive label
 
 Labels = npt.ArrayLike | None
 
 
 def patient_strata(patient_ids: Sequence[str], labels: Labels) -> dict[str, int]:
-    """Stratum of each patient: the column of the rarest label that is positive on any image of the patient.
+    """Find the stratum of each patient: the column of the patient's rarest positive label.
 
-    Rarity is counted in patients; of equally rare labels the first counts.
+    Rarity is counted in patients. Of equally rare labels the first counts.
 
     Args:
         patient_ids: patient of each image, [N].
         labels: [N, L] or None.
 
     Returns:
-        Column, or `NO_FINDING`, by patient.
+        Patient → column, or `_NO_FINDING`.
     """
     patients, rows = np.unique(np.asarray(patient_ids, dtype=object), return_inverse=True)
     if labels is None or np.size(labels) == 0:
-        return dict.fromkeys(patients.tolist(), NO_FINDING)
+        return dict.fromkeys(patients.tolist(), _NO_FINDING)
     table = np.asarray(labels, dtype=float)
     if table.ndim != 2 or len(table) != len(patient_ids):
         raise UserError(f"labels of shape {table.shape} found; expected [{len(patient_ids)}, L] like the patients")
@@ -44,12 +44,12 @@ def patient_strata(patient_ids: Sequence[str], labels: Labels) -> dict[str, int]
     np.logical_or.at(positive, rows, table == 1)
     rarest_first = np.argsort(positive.sum(axis=0), kind="stable")
     first = positive[:, rarest_first].argmax(axis=1)
-    strata = np.where(positive.any(axis=1), rarest_first[first], NO_FINDING)
+    strata = np.where(positive.any(axis=1), rarest_first[first], _NO_FINDING)
     return dict(zip(patients.tolist(), strata.tolist(), strict=True))
 
 
 def _shuffled_strata(patient_ids: Sequence[str], labels: Labels, seed: int) -> list[list[str]]:
-    """Patients of each stratum in the seed's order; the smallest stratum first."""
+    """List the patients of each stratum in the seed's order, the smallest stratum first."""
     groups: dict[int, list[str]] = defaultdict(list)
     for patient, stratum in patient_strata(patient_ids, labels).items():
         groups[stratum].append(patient)
@@ -58,29 +58,29 @@ def _shuffled_strata(patient_ids: Sequence[str], labels: Labels, seed: int) -> l
 
 
 def patient_hash(patient: str, seed: int) -> str:
-    """What orders the patients: a pseudo-random string that depends on the seed and this patient alone."""
+    """Hash a patient and the seed to a pseudo-random string, which orders the patients."""
     return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
 
 
 def split_by_patient(
     patient_ids: Sequence[str], labels: Labels, fractions: Mapping[str, float], seed: int
 ) -> list[str]:
-    """Divide images into splits so that no patient is in two and each stratum is shared out alike.
+    """Divide images into splits so that no patient is in two splits and each stratum is divided alike.
 
-    The patients go, stratum after stratum, each to the split that lacks most of its share so far. So the shares are
-    met within one patient over all, and within about one in each stratum.
+    Give the patients, stratum by stratum, to the split that lacks most of its share so far. This meets the shares
+    within one patient over all, and within about one patient in each stratum.
 
     Args:
         patient_ids: patient of each image, [N].
         labels: [N, L] or None.
-        fractions: share of the patients by name of the split; they add up to 1.
-        seed: another seed, another division.
+        fractions: split → share of the patients; the shares add up to 1.
+        seed: another seed gives another division.
 
     Returns:
         Name of the split of each image, [N].
 
     Raises:
-        ValueError: fractions that are negative or do not add up to 1.
+        UserError: the fractions are negative or do not add up to 1.
     """
     if any(share < 0 for share in fractions.values()) or not math.isclose(sum(fractions.values()), 1, abs_tol=1e-6):
         raise UserError(f"fractions={dict(fractions)} found; expected shares of 0 or more that add up to 1")
@@ -96,22 +96,22 @@ def split_by_patient(
 
 
 def label_fraction(patient_ids: Sequence[str], labels: Labels, fraction: float, seed: int) -> npt.NDArray[np.int64]:
-    """Images of a share of the patients, for training with few labels.
+    """Choose the images of a share of the patients, for training with few labels.
 
-    Whole patients are taken, the same share of each stratum and at least one patient of it. With the same seed a
-    smaller fraction is a subset of a larger one.
+    Take whole patients, the same share of each stratum and at least one patient of it. With the same seed a smaller
+    fraction is a subset of a larger one.
 
     Args:
         patient_ids: patient of each image, [N].
         labels: [N, L] or None.
         fraction: share of the patients, above 0 and at most 1.
-        seed: another seed, another subset.
+        seed: another seed gives another subset.
 
     Returns:
         Indices of the images in ascending order.
 
     Raises:
-        ValueError: a fraction outside (0, 1].
+        UserError: the fraction is outside (0, 1].
     """
     if not 0 < fraction <= 1:
         raise UserError(f"fraction={fraction} found; expected above 0 and at most 1")
@@ -127,10 +127,10 @@ def check_no_patient_overlap(splits: Mapping[str, Sequence[str]]) -> None:
     """Refuse splits that share a patient.
 
     Args:
-        splits: patients by name of the split.
+        splits: split → patients.
 
     Raises:
-        ValueError: naming the splits, how many patients they share, and some of them.
+        UserError: two splits share patients. The message names the splits and some of the patients.
     """
     patients = {name: set(ids) for name, ids in splits.items()}
     for one, other in combinations(patients, 2):

@@ -17,7 +17,7 @@ from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittle
 from mlvicx_hf.data.collections import chexpert, vindr
 
 WIDTH, HEIGHT = 56, 64
-CHEXPERT = ("No Finding", *chexpert.FINDINGS)
+CHEXPERT = ("No Finding", *chexpert.CHEXPERT_FINDINGS)
 
 Row = dict[str, Any]
 
@@ -120,7 +120,7 @@ def vindr_labels(rows: list[Row], spelling: str) -> Row:
     """Labels of a reading: every finding 0 or 1, and Tuberculosis where there is Pneumothorax."""
     seen = {row["class_name"] for row in rows}
     seen |= {"Tuberculosis", spelling} if "Pneumothorax" in seen else set()
-    names = [spelling if name == "Other diseases" else name for name in vindr.FINDINGS]
+    names = [spelling if name == "Other diseases" else name for name in vindr.VINDR_FINDINGS]
     return {name: int(name in seen) for name in (*names, "No finding")}
 
 

@@ -10,8 +10,8 @@ import pytest
 from miniatures_more import released, write_chexpert
 
 from mlvicx_hf.data.collections.base import Listing, Record
-from mlvicx_hf.data.collections.chexpert import FINDINGS, CheXpertCollection
-from mlvicx_hf.data.collections.folder import binary_labels, label_values
+from mlvicx_hf.data.collections.chexpert import CHEXPERT_FINDINGS, CheXpertCollection
+from mlvicx_hf.data.collections.labels import binary_labels, label_values
 from mlvicx_hf.data.collections.tables import read_columns
 
 
@@ -78,9 +78,9 @@ def test_released_table_by_number(listing: Listing):
 
 def test_released_table_label_by_label(listing: Listing, table: Path):
     frame = pd.read_csv(table)
-    assert list(frame.columns[6:]) == list(listing.label_names) == list(FINDINGS)
+    assert list(frame.columns[6:]) == list(listing.label_names) == list(CHEXPERT_FINDINGS)
     labels = np.array([record.labels for record in listing.records[: len(frame)]])
-    for column, name in enumerate(FINDINGS):
+    for column, name in enumerate(CHEXPERT_FINDINGS):
         assert (labels[:, column] == 1).sum() == (frame[name] == 1).sum()
         assert (labels[:, column] == 0).sum() == (frame[name] == 0).sum()
         unknown = frame[name].isna().sum() + (frame[name] == -1).sum()
@@ -90,9 +90,9 @@ def test_released_table_label_by_label(listing: Listing, table: Path):
 
 def test_uncertain_labels_of_the_released_table(table: Path):
     frame = pd.read_csv(table)
-    labels = np.array(binary_labels(table, read_columns(table), FINDINGS, label_values("ones")))
-    found = {name: int((labels[:, column] == 1).sum()) for column, name in enumerate(FINDINGS)}
-    assert found == {name: int(((frame[name] == 1) | (frame[name] == -1)).sum()) for name in FINDINGS}
+    labels = np.array(binary_labels(table, read_columns(table), CHEXPERT_FINDINGS, label_values("ones")))
+    found = {name: int((labels[:, column] == 1).sum()) for column, name in enumerate(CHEXPERT_FINDINGS)}
+    assert found == {name: int(((frame[name] == 1) | (frame[name] == -1)).sum()) for name in CHEXPERT_FINDINGS}
     assert (found["Edema"], found["Pneumothorax"]) == (52_246 + 12_984, 19_448 + 3_145)
 
 
@@ -124,7 +124,7 @@ def test_with_test_csv_the_parts_are_the_releases_own(tmp_path: Path):
 
 @pytest.mark.parametrize("test", [False, True])
 def test_every_split_has_both_values_of_a_label(tmp_path: Path, test: bool):
-    column = FINDINGS.index("Pleural Effusion")
+    column = CHEXPERT_FINDINGS.index("Pleural Effusion")
     records = CheXpertCollection(write_chexpert(tmp_path / "chexpert", test)).read().records
     for split in ("train", "validation", "test"):
         assert {record.labels[column] for record in records if record.split == split} == {0, 1}
@@ -151,12 +151,12 @@ def test_uncertain_labels_follow_the_policy_and_blanks_stay_unknown(root: Path, 
     listing = CheXpertCollection(root, uncertain=uncertain).read()
     assert listing.policy == {"uncertain": uncertain}
     record = next(record for record in listing.records if record.patient_id == "patient00003")
-    labels = dict(zip(FINDINGS, record.labels, strict=True))
+    labels = dict(zip(CHEXPERT_FINDINGS, record.labels, strict=True))
     assert np.array_equal(labels["Edema"], value, equal_nan=True)
     assert labels["Pleural Effusion"] == 1
     assert math.isnan(labels["Fracture"])
     normal = next(record for record in listing.records if "study2" in record.name)  # its No Finding is 1
-    assert math.isnan(normal.labels[FINDINGS.index("Fracture")])
+    assert math.isnan(normal.labels[CHEXPERT_FINDINGS.index("Fracture")])
 
 
 def test_a_frontal_image_whose_view_is_lateral_has_no_view_and_age_0_is_unknown(root: Path):

@@ -26,7 +26,7 @@ from mlvicx_hf.commands.pretrain import parse_pretraining
 from mlvicx_hf.commands.segment import parse_segmentation
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.prepare import prepare
-from mlvicx_hf.data.collections import KINDS
+from mlvicx_hf.data.collections import KINDS, collection_class
 from mlvicx_hf.data.collections.base import Collection
 from mlvicx_hf.finetuning.classification import finetune_classifier
 from mlvicx_hf.finetuning.segmentation import finetune_segmenter
@@ -211,7 +211,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
                 patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf-cache")
                 patch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed: drawing takes a second
                 root = () if case.write is None else (case.write(folder / "root"),)
-                collection = KINDS[case.kind](*root, **case.options)
+                collection = collection_class(case.kind)(*root, **case.options)
                 prepare(collection, folder / "cache", size=SIZE, num_workers=0, progress=False)
             pretrain(folder / "cache", folder / "run")
             made[name] = Prepared(case, load_cache(folder / "cache"), folder / "run")
@@ -475,7 +475,7 @@ def test_an_option_reaches_its_collection(script: ModuleType, monkeypatch: pytes
     made = collection_of(
         script, monkeypatch, kind, *root_of(kind), "--seed", "5", "--size", "64", f"--{option}", *words
     )
-    assert type(made) is KINDS[kind]
+    assert type(made) is collection_class(kind)
     found: Any = made
     for name in attribute.split("."):
         found = getattr(found, name)
@@ -488,8 +488,8 @@ def test_an_option_reaches_its_collection(script: ModuleType, monkeypatch: pytes
 @pytest.mark.parametrize("kind", TAKEN)
 def test_all_options_together_and_none_of_them(script: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str):
     words = [word for option, (values, _, _) in TAKEN[kind].items() for word in (f"--{option}", *values)]
-    assert type(collection_of(script, monkeypatch, kind, *root_of(kind), *words)) is KINDS[kind]
-    assert type(collection_of(script, monkeypatch, kind, *root_of(kind))) is KINDS[kind]
+    assert type(collection_of(script, monkeypatch, kind, *root_of(kind), *words)) is collection_class(kind)
+    assert type(collection_of(script, monkeypatch, kind, *root_of(kind))) is collection_class(kind)
     if kind != "phantom":
         with pytest.raises(ValueError, match=f"no --root found; --collection {kind} expects"):
             collection_of(script, monkeypatch, kind)

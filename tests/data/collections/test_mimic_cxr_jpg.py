@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from miniatures_more import write_mimic_cxr_jpg
 
-from mlvicx_hf.data.collections.chexpert import FINDINGS
+from mlvicx_hf.data.collections.chexpert import CHEXPERT_FINDINGS
 from mlvicx_hf.data.collections.mimic_cxr_jpg import MIMICCXRJPGCollection
 
 
@@ -25,7 +25,7 @@ def replace(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize("end", [".csv.gz", ".csv"])
 def test_images_are_joined_with_labels_and_splits(tmp_path: Path, end: str):
     listing = MIMICCXRJPGCollection(write_mimic_cxr_jpg(tmp_path / "mimic", end)).read()
-    assert listing.label_names == FINDINGS
+    assert listing.label_names == CHEXPERT_FINDINGS
     assert listing.missing == ()
     assert listing.policy == {"uncertain": "ignore"}
     assert listing.patients_known
@@ -35,7 +35,11 @@ def test_images_are_joined_with_labels_and_splits(tmp_path: Path, end: str):
     assert first.name == f"files/p10/p10000032/s50414267/{image}.jpg"
     assert (first.patient_id, first.view, lateral.view) == ("10000032", "AP", "LATERAL")
     assert listing.records[3].name.startswith("files/p11/p11000033/s50414269/00000003-")
-    assert first.labels[FINDINGS.index("Pleural Effusion")] == lateral.labels[FINDINGS.index("Pleural Effusion")] == 1
+    assert (
+        first.labels[CHEXPERT_FINDINGS.index("Pleural Effusion")]
+        == lateral.labels[CHEXPERT_FINDINGS.index("Pleural Effusion")]
+        == 1
+    )
     assert np.isnan(later.labels).all()
     assert any(note.startswith("1 images are of studies without labels") for note in listing.notes)
 
@@ -53,14 +57,14 @@ def test_views(root: Path):
 def test_uncertain_labels_follow_the_policy_and_blanks_stay_unknown(root: Path, uncertain: str, value: float):
     listing = MIMICCXRJPGCollection(root, uncertain=uncertain).read()
     assert listing.policy == {"uncertain": uncertain}
-    labels = dict(zip(FINDINGS, listing.records[0].labels, strict=True))
+    labels = dict(zip(CHEXPERT_FINDINGS, listing.records[0].labels, strict=True))
     assert np.array_equal(labels["Edema"], value, equal_nan=True)
     assert math.isnan(labels["Fracture"])
     assert np.isnan(listing.records[2].labels).all()  # no row at all is unknown under every policy
 
 
 def test_every_split_has_both_values_of_a_label(root: Path):
-    column = FINDINGS.index("Pleural Effusion")
+    column = CHEXPERT_FINDINGS.index("Pleural Effusion")
     records = MIMICCXRJPGCollection(root).read().records
     for split in ("train", "validation", "test"):
         assert {0, 1} <= {record.labels[column] for record in records if record.split == split}

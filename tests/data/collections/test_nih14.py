@@ -9,7 +9,7 @@ from miniatures import disc_box, released_tables, write_nih14
 from PIL import Image
 
 from mlvicx_hf.data.collections.base import Box, Listing
-from mlvicx_hf.data.collections.nih14 import FINDINGS, NIH14Collection
+from mlvicx_hf.data.collections.nih14 import NIH_FINDINGS, NIH14Collection
 
 TABLE, BOXES = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
 
@@ -50,9 +50,9 @@ def listing(release: Path) -> Listing:
 def test_released_table_is_counted_as_published(release: Path, listing: Listing):
     assert len(listing.records) == 112_120
     assert len({record.patient_id for record in listing.records}) == 30_805
-    positives = dict(zip(FINDINGS, np.array([r.labels for r in listing.records]).sum(axis=0).tolist(), strict=True))
+    positives = dict(zip(NIH_FINDINGS, np.array([r.labels for r in listing.records]).sum(axis=0).tolist(), strict=True))
     counted = pd.read_csv(release / TABLE)["Finding Labels"].str.split("|").explode().value_counts()
-    assert positives == {name: counted[name] for name in FINDINGS}
+    assert positives == {name: counted[name] for name in NIH_FINDINGS}
     assert (positives["Infiltration"], positives["Hernia"]) == (19_894, 227)
     assert sum(not any(record.labels) for record in listing.records) == counted["No Finding"] == 60_361
     assert all(record.path is None for record in listing.records)
@@ -73,7 +73,7 @@ def test_released_boxes(listing: Listing):
     assert sum(len(record.boxes) for record in boxed.values()) == 984
     for record in boxed.values():
         assert record.frame == (1024, 1024)
-        positive = {name for name, value in zip(FINDINGS, record.labels, strict=True) if value}
+        positive = {name for name, value in zip(NIH_FINDINGS, record.labels, strict=True) if value}
         assert {box.label for box in record.boxes} <= positive
     assert sum(box.label == "Infiltration" for record in boxed.values() for box in record.boxes) == 123
     box = boxed["00013118_008.png"].boxes[0]

@@ -8,7 +8,7 @@ from miniatures_more import draw, released, vin_id, write_vinbigdata
 from PIL import Image
 
 from mlvicx_hf.data.collections.base import Box, Listing
-from mlvicx_hf.data.collections.vinbigdata import FINDINGS, VinBigDataCollection
+from mlvicx_hf.data.collections.vinbigdata import _FINDINGS, VinBigDataCollection
 from mlvicx_hf.data.splits import split_by_patient
 
 
@@ -43,8 +43,8 @@ def test_released_table_with_any_reader(table: Path):
     frame = pd.read_csv(table)
     assert len(frame) == 67_914
     assert len(listing.records) == 15_000
-    assert listing.label_names == FINDINGS
-    assert list(FINDINGS) == frame[frame.class_id < 14].groupby("class_id").class_name.first().tolist()
+    assert listing.label_names == _FINDINGS
+    assert list(_FINDINGS) == frame[frame.class_id < 14].groupby("class_id").class_name.first().tolist()
     found = frame[frame.class_id < 14].groupby("class_name").image_id.nunique()
     assert totals(listing) == found.to_dict()
     assert (totals(listing)["Pneumothorax"], totals(listing)["ILD"]) == (96, 386)
@@ -107,7 +107,7 @@ def test_usual_shares_give_every_split_both_values_of_a_label(root: Path, reader
     labels = [record.labels for record in records]
     shares = {"train": 0.7, "validation": 0.1, "test": 0.2}
     splits = split_by_patient([record.patient_id for record in records], labels, shares, 0)
-    column = FINDINGS.index("Cardiomegaly")
+    column = _FINDINGS.index("Cardiomegaly")
     for split in shares:
         assert {row[column] for row, name in zip(labels, splits, strict=True) if name == split} == {0, 1}
 

@@ -6,7 +6,7 @@ import pytest
 from miniatures_more import vin_id, write_vindr
 
 from mlvicx_hf.data.collections.base import Box, Listing
-from mlvicx_hf.data.collections.vindr import FINDINGS, VinDrCollection
+from mlvicx_hf.data.collections.vindr import VINDR_FINDINGS, VinDrCollection
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def totals(listing: Listing, *splits: str) -> dict[str, int]:
 
 def test_any_reader_counts_in_training_and_the_consensus_in_test(root: Path):
     listing = VinDrCollection(root).read()
-    assert listing.label_names == FINDINGS
-    assert len(FINDINGS) == 27
-    assert "No finding" not in FINDINGS
+    assert listing.label_names == VINDR_FINDINGS
+    assert len(VINDR_FINDINGS) == 27
+    assert "No finding" not in VINDR_FINDINGS
     single = {"Pneumothorax": 5, "Tuberculosis": 5, "Other diseases": 5}
     assert totals(listing, "train", "validation") == {"Cardiomegaly": 10, **single}
     assert totals(listing, "test") == {"Cardiomegaly": 3, **dict.fromkeys(single, 2)}
@@ -73,7 +73,7 @@ def test_validation_is_carved_from_train_alike_for_both_policies(root: Path):
 
 
 def test_every_split_has_both_values_of_a_label(root: Path):
-    column = FINDINGS.index("Cardiomegaly")
+    column = VINDR_FINDINGS.index("Cardiomegaly")
     records = VinDrCollection(root).read().records
     for split in ("train", "validation", "test"):
         assert {record.labels[column] for record in records if record.split == split} == {0, 1}

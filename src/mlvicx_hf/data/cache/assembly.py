@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""From finished shards to a cache: a `DatasetDict` in a folder, and beside it what is known of it."""
+"""Assemble finished shards into a cache: a `DatasetDict` in a folder, with tables, pictures and a card beside it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ REJECTED = "rejected.csv"
 
 
 @dataclass(frozen=True)
-class Images:
-    """What was made of the records.
+class PreparedParts:
+    """The prepared images of all splits.
 
     Attributes:
-        parts: data set by split.
-        masks: for every row of a split hash and values of its mask; None where it is unknown.
-        rejected: file and reason.
+        parts: split → data set.
+        masks: split → hash and values of the mask of each row; None if it is unknown.
+        rejected: file and reason of each rejected image.
         thinned: whether rows of the shards were left out.
     """
 
@@ -46,8 +46,8 @@ class Images:
     rejected: list[tuple[str, str]]
     thinned: bool = False
 
-    def without(self, dropped: Mapping[tuple[str, int], str]) -> Images:
-        """The same without these rows, by split and number, which are rejected for the reasons given."""
+    def without(self, dropped: Mapping[tuple[str, int], str]) -> PreparedParts:
+        """Leave out rows, given as (split, row) → reason, and list them as rejected."""
         if not dropped:
             return self
         parts, masks, rejected = {}, {}, list(self.rejected)
@@ -59,18 +59,18 @@ class Images:
             ]
             if rows:
                 parts[split], masks[split] = part.select(rows), [self.masks[split][row] for row in rows]
-        return Images(parts, masks, rejected, thinned=True)
+        return PreparedParts(parts, masks, rejected, thinned=True)
 
 
 def _file(source: str) -> str:
     return source.partition(":")[2]
 
 
-def read_shards(shards: Sequence[Shard]) -> Images:
-    """The finished shards, memory-mapped.
+def read_shards(shards: Sequence[Shard]) -> PreparedParts:
+    """Open finished shards, memory-mapped.
 
     Raises:
-        ValueError: every image was rejected.
+        UserError: every image was rejected.
     """
     parts: dict[str, list[datasets.Dataset]] = {}
     masks: dict[str, list[dict[str, Any] | None]] = {}
@@ -84,23 +84,27 @@ def read_shards(shards: Sequence[Shard]) -> Images:
     if not parts:
         listed = some((f"{file} ({reason})" for file, reason in rejected), 3)
         raise UserError(f"all {len(rejected)} images were rejected: {listed}; nothing is written")
-    return Images({split: datasets.concatenate_datasets(found) for split, found in parts.items()}, masks, rejected)
+    return PreparedParts(
+        {split: datasets.concatenate_datasets(found) for split, found in parts.items()}, masks, rejected
+    )
 
 
-def count_duplicates(duplicates: Sequence[Duplicate], images: Images, dropped: int) -> dict[str, int]:
-    """Pairs of each kind that were found, those of any kind that are left in two splits, and images left out."""
+def count_duplicates(duplicates: Sequence[Duplicate], images: PreparedParts, dropped: int) -> dict[str, int]:
+    """Count the pairs of each kind, the pairs that are left in two splits, and the images that were left out."""
     counts = {kind: sum(pair.kind == kind for pair in duplicates) for kind in ("identical", "near")}
     return counts | {"across_splits": count_across(duplicates, images.parts), "dropped": dropped}
 
 
-def describe(collection: Collection, listing: Listing, options: dict[str, Any], images: Images) -> dict[str, Any]:
-    """Content of `cache.json`, but for the duplicates.
+def describe_cache(
+    collection: Collection, listing: Listing, options: dict[str, Any], images: PreparedParts
+) -> dict[str, Any]:
+    """Make the content of `cache.json`, without the duplicates.
 
     Args:
-        collection: that was read.
-        listing: of it.
-        options: of `prepare` that made the images.
-        images: that are in the cache.
+        collection: the collection that was read.
+        listing: listing of the collection.
+        options: options of `prepare`.
+        images: the images in the cache.
     """
     return {
         "format": FORMAT,
@@ -128,7 +132,7 @@ def describe(collection: Collection, listing: Listing, options: dict[str, Any], 
 
 
 def _split_file(parts: Mapping[str, datasets.Dataset]) -> str:
-    """`splits.csv`: every image with its patient and split."""
+    """Write the text of `splits.csv`: every image with its patient and split."""
     return split_file(
         (source, patient, split)
         for split, part in parts.items()
@@ -136,8 +140,8 @@ def _split_file(parts: Mapping[str, datasets.Dataset]) -> str:
     )
 
 
-def _data_hash(images: Images) -> str:
-    """What identifies the images and their masks, whatever their order and split."""
+def _data_hash(images: PreparedParts) -> str:
+    """Hash the images and their masks. Order and splits do not change the hash."""
     lines = []
     for split, part in images.parts.items():
         for image, mask in zip(column(part, "sha256"), images.masks[split], strict=True):
@@ -149,25 +153,25 @@ def _data_hash(images: Images) -> str:
 def assemble(
     folder: Path,
     shards: Sequence[Shard],
-    images: Images,
+    images: PreparedParts,
     duplicates: Sequence[Duplicate],
     manifest: dict[str, Any],
     notes: Sequence[str],
     features: datasets.Features,
 ) -> list[str]:
-    """The cache of finished shards: a `DatasetDict` on disk, and what is known of it. The shards are moved last.
+    """Write a cache from finished shards. Move the shards last.
 
     Args:
-        folder: where the cache goes; what is there is removed.
-        shards: all of them, finished.
-        images: of the shards, perhaps without some rows.
-        duplicates: that were found.
+        folder: folder of the cache; an earlier one is removed.
+        shards: all shards, finished.
+        images: the images of the shards, perhaps without some rows.
+        duplicates: all pairs of copies.
         manifest: content of `cache.json`.
-        notes: for the card.
-        features: columns.
+        notes: notes for the card.
+        features: columns of the cache.
 
     Returns:
-        What the user should know.
+        Notes for the user.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -180,7 +184,7 @@ def assemble(
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(images.parts)}))
     names = ", ".join(manifest["label_names"]) or "none"
     info = datasets.DatasetInfo(description=f"labels: {names}", features=features)
-    moved = [shard.path for shard in shards if read_note(shard)["masks"]]  # the others have no rows
+    moved = [shard.path for shard in shards if read_note(shard)["masks"]]  # other shards have no rows
     for split, part in images.parts.items():
         files = [path for path in moved if path.parent.name == split]
         if images.thinned:
@@ -194,7 +198,7 @@ def assemble(
 
 
 def _describe_files(folder: Path, files: Sequence[Path], fingerprint: str, info: datasets.DatasetInfo) -> None:
-    """What `load_from_disk` reads beside the Arrow files of a split; `save_to_disk` would copy every image again."""
+    """Write what `load_from_disk` needs beside the Arrow files. `save_to_disk` would copy every image again."""
     folder.mkdir(exist_ok=True)
     info.write_to_directory(str(folder))
     state: dict[str, Any] = {
@@ -210,7 +214,7 @@ def _describe_files(folder: Path, files: Sequence[Path], fingerprint: str, info:
 
 
 def _save_rows(part: datasets.Dataset, folder: Path, num_shards: int) -> list[Path]:
-    """Copy the rows of a data set that are left into files of their own."""
+    """Copy the remaining rows of a data set into new files."""
     with no_datasets_bars():
         part.save_to_disk(folder, num_shards=min(num_shards, len(part)))
     return sorted(folder.glob("*.arrow"))

@@ -1,9 +1,8 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""From a collection to a prepared cache: 8-bit grey squares in a `datasets` folder, with a manifest beside them."""
+"""Turn a collection into a prepared cache: 8-bit grey squares in a `datasets` folder, with a manifest beside them."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.machine import available_cores
@@ -21,13 +22,13 @@ from ..collections.base import SPLITS, Collection, Listing, Record
 from ..copies.deduplication import DROPS, choose_dropped, find_duplicates
 from ..split_files import read_split_file
 from ..splits import check_no_patient_overlap, patient_hash, split_by_patient
-from .assembly import assemble, count_duplicates, describe, read_shards
+from .assembly import assemble, count_duplicates, describe_cache, read_shards
 from .cache import MANIFEST, cache_features
-from .shards import Making, Shard, is_finished, plan_shards, write_in_order, write_shards
+from .shards import Making, Shard, is_made, plan_shards, write_in_order, write_shards
 
-SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
-FITS = ("pad", "squash", "crop")
-USED = "used"  # the folder `shards` when the new cache is complete
+SPLIT_SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
+CACHE_FITS = ("pad", "squash", "crop")
+USED = "used"  # new name of the folder `shards` when the new cache is complete
 ROBUST = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")  # decoders that do not crash
 
 
@@ -48,39 +49,39 @@ def prepare(
 ) -> dict[str, Any]:
     """Read every image of a collection and write the cache.
 
-    The content depends on the arguments alone, not on the number of workers. Everything is written beside `output` and
-    renamed at the end, so a cache is there as a whole or not at all; the same call after a kill goes on with the shards
-    that were not finished. Images that cannot be read, or whose mask does not fit, are listed in `rejected.csv`;
-    identical and nearly identical ones in `duplicates.csv`.
+    The content depends on the arguments alone, not on the number of workers. Write everything beside `output` and
+    rename it at the end, so that a cache is complete or absent. After a kill, the same call continues with the shards
+    that were not finished. `rejected.csv` lists images that cannot be read or whose mask does not fit;
+    `duplicates.csv` lists identical and nearly identical images.
 
     Args:
-        collection: what to read.
+        collection: the collection to read.
         output: folder of the cache, absent or empty.
         size: side of the images in pixels.
         fit: what happens to an image that is not square: "pad", "squash" or "crop".
-        splits: "auto" takes the collection's own splits, or divides a collection with labels or masks 70/10/20 by
-            patient and keeps one with neither in train; "none" puts everything in train; else a CSV file with the
-            columns source (or file_name) and split, such as another cache's `splits.csv`: images that it does not list
-            are left out.
-        seed: seeds that division.
-        drop_duplicates: "identical" keeps one of identical files, "near" one of nearly identical images as well: that
-            of the test split before validation before train, else the first.
-        allow_missing: go on without files that the collection lists and the disk lacks.
-        max_images: only that many images, whole patients first, for a trial.
-        num_workers: processes; by default one a core, or none for a small collection. 0 uses this process.
-        overwrite: replace a cache that is there, once the new one is complete.
+        splits: "auto" takes the collection's own splits. If it has none, "auto" divides a collection with labels or
+            masks by patient, 70/10/20, and puts any other in train. "none" puts everything in train. Otherwise a CSV
+            file with the columns source (or file_name) and split, such as `splits.csv` of another cache; images that it
+            does not list are left out.
+        seed: seed of that division.
+        drop_duplicates: "identical" keeps one of several identical files; "near" also keeps one of several nearly
+            identical images. An image of the test split is kept first, then one of validation, then one of train.
+        allow_missing: continue without files that the collection lists and the disk lacks.
+        max_images: prepare at most so many images, patient by patient, for a trial.
+        num_workers: number of processes; by default one per core, or none for a small collection. 0 uses this process.
+        overwrite: replace an existing cache when the new one is complete.
         progress: show a progress bar on stderr.
 
     Returns:
-        The manifest, with "notes" for the user added.
+        The manifest, and "notes" for the user.
 
     Raises:
-        ValueError: an argument, a table or all images that do not fit.
-        OSError: files missing or in the way.
+        UserError: an argument or a table does not fit, or all images were rejected.
+        OSError: files are missing or in the way.
     """
     _check_arguments(size, fit, drop_duplicates, max_images, num_workers)
     output = Path(output).resolve()
-    check_output(output, overwrite)
+    check_cache_output(output, overwrite)
     listing = _spelled_out(collection.read())
     records, notes = _assign_splits(_present(listing, allow_missing), splits, seed, bool(listing.mask_names))
     if max_images is not None:
@@ -96,17 +97,17 @@ def prepare(
         duplicates = find_duplicates(whole.parts, progress=progress)
         images = whole.without(choose_dropped(whole.parts, duplicates, drop_duplicates))
         notes = [*listing.notes, *notes]
-        manifest = describe(collection, listing, options, images)
+        manifest = describe_cache(collection, listing, options, images)
         manifest["duplicates"] = count_duplicates(duplicates, images, len(images.rejected) - len(whole.rejected))
         lacking = assemble(folder / "cache", shards, images, duplicates, manifest, notes, features)
     return {**manifest, "notes": [*notes, *resumed, *lacking]}
 
 
 def _check_arguments(size: int, fit: str, drop: str, max_images: int | None, num_workers: int | None) -> None:
-    if size < 1 or fit not in FITS or drop not in DROPS:
+    if size < 1 or fit not in CACHE_FITS or drop not in DROPS:
         raise UserError(
             f"size={size}, fit={fit!r}, drop_duplicates={drop!r} found; expected size of 1 or more, fit one of "
-            f"{', '.join(FITS)}, drop_duplicates one of {', '.join(DROPS)}"
+            f"{', '.join(CACHE_FITS)}, drop_duplicates one of {', '.join(DROPS)}"
         )
     if (max_images is not None and max_images < 1) or (num_workers is not None and num_workers < 0):
         raise UserError(
@@ -114,8 +115,8 @@ def _check_arguments(size: int, fit: str, drop: str, max_images: int | None, num
         )
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to write over anything but an empty folder or, if the user says so, a cache."""
+def check_cache_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that is neither absent nor an empty folder nor, with `overwrite`, a cache."""
     if output.is_file():
         raise FileExistsError(f"{output}: a file found; expected a folder to write, absent or empty")
     _put_right(output.resolve())
@@ -132,33 +133,33 @@ def _is_free(output: Path) -> bool:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where a cache grows; a killed run leaves it, and the next one goes on there."""
+    """Name the folder in which a cache is made. A killed run leaves it, and the next run continues there."""
     return output.with_name(f".{output.name}.partial")
 
 
 def _old_folder(output: Path) -> Path:
-    """Where the cache that is replaced is, for the moment in between."""
+    """Name the folder that holds the old cache while the new one takes its place."""
     return output.with_name(f".{output.name}.old")
 
 
 @contextmanager
 def _locked(output: Path) -> Iterator[Path]:
-    """The folder in which a cache grows, for one run at a time."""
+    """Lock the folder in which a cache is made, so that one run at a time uses it."""
     folder = partial_folder(output)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"{folder}: another run is writing {output}; expected one at a time") from None
+    try:
+        lock = FileLock(folder / "lock").acquire(blocking=False)
+    except Timeout:
+        raise FileExistsError(f"{folder}: another run is writing {output}; expected one at a time") from None
+    with lock:
         yield folder
 
 
 @contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """The folder in which `cache` grows that takes the place of `output`.
+    """Yield a folder for the new `cache`, which then replaces `output`.
 
-    Input that does not fit removes it; what an interruption leaves is resumed.
+    Remove the folder if the input does not fit. Keep it after an interruption, so that the next run can resume.
     """
     with _locked(output) as folder:
         try:
@@ -170,7 +171,7 @@ def _replacing(output: Path) -> Iterator[Path]:
 
 
 def _swap(folder: Path, output: Path) -> None:
-    """Put the new cache in the place of the old one; `_put_right` knows where a kill came by what is there."""
+    """Put the new cache in the place of the old one. After a kill `_put_right` finds out how far this came."""
     old = _old_folder(output)
     shutil.rmtree(old, ignore_errors=True)
     (folder / "shards").rename(folder / USED)
@@ -182,7 +183,7 @@ def _swap(folder: Path, output: Path) -> None:
 
 
 def _put_right(output: Path) -> None:
-    """After a run that was killed in `_swap`: bring the old cache back, or tidy up behind the new one."""
+    """Repair what a kill inside `_swap` left: bring the old cache back, or finish the tidying for the new one."""
     old = _old_folder(output)
     if not (partial_folder(output).is_dir() or old.is_dir()):
         return
@@ -192,14 +193,14 @@ def _put_right(output: Path) -> None:
         if (folder / USED).is_dir():
             if (folder / "cache").is_dir():
                 (folder / USED).rename(folder / "shards")
-            else:  # the new one is in its place
+            else:  # the new cache is in its place
                 shutil.rmtree(old, ignore_errors=True)
-        if not (folder / "shards").is_dir():  # nothing to go on with
+        if not (folder / "shards").is_dir():  # nothing to resume
             shutil.rmtree(folder)
 
 
 def _take_back(folder: Path, shards: Sequence[Shard]) -> None:
-    """Fetch the finished shards that a killed run had moved into its cache; a note without its shard goes."""
+    """Move finished shards back that a killed run had moved into its cache. Remove notes without a shard."""
     for shard in shards:
         moved = folder / "cache" / shard.path.parent.name / shard.path.name
         if shard.note.is_file() and moved.is_file() and not shard.path.exists():
@@ -210,7 +211,7 @@ def _take_back(folder: Path, shards: Sequence[Shard]) -> None:
 
 
 def _spelled_out(listing: Listing) -> Listing:
-    """The same with names that UTF-8 cannot hold, as of files from old archives, made such as it can."""
+    """Escape names that UTF-8 cannot hold, such as those of files from old archives."""
 
     def spell(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode()
@@ -237,7 +238,7 @@ def _present(listing: Listing, allow_missing: bool) -> list[Record]:
 
 
 def _assign_splits(records: list[Record], splits: str | Path, seed: int, masks: bool) -> tuple[list[Record], list[str]]:
-    """Give every record a split, and refuse a patient in two; also says what was done."""
+    """Give every record a split, and refuse a patient in two splits. Return the records and a note for the user."""
     patients = [record.patient_id for record in records]
     given = sum(record.split is not None for record in records)
     if splits not in ("auto", "none"):
@@ -245,10 +246,10 @@ def _assign_splits(records: list[Record], splits: str | Path, seed: int, masks: 
     if splits == "none" or not (given or records[0].labels or masks):
         names, note = ["train"] * len(records), "no split: everything is in train"
     elif not given:
-        # Without labels known masks are shared out alike, so that validation and test get theirs.
+        # Without labels stratify by known masks, so that validation and test get their share of them.
         strata = [record.labels or (float(record.mask_path is not None),) for record in records]
-        names = split_by_patient(patients, strata, SHARES, seed)
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items())
+        names = split_by_patient(patients, strata, SPLIT_SHARES, seed)
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in SPLIT_SHARES.items())
         note = f"split by patient into {shares}, seed {seed}"
     elif given == len(records):
         names, note = [str(record.split) for record in records], "split as the collection says"
@@ -279,7 +280,7 @@ def _with_splits(records: list[Record], names: list[str]) -> list[Record]:
 
 
 def _first_patients(records: list[Record], limit: int, seed: int) -> list[Record]:
-    """At most `limit` records, patient after patient in a seeded order, in their original order."""
+    """Choose at most `limit` records, patient by patient in a seeded order. Keep their original order."""
     order = sorted(range(len(records)), key=lambda index: (patient_hash(records[index].patient_id, seed), index))
     return [records[index] for index in sorted(order[:limit])]
 
@@ -287,8 +288,8 @@ def _first_patients(records: list[Record], limit: int, seed: int) -> list[Record
 def _write_shards(
     shards: list[Shard], making: Making, listing: Listing, num_workers: int | None, progress: bool
 ) -> list[str]:
-    """Make the shards that an earlier run did not finish; says how many it did."""
-    finished = [is_finished(shard, making) for shard in shards]
+    """Make the shards that an earlier run did not finish. Return a note of those that it did finish."""
+    finished = [is_made(shard, making) for shard in shards]
     todo = [shard for shard, done in zip(shards, finished, strict=True) if not done]
     if num_workers is None:
         num_workers = _choose_workers([record for shard in todo for record in shard.records])
@@ -304,7 +305,10 @@ def _write_shards(
 
 
 def _choose_workers(records: Sequence[Record]) -> int:
-    """One a core; starting them takes seconds, which few images are not worth unless their decoder may crash."""
+    """Choose one worker per core, or fewer for few images: starting workers takes seconds.
+
+    Decoders that may crash always get workers.
+    """
     if all(record.draw is not None for record in records):
         enough = len(records) // 128
     elif all(record.path is not None and record.path.suffix.lower() in ROBUST for record in records):

@@ -1,8 +1,8 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""The Arrow files of a cache, written in worker processes, each whole or not at all, so that a killed run resumes.
+"""Write the Arrow files of a cache in worker processes, each complete or absent, so that a killed run can resume.
 
-A shard is a fixed piece of a split, whatever the number of workers. Its note (`.json`) is written last: where it is
-and still describes the records, the shard is finished.
+A shard is a fixed piece of a split, whatever the number of workers. Its note (`.json`) is written last. If the note
+exists and still describes the records, the shard is finished.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from typing import Any
 import pyarrow as pa
 
 from mlvicx_hf import __version__
+from mlvicx_hf.common.files import new_file
 
 from ..collections.base import Record
 from ..images.encoding import Picture, make_picture
 
-ROWS = 100  # images held in memory by a worker before they are written
+ROWS_PER_BATCH = 100  # images that a worker holds in memory before it writes them
 IMAGES_PER_SHARD = 128  # at least
-SHARDS_PER_SPLIT = 256  # at most: every one is an open file for who reads the cache
+SHARDS_PER_SPLIT = 256  # at most: a reader of the cache keeps every shard open
 DIED = "a worker process died (out of memory?); fewer --num_workers may help"
-# How a decoder ends that a damaged file crashes; SIGKILL is the system short of memory, or a user.
+# Signals of a decoder that crashed on a damaged file. SIGKILL comes from a system short of memory, or from a user.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 
@@ -45,7 +46,7 @@ class Making:
 
     Attributes:
         schema: columns of the Arrow files, with or without `mask` and `boxes`.
-        source: what the column `source` begins with.
+        source: prefix of the column `source`.
         size: side of the squares in pixels.
         fit: "pad", "squash" or "crop".
         mask_names: see `Listing`.
@@ -60,19 +61,19 @@ class Making:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some records of a split, in order, and the Arrow file that they go to."""
+    """Consecutive records of a split, and the Arrow file for them."""
 
     path: Path
     records: Sequence[Record]
 
     @property
     def note(self) -> Path:
-        """JSON beside it: identity, rejections, masks."""
+        """JSON file beside the shard: identity, rejections, masks."""
         return self.path.with_suffix(".json")
 
     @property
     def position(self) -> Path:
-        """Number of the record that is being read, to find it after a crash."""
+        """File with the number of the record that is being read, to find the record after a crash."""
         return self.path.with_suffix(".at")
 
 
@@ -89,7 +90,7 @@ def plan_shards(folder: Path, records: Sequence[Record], splits: Sequence[str]) 
 
 
 def identity(shard: Shard, making: Making) -> str:
-    """What a finished shard depends on: records, sizes and times of their files, options, version."""
+    """Hash what a shard depends on: records, sizes and times of their files, options, version."""
     digest = hashlib.sha256(repr((__version__, making.source, making.size, making.fit, making.mask_names)).encode())
     for record in shard.records:
         files = (record.path, record.mask_path)
@@ -109,30 +110,30 @@ def _stamp(path: Path | None) -> tuple[str, int, int] | None:
 
 
 def read_note(shard: Shard) -> dict[str, Any]:
-    """Note of a finished shard."""
+    """Read the note of a finished shard."""
     note: dict[str, Any] = json.loads(shard.note.read_text(encoding="utf-8"))
     return note
 
 
-def is_finished(shard: Shard, making: Making) -> bool:
-    """Whether the shard is there, made of the same records in the same way."""
+def is_made(shard: Shard, making: Making) -> bool:
+    """Check whether the shard exists and was made of the same records in the same way."""
     if not (shard.path.is_file() and shard.note.is_file()):
         return False
     return read_note(shard)["identity"] == identity(shard, making)
 
 
 class ShardWriter:
-    """Writes one shard, row by row; the note appears when all its records have been given."""
+    """Writes one shard, row by row. The note appears after the last record."""
 
     def __init__(self, shard: Shard, making: Making) -> None:
         self.shard, self.making = shard, making
-        self.identity = identity(shard, making)  # before the files are read: a later change is noticed
+        self.identity = identity(shard, making)  # compute it before reading the files, to notice a later change
         self.rows: list[dict[str, Any]] = []
         self.rejected: list[tuple[str, str]] = []
         self.masks: list[dict[str, Any] | None] = []
 
     def open(self) -> ShardWriter:
-        """Begin the file; a note of an earlier one goes."""
+        """Begin the file, and remove the note of an earlier one."""
         self.shard.path.parent.mkdir(parents=True, exist_ok=True)
         self.shard.note.unlink(missing_ok=True)
         self.file = self.shard.path.open("wb")
@@ -140,7 +141,7 @@ class ShardWriter:
         return self
 
     def add(self, record: Record, picture: Picture) -> None:
-        """Write a row, or note why there is none."""
+        """Write a row, or note why the record has none."""
         if picture.reason:
             self.rejected.append((record.name, picture.reason))
             return
@@ -162,7 +163,7 @@ class ShardWriter:
         }
         self.rows.append({name: row[name] for name in self.making.schema.names})
         self.masks.append(None if mask is None else {"sha256": mask.sha256, "values": list(mask.values)})
-        if len(self.rows) == ROWS:
+        if len(self.rows) == ROWS_PER_BATCH:
             self._flush()
 
     def _flush(self) -> None:
@@ -170,7 +171,7 @@ class ShardWriter:
         self.rows.clear()
 
     def finish(self) -> None:
-        """End the file, wait for the disk, and write the note."""
+        """End the file, wait until it is on the disk, and write the note."""
         if self.rows:
             self._flush()
         self.stream.close()
@@ -178,18 +179,17 @@ class ShardWriter:
         os.fsync(self.file.fileno())
         self.file.close()
         note = {"identity": self.identity, "rejected": self.rejected, "masks": self.masks}
-        temporary = self.shard.note.with_suffix(".tmp")
-        temporary.write_text(json.dumps(note), encoding="utf-8")
-        temporary.replace(self.shard.note)
+        with new_file(self.shard.note) as temporary:
+            temporary.write_text(json.dumps(note), encoding="utf-8")
 
 
 def make_shard(shard: Shard, making: Making, refused: Mapping[int, str] | None = None) -> None:
     """Read the records of a shard and write it.
 
     Args:
-        shard: which.
-        making: how.
-        refused: records by number that are not read, with the reason.
+        shard: the shard to write.
+        making: how to make the images.
+        refused: number → reason of the records that are not to be read.
     """
     refused = refused or {}
     writer = ShardWriter(shard, making).open()
@@ -205,19 +205,19 @@ def make_shard(shard: Shard, making: Making, refused: Mapping[int, str] | None =
 
 
 def write_shards(shards: Sequence[Shard], making: Making, num_workers: int) -> Iterator[Shard]:
-    """Make the shards that are not finished; yields each one that is, in no certain order.
+    """Make the shards that are not finished. Yield each shard when it is finished, in any order.
 
     Args:
-        shards: all of a cache.
-        making: how.
-        num_workers: processes; 0 uses this one, which a decoder that crashes then ends.
+        shards: all shards of a cache.
+        making: how to make the images.
+        num_workers: number of processes. 0 uses this process, which ends if a decoder crashes.
 
     Raises:
         ChildProcessError: a worker was killed.
     """
     missing = []
     for shard in shards:
-        if is_finished(shard, making):
+        if is_made(shard, making):
             yield shard
         else:
             missing.append(shard)
@@ -232,11 +232,11 @@ def write_shards(shards: Sequence[Shard], making: Making, num_workers: int) -> I
             yield from _make_in_pool(missing, making, num_workers, context)
             return
         except BrokenProcessPool:
-            before, missing = missing, [shard for shard in missing if not is_finished(shard, making)]
+            before, missing = missing, [shard for shard in missing if not is_made(shard, making)]
         begun = [shard for shard in missing if shard.position.is_file()]
-        if not begun and len(missing) == len(before):  # else it would be tried for ever
+        if not begun and len(missing) == len(before):  # without this check it would try for ever
             raise ChildProcessError(DIED)
-        for shard in begun:  # one of them holds what crashed its worker; the pool ended the others
+        for shard in begun:  # one of them crashed its worker; the pool then ended the other workers
             _make_alone(shard, making, context)
             yield shard
         missing = [shard for shard in missing if shard not in begun]
@@ -246,7 +246,7 @@ def _context() -> Any:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["__main__", __name__])  # imported once, not once a worker
+        context.set_forkserver_preload(["__main__", __name__])  # import these once, not once per worker
     return context
 
 
@@ -268,7 +268,7 @@ def _make_in_pool(shards: Sequence[Shard], making: Making, num_workers: int, con
 
 
 def _make_alone(shard: Shard, making: Making, context: Any) -> None:
-    """Make a shard in a process of its own, leaving out one record after another that crashes it."""
+    """Make a shard in a process of its own. Leave out each record that crashes it, one after another."""
     refused: dict[int, str] = {}
     while True:
         process = context.Process(target=_alone, args=(shard, making, refused))
@@ -288,7 +288,7 @@ def _alone(shard: Shard, making: Making, refused: Mapping[int, str]) -> None:
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: else a killed run would leave its workers waiting for ever."""
+    """Leave Ctrl-C to the parent process, and end with it. Workers of a killed run would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -304,17 +304,17 @@ def start_worker() -> None:
 def write_in_order(
     shards: Sequence[Shard], records: Sequence[Record], making: Making, contents: Callable[[int], Iterator[bytes]]
 ) -> Iterator[Shard]:
-    """`write_shards` for a collection that can only be read in order, in this process.
+    """Do what `write_shards` does, for a collection that can only be read in order. Use this process alone.
 
     Args:
-        shards: all of a cache.
+        shards: all shards of a cache.
         records: in the order of the contents.
-        making: how.
-        contents: of every record from a given one on.
+        making: how to make the images.
+        contents: gives the content of every record from a given number on.
     """
     shard_of: dict[str, Shard] = {}
     for shard in shards:
-        if is_finished(shard, making):
+        if is_made(shard, making):
             yield shard
         else:
             shard_of |= {record.name: shard for record in shard.records}

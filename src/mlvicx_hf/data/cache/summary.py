@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a cache holds, for people: counts, a histogram, a contact sheet and a dataset card."""
+"""Summarise a cache for people: counts, a histogram, a contact sheet and a dataset card."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..masks import foreground
 CARD = "README.md"
 CONTACT_SHEET = "contact_sheet.png"
 HISTOGRAM = "histogram.png"
-SAMPLE = 512  # images of which the histogram is made
+SAMPLE = 512  # images that the histogram counts
 SHEET = (8, 6)  # images in a row, rows
-TILE = 128  # pixels a side of an image on the sheet
-TITLE = 22  # characters of a file's name on it
+TILE = 128  # side of an image on the sheet, in pixels
+TITLE = 22  # characters of a file's name on the sheet
 
 
 def column(part: Any, name: str) -> list[Any]:
-    """A column of a data set, all of it."""
+    """Read a whole column of a data set."""
     values: list[Any] = part[name][:]
     return values
 
@@ -33,12 +33,12 @@ def column(part: Any, name: str) -> list[Any]:
 def count_split(
     part: Any, masks: Sequence[Mapping[str, Any] | None], label_names: Sequence[str], mask_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Images, patients, views, sexes, labels and masks of a split.
+    """Count images, patients, views, sexes, labels and masks of a split.
 
     Args:
         part: data set.
-        masks: hash and values of the mask of each row; None where it is unknown.
-        label_names: [L].
+        masks: hash and values of the mask of each row; None if it is unknown.
+        label_names: names of the L labels.
         mask_names: see `Listing`.
     """
     labels = np.array(column(part, "labels"), dtype=float).reshape(len(part), len(label_names))
@@ -66,7 +66,7 @@ def count_split(
 
 
 def original_sizes(parts: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Least, median and greatest width and height of the original images."""
+    """Compute the smallest, median and largest width and height of the original images."""
     sizes = {}
     for name in ("width", "height"):
         values = np.concatenate([np.array(column(part, name)) for part in parts.values()])
@@ -75,14 +75,14 @@ def original_sizes(parts: Mapping[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def write_pictures(folder: Path, parts: Mapping[str, Any]) -> list[str]:
-    """Write `contact_sheet.png` and, where matplotlib is installed, `histogram.png`.
+    """Write `contact_sheet.png` and, if matplotlib is installed, `histogram.png`.
 
     Args:
-        folder: of the cache.
-        parts: data set by split.
+        folder: folder of the cache.
+        parts: split → data set.
 
     Returns:
-        What the user should know.
+        Notes for the user.
     """
     places = [(split, row) for split, part in parts.items() for row in range(len(part))]
     shown = _spread(places, SHEET[0] * SHEET[1])
@@ -97,7 +97,7 @@ def write_pictures(folder: Path, parts: Mapping[str, Any]) -> list[str]:
     counts = np.zeros(256)
     for split, row in _spread(places, SAMPLE):
         counts += parts[split][row]["image"].histogram()
-    grays.bar(range(256), counts / counts.sum(), width=1)
+    grays.stairs(counts / counts.sum(), np.arange(257) - 0.5, fill=True)
     grays.set(xlabel="grey level", ylabel="share of pixels", yscale="log")
     shorter = [np.minimum(column(part, "width"), column(part, "height")) for part in parts.values()]
     sides.hist(shorter, bins=40, stacked=True, label=list(parts))
@@ -108,12 +108,12 @@ def write_pictures(folder: Path, parts: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(places: list[tuple[str, int]], count: int) -> list[tuple[str, int]]:
-    """That many of them, evenly over all."""
+    """Choose so many places, evenly spread over all."""
     return [places[index] for index in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int))]
 
 
 def _tile(row: Mapping[str, Any]) -> np.ndarray:
-    """An image as the sheet shows it, with the outline of its mask."""
+    """Draw an image for the sheet, with the outline of its mask."""
     tile = np.array(row["image"].resize((TILE, TILE), Image.Resampling.BILINEAR))
     if row.get("mask") is not None:
         mask = np.asarray(row["mask"].resize((TILE, TILE), Image.Resampling.NEAREST))
@@ -128,9 +128,9 @@ def write_card(folder: Path, manifest: Mapping[str, Any], notes: Sequence[str]) 
     """Write the dataset card, `README.md`, which also tells the Hub where the splits are.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
         manifest: content of `cache.json`.
-        notes: what the user was told.
+        notes: notes for the user.
     """
     tasks = ["image-classification"] if manifest["label_names"] else []
     tasks += ["image-segmentation"] if manifest.get("mask_names") else []
@@ -192,7 +192,7 @@ def _card_text(manifest: Mapping[str, Any], notes: Sequence[str]) -> str:
 
 
 def _rows(manifest: Mapping[str, Any]) -> list[list[str]]:
-    """Cells of the card's table: one row a fact, one column a split."""
+    """Make the cells of the card's table: one row per fact, one column per split."""
     splits = manifest["splits"].values()
     patients = "patients" if manifest["patients_known"] else "patients (each image counts as one)"
     rows = [["images", *(str(counts["images"]) for counts in splits)]]

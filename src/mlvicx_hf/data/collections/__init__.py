@@ -1,53 +1,58 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Collections of radiographs, one module each; what they share is in `base`.
+"""Collections of radiographs, one module each.
 
-To add one, write a module with a subclass of `Collection` (or `ReleasedCollection`, where tables list the images):
-`name`, `source`, a constructor whose parameters become options of `prepare_data.py`, and `read` (or `list_all`), which
-returns a `Listing`. Then name it in `KINDS`. Findings that others have as well belong in `data.vocabulary`.
+To add one, write a module here with a subclass of `Collection`, or of `ReleasedCollection` where tables list the
+images. Give it a `name` (that of the module), a `source`, a constructor whose parameters become options of
+`mlvicx prepare`, and `read` (or `list_all`), which returns a `Listing`. Then add it to `KINDS`. `tables`, `labels`,
+`people`, `boxes` and `readers` hold what several collections parse. Findings that other collections have as well
+belong in `data.vocabulary`.
+
+Importing this package imports none of the collections, so that commands start quickly.
 """
 
-from .base import SPLITS, Collection, Listing, Record
-from .chexpert import CheXpertCollection
-from .folder import FolderCollection
-from .hf import HFCollection
-from .mimic_cxr_jpg import MIMICCXRJPGCollection
-from .nih14 import NIH14Collection
-from .phantom import PhantomCollection
-from .rsna import RSNACollection
-from .siim import SIIMCollection
-from .vinbigdata import VinBigDataCollection
-from .vindr import VinDrCollection
+from __future__ import annotations
 
-KINDS: dict[str, type[Collection]] = {
-    kind.name: kind
-    for kind in (
-        FolderCollection,
-        HFCollection,
-        NIH14Collection,
-        VinBigDataCollection,
-        VinDrCollection,
-        RSNACollection,
-        SIIMCollection,
-        CheXpertCollection,
-        MIMICCXRJPGCollection,
-        PhantomCollection,
-    )
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import Collection, Listing, Record
+    from .folder import FolderCollection
+    from .nih14 import NIH14Collection
+    from .phantom import PhantomCollection
+
+# The class of each collection, by the name of its module, which is also what `--collection` takes.
+KINDS = {
+    "folder": "FolderCollection",
+    "hf": "HFCollection",
+    "nih14": "NIH14Collection",
+    "vinbigdata": "VinBigDataCollection",
+    "vindr": "VinDrCollection",
+    "rsna": "RSNACollection",
+    "siim": "SIIMCollection",
+    "chexpert": "CheXpertCollection",
+    "mimic_cxr_jpg": "MIMICCXRJPGCollection",
+    "phantom": "PhantomCollection",
 }
+_BASE = ("Collection", "Listing", "Record")
 
-__all__ = [
-    "KINDS",
-    "SPLITS",
-    "CheXpertCollection",
-    "Collection",
-    "FolderCollection",
-    "HFCollection",
-    "Listing",
-    "MIMICCXRJPGCollection",
-    "NIH14Collection",
-    "PhantomCollection",
-    "RSNACollection",
-    "Record",
-    "SIIMCollection",
-    "VinBigDataCollection",
-    "VinDrCollection",
-]
+__all__ = ["KINDS", "Collection", "FolderCollection", "Listing", "NIH14Collection", "PhantomCollection", "Record"]
+
+
+def collection_class(name: str) -> type[Collection]:
+    """Import the class of a collection.
+
+    Args:
+        name: one of `KINDS`.
+    """
+    kind: type[Collection] = getattr(import_module(f".{name}", __name__), KINDS[name])
+    return kind
+
+
+def __getattr__(name: str) -> Any:
+    if name in _BASE:
+        return getattr(import_module(".base", __name__), name)
+    for kind, class_name in KINDS.items():
+        if class_name == name:
+            return collection_class(kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a collection of radiographs is, and what all of them need: tables, views, file names."""
+"""Collections of radiographs: their records and listings, and what all of them need (tables, views, file names)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mlvicx_hf.common.errors import UserError
 from ..masks import check_mask_names
 
 SPLITS = ("train", "validation", "test")
-VIEWS = {"PA": "PA", "AP": "AP", "L": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL"}
+_VIEWS = {"PA": "PA", "AP": "AP", "L": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL"}
 UNKNOWN_VIEWS = ("", "UNKNOWN")
 
 
 class Box(NamedTuple):
-    """Where a finding is, in pixels of the record's `frame`; the lower right corner is exclusive.
+    """The place of a finding, in pixels of the record's `frame`. The lower right corner is exclusive.
 
     Attributes:
         label: name of the finding, as the collection spells its labels.
@@ -50,7 +50,7 @@ class Drawing(NamedTuple):
 
     Attributes:
         pixels: uint8 [H, W].
-        mask: values [H, W] as a mask file holds them; None where it is unknown.
+        mask: values [H, W] as in a mask file; None if it is unknown.
     """
 
     pixels: np.ndarray
@@ -59,22 +59,22 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One radiograph: where its pixels come from (a file, or a drawing) and what is known of it.
+    """One radiograph: the source of its pixels (a file, or a drawing) and all that is known of it.
 
     Attributes:
-        name: what the collection calls it, usually the file relative to the root.
-        patient_id: no patient is ever in two splits.
+        name: name in the collection, usually the file relative to the root.
+        patient_id: the patient. No patient is ever in two splits.
         view: PA, AP, LATERAL or UNKNOWN.
         labels: 1, 0 or NaN (unknown) in the order of the collection's label names; empty without labels.
-        split: train, validation or test where the collection says so.
+        split: train, validation or test if the collection has splits.
         path: file to read.
-        draw: where there is no file, draws the pixels and perhaps their mask; it must pickle.
-        load: where the file is inside another one, gives its content; it must pickle.
-        mask_path: file of the mask; None where it is unknown or drawn.
-        draw_mask: where the mask is in no file but in a table, draws its values [H, W] as a mask file holds them, with
-            the aspect ratio of the image; it must pickle.
-        boxes: None where they are unknown; empty where somebody looked and drew none.
-        frame: width and height in pixels that the boxes are measured in; None for the image's own.
+        draw: without a file, draws the pixels and perhaps their mask. It must pickle.
+        load: if the image is inside another file, gives its content. It must pickle.
+        mask_path: file of the mask; None if it is unknown or drawn.
+        draw_mask: if a table describes the mask, draws its values [H, W] as in a mask file, with the aspect ratio of
+            the image. It must pickle.
+        boxes: None if they are unknown; empty if a reader looked and drew none.
+        frame: width and height in pixels in which boxes are measured; None for those of the image.
         sex: F, M, or empty for unknown.
         age: years; NaN for unknown.
     """
@@ -97,24 +97,24 @@ class Record:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a collection holds, before any pixel is read.
+    """The content of a collection, before any pixel is read.
 
     Attributes:
-        records: the radiographs that are there.
+        records: the radiographs on the disk.
         label_names: names of the labels.
         exclusive: exactly one label of each image is positive (one class each).
         missing: files that are listed but absent.
-        notes: what the user should know, one line each.
+        notes: notes for the user, one line each.
         mask_names: empty without masks. One name: binary masks of that structure. Several: classes by pixel value, of
             which 0 is the background.
-        policy: choices that made the labels, such as {"readers": "any"}; every result names them.
-        patients_known: false where each image counts as a patient of its own, for lack of anything better.
-        patient_source: whose patient numbers these are, where it is not the collection itself: caches with the same
-            one can be compared patient by patient.
-        contents: for collections that can only be read in order: the content of every record from a given one on.
+        policy: choices that made the labels, such as {"readers": "any"}. Every result names them.
+        patients_known: false if the patients are unknown, so that each image counts as a patient of its own.
+        patient_source: the collection that numbers the patients, if it is another one. Caches with the same source can
+            be compared patient by patient.
+        contents: for collections that can only be read in order: gives the content of every record from a given number.
 
     Raises:
-        ValueError: mask names that are empty or repeated.
+        UserError: mask names are empty or repeated.
     """
 
     records: list[Record]
@@ -133,12 +133,12 @@ class Listing:
 
 
 class Collection(ABC):
-    """A collection of radiographs. To add one, say its name and list its records.
+    """A collection of radiographs. To add one, give it a name and list its records.
 
     Attributes:
-        name: how `prepare_data.py --collection` calls it.
-        source: how the cache names where an image comes from.
-        synthetic: drawn, not taken of a patient.
+        name: name for `mlvicx prepare --collection`.
+        source: prefix of the column `source` in the cache.
+        synthetic: whether the images are drawn, not taken of patients.
     """
 
     name: str
@@ -147,27 +147,27 @@ class Collection(ABC):
 
     @abstractmethod
     def read(self) -> Listing:
-        """List the radiographs; raises ValueError or OSError for files that do not look as expected."""
+        """List the radiographs. Raise UserError or OSError for files that do not look as expected."""
 
 
 class ReleasedCollection(Collection):
-    """A collection whose release brings tables of its own."""
+    """A collection with tables in its release."""
 
     @abstractmethod
     def list_all(self) -> Listing:
-        """Everything that the tables list, whether or not its files are there."""
+        """List everything in the tables, whether or not its files exist."""
 
     def read(self) -> Listing:
-        """List the radiographs whose files are there; the others are `missing`."""
+        """List the radiographs whose files exist. Others are `missing`."""
         listing = self.list_all()
         records, missing = keep_present(listing.records)
         return replace(listing, records=records, missing=missing)
 
 
 def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ...]]:
-    """Records whose image, and mask where there is one, are on the disk; and the names of the others.
+    """Keep the records whose image, and mask if any, are on the disk. Also return the names of the others.
 
-    Folders are listed once each, which is faster than to ask for every file.
+    List each folder once, which is faster than a check of every file.
     """
     files: dict[str, set[str]] = {}
 
@@ -190,17 +190,17 @@ def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ..
 
 
 def normalize_view(view: str) -> str | None:
-    """PA, AP, LATERAL or UNKNOWN; None for a view that is not understood. `AP Supine` counts as AP."""
+    """Turn a view into PA, AP, LATERAL or UNKNOWN, or None if it is not understood. `AP Supine` counts as AP."""
     word = view.strip().upper()
     if word in UNKNOWN_VIEWS:
         return "UNKNOWN"
-    return VIEWS.get(word) or VIEWS.get(word.split()[0])
+    return _VIEWS.get(word) or _VIEWS.get(word.split()[0])
 
 
 def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a comma-separated file (perhaps .gz), all text, without surrounding blanks.
+    """Read the header and rows of a comma-separated file (perhaps .gz) as text without surrounding blanks.
 
-    Empty lines are skipped. Rows may have fewer or more fields than the header: `check_fields` judges.
+    Skip empty lines. Rows may have fewer or more fields than the header; `check_fields` refuses these.
     """
     try:
         opener = gzip.open if path.suffix.lower() == ".gz" else open
@@ -226,15 +226,15 @@ def _real(folder: str) -> str:
 
 
 def file_below(root: Path, name: str, where: str = "") -> Path:
-    """The file `name` below `root`, which may not lead out of it by `..`, an absolute path or a link.
+    """Find the file `name` below `root`, without leaving `root` by `..`, an absolute path or a link.
 
     Args:
         root: folder.
         name: relative path.
-        where: how the error message begins.
+        where: beginning of the error message.
 
     Raises:
-        ValueError: it does.
+        UserError: the path leads out of `root`.
     """
     relative = PurePosixPath(name.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts or Path(name).is_absolute():
@@ -244,3 +244,20 @@ def file_below(root: Path, name: str, where: str = "") -> Path:
     if not Path(real).is_relative_to(_real(str(root))):
         raise UserError(f"{where}file {name!r} is a link that leads out of the root {root}")
     return path
+
+
+SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
+
+
+def files_by_name(files: Iterable[Path], names: Iterable[str]) -> dict[str, Path]:
+    """Map names without suffix to files. Ignore files whose name is not among `names`.
+
+    Raises:
+        UserError: two files have the same name, such as a DICOM file and its conversion.
+    """
+    wanted = set(names)
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.stem in wanted and found.setdefault(file.stem, file) is not file:
+            raise UserError(f"{found[file.stem]} and {file} found; expected one file an image")
+    return found

@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.text import some
 
 from ..splits import check_no_patient_overlap, split_by_patient
 from .base import Listing, Record, ReleasedCollection, normalize_view
-from .folder import binary_labels, label_values
-from .tables import parse_age, parse_sex, read_columns, require_columns
+from .labels import binary_labels, label_values
+from .people import parse_age, parse_sex
+from .tables import check_unique, read_columns, require_columns
 
-FINDINGS = (  # in the order of the release, without No Finding
+CHEXPERT_FINDINGS = (  # in the order of the release, without No Finding
     "Enlarged Cardiomediastinum",
     "Cardiomegaly",
     "Lung Opacity",
@@ -34,20 +33,20 @@ FINDINGS = (  # in the order of the release, without No Finding
 PERSON_COLUMNS = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
 # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg; test.csv has no folder in front.
 FILE = re.compile(r"(?:[^/]+/)?((?:train|valid|test)/(patient\d+)/study\d+/view\d+_(frontal|lateral)\.\w+)")
-SHARES = {"train": 0.9, "validation": 0.1}  # of the patients of train.csv where valid.csv is the test part
+_SHARES = {"train": 0.9, "validation": 0.1}  # of the patients of train.csv where valid.csv is the test part
 
 
 class CheXpertCollection(ReleasedCollection):
     """The release's folder: `train.csv`, `valid.csv`, perhaps `test.csv`, and images in `train/`, `valid/`, `test/`.
 
-    With `test.csv` the parts are the release's own. Without it `valid.csv` is the test part, as most papers have it,
-    and validation is a tenth of the patients of `train.csv`, the same whatever `uncertain` is. A blank label is
-    unknown and never 0, so 0 is what a report denies; No Finding is no label and makes no blank a 0.
+    With `test.csv` the parts are those of the release. Without it `valid.csv` is the test part, as in most papers, and
+    validation is a tenth of the patients of `train.csv`, the same for any `uncertain`. A blank label is unknown and
+    never 0, so 0 means that a report denies the finding. No Finding is no label and turns no blank into 0.
 
     Args:
         root: the folder that holds `train.csv`.
         uncertain: what a label of -1 becomes: "ignore" (unknown), "ones" or "zeros".
-        seed: seeds the choice of the validation patients.
+        seed: seed for the choice of the validation patients.
     """
 
     name = "chexpert"
@@ -74,10 +73,10 @@ class CheXpertCollection(ReleasedCollection):
         unclear = sum(record.view == "UNKNOWN" for record in records)
         if unclear:
             notes.append(f"{unclear} views unknown: AP/PA is blank or contradicts Frontal/Lateral")
-        return Listing(records, FINDINGS, notes=notes, policy={"uncertain": self.uncertain})
+        return Listing(records, CHEXPERT_FINDINGS, notes=notes, policy={"uncertain": self.uncertain})
 
     def _read(self, name: str, split: str | None) -> list[Record]:
-        """Records of a table; without a split they are divided into train and validation."""
+        """Read the records of a table. Without a split divide them into train and validation."""
         table = self.root / name
         if not table.is_file():
             raise FileNotFoundError(
@@ -85,16 +84,16 @@ class CheXpertCollection(ReleasedCollection):
             )
         columns = read_columns(table)
         persons = () if name == "test.csv" else PERSON_COLUMNS  # the released test.csv has labels alone
-        require_columns(table, columns, ("Path", *persons, *FINDINGS))
+        require_columns(table, columns, ("Path", *persons, *CHEXPERT_FINDINGS))
         files = [_split_path(table, number, path) for number, path in enumerate(columns["Path"], start=1)]
         check_unique(table, [file for file, _, _ in files])
-        labels = binary_labels(table, columns, FINDINGS, self.values)
+        labels = binary_labels(table, columns, CHEXPERT_FINDINGS, self.values)
         splits = [split or "train"] * len(files)
         if split is None:
-            certain = labels  # what is positive for sure makes the strata, whatever becomes of -1
+            certain = labels  # stratify by what is certainly positive, whatever -1 becomes
             if self.uncertain == "ones":
-                certain = binary_labels(table, columns, FINDINGS, label_values("ignore"))
-            splits = split_by_patient([patient for _, patient, _ in files], certain, SHARES, self.seed)
+                certain = binary_labels(table, columns, CHEXPERT_FINDINGS, label_values("ignore"))
+            splits = split_by_patient([patient for _, patient, _ in files], certain, _SHARES, self.seed)
         people = zip(*(columns.get(column, [""] * len(files)) for column in PERSON_COLUMNS), strict=True)
         records = []
         for number, ((file, patient, side), person) in enumerate(zip(files, people, strict=True)):
@@ -105,7 +104,7 @@ class CheXpertCollection(ReleasedCollection):
 
 
 def _split_path(table: Path, number: int, path: str) -> tuple[str, str, str]:
-    """File below the root, patient, and frontal or lateral."""
+    """Split a path into the file below the root, the patient, and frontal or lateral."""
     found = FILE.fullmatch(path)
     if found is None:
         raise UserError(
@@ -116,7 +115,7 @@ def _split_path(table: Path, number: int, path: str) -> tuple[str, str, str]:
 
 
 def _person(table: Path, number: int, side: str, cells: tuple[str, ...]) -> tuple[str, str, float]:
-    """View, sex and age of a row."""
+    """Read view, sex and age of a row."""
     sex, age = parse_sex(cells[0]), parse_age(cells[1])
     if sex is None or age is None or cells[2].lower() not in ("", side):
         raise UserError(
@@ -127,10 +126,3 @@ def _person(table: Path, number: int, side: str, cells: tuple[str, ...]) -> tupl
     if view is None or (view == "LATERAL" and side == "frontal"):  # some frontal images have LL or RL as their view
         view = "UNKNOWN"
     return view, sex, age or math.nan  # an age of 0 stands for unknown: all others are 18 or more
-
-
-def check_unique(table: Path, names: list[str]) -> None:
-    """Refuse a table that lists an image, or a study, twice."""
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise UserError(f"{table}: {len(repeated)} found in more than one row: {some(repeated)}; expected one row each")

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Any folder of radiographs, with or without a table of metadata beside it (the `imagefolder` convention)."""
+"""Any folder of radiographs, with or without a table of metadata (the `imagefolder` convention)."""
 
 from __future__ import annotations
 
@@ -7,57 +7,39 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..images.pixels import IMAGE_SUFFIXES, image_files
-from .base import SPLITS, Collection, Listing, Record, file_below, normalize_view
-from .tables import UNCERTAIN, Columns, parse_age, parse_sex, read_columns
+from .base import Collection, Listing, Record, file_below
+from .labels import FILE_COLUMNS, RESERVED_COLUMNS, label_values, read_labels
+from .people import parse_age, parse_sex
+from .tables import Columns, parse_known, read_columns, read_splits, read_views
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-FILE_COLUMNS = ("file_name", "file", "image", "path")
 MASK_COLUMN = "mask_file_name"
-RESERVED_COLUMNS = (*FILE_COLUMNS, "patient_id", "view", "split", "sex", "age", "source")
-SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
-NO_FINDING = "no finding"
-BINARY = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": math.nan}
-MINUS_ONE = ("-1", "-1.0")  # a label's text for "uncertain"
-
-Cell = TypeVar("Cell")
-
-
-@dataclass(frozen=True)
-class LabelTable:
-    """Labels of all rows, [N][L], and what they are called."""
-
-    rows: list[tuple[float, ...]]
-    names: tuple[str, ...] = ()
-    exclusive: bool = False
-    notes: tuple[str, ...] = ()
 
 
 class FolderCollection(Collection):
     """Images below a folder.
 
     Without metadata every image found counts. With metadata (`metadata.csv`, `.jsonl` or `.parquet` in the folder, or
-    the file given) the listed images count. Labels are, in this order: the columns named by `label_columns` (0, 1,
-    or empty for unknown); a column `label` with one class name a row; a column `labels` with names joined by `|`
-    (`No Finding` for none, empty for unknown); every other column that holds mostly 0 and 1, or nothing else but
-    empty cells. Columns `sex` (F, M, female, male and the like) and `age` (years) are read where they are there.
+    the given file) the listed images count. Labels are the first of these: the columns of `label_columns` (0, 1, or
+    empty for unknown); a column `label` with one class name per row; a column `labels` with names joined by `|`
+    (`No Finding` for none, empty for unknown); all other columns that hold mostly 0, 1 and empty cells. Columns `sex`
+    (F, M, female, male and the like) and `age` (years) are read if they exist.
 
     Args:
-        root: the folder. Nothing outside it is read, not through a link either.
+        root: the folder. Nothing outside it is read, not even through a link.
         metadata: table, found from the working directory or else from the root.
         file_column: column of the file, relative to the root; by default the first of `FILE_COLUMNS`.
         patient_column: column of the patient; by default `patient_id`.
         label_columns: columns that are labels.
-        mask_column: column of the mask's file, relative to the root, empty where the mask is unknown; by default
-            `mask_file_name` where there is one.
+        mask_column: column of the mask's file, relative to the root, empty if the mask is unknown; by default
+            `mask_file_name` if it exists.
         mask_names: one structure (masks of 0 and 1, or 0 and 255), or the classes by pixel value, the background first.
         uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
     """
@@ -77,7 +59,7 @@ class FolderCollection(Collection):
         mask_names: Sequence[str] | None = None,
         uncertain: str | None = None,
     ) -> None:
-        label_values(uncertain)  # refuses what is no policy before anything is read
+        label_values(uncertain)  # refuse an unknown policy before anything is read
         self.root = Path(root)
         self.metadata = metadata
         self.file_column = file_column
@@ -117,7 +99,7 @@ class FolderCollection(Collection):
         return found[0] if found else None
 
     def _scan(self) -> Listing:
-        """Every image below the root, sorted; hidden files and links that lead outside are left alone."""
+        """List every image below the root, sorted. Skip hidden files and links that lead outside."""
         names, outside = [], 0
         for file in image_files(self.root):
             name = file.relative_to(self.root).as_posix()
@@ -148,9 +130,9 @@ class FolderCollection(Collection):
         patients, notes = self._patients(table, columns, names)
         notes = [*renamed, *notes]
         views = read_views(columns.get("view", empty), notes)
-        splits = _splits(table, columns.get("split", empty))
-        sexes = _understood("sexes", columns.get("sex", empty), parse_sex, "", notes)
-        ages = _understood("ages", columns.get("age", empty), parse_age, math.nan, notes)
+        splits = read_splits(table, columns.get("split", empty))
+        sexes = parse_known("sexes", columns.get("sex", empty), parse_sex, "", notes)
+        ages = parse_known("ages", columns.get("age", empty), parse_age, math.nan, notes)
         mask_column = self._choose_mask_column(table, columns)
         masks = empty if mask_column is None else columns[mask_column]
         skip = (file_column, self.patient_column, mask_column)
@@ -210,18 +192,20 @@ class FolderCollection(Collection):
 
 
 def _usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> tuple[Columns, list[str]]:
-    """`Patient ID` is `patient_id`, `Split` is `split` and so on: else a patient would silently be in two splits.
+    """Rename `Patient ID` to `patient_id`, `Split` to `split` and so on.
+
+    Otherwise a patient could silently be in two splits.
 
     Args:
-        table: what errors call the file.
-        columns: of the table.
+        table: the file, for error messages.
+        columns: columns of the table.
         given: names that the user chose, which stay as they are.
 
     Returns:
-        The columns, and notes of what was renamed.
+        The columns, and notes of renamed ones.
 
     Raises:
-        ValueError: two columns that would get one name.
+        UserError: two columns would get the same name.
     """
     usual = {_plain(name): name for name in (*RESERVED_COLUMNS, MASK_COLUMN)}
     new = {name: name if name in given else usual.get(_plain(name), name) for name in columns}
@@ -246,170 +230,3 @@ def _check_files(table: Path, column: str, names: list[str]) -> None:
         raise UserError(
             f"{table}: {len(repeated)} file(s) in more than one row: {some(repeated)}; expected one row each"
         )
-
-
-def read_views(values: list[str], notes: list[str]) -> list[str]:
-    """Views by their common names; those not understood are UNKNOWN and counted in a note that is appended."""
-    return _understood("views", values, normalize_view, "UNKNOWN", notes)
-
-
-def _understood(
-    what: str, values: list[str], parse: Callable[[str], Cell | None], unknown: Cell, notes: list[str]
-) -> list[Cell]:
-    """Parse a column; what `parse` makes None of is kept as unknown and counted in a note."""
-    parsed = [parse(value) for value in values]
-    strange = Counter(value for value, cell in zip(values, parsed, strict=True) if cell is None)
-    if strange:
-        listed = ", ".join(f"{value!r} ({count})" for value, count in strange.most_common(5))
-        notes.append(f"{what} not understood, kept as unknown: {strange.total()}, such as {listed}")
-    return [unknown if cell is None else cell for cell in parsed]
-
-
-def _splits(table: Path, values: list[str]) -> list[str | None]:
-    if not any(values):
-        return [None] * len(values)
-    for number, value in enumerate(values, start=1):
-        if value.lower() not in SPLIT_NAMES:
-            raise UserError(
-                f"{table}: row {number}, column split: {value!r} found; expected train, validation (or val, "
-                "valid, dev) or test in every row"
-            )
-    return [SPLIT_NAMES[value.lower()] for value in values]
-
-
-def label_values(uncertain: str | None) -> dict[str, float]:
-    """What the text of a label means.
-
-    Args:
-        uncertain: what -1 becomes: "ignore" (unknown), "ones" or "zeros"; with None it is no label.
-
-    Raises:
-        ValueError: another policy.
-    """
-    if uncertain is None:
-        return BINARY
-    if uncertain not in UNCERTAIN:
-        raise UserError(f"uncertain={uncertain!r} found; expected one of {', '.join(UNCERTAIN)}")
-    return BINARY | dict.fromkeys(MINUS_ONE, UNCERTAIN[uncertain])
-
-
-def read_labels(
-    table: Path,
-    columns: Columns,
-    explicit: Sequence[str] | None = None,
-    skip: Sequence[str] = (),
-    uncertain: str | None = None,
-) -> LabelTable:
-    """Labels of a table, see `FolderCollection` for where they are looked for.
-
-    Raises:
-        ValueError: naming file, row, column and value found, and what was expected.
-    """
-    values = label_values(uncertain)
-    hint = "" if uncertain else f" (--uncertain {'|'.join(UNCERTAIN)} says what -1 means)"
-    hint += "; --label_columns names the label columns if this is none"
-    if explicit is not None:
-        absent = [name for name in explicit if name not in columns]
-        if absent:
-            raise UserError(f"{table}: columns {some(columns, 30)} found; expected the label(s) {some(absent)} as well")
-        return LabelTable(binary_labels(table, columns, explicit, values, hint), tuple(explicit))
-    if "label" in columns and "labels" in columns:
-        raise UserError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
-    rest = [name for name in columns if name not in (*RESERVED_COLUMNS, *skip) and not name.endswith("_file_name")]
-    for lone, reader in (("label", _class_labels), ("labels", _joined_labels)):
-        if lone in columns:
-            if uncertain is not None:
-                raise UserError(f"{table}: column {lone} holds names, where no -1 can be; --uncertain does not fit")
-            ignored = [name for name in rest if name != lone]
-            return reader(table, columns[lone], (f"columns ignored: {some(ignored, 30)}",) if ignored else ())
-    chosen, notes = _label_columns(columns, rest)
-    return LabelTable(binary_labels(table, columns, chosen, values, hint), tuple(chosen), notes=notes)
-
-
-def _label_columns(columns: Columns, candidates: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Columns that hold mostly labels, and a note of the others."""
-    ignored, chosen = [], []
-    for name in candidates:
-        strange = [value for value in columns[name] if value not in BINARY and value not in MINUS_ONE]
-        other = strange[0] if strange else None
-        # Mostly labels: the few other values are mistakes to report, not a reason to lose the column.
-        if any(columns[name]) and 2 * len(strange) < sum(map(bool, columns[name])):
-            chosen.append(name)
-        else:
-            ignored.append(f"{name} ({'empty' if other is None else f'holds {other[:40]!r}'})")
-    return chosen, (f"columns ignored: {some(ignored, 30)}",) if ignored else ()
-
-
-def binary_labels(
-    table: Path, columns: Columns, names: Sequence[str], values: Mapping[str, float], hint: str = ""
-) -> list[tuple[float, ...]]:
-    """Labels of all rows, [N][L], from one column each.
-
-    Args:
-        table: what errors call the file.
-        columns: of the table.
-        names: of the label columns.
-        values: what each text means.
-        hint: how the error message ends for a text that is not among them.
-
-    Raises:
-        ValueError: naming file, row, column and value found, and what was expected.
-    """
-    if not names:
-        return [()] * len(next(iter(columns.values())))
-    expected = "0, 1, -1" if "-1" in values else "0, 1"
-    decoded = []
-    for name in names:
-        try:
-            decoded.append([values[text] for text in columns[name]])
-        except KeyError as error:
-            number = columns[name].index(error.args[0]) + 1
-            raise UserError(
-                f"{table}: row {number}, column {name}: {error.args[0]!r} found; expected {expected}, or empty for "
-                f"unknown{hint}"
-            ) from None
-    return list(zip(*decoded, strict=True))
-
-
-def _class_labels(table: Path, values: list[str], notes: tuple[str, ...]) -> LabelTable:
-    """One class name a row; whole numbers are sorted as numbers, names by the alphabet."""
-    names = set(values) - {""}
-    for name in names:
-        if not name.lstrip("+-").isdigit() and _is_number(name):
-            row = values.index(name) + 1
-            raise UserError(f"{table}: row {row}, column label: {name!r} found; expected a class name or whole number")
-    if not names:
-        return LabelTable([()] * len(values), notes=(*notes, "column label is empty: no labels"))
-    whole = all(name.lstrip("+-").isdigit() for name in names)
-    ordered = sorted(names, key=lambda name: (int(name) if whole else 0, name))
-    rows = [tuple(float(value == name) if value else math.nan for name in ordered) for value in values]
-    return LabelTable(rows, tuple(ordered), exclusive=True, notes=notes)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _joined_labels(table: Path, values: list[str], notes: tuple[str, ...]) -> LabelTable:
-    """Names joined by `|`; `No Finding` for none of them, empty for unknown."""
-    findings = [split_findings(table, number, "labels", value) for number, value in enumerate(values, start=1)]
-    names = sorted(set().union(*(found for found in findings if found is not None)))
-    rows = [tuple(math.nan if found is None else float(name in found) for name in names) for found in findings]
-    return LabelTable(rows, tuple(names), notes=notes)
-
-
-def split_findings(table: Path, number: int, column: str, value: str) -> set[str] | None:
-    """`Edema|Mass` to its names, `No Finding` to none, empty to None (unknown)."""
-    if not value:
-        return None
-    parts = {part.strip() for part in value.split("|")}
-    normal = {part for part in parts if part.lower() == NO_FINDING}
-    if "" in parts or (normal and len(parts) > 1):
-        raise UserError(
-            f"{table}: row {number}, column {column}: {value!r} found; expected names joined by |, or No Finding alone"
-        )
-    return parts - normal

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Any `datasets` dataset: a name on the Hub, a folder, parquet or Arrow files, what `save_to_disk` wrote."""
+"""Any `datasets` dataset: a name on the Hub, a folder, parquet or Arrow files, a folder of `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -18,48 +18,49 @@ from mlvicx_hf.common.text import some
 
 from ..images.errors import UnreadableImageError
 from ..masks import decode_mask
-from .base import Collection, Listing, Record
-from .folder import NO_FINDING, RESERVED_COLUMNS, SPLIT_NAMES, LabelTable, _splits, _understood, read_labels, read_views
-from .opening import ROWS, TABLE_ROWS, Opened, find_image_column, kind, open_dataset, read_content
-from .tables import Columns, _text, parse_age, parse_sex
+from .base import SPLIT_NAMES, Collection, Listing, Record
+from .labels import NO_FINDING, RESERVED_COLUMNS, LabelTable, read_labels
+from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, kind, open_dataset, read_cell
+from .people import parse_age, parse_sex
+from .tables import Columns, as_text, parse_known, read_splits, read_views
 
 
 @cache
 def _open_column(file: str, column: str) -> Any:
-    """A column of images of an Arrow file, opened once a process."""
+    """Open a column of images of an Arrow file, once per process."""
     return _undecoded(datasets.Dataset.from_file(file), column)
 
 
 def load_row(file: str, column: str, row: int, folder: str | None = None) -> bytes:
-    """The image of one row of an Arrow file: `Record.load`, which small as it is can be sent to a worker."""
-    return read_content(_open_column(file, column)[row][column], folder)
+    """Read the image of one row of an Arrow file, for `Record.load`. The arguments are small to send to a worker."""
+    return read_cell(_open_column(file, column)[row][column], folder)
 
 
 def load_mask(file: str, column: str, row: int, folder: str | None = None) -> np.ndarray:
-    """The values [H, W] of the mask in one row of an Arrow file: `Record.draw_mask`."""
+    """Read the values [H, W] of the mask in one row of an Arrow file, for `Record.draw_mask`."""
     return decode_mask(load_row(file, column, row, folder), f"{column} of row {row + 1}")
 
 
 class HFCollection(Collection):
     """A dataset that `datasets` reads.
 
-    The splits train, validation (val, valid, dev) and test are taken as they are; a dataset with nothing but train has
-    no split. The 16-bit images that `datasets` would saturate are safe: their files are read as anybody else's.
-    `patient_id`, `view`, `sex` and `age` are the columns of a folder's metadata, and so are labels, besides columns of
-    class labels: one of them is one class each, a list of them several findings.
+    Keep the splits train, validation (val, valid, dev) and test. A dataset with train alone has no splits. Read the
+    image files as those of a folder, because `datasets` would saturate 16-bit images. Columns `patient_id`, `view`,
+    `sex`, `age` and labels are those of a folder's metadata. Labels may also be a column of class labels (one class
+    each), or of lists of class labels (several findings).
 
     Args:
         path: name on the Hub, folder, parquet or Arrow files, or a folder of `save_to_disk`.
-        name: of the configuration, where there are several.
+        name: name of the configuration, if there are several.
         revision: branch, tag or commit on the Hub.
-        streaming: read it in order without downloading it first; masks cannot be.
+        streaming: read the dataset in order, without downloading it first and without masks.
         image_column: by default the only Image column.
         patient_column: by default `patient_id`.
         label_columns: columns that are labels.
-        mask_column: Image column of masks, empty where they are unknown.
+        mask_column: Image column of masks, empty if they are unknown.
         mask_names: one structure, or the classes by pixel value, the background first.
         uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
-        splits: the splits to read, and which of ours each is, such as {"images_2020": "train"}.
+        splits: the splits to read → our names of them, such as {"images_2020": "train"}.
     """
 
     name = "hf"
@@ -110,12 +111,12 @@ class HFCollection(Collection):
         text = {column: _as_text(features[column], values) for column, values in columns.items()}
         patients, known = self._patients(text, names, notes)
         views = read_views(text.get("view", empty), notes)
-        sexes = _understood("sex", text.get("sex", empty), parse_sex, "", notes)
-        ages = _understood("age", text.get("age", empty), parse_age, math.nan, notes)
+        sexes = parse_known("sex", text.get("sex", empty), parse_sex, "", notes)
+        ages = parse_known("age", text.get("age", empty), parse_age, math.nan, notes)
         labels = self._labels(features, columns, text, len(names))
         given = [splits[split] for split, count in counts.items() for _ in range(count)]
         if not any(given):
-            given = _splits(Path(self.path), text.get("split", empty))
+            given = read_splits(Path(self.path), text.get("split", empty))
         loaders = [None] * len(names) if self.streaming else self._loaders(opened, counts, image)
         masks = self._masks(opened, counts, self.mask_column) if self.mask_column else [None] * len(names)
         records = [
@@ -134,7 +135,7 @@ class HFCollection(Collection):
         )
 
     def _choose_splits(self, opened: Opened) -> dict[str, str | None]:
-        """Splits to read, and which of ours each is; None where the dataset has no split to speak of."""
+        """Choose the splits to read, and map each to our name. Map train to None if it is the only split."""
         found = list(opened.splits)
         if self.splits is not None:
             strange = [split for split in self.splits if split not in found]
@@ -166,17 +167,17 @@ class HFCollection(Collection):
     def _read_table(
         self, opened: Opened, splits: Mapping[str, str | None], table: list[str], image: str
     ) -> tuple[dict[str, list[Any]], dict[str, int]]:
-        """Columns without the pixels, of all splits one behind the other, and how many rows each split has."""
+        """Read all columns but the pixels, of one split after another, and count the rows of each split."""
         columns: dict[str, list[Any]] = {name: [] for name in table}
         counts: dict[str, int] = {}
         if self.streaming and table:
             opened = self.open(columns=table, rows=TABLE_ROWS)
         for split in splits:
             dataset, count = opened.splits[split], opened.counts[split]
-            if table or count is None:  # a stream of nothing but pixels may have to be read to be counted
+            if table or count is None:  # without other columns, read the pixels to count the rows
                 count = 0
                 dataset = dataset.select_columns(table) if table else _undecoded(dataset, image)
-                for batch in dataset.iter(batch_size=TABLE_ROWS if table else ROWS):
+                for batch in dataset.iter(batch_size=TABLE_ROWS if table else IMAGE_ROWS):
                     count += len(next(iter(batch.values())))
                     for name in table:
                         columns[name] += batch[name]
@@ -201,7 +202,7 @@ class HFCollection(Collection):
         return names, False
 
     def _labels(self, features: Any, columns: Mapping[str, list[Any]], text: Columns, count: int) -> LabelTable:
-        """Columns of class labels, or else what a folder's table would have."""
+        """Read columns of class labels, or else labels as in a folder's table."""
         skip = (self.patient_column, "patient_id")
         typed = [n for n in columns if _class_names(features[n]) and n not in (*RESERVED_COLUMNS, *skip)]
         chosen = typed if self.label_columns is None else [n for n in self.label_columns if n in typed]
@@ -217,18 +218,18 @@ class HFCollection(Collection):
             raise UserError(f"{self.path}: columns of classes {some(chosen)} found; expected --label_columns to choose")
         if not text:
             return LabelTable([()] * count)
-        numbers = {name: [_text(value) for value in columns[name]] for name in chosen}  # 0 and 1 instead of the names
+        numbers = {name: [as_text(value) for value in columns[name]] for name in chosen}  # 0 and 1 instead of names
         return read_labels(
             Path(self.path), text | numbers, self.label_columns, [name for name in skip if name], self.uncertain
         )
 
     def _folder(self) -> str | None:
-        """Where files that rows name by their path may lie."""
+        """Find the folder of files that rows name by their path."""
         path = Path(self.path)
         return str(path if path.is_dir() else path.parent) if path.exists() else None
 
     def _rows(self, opened: Opened, counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-        """Arrow file and row in it, of every record."""
+        """Yield the Arrow file and the row in it of every record."""
         for split in counts:
             for file in (entry["filename"] for entry in opened.splits[split].cache_files):
                 yield from ((file, row) for row in range(len(datasets.Dataset.from_file(file))))
@@ -252,7 +253,7 @@ class HFCollection(Collection):
         opened, folder = self.open(columns=[image]), self._folder()
         for split, count in counts.items():
             if start < count:
-                for batch in _undecoded(opened.splits[split], image).skip(start).iter(batch_size=ROWS):
+                for batch in _undecoded(opened.splits[split], image).skip(start).iter(batch_size=IMAGE_ROWS):
                     for cell in batch[image]:
                         yield _content_or_empty(cell, folder)
             start = max(0, start - count)
@@ -264,21 +265,21 @@ def _undecoded(dataset: Any, column: str) -> Any:
 
 
 def _content_or_empty(cell: Mapping[str, Any] | None, folder: str | None) -> bytes:
-    """A stream goes on behind a file that cannot be read, which the cache then rejects as empty."""
+    """Read a cell, or return nothing if that fails: the stream goes on, and the cache rejects the empty file."""
     try:
-        return read_content(cell, folder)
+        return read_cell(cell, folder)
     except (UnreadableImageError, OSError):
         return b""
 
 
 def _class_names(feature: Any) -> list[str]:
-    """Names of a class label, or of a list of them; else none."""
+    """Find the names of a class label or of a list of class labels. Other types have none."""
     inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
     return list(inner.names) if isinstance(inner, datasets.ClassLabel) else []
 
 
 def _is_text(feature: Any) -> bool:
-    """Whether a column belongs to the table: numbers, text, classes, lists of text or classes, but not vectors."""
+    """Check whether a column belongs to the table: numbers, text, classes, lists of text or classes, no vectors."""
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         inner = feature.feature
         return isinstance(inner, datasets.ClassLabel) or (isinstance(inner, datasets.Value) and inner.dtype == "string")
@@ -288,10 +289,10 @@ def _is_text(feature: Any) -> bool:
 
 
 def _as_text(feature: Any, values: list[Any]) -> list[str]:
-    """A column as a CSV file would hold it, classes by their names."""
+    """Write a column as in a CSV file, with the names of classes."""
     names = _class_names(feature)
     if not names:
-        return [_text(value) for value in values]
+        return [as_text(value) for value in values]
 
     def name(value: Any) -> str:
         return "" if value is None or value < 0 else names[value]
@@ -300,7 +301,7 @@ def _as_text(feature: Any, values: list[Any]) -> list[str]:
 
 
 def _typed_labels(feature: Any, values: list[Any], notes: tuple[str, ...]) -> LabelTable:
-    """Labels of one column of classes, or of lists of classes; -1 and empty cells are unknown."""
+    """Read the labels of a column of classes, or of lists of classes. -1 and empty cells are unknown."""
     names = _class_names(feature)
     if isinstance(feature, datasets.ClassLabel):
         unknown = (math.nan,) * len(names)

@@ -11,12 +11,12 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from .base import Listing, Record, ReleasedCollection
-from .chexpert import FINDINGS, check_unique
-from .folder import binary_labels, label_values, read_views
-from .tables import Columns, read_columns, require_columns
+from .chexpert import CHEXPERT_FINDINGS
+from .labels import binary_labels, label_values
+from .tables import Columns, check_unique, read_columns, read_views, require_columns
 
 STUDY = ("subject_id", "study_id")
-SPLITS = {"train": "train", "validate": "validation", "test": "test"}
+_SPLITS = {"train": "train", "validate": "validation", "test": "test"}
 DICOM_ID = re.compile(r"[0-9A-Za-z.-]*[0-9A-Za-z]")
 
 Study = tuple[str, str]
@@ -26,8 +26,8 @@ class MIMICCXRJPGCollection(ReleasedCollection):
     """The release's folder: the tables metadata, chexpert and split, and images in `files/`.
 
     The labels are those of the CheXpert labeller; the radiologists' labels of the 2.1.0 test part are not read. A
-    blank label is unknown and never 0, and so are all labels of studies that the labels' table lacks. Sex and age are
-    in another release and unknown here.
+    blank label is unknown and never 0. All labels of studies that the table lacks are unknown. Sex and age are in
+    another release and unknown here.
 
     Args:
         root: folder of the release.
@@ -54,7 +54,7 @@ class MIMICCXRJPGCollection(ReleasedCollection):
             "split: the release's own",
         ]
         views = read_views(columns["ViewPosition"], notes)
-        unknown = (math.nan,) * len(FINDINGS)
+        unknown = (math.nan,) * len(CHEXPERT_FINDINGS)
         records, unlabelled = [], 0
         images = zip(columns["dicom_id"], *(columns[name] for name in STUDY), views, strict=True)
         for number, (image, patient, study, view) in enumerate(images, start=1):
@@ -66,10 +66,10 @@ class MIMICCXRJPGCollection(ReleasedCollection):
             records.append(Record(name, patient, view, row, splits[image], self.root / name))
         if unlabelled:
             notes.append(f"{unlabelled} images are of studies without labels: all of theirs are unknown")
-        return Listing(records, FINDINGS, notes=notes, policy={"uncertain": self.uncertain})
+        return Listing(records, CHEXPERT_FINDINGS, notes=notes, policy={"uncertain": self.uncertain})
 
     def _find(self, kind: str) -> Path:
-        """The table of this kind, of whatever version, compressed or not."""
+        """Find the table of this kind, of any version, compressed or not."""
         found = [path for end in (".csv", ".csv.gz") for path in sorted(self.root.glob(f"mimic-cxr-*-{kind}{end}"))]
         if not found:
             raise FileNotFoundError(
@@ -81,13 +81,13 @@ class MIMICCXRJPGCollection(ReleasedCollection):
         return found[0]
 
     def _labels(self) -> dict[Study, tuple[float, ...]]:
-        """Labels by patient and study."""
+        """Read the labels of each patient and study."""
         table = self._find("chexpert")
         columns = read_columns(table)
-        require_columns(table, columns, (*STUDY, *FINDINGS))
+        require_columns(table, columns, (*STUDY, *CHEXPERT_FINDINGS))
         studies = list(zip(*(columns[name] for name in STUDY), strict=True))
         check_unique(table, [" ".join(study) for study in studies])
-        return dict(zip(studies, binary_labels(table, columns, FINDINGS, self.values), strict=True))
+        return dict(zip(studies, binary_labels(table, columns, CHEXPERT_FINDINGS, self.values), strict=True))
 
     def _splits(self) -> dict[str, str]:
         table = self._find("split")
@@ -95,15 +95,15 @@ class MIMICCXRJPGCollection(ReleasedCollection):
         require_columns(table, columns, ("dicom_id", "split"))
         check_unique(table, columns["dicom_id"])
         for number, split in enumerate(columns["split"], start=1):
-            if split not in SPLITS:
+            if split not in _SPLITS:
                 raise UserError(
-                    f"{table}: row {number}, column split: {split!r} found; expected one of {', '.join(SPLITS)}"
+                    f"{table}: row {number}, column split: {split!r} found; expected one of {', '.join(_SPLITS)}"
                 )
-        return {image: SPLITS[split] for image, split in zip(columns["dicom_id"], columns["split"], strict=True)}
+        return {image: _SPLITS[split] for image, split in zip(columns["dicom_id"], columns["split"], strict=True)}
 
 
 def _check_ids(table: Path, columns: Columns) -> None:
-    """Refuse what makes no file name."""
+    """Refuse numbers and names that make no file name."""
     for name in STUDY:
         for number, value in enumerate(columns[name], start=1):
             if not value.isdecimal():

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
@@ -13,10 +11,11 @@ from mlvicx_hf.common.text import some
 
 from ..splits import check_no_patient_overlap, split_by_patient
 from .base import Box, Listing, Record, ReleasedCollection, check_fields, normalize_view, read_csv
-from .folder import split_findings
-from .tables import AGE, OLDEST, parse_age, parse_sex
+from .boxes import FRAME, add_box, parse_framed_box
+from .labels import split_findings
+from .people import check_age, check_sex, note_ages
 
-FINDINGS = (
+NIH_FINDINGS = (
     "Atelectasis",
     "Cardiomegaly",
     "Effusion",
@@ -32,7 +31,7 @@ FINDINGS = (
     "Pleural_Thickening",
     "Hernia",
 )
-TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+_TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 HEADER = [
     "Image Index",
     "Finding Labels",
@@ -49,22 +48,21 @@ HEADER = [
 BOXES = "BBox_List_2017.csv"
 BOX_HEADER = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"]  # empty columns follow
 BOX_LABELS = {"Infiltrate": "Infiltration"}  # how the list of boxes spells it
-FRAME = (1024, 1024)  # pixels that boxes are measured in: the released size of all images
 VALIDATION_SHARE = 0.1  # of the patients of train_val_list.txt; ours, the release has no validation part
 
 
 class NIH14Collection(ReleasedCollection):
     """The release's folder: table, official lists, and images flat in `images/` or in `images_001…012/images/`.
 
-    Where `BBox_List_2017.csv` lies there, the images that it lists have boxes; of the others none are known.
+    If `BBox_List_2017.csv` is there, the images that it lists have boxes. The boxes of other images are unknown.
 
-    Test is the official list. Validation is a tenth of the patients of `train_val_list.txt`, drawn over the whole list
-    whatever part of the images is on disk.
+    Test is the official list. Validation is a tenth of the patients of `train_val_list.txt`, drawn from the whole list
+    whatever part of the images is on the disk.
 
     Args:
         root: folder of the release.
         metadata: the table; by default the 2020 version, else the 2017 one.
-        seed: seeds the choice of the validation patients.
+        seed: seed for the choice of the validation patients.
     """
 
     name = "nih14"
@@ -114,18 +112,18 @@ class NIH14Collection(ReleasedCollection):
         strays = len(boxes.keys() - set(names))
         if strays:
             notes.append(f"{BOXES} lists {strays} image(s) that {table.name} does not: their boxes are left out")
-        return Listing(records, FINDINGS, notes=notes)
+        return Listing(records, NIH_FINDINGS, notes=notes)
 
     def _find_table(self) -> Path:
         candidates = [Path(self.metadata)] if self.metadata is not None else []
-        candidates += [self.root / name for name in ((self.metadata,) if self.metadata is not None else TABLES)]
+        candidates += [self.root / name for name in ((self.metadata,) if self.metadata is not None else _TABLES)]
         for path in candidates:
             if path.is_file():
                 return path
         raise FileNotFoundError(f"{self.root}: none of {some(map(str, candidates))} found; expected NIH's table")
 
     def _find_images(self) -> dict[str, Path]:
-        """PNG files by name over `images/` and `images_*/images/`."""
+        """Find the PNG files of `images/` and `images_*/images/` by name."""
         folders = [self.root / "images", *(folder / "images" for folder in sorted(self.root.glob("images_*")))]
         return {
             entry.name: Path(entry.path)
@@ -136,7 +134,7 @@ class NIH14Collection(ReleasedCollection):
         }
 
     def _read_boxes(self) -> dict[str, tuple[Box, ...]]:
-        """Boxes by image, where the list is there."""
+        """Read the boxes of each image, if their list exists."""
         table = self.root / BOXES
         if not table.is_file():
             return {}
@@ -148,12 +146,12 @@ class NIH14Collection(ReleasedCollection):
         boxes: dict[str, tuple[Box, ...]] = {}
         for number, (name, finding, *corner) in enumerate(rows, start=1):
             label = BOX_LABELS.get(finding, finding)
-            if label not in FINDINGS:
-                expected = some((*FINDINGS, *BOX_LABELS), 99)
+            if label not in NIH_FINDINGS:
+                expected = some((*NIH_FINDINGS, *BOX_LABELS), 99)
                 raise UserError(
                     f"{table}: row {number}, column Finding Label: {finding!r} found; expected one of {expected}"
                 )
-            box = parse_box(f"{table}: row {number}", label, BOX_HEADER[2:], corner)
+            box = parse_framed_box(f"{table}: row {number}", label, BOX_HEADER[2:], corner)
             boxes[name] = add_box(f"{table}: row {number}", boxes.get(name, ()), box)
         return boxes
 
@@ -183,7 +181,7 @@ class NIH14Collection(ReleasedCollection):
 
 
 def _read_table(table: Path) -> list[list[str]]:
-    """Rows of 11 fields; the empty twelfth of the 2017 release is dropped from header and rows."""
+    """Read rows of 11 fields. Drop the empty twelfth field of the 2017 release."""
     header, rows = read_csv(table)
     if header[-1] == "" and all(row[-1] == "" for row in rows if len(row) == len(header)):
         length = len(header)
@@ -204,68 +202,8 @@ def _without_empty_end(row: list[str]) -> list[str]:
     return row[:end]
 
 
-def parse_box(where: str, label: str, columns: Sequence[str], values: Sequence[str]) -> Box:
-    """Box in `FRAME` from left edge, upper edge, width and height; for RSNA's boxes as well.
-
-    Args:
-        where: how the error message begins.
-        label: finding.
-        columns: names of the four columns.
-        values: their cells.
-
-    Raises:
-        ValueError: no numbers, or a box that is empty or leaves the frame.
-    """
-    side = FRAME[0]
-    numbers = []
-    for column, value in zip(columns, values, strict=True):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not 0 <= number <= side:
-            raise UserError(f"{where}, column {column}: {value!r} found; expected pixels from 0 to {side}")
-        numbers.append(number)
-    x, y, width, height = numbers
-    if not (width and height) or x + width > side or y + height > side:
-        raise UserError(
-            f"{where}: a box of {width:g} x {height:g} pixels at ({x:g}, {y:g}) found; expected one inside "
-            f"{side} x {side}, not empty"
-        )
-    return Box(label, x, y, x + width, y + height)
-
-
-def add_box(where: str, boxes: tuple[Box, ...], box: Box) -> tuple[Box, ...]:
-    """The boxes of an image and one more, which must be another one."""
-    if box in boxes:
-        raise UserError(f"{where}: a box of {box.label} found for the second time; expected each once")
-    return (*boxes, box)
-
-
-def check_sex(where: str, value: str) -> str:
-    """F, M, or empty for unknown; anything else is refused."""
-    sex = parse_sex(value)
-    if sex is None:
-        raise UserError(f"{where}: {value!r} found; expected F, M or nothing")
-    return sex
-
-
-def check_age(where: str, value: str) -> float:
-    """Years; NaN where it is empty or implausible (old releases have 411), and what is no age is refused."""
-    age = parse_age(value)
-    if age is None and not AGE.fullmatch(value):
-        raise UserError(f"{where}: {value!r} found; expected an age such as 57, 058Y, 013M or 011D")
-    return math.nan if age is None else age
-
-
-def note_ages(values: Sequence[str], ages: Sequence[float]) -> list[str]:
-    """What the user should know of the ages that were given and not believed."""
-    count = sum(bool(value) and math.isnan(age) for value, age in zip(values, ages, strict=True))
-    return [f"{count} age(s) above {OLDEST} years are counted as unknown"] if count else []
-
-
 def _patient(table: Path, number: int, row: list[str]) -> str:
-    """Patient of a file name such as 00000001_000.png, checked against the table's own column."""
+    """Find the patient of a file such as 00000001_000.png, and compare it with the table's own column."""
     patient = row[0].split("_")[0]
     if not patient.isdigit() or not row[3].isdigit() or int(patient) != int(row[3]):
         raise UserError(f"{table}: row {number}: Patient ID {row[3]!r} found for {row[0]!r}; expected its first number")
@@ -274,9 +212,9 @@ def _patient(table: Path, number: int, row: list[str]) -> str:
 
 def _labels(table: Path, number: int, value: str) -> tuple[float, ...]:
     found = split_findings(table, number, "Finding Labels", value)
-    if found is None or not found <= set(FINDINGS):
+    if found is None or not found <= set(NIH_FINDINGS):
         raise UserError(
             f"{table}: row {number}, column Finding Labels: {value!r} found; expected No Finding or, joined by |, "
-            f"some of {', '.join(FINDINGS)}"
+            f"some of {', '.join(NIH_FINDINGS)}"
         )
-    return tuple(float(finding in found) for finding in FINDINGS)
+    return tuple(float(finding in found) for finding in NIH_FINDINGS)

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""`datasets` datasets as they are found: on the Hub, in a folder, in parquet or Arrow files; whole or as a stream."""
+"""Open `datasets` datasets on the Hub, in a folder, in parquet or Arrow files, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from mlvicx_hf.common.text import some
 
 from ..images.errors import UnreadableImageError
 
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
-ROWS = 16  # images that are read at a time; a parquet file may hold a thousand in one piece
-TABLE_ROWS = 1000  # the same without the pixels
-SHARDS = 240  # pieces that a dataset on the disk is streamed in: many processes can share as many evenly
+SAVED = ("dataset_dict.json", "state.json")  # files of `save_to_disk` in a folder
+IMAGE_ROWS = 16  # images to read at a time; a parquet file may hold a thousand in one piece
+TABLE_ROWS = 1000  # rows to read at a time without pixels
+SHARDS = 240  # pieces of a dataset on the disk, a number that many numbers of processes divide evenly
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A dataset, its pixels not read yet.
+    """A dataset whose pixels are not read yet.
 
     Attributes:
-        splits: a `datasets.Dataset` of each split, or an `IterableDataset` where it is streamed.
-        files: of each split: paths, or addresses with the commit.
-        counts: rows of each split; None where only reading all of it would tell.
-        local: nothing comes over the network.
+        splits: split → `datasets.Dataset`, or `IterableDataset` of a stream.
+        files: split → paths, or addresses with the commit.
+        counts: split → number of rows; None if only reading everything would tell.
+        local: whether all files are on this machine.
     """
 
     splits: dict[str, Any]
@@ -54,21 +54,21 @@ def open_dataset(
     *,
     streaming: bool = False,
     columns: Sequence[str] | None = None,
-    rows: int = ROWS,
+    rows: int = IMAGE_ROWS,
 ) -> Opened:
-    """Open a dataset; no code that comes with it is run.
+    """Open a dataset without running any code of it.
 
     Args:
         path: name on the Hub, folder, parquet or Arrow file, pattern of such files, or a folder of `save_to_disk`.
-        name: of the configuration, where there are several.
+        name: name of the configuration, if there are several.
         revision: branch, tag or commit on the Hub.
         streaming: do not download or convert anything.
-        columns: only these; of a parquet file nothing else is read.
-        rows: that a stream of parquet files reads at a time.
+        columns: open these columns alone; nothing else is read of a parquet file.
+        rows: number of rows that a stream of parquet files reads at a time.
 
     Raises:
-        OSError: nothing there, or the Hub cannot be reached.
-        ValueError: files that `datasets` cannot read.
+        OSError: there is no such dataset, or the Hub cannot be reached.
+        UserError: `datasets` cannot read the files.
     """
     saved = _saved_files(Path(path))
     if saved is not None:
@@ -82,12 +82,12 @@ def open_dataset(
 
 
 def as_stream(dataset: Any) -> Any:
-    """A dataset on the disk as a stream of pieces, always the same ones."""
+    """Turn a dataset on the disk into a stream of pieces, which are always the same."""
     return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset)))
 
 
 def _saved_files(path: Path) -> dict[str, list[str]] | None:
-    """Arrow files by split in a folder of `save_to_disk`; None for anything else."""
+    """Find the Arrow files of each split in a folder of `save_to_disk`. Return None for any other path."""
     if not any((path / name).is_file() for name in SAVED):
         return None
     with no_datasets_bars():
@@ -97,7 +97,7 @@ def _saved_files(path: Path) -> dict[str, list[str]] | None:
 
 
 def _open_mapped(files: dict[str, list[str]], streaming: bool, columns: Sequence[str] | None) -> Opened:
-    """Arrow files on the disk, which are mapped into memory: what is not asked for is not read."""
+    """Map Arrow files on the disk into memory, so that only what is needed is read."""
     loaded = {split: _map_files(found) for split, found in files.items()}
     counts: dict[str, int | None] = {split: len(dataset) for split, dataset in loaded.items()}
     if columns is not None:
@@ -122,7 +122,7 @@ def _map_files(files: Sequence[str]) -> Any:
 
 
 def _location(path: str | Path, name: str | None, revision: str | None) -> dict[str, Any]:
-    """Arguments of `load_dataset`."""
+    """Make the arguments of `load_dataset`."""
     text = str(path)
     kind_of_file = Path(text).suffix.removeprefix(".")
     if kind_of_file in ("parquet", "arrow"):
@@ -143,7 +143,7 @@ def _build(location: dict[str, Any], streaming: bool, columns: Sequence[str] | N
         return _open_mapped(files, streaming, columns)
     if not streaming:
         loaded = dict(datasets.load_dataset(**location, keep_in_memory=False))
-    elif parquet:  # so that columns which are not wanted are not read, and not a thousand images at a time
+    elif parquet:  # read the wanted columns alone, and few images at a time
         wanted = {} if columns is None else {"columns": list(columns)}
         loaded = dict(datasets.load_dataset_builder(**location, **wanted, batch_size=rows).as_streaming_dataset())
     else:
@@ -166,16 +166,16 @@ def _build(location: dict[str, Any], streaming: bool, columns: Sequence[str] | N
 def find_image_column(
     where: str | Path, features: Any, wanted: str | None = None, mask_column: str | None = None
 ) -> str:
-    """The column of the pixels.
+    """Find the column of the pixels.
 
     Args:
-        where: how the error message begins.
-        features: of the dataset.
-        wanted: name it must have; by default it is the only Image column, or a binary column called `image`.
-        mask_column: an Image column that is not it.
+        where: beginning of the error message.
+        features: features of the dataset.
+        wanted: name of the column; by default the only Image column, or a binary column named `image`.
+        mask_column: Image column of masks, to leave out.
 
     Raises:
-        ValueError: none, or several.
+        UserError: there is no such column, or there are several.
     """
     if features is None:
         raise UserError(f"{where}: columns of unknown types found; expected a dataset that declares an Image column")
@@ -196,19 +196,19 @@ def find_image_column(
 
 
 def kind(feature: Any) -> str:
-    """Type of a column in a word."""
+    """Name the type of a column in a word."""
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def read_content(cell: Mapping[str, Any] | None, folder: str | None = None) -> bytes:
-    """The file of an undecoded Image cell.
+def read_cell(cell: Mapping[str, Any] | None, folder: str | None = None) -> bytes:
+    """Read the file of an undecoded Image cell.
 
     Args:
         cell: `bytes`, or `path` of a file of the dataset: on the Hub, in the caches, or in `folder`.
-        folder: of the dataset, where it is a local one.
+        folder: folder of a local dataset.
 
     Raises:
-        UnreadableImageError: an empty cell, or a path that leads elsewhere.
+        UnreadableImageError: the cell is empty, or its path leads elsewhere.
         OSError: the file cannot be read.
     """
     if cell is not None and cell["bytes"] is not None:

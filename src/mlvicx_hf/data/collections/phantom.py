@@ -10,21 +10,21 @@ from mlvicx_hf.common.errors import UserError
 from ..synthetic.phantom import FINDINGS, MASKS, draw_phantom, phantom_labels
 from .base import Collection, Drawing, Listing, Record
 
-SMALLEST = 32  # pixels; what `draw_phantom` can draw
+_SMALLEST = 32  # pixels; what `draw_phantom` can draw
 
 
 class PhantomCollection(Collection):
     """Drawn radiographs of invented patients.
 
     Args:
-        num_patients: how many patients.
-        images_per_patient: images of each.
+        num_patients: number of patients.
+        images_per_patient: number of images of each patient.
         size: side of the drawing in pixels.
-        seed: another seed, other patients.
-        mask: "lungs", "heart" or a finding, whose masks are drawn as well.
+        seed: another seed gives other patients.
+        mask: "lungs", "heart" or a finding, to draw its masks as well.
 
     Raises:
-        ValueError: no patients or images, or a mask that is not drawn.
+        UserError: there are no patients or images, or the mask is none of these.
     """
 
     name = "phantom"
@@ -53,17 +53,17 @@ class PhantomCollection(Collection):
         self.mask = mask
 
     def read(self) -> Listing:
-        """List the images; the pixels are drawn later, by whoever wants them."""
+        """List the images. Their pixels are drawn later."""
         records = []
         for patient in range(self.num_patients):
             name, labels = f"phantom-{patient:06d}", phantom_labels(patient, seed=self.seed)
             for image in range(self.images_per_patient):
-                draw = partial(draw_image, patient, image, max(SMALLEST, self.size), self.seed, self.mask)
+                draw = partial(draw_image, patient, image, max(_SMALLEST, self.size), self.seed, self.mask)
                 records.append(Record(f"{name}-{image}", name, "PA", labels, draw=draw))
         return Listing(records, FINDINGS, mask_names=() if self.mask is None else (self.mask,))
 
 
 def draw_image(patient: int, image: int, size: int, seed: int, mask: str | None = None) -> Drawing:
-    """A phantom's pixels, and one of its masks."""
+    """Draw the pixels of a phantom and one of its masks."""
     phantom = draw_phantom(patient, image, size=size, seed=seed)
     return Drawing(phantom.image, None if mask is None else phantom.masks[mask])

@@ -12,16 +12,16 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..images.pixels import image_files
-from .base import Box, Listing, Record, ReleasedCollection, normalize_view
-from .nih14 import FRAME, add_box, check_age, check_sex, note_ages, parse_box
-from .siim import files_by_name
+from .base import Box, Listing, Record, ReleasedCollection, files_by_name, normalize_view
+from .boxes import FRAME, add_box, parse_framed_box
+from .people import check_age, check_sex, note_ages
 from .tables import Columns, read_columns, require_columns
 
 LABELS = "stage_2_train_labels.csv"
 CORNER = ("x", "y", "width", "height")
-CLASSES = "stage_2_detailed_class_info.csv"
-FINDING = "Lung Opacity"
-CLASS_NAMES = ("Normal", "No Lung Opacity / Not Normal", FINDING)
+_CLASSES = "stage_2_detailed_class_info.csv"
+_FINDING = "Lung Opacity"
+CLASS_NAMES = ("Normal", "No Lung Opacity / Not Normal", _FINDING)
 FOLDERS = ("stage_2_train_images", "train_images", "images")
 MAPPED_NAMES = ("subset_img_id", "patientId")  # of the challenge's image, in a mapping
 HEADER_COLUMNS = ("PatientID", "PatientSex", "PatientAge", "ViewPosition")
@@ -33,8 +33,8 @@ UNKNOWN: Details = ("UNKNOWN", "", math.nan)
 class RSNACollection(ReleasedCollection):
     """The release's folder: `stage_2_train_labels.csv` and the images `<patientId>.dcm` (or .png, .jpg).
 
-    The images are in `stage_2_train_images/`, `train_images/` or `images/`, whichever comes first with some of them.
-    No official split: the labels of the test images are not published. A `patientId` names an image; `mapping` tells
+    The images are in the first of `stage_2_train_images/`, `train_images/` and `images/` that holds any of them. There
+    is no official split: the labels of the test images are not published. A `patientId` names an image; `mapping` tells
     the patient.
 
     Args:
@@ -46,7 +46,7 @@ class RSNACollection(ReleasedCollection):
         headers: table of the DICOM headers: PatientID, PatientSex, PatientAge, ViewPosition. Found as `mapping`.
 
     Raises:
-        ValueError: other `classes`.
+        UserError: `classes` has another value.
     """
 
     name = "rsna"
@@ -80,7 +80,7 @@ class RSNACollection(ReleasedCollection):
     def list_all(self) -> Listing:
         """List the images of the table."""
         boxes = _read_boxes(self._find(LABELS))
-        detailed = _read_classes(self._find(CLASSES), boxes) if self.classes == "detailed" else {}
+        detailed = _read_classes(self._find(_CLASSES), boxes) if self.classes == "detailed" else {}
         patients = {} if self.mapping is None else _read_mapping(self._find(self.mapping), boxes)
         details, age_notes = ({}, []) if self.headers is None else _read_headers(self._find(self.headers))
         files = self._find_images(boxes)
@@ -113,7 +113,7 @@ class RSNACollection(ReleasedCollection):
             notes.append(f"{self.headers} lacks {len(boxes.keys() - details.keys())} image(s): view, sex, age unknown")
         return Listing(
             records,
-            CLASS_NAMES if detailed else (FINDING,),
+            CLASS_NAMES if detailed else (_FINDING,),
             exclusive=bool(detailed),
             notes=notes + age_notes,
             policy={"classes": self.classes},
@@ -122,8 +122,8 @@ class RSNACollection(ReleasedCollection):
         )
 
     def _find(self, name: str | Path) -> Path:
-        """A table of the release, which is in the root, or of the user."""
-        released = name in (LABELS, CLASSES)
+        """Find a table of the release, in the root, or of the user, in the working directory or the root."""
+        released = name in (LABELS, _CLASSES)
         for path in (self.root / name,) if released else (Path(name), self.root / name):
             if path.is_file():
                 return path
@@ -142,7 +142,7 @@ class RSNACollection(ReleasedCollection):
 
 
 def _read_boxes(table: Path) -> dict[str, tuple[Box, ...]]:
-    """Boxes by image: none where Target is 0."""
+    """Read the boxes of each image. There are none if Target is 0."""
     columns = read_columns(table)
     require_columns(table, columns, ("patientId", *CORNER, "Target"))
     boxes: dict[str, tuple[Box, ...]] = {}
@@ -162,13 +162,13 @@ def _read_boxes(table: Path) -> dict[str, tuple[Box, ...]]:
                 f"{where}: Target {target} found for {image}, listed before; expected one row of Target 0, or rows of "
                 "boxes"
             )
-        box = (parse_box(where, FINDING, CORNER, corner),) if any(corner) else ()
+        box = (parse_framed_box(where, _FINDING, CORNER, corner),) if any(corner) else ()
         boxes[image] = add_box(where, others, *box) if others else box
     return boxes
 
 
 def _read_classes(table: Path, boxes: dict[str, tuple[Box, ...]]) -> dict[str, str]:
-    """Class by image; the release repeats an image for each of its boxes."""
+    """Read the class of each image. The release repeats an image for each of its boxes."""
     columns = read_columns(table)
     require_columns(table, columns, ("patientId", "class"))
     classes: dict[str, str] = {}
@@ -178,15 +178,17 @@ def _read_classes(table: Path, boxes: dict[str, tuple[Box, ...]]) -> dict[str, s
             raise UserError(f"{where}; expected one of {some(CLASS_NAMES)}")
         if classes.setdefault(image, value) != value:
             raise UserError(f"{where} for {image}; expected {classes[image]!r} as in an earlier row")
-        if image in boxes and (value == FINDING) != bool(boxes[image]):
+        if image in boxes and (value == _FINDING) != bool(boxes[image]):
             target = int(bool(boxes[image]))
-            raise UserError(f"{where} for {image}, whose Target in {LABELS} is {target}; expected {FINDING} for 1 only")
+            raise UserError(
+                f"{where} for {image}, whose Target in {LABELS} is {target}; expected {_FINDING} for 1 only"
+            )
     _require_images(table, classes, boxes)
     return classes
 
 
 def _read_mapping(table: Path, images: Iterable[str]) -> dict[str, str]:
-    """NIH's patient by image; other images are left alone."""
+    """Read NIH's patient of each image. Ignore other images."""
     columns = _read_objects(table) if table.suffix.lower() == ".json" else read_columns(table)
     name = next((name for name in MAPPED_NAMES if name in columns), MAPPED_NAMES[0])
     require_columns(table, columns, (name, "img_id"))
@@ -209,7 +211,7 @@ def _read_mapping(table: Path, images: Iterable[str]) -> dict[str, str]:
 
 
 def _read_objects(table: Path) -> Columns:
-    """A JSON list of objects by column."""
+    """Read a JSON list of objects by column."""
     try:
         rows = json.loads(table.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -222,7 +224,7 @@ def _read_objects(table: Path) -> Columns:
 
 
 def _read_headers(table: Path) -> tuple[dict[str, Details], list[str]]:
-    """View, sex and age by image, and what the user should know of them."""
+    """Read view, sex and age of each image, and notes for the user."""
     columns = read_columns(table)
     require_columns(table, columns, HEADER_COLUMNS)
     details: dict[str, Details] = {}

@@ -13,12 +13,12 @@ from mlvicx_hf.common.errors import UserError
 
 from ..images.errors import UnreadableImageError
 from ..images.pixels import image_files
-from .base import Listing, Record, ReleasedCollection
+from .base import Listing, Record, ReleasedCollection, files_by_name
 from .tables import read_columns, require_columns
 
-TABLES = ("stage_2_train.csv", "train-rle.csv")
-COLUMNS = ("ImageId", "EncodedPixels")
-FINDING = "Pneumothorax"
+_TABLES = ("stage_2_train.csv", "train-rle.csv")
+_COLUMNS = ("ImageId", "EncodedPixels")
+_FINDING = "Pneumothorax"
 NO_MASK = "-1"
 SIDE = 1024  # pixels of all images of the release, and of the masks
 MASKS_FOLDER = "masks"
@@ -29,8 +29,8 @@ Codes = tuple[tuple[int, str], ...]  # row of the table, run-length code
 class SIIMCollection(ReleasedCollection):
     """The release's folder: its table, and the images `<ImageId>.dcm` (or .png, .jpg) in any folders below.
 
-    The mask of an image is the union of its rows, empty where the table says -1. Files below a folder `masks` are
-    masks. No official split.
+    The mask of an image is the union of its rows, or empty if the table says -1. Files below a folder `masks` are
+    masks. There is no official split.
 
     Args:
         root: folder of the release, or of a mirror with converted images.
@@ -38,7 +38,7 @@ class SIIMCollection(ReleasedCollection):
             An image with -1 needs no file.
 
     Raises:
-        ValueError: other `masks`.
+        UserError: `masks` has another value.
     """
 
     name = "siim"
@@ -83,56 +83,42 @@ class SIIMCollection(ReleasedCollection):
         ]
         return Listing(
             records,
-            (FINDING,),
+            (_FINDING,),
             notes=notes,
-            mask_names=(FINDING,),
+            mask_names=(_FINDING,),
             policy={"masks": self.masks},
             patients_known=False,
         )
 
     def _find_table(self) -> Path:
-        for name in TABLES:
+        for name in _TABLES:
             if (self.root / name).is_file():
                 return self.root / name
-        raise FileNotFoundError(f"{self.root}: none of {', '.join(TABLES)} found; expected SIIM's table")
+        raise FileNotFoundError(f"{self.root}: none of {', '.join(_TABLES)} found; expected SIIM's table")
 
     def _find_images(self, names: Iterable[str]) -> tuple[dict[str, Path], dict[str, Path]]:
-        """Files of the images, and of their masks where these count, in one walk through the folders."""
+        """Find the files of the images, and of their masks if these count, in one walk through the folders."""
         files: dict[bool, list[Path]] = {False: [], True: []}
         for file in image_files(self.root):
             files[MASKS_FOLDER in file.relative_to(self.root).parts[:-1]].append(file)
         return files_by_name(files[False], names), files_by_name(files[True] if self.masks == "files" else (), names)
 
 
-def files_by_name(files: Iterable[Path], names: Iterable[str]) -> dict[str, Path]:
-    """Files by their name without suffix; those that are not among `names` are left alone.
-
-    Raises:
-        ValueError: two files of one name, such as a DICOM file and its conversion.
-    """
-    wanted = set(names)
-    found: dict[str, Path] = {}
-    for file in files:
-        if file.stem in wanted and found.setdefault(file.stem, file) is not file:
-            raise UserError(f"{found[file.stem]} and {file} found; expected one file an image")
-    return found
-
-
 def _read_codes(table: Path) -> dict[str, Codes]:
-    """Run-length codes by image, none for an image with -1."""
+    """Read the run-length codes of each image; none for an image with -1."""
     columns = read_columns(table)
-    require_columns(table, columns, COLUMNS)
+    require_columns(table, columns, _COLUMNS)
     codes: dict[str, Codes] = {}
-    for number, (image, code) in enumerate(zip(*(columns[name] for name in COLUMNS), strict=True), start=1):
+    for number, (image, code) in enumerate(zip(*(columns[name] for name in _COLUMNS), strict=True), start=1):
         if not image or not code:
-            column = COLUMNS[0] if not image else COLUMNS[1]
+            column = _COLUMNS[0] if not image else _COLUMNS[1]
             raise UserError(f"{table}: row {number}, column {column}: empty cell found; expected an image and its code")
         others = codes.get(image)
         if code == NO_MASK and others is None:
             codes[image] = ()
         elif code == NO_MASK or others == () or code in (other for _, other in others or ()):
             raise UserError(
-                f"{table}: row {number}, column {COLUMNS[1]}: {code[:40]!r} found for {image}, which an earlier row "
+                f"{table}: row {number}, column {_COLUMNS[1]}: {code[:40]!r} found for {image}, which an earlier row "
                 "lists; expected -1 in its only row, or codes that differ"
             )
         else:
@@ -141,25 +127,25 @@ def _read_codes(table: Path) -> dict[str, Codes]:
 
 
 def union_of_runs(codes: Codes, table: str) -> np.ndarray:
-    """Mask of all pixels that any of the codes marks.
+    """Draw the mask of all pixels that any of the codes marks.
 
-    A code is pairs of a gap and a run, in pixels, counted down the first column, then the second and so on; each gap
-    begins where the run before it ended.
+    A code consists of pairs of a gap and a run, in pixels, counted down the first column, then the second and so on.
+    Each gap begins where the run before it ended.
 
     Args:
         codes: row of the table and code; none for an empty mask.
-        table: what errors call the file.
+        table: the file, for error messages.
 
     Returns:
         0 and 1, uint8 [SIDE, SIDE].
 
     Raises:
-        UnreadableImageError: a code that is no such pairs, or leaves the image.
+        UnreadableImageError: a code does not consist of such pairs, or leaves the image.
     """
     columns = np.zeros((SIDE, SIDE), dtype=np.uint8)  # [x, y]
     pixels = columns.reshape(-1)
     for row, code in codes:
-        where = f"row {row}, column {COLUMNS[1]}: "
+        where = f"row {row}, column {_COLUMNS[1]}: "
         try:
             lengths = [int(word) for word in code.split()]
         except ValueError as error:

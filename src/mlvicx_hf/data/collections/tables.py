@@ -1,31 +1,25 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tables of metadata: .csv (perhaps .gz), .jsonl and .parquet, by column and all as text."""
+"""Read tables of metadata, .csv (perhaps .gz), .jsonl and .parquet, by column and as text."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
-from .base import check_fields, read_csv
+from .base import SPLIT_NAMES, check_fields, normalize_view, read_csv
 
 Columns = dict[str, list[str]]  # a table by column, all text
-UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # what a label of -1 becomes, by policy
-SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
-AGE = re.compile(r"(\d+(?:\.\d+)?)([YMWD]?)", re.IGNORECASE)
-UNITS_PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
-OLDEST = 120  # years; more is a mistake of the table
 
 
 def read_columns(table: Path) -> Columns:
-    """A .csv (or .csv.gz), .jsonl or .parquet table by column, all as text; what is absent is empty."""
+    """Read a .csv (or .csv.gz), .jsonl or .parquet table by column, all as text. Absent values are empty."""
     suffix = (table.with_suffix("") if table.suffix.lower() == ".gz" else table).suffix.lower()
     if suffix == ".csv":
         header, rows = read_csv(table)
@@ -46,7 +40,7 @@ def read_columns(table: Path) -> Columns:
 
 
 def require_columns(table: Path, columns: Columns, names: Iterable[str]) -> None:
-    """Refuse a table that lacks one of these columns; further ones are ignored."""
+    """Refuse a table that lacks one of these columns. Further columns are ignored."""
     names = list(names)
     absent = [name for name in names if name not in columns]
     if absent:
@@ -54,23 +48,6 @@ def require_columns(table: Path, columns: Columns, names: Iterable[str]) -> None
             f"{table}: columns {some(columns, 30)} found; expected {some(absent, 30)} as well (all of "
             f"{some(names, 30)})"
         )
-
-
-def parse_sex(text: str) -> str | None:
-    """F, M, or empty for unknown; None for what is not understood."""
-    return SEXES.get(text.strip().lower())
-
-
-def parse_age(text: str) -> float | None:
-    """Years of `45`, `045Y` or `018M` (Y, M, W, D as in DICOM); NaN for unknown; None where unreadable or above 120."""
-    text = text.strip()
-    if text.lower() in ("", "unknown"):
-        return math.nan
-    found = AGE.fullmatch(text)
-    if found is None:
-        return None
-    years = float(found[1]) / UNITS_PER_YEAR[found[2].upper()]
-    return years if years <= OLDEST else None
 
 
 def _read_jsonl(table: Path) -> Columns:
@@ -86,7 +63,7 @@ def _read_jsonl(table: Path) -> Columns:
             raise UserError(f"{table}: line {number} is a {type(row).__name__}; expected an object")
         rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [_text(row.get(name)) for row in rows] for name in names}
+    return {name: [as_text(row.get(name)) for row in rows] for name in names}
 
 
 def _read_parquet(table: Path) -> Columns:
@@ -97,11 +74,11 @@ def _read_parquet(table: Path) -> Columns:
         columns = pyarrow.parquet.read_table(table).to_pydict()
     except pyarrow.ArrowException as error:
         raise UserError(f"{table}: not a readable parquet file: {error}") from error
-    return {name: [_text(value) for value in values] for name, values in columns.items()}
+    return {name: [as_text(value) for value in values] for name, values in columns.items()}
 
 
-def _text(value: Any) -> str:
-    """A cell of a typed table as a CSV file would hold it."""
+def as_text(value: Any) -> str:
+    """Write a cell of a typed table as in a CSV file."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):
@@ -109,5 +86,49 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, list):
-        return "|".join(_text(item) for item in value)
+        return "|".join(as_text(item) for item in value)
     return str(value).strip()
+
+
+Value = TypeVar("Value")
+
+
+def read_views(values: list[str], notes: list[str]) -> list[str]:
+    """Read views by their common names. Views that are not understood become UNKNOWN; append a note of them."""
+    return parse_known("views", values, normalize_view, "UNKNOWN", notes)
+
+
+def parse_known(
+    what: str, values: list[str], parse: Callable[[str], Value | None], unknown: Value, notes: list[str]
+) -> list[Value]:
+    """Parse a column. A value for which `parse` gives None becomes `unknown`; append a note of these."""
+    parsed = [parse(value) for value in values]
+    strange = Counter(value for value, cell in zip(values, parsed, strict=True) if cell is None)
+    if strange:
+        listed = ", ".join(f"{value!r} ({count})" for value, count in strange.most_common(5))
+        notes.append(f"{what} not understood, kept as unknown: {strange.total()}, such as {listed}")
+    return [unknown if cell is None else cell for cell in parsed]
+
+
+def read_splits(table: Path, values: list[str]) -> list[str | None]:
+    """Read splits by their common names. Return None for all rows if the column is empty.
+
+    Raises:
+        UserError: a row has no split, or another word.
+    """
+    if not any(values):
+        return [None] * len(values)
+    for number, value in enumerate(values, start=1):
+        if value.lower() not in SPLIT_NAMES:
+            raise UserError(
+                f"{table}: row {number}, column split: {value!r} found; expected train, validation (or val, "
+                "valid, dev) or test in every row"
+            )
+    return [SPLIT_NAMES[value.lower()] for value in values]
+
+
+def check_unique(table: Path, names: list[str]) -> None:
+    """Refuse a table that lists an image, or a study, twice."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise UserError(f"{table}: {len(repeated)} found in more than one row: {some(repeated)}; expected one row each")

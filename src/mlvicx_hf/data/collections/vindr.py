@@ -12,20 +12,20 @@ from mlvicx_hf.common.text import some
 
 from ..splits import split_by_patient
 from .base import Listing, Record, ReleasedCollection
-from .tables import Columns, read_columns, require_columns
-from .vinbigdata import (
+from .readers import (
     CORNERS,
-    NO_FINDING,
+    NO_FINDING_CLASS,
     Reading,
     box_notes,
     check_readers,
     check_row,
-    find_images,
     find_table,
+    images_by_stem,
     make_record,
-    parse_box,
+    parse_corners,
     votes_needed,
 )
+from .tables import Columns, read_columns, require_columns
 
 LOCAL_FINDINGS = (
     "Aortic enlargement",
@@ -52,23 +52,23 @@ LOCAL_FINDINGS = (
     "Other lesion",
 )
 DISEASES = ("COPD", "Lung tumor", "Pneumonia", "Tuberculosis", "Other diseases")  # of the whole image: no boxes
-FINDINGS = (*LOCAL_FINDINGS, *DISEASES)
+VINDR_FINDINGS = (*LOCAL_FINDINGS, *DISEASES)
 COMMON_NAMES = {"Other disease": "Other diseases"}  # the test tables' spelling to that of the training tables
 CONSENSUS = "consensus"
-SHARES = {"train": 0.9, "validation": 0.1}  # of the training images; ours, the release has no validation part
+_SHARES = {"train": 0.9, "validation": 0.1}  # of the training images; ours, the release has no validation part
 
 
 class VinDrCollection(ReleasedCollection):
     """The release's folder: `annotations/`, `train/` and `test/`.
 
-    Test is the official part, read by a consensus of five. Validation is a tenth of the training images, the same
-    whatever `readers` is and whatever part of the images is on disk. The images are frontal (PA) and have no patients.
+    Test is the official part, read by a consensus of five. Validation is a tenth of the training images, the same for
+    any `readers` and any part of the images on the disk. The images are frontal (PA) and have no patients.
 
     Args:
         root: folder of the release.
-        readers: "any" counts a finding of a training image that one reader saw, "majority" one that two of the three
-            saw. Boxes are all readers' boxes of the findings that count.
-        seed: seeds the choice of the validation images.
+        readers: "any" counts a finding of a training image that one reader saw; "majority" counts one that two of the
+            three readers saw. Boxes are those of all readers, of the findings that count.
+        seed: seed for the choice of the validation images.
     """
 
     name = "vindr"
@@ -95,29 +95,29 @@ class VinDrCollection(ReleasedCollection):
             f"validation: a tenth of the release's training images, seed {self.seed}; test: the release's own",
             *box_notes(records, [*train.values(), *test.values()]),
         ]
-        return Listing(records, FINDINGS, notes=notes, policy={"readers": self.readers}, patients_known=False)
+        return Listing(records, VINDR_FINDINGS, notes=notes, policy={"readers": self.readers}, patients_known=False)
 
     def _records(self, part: str, readings: dict[str, Reading], needed: int) -> list[Record]:
-        files = find_images([self.root / part])
+        files = images_by_stem([self.root / part])
         records = []
         for image, reading in readings.items():
             path = files.get(image, self.root / part / f"{image}.dicom")
-            records.append(make_record(self.root, path, reading, FINDINGS, needed, split=part))
+            records.append(make_record(self.root, path, reading, VINDR_FINDINGS, needed, split=part))
         return records
 
     def _carve(self, records: list[Record], readings: dict[str, Reading]) -> list[Record]:
-        """Move a tenth to validation, stratified by what any reader saw so that the policy does not matter."""
+        """Move a tenth to validation. Stratify by what any reader saw, so that the policy does not matter."""
         seen = [reading.seen(1) for reading in readings.values()]
-        labels = [[float(name in findings) for name in FINDINGS] for findings in seen]
-        splits = split_by_patient(list(readings), labels, SHARES, self.seed)
+        labels = [[float(name in findings) for name in VINDR_FINDINGS] for findings in seen]
+        splits = split_by_patient(list(readings), labels, _SHARES, self.seed)
         return [replace(record, split=split) for record, split in zip(records, splits, strict=True)]
 
     def _readings(self, part: str) -> dict[str, Reading]:
-        """Readings by image: the votes of `image_labels_*.csv`, the boxes of `annotations_*.csv`."""
+        """Read votes from `image_labels_*.csv` and boxes from `annotations_*.csv`, by image."""
         table = find_table(self.root, f"annotations/image_labels_{part}.csv")
         columns = read_columns(table)
         columns = {COMMON_NAMES.get(name, name): cells for name, cells in columns.items()}
-        require_columns(table, columns, ("image_id", *FINDINGS))
+        require_columns(table, columns, ("image_id", *VINDR_FINDINGS))
         if part == "test":
             columns["rad_id"] = [CONSENSUS] * len(columns["image_id"])
         require_columns(table, columns, ("rad_id",))
@@ -137,7 +137,7 @@ def _read_votes(table: Path, columns: Columns) -> dict[str, Reading]:
         if reader in readings[image].readers:
             raise UserError(f"{table}: row {number}: image {image} of {reader} found again; expected one row each")
         readings[image].readers.add(reader)
-    for name in FINDINGS:
+    for name in VINDR_FINDINGS:
         for number, value in enumerate(columns[name]):
             if value not in ("0", "1", "0.0", "1.0"):
                 raise UserError(f"{table}: row {number + 1}, column {name}: {value!r} found; expected 0 or 1")
@@ -147,19 +147,19 @@ def _read_votes(table: Path, columns: Columns) -> dict[str, Reading]:
 
 
 def _read_boxes(table: Path, columns: Columns, readings: dict[str, Reading]) -> None:
-    """Add the boxes; rows of No finding and of diseases have none."""
+    """Add the boxes. Rows of No finding and of diseases have none."""
     corners = zip(*(columns[name] for name in CORNERS), strict=True)
     rows = zip(columns["image_id"], columns["class_name"], corners, strict=True)
     for number, (image, written, corner) in enumerate(rows, start=1):
         name = COMMON_NAMES.get(written, written)
         if image not in readings:
             raise UserError(f"{table}: row {number}: image_id {image!r} found; expected one of the image labels")
-        if name not in (*FINDINGS, NO_FINDING):
+        if name not in (*VINDR_FINDINGS, NO_FINDING_CLASS):
             raise UserError(
                 f"{table}: row {number}, column class_name: {written!r} found; expected one of "
-                f"{some((*FINDINGS, NO_FINDING), 30)}"
+                f"{some((*VINDR_FINDINGS, NO_FINDING_CLASS), 30)}"
             )
         if name in LOCAL_FINDINGS:
-            readings[image].boxes.append(parse_box(table, number, name, corner))
+            readings[image].boxes.append(parse_corners(table, number, name, corner))
         elif any(corner):
             raise UserError(f"{table}: row {number}: a box found for {written}; expected none")

@@ -1,8 +1,9 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""What prepared caches hold, and what their splits share: patients, identical files, copies of one image.
+"""Audit prepared caches: report what they hold, and the patients, files and copies that their splits share.
 
 A leak is anything that two splits of one cache share, and anything that the train split of one cache shares with the
-validation or test split of another. What else caches share, and copies inside a split, is reported and no leak.
+validation or test split of another. The report also names other things that caches share, and copies inside a split;
+these are no leaks.
 """
 
 from __future__ import annotations
@@ -23,30 +24,30 @@ from mlvicx_hf.common.errors import UserError
 
 from ..cache.cache import Cache
 from ..vocabulary import COLLECTIONS
-from .duplicates import BITS, NEAR, SAME, confirm, near_pairs
+from .duplicates import BITS, NEAR, SAME, find_copies
 
-COLUMNS = ("patient_id", "source", "view", "labels", "sha256", "phash")
-KINDS = ("patients", "identical", "near")
+_COLUMNS = ("patient_id", "source", "view", "labels", "sha256", "phash")
+_KINDS = ("patients", "identical", "near")
 WORDS = {"patients": "shared patient(s)", "identical": "identical image(s)", "near": "nearly identical image(s)"}
 EXAMPLES = 5
 
 
 @dataclass(frozen=True)
 class Part:
-    """What an audit reads of one split.
+    """What an audit reads of one split with N images.
 
     Attributes:
-        cache: its path.
-        split: its name.
-        patients: of each image, [N].
-        sources: where each image is from, [N].
-        sha256: of each file, [N].
-        phash: of each square, [N].
+        cache: path of the cache.
+        split: name of the split.
+        patients: patient of each image.
+        sources: source of each image.
+        sha256: hash of each file.
+        phash: perceptual hash of each square.
         square: gives the image of a row.
-        numbered_by: whose patient numbers these are; None where patients are not known.
+        numbered_by: the collection that numbers the patients; None if patients are not known.
         labels: 1, 0 or NaN, [N, L].
-        label_names: [L].
-        views: [N].
+        label_names: names of the L labels.
+        views: view of each image.
     """
 
     cache: str
@@ -62,24 +63,24 @@ class Part:
     views: Sequence[str] = ()
 
 
-def audit(
+def audit_caches(
     caches: Sequence[Cache], *, near: int = NEAR, examples: int = EXAMPLES, progress: bool = False
 ) -> dict[str, Any]:
     """Compare all splits of some caches with each other.
 
     Args:
-        caches: as `load_cache(path, check=False)` opens them.
-        near: bits of the perceptual hash up to which two images are looked at; see `near_pairs`.
-        examples: how many of each kind are named.
-        progress: show a bar on stderr where there are many images.
+        caches: caches that `load_cache(path, check=False)` opened.
+        near: compare the pixels of two images if at most so many bits of their hashes differ; see `near_pairs`.
+        examples: number of examples to name of each kind.
+        progress: show a bar on stderr if there are many images.
 
     Returns:
-        What JSON can hold: "near" and "agreement" (the two thresholds), "caches" (their splits with images, patients,
-        labels and views), "splits" (copies inside each), "pairs" (what each two splits share, and whether that
-        is a leak), "leaks" and "notes" (lines of text).
+        A JSON object: "near" and "agreement" (the two thresholds), "caches" (their splits with images, patients, labels
+        and views), "splits" (copies inside each), "pairs" (what each two splits share, and whether this is a leak),
+        "leaks" and "notes" (lines of text).
 
     Raises:
-        ValueError: no cache, one given twice, or a distance that does not fit.
+        UserError: no cache is given, or one twice, or the distance is out of range.
     """
     paths = [str(cache.path) for cache in caches]
     twice = [path for path, count in Counter(str(cache.path.resolve()) for cache in caches).items() if count > 1]
@@ -98,7 +99,7 @@ def audit(
                 key: cache.manifest.get(key)
                 for key in ("collection", "patients_known", "patient_source", "size", "fit")
             }
-            | {"splits": {part.split: describe(part) for part in parts if part.cache == str(cache.path)}}
+            | {"splits": {part.split: describe_part(part) for part in parts if part.cache == str(cache.path)}}
             for cache in caches
         ],
         **result,
@@ -107,10 +108,10 @@ def audit(
 
 
 def read_parts(cache: Cache) -> Iterator[Part]:
-    """The splits of a cache."""
+    """Read the splits of a cache."""
     known = cache.manifest["patients_known"]
     for split, dataset in cache.datasets.items():
-        columns = dataset.select_columns(list(COLUMNS))[:]
+        columns = dataset.select_columns(list(_COLUMNS))[:]
         yield Part(
             cache=str(cache.path),
             split=str(split),
@@ -131,8 +132,8 @@ def _square(images: datasets.Dataset, row: int) -> Image.Image:
     return image
 
 
-def describe(part: Part) -> dict[str, Any]:
-    """Images, patients (None: not known), labels and views of a split."""
+def describe_part(part: Part) -> dict[str, Any]:
+    """Count images, patients (None: not known), labels and views of a split."""
     columns = zip(part.label_names, part.labels.T, strict=True)
     return {
         "images": len(part.patients),
@@ -150,7 +151,7 @@ def describe(part: Part) -> dict[str, Any]:
 
 
 def _notes(caches: Sequence[Cache]) -> list[str]:
-    """What the comparison cannot see."""
+    """List what the comparison cannot find."""
     notes = ["flipped, inverted, turned, or much cropped copies are not found"]
     fits = {str(cache.manifest["fit"]) for cache in caches}
     if len(fits) > 1:
@@ -164,8 +165,8 @@ def _notes(caches: Sequence[Cache]) -> list[str]:
 def compare(
     parts: Sequence[Part], *, near: int = NEAR, examples: int = EXAMPLES, progress: bool = False
 ) -> dict[str, Any]:
-    """What splits share, and which of it is a leak: "splits", "pairs" and "leaks" of `audit`."""
-    copies = find_copies(parts, near, progress)
+    """Find what splits share, and which of it is a leak: "splits", "pairs" and "leaks" of `audit_caches`."""
+    copies = copies_of_parts(parts, near, progress)
     pairs = []
     for one, other in combinations(range(len(parts)), 2):
         shared = {
@@ -177,7 +178,7 @@ def compare(
             "one": {"cache": parts[one].cache, "split": parts[one].split},
             "other": {"cache": parts[other].cache, "split": parts[other].split},
         }
-        leaks = [kind for kind in KINDS if shared[kind]["count"]] if may_leak(parts[one], parts[other]) else []
+        leaks = [kind for kind in _KINDS if shared[kind]["count"]] if may_leak(parts[one], parts[other]) else []
         pairs.append(pair | shared | {"leaks": leaks})
     return {
         "splits": [_within(part, copies[number, number], examples) for number, part in enumerate(parts)],
@@ -187,12 +188,12 @@ def compare(
 
 
 def may_leak(one: Part, other: Part) -> bool:
-    """Whether anything that two splits share is a leak."""
+    """Check whether anything that two splits share is a leak."""
     return one.cache == other.cache or (one.split == "train") != (other.split == "train")
 
 
 def _shared_patients(one: Part, other: Part, examples: int) -> dict[str, Any]:
-    """How many patients two splits share; None with the reason where nobody can tell."""
+    """Count the patients that two splits share. Return None with the reason if they cannot be compared."""
     unknown = [part for part in (one, other) if part.numbered_by is None]
     reason = None
     if unknown:
@@ -209,7 +210,7 @@ def _shared_patients(one: Part, other: Part, examples: int) -> dict[str, Any]:
 
 
 def _shared_files(one: Part, other: Part, examples: int) -> dict[str, Any]:
-    """How many images of two splits have a file of the same content in the other split."""
+    """Count the images of two splits that have an identical file in the other split."""
     rows = [_rows_by(part.sha256) for part in (one, other)]
     shared = [content for content in rows[0] if content in rows[1]]
     images = [sum(len(found[content]) for content in shared) for found in rows]
@@ -227,20 +228,19 @@ def _rows_by(values: Sequence[str]) -> dict[str, list[int]]:
 Copies = dict[tuple[int, int], list[tuple[int, int, int]]]  # by two numbers of parts: two rows and their distance
 
 
-def find_copies(parts: Sequence[Part], near: int = NEAR, progress: bool = False) -> Copies:
-    """Nearly identical images whose files differ, of every two parts and inside each.
+def copies_of_parts(parts: Sequence[Part], near: int = NEAR, progress: bool = False) -> Copies:
+    """Find nearly identical images whose files differ, between every two splits and inside each.
 
     Args:
-        parts: splits.
-        near: bits of the perceptual hash up to which two images are looked at.
-        progress: show a bar on stderr where there are many images.
+        parts: the splits.
+        near: compare the pixels of two images if at most so many bits of their hashes differ.
+        progress: show a bar on stderr if there are many images.
 
     Returns:
-        Rows and distance by the numbers of the parts, the smaller one first.
+        (number of one split, number of the other), the smaller first → two rows and their distance.
     """
-    places: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(
-        list
-    )  # of each file, many copies of which cost one
+    # Group images by content, so that many copies of a file cost no more than one.
+    places: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for number, part in enumerate(parts):
         for row, content in enumerate(zip(part.sha256, part.phash, strict=True)):
             places[content].append((number, row))
@@ -250,10 +250,12 @@ def find_copies(parts: Sequence[Part], near: int = NEAR, progress: bool = False)
         number, row = places[contents[index]][0]
         return parts[number].square(row)
 
-    candidates = near_pairs([phash for _, phash in contents], near, progress=progress)
-    candidates = [pair for pair in candidates if contents[pair[0]][0] != contents[pair[1]][0]]
+    def same_file(one: int, other: int) -> bool:
+        return contents[one][0] == contents[other][0]
+
+    hashes = [phash for _, phash in contents]
     copies: Copies = defaultdict(list)
-    for one, other, distance in confirm(candidates, square):
+    for one, other, distance in find_copies(hashes, square, max_distance=near, skip=same_file, progress=progress):
         for place in product(places[contents[one]], places[contents[other]]):
             (first, row), (second, other_row) = sorted(place)
             copies[first, second].append((row, other_row, distance))
@@ -261,7 +263,7 @@ def find_copies(parts: Sequence[Part], near: int = NEAR, progress: bool = False)
 
 
 def _summarize(pairs: Sequence[tuple[int, int, int]], one: Part, other: Part, examples: int) -> dict[str, Any]:
-    """How many images of two splits have a copy in the other, and the nearest of them."""
+    """Count the images of two splits that have a copy in the other split, and name the nearest."""
     images = [len({pair[side] for pair in pairs}) for side in (0, 1)]
     nearest = sorted(pairs, key=lambda pair: (pair[2], pair[:2]))[:examples]
     named = [[one.sources[row], other.sources[other_row], distance] for row, other_row, distance in nearest]
@@ -269,7 +271,7 @@ def _summarize(pairs: Sequence[tuple[int, int, int]], one: Part, other: Part, ex
 
 
 def _within(part: Part, copies: Sequence[tuple[int, int, int]], examples: int) -> dict[str, Any]:
-    """Copies inside a split: how many of its images have one."""
+    """Count the images of a split that have a copy in the same split."""
     groups = [rows for rows in _rows_by(part.sha256).values() if len(rows) > 1]
     named = [[part.sources[rows[0]], part.sources[rows[1]]] for rows in groups[:examples]]
     near = _summarize(copies, part, part, examples)
@@ -282,7 +284,7 @@ def _within(part: Part, copies: Sequence[tuple[int, int, int]], examples: int) -
 
 
 def _leak(pair: dict[str, Any], kind: str) -> str:
-    """One line for one kind of leak."""
+    """Describe one kind of leak in a line."""
     found = pair[kind]
     where = " and ".join(f"{pair[side]['cache']} {pair[side]['split']}" for side in ("one", "other"))
     first = found["examples"][:1]
@@ -298,7 +300,7 @@ def _example(example: str | list[Any]) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result of `audit` as text: tables, a line `LEAK: …` for each leak, and their number at the end."""
+    """Write the result of `audit_caches` as text: tables, a line `LEAK: …` for each leak, and their number."""
     lines: list[str] = []
     for cache in result["caches"]:
         lines += [*_cache_lines(cache), ""]
@@ -308,9 +310,9 @@ def report(result: dict[str, Any]) -> str:
     inside = [(_place(part), _number(part["identical"]), _number(part["near"])) for part in result["splits"]]
     lines += [*_table([("split", "identical", "near"), *inside]), ""]
     if result["pairs"]:
-        header = ("split", "and split", *KINDS, "")
+        header = ("split", "and split", *_KINDS, "")
         rows = [
-            (_place(pair["one"]), _place(pair["other"]), *(_number(pair[kind]) for kind in KINDS), _mark(pair))
+            (_place(pair["one"]), _place(pair["other"]), *(_number(pair[kind]) for kind in _KINDS), _mark(pair))
             for pair in result["pairs"]
         ]
         lines += ["shared by two splits (images of the one with more of them)", *_table([header, *rows])]
@@ -322,7 +324,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _alike(pairs: Sequence[dict[str, Any]]) -> list[str]:
-    """Patients of the same name where nobody knows whether they are the same."""
+    """List patients of equal names who may or may not be the same."""
     return [
         f"- {pair['patients']['alike']} patients have the same name in {_place(pair['one'])} and "
         f"{_place(pair['other'])}, such as {pair['patients']['examples'][0]}: if they are the same, this is a leak"
@@ -332,7 +334,7 @@ def _alike(pairs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _cache_lines(cache: dict[str, Any]) -> list[str]:
-    """Images, views and prevalences of a cache, one column a split."""
+    """List images, views and prevalences of a cache, one column per split."""
     splits = cache["splits"]
     views = sorted({view for split in splits.values() for view in split["views"]})
     labels = list(dict.fromkeys(name for split in splits.values() for name in split["labels"]))
@@ -364,7 +366,7 @@ def _mark(pair: dict[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows with aligned columns."""
+    """Align the columns of rows."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Copies of one image among the images of a cache: found when it is made, listed, and left out on request."""
+"""Find copies among the images of a new cache, list them, and leave them out on request."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from PIL import Image
 
 from ..cache.summary import column
 from ..collections.base import SPLITS
-from .duplicates import confirm, groups, near_pairs
+from .duplicates import find_copies, groups
 
 DROPS = ("none", "identical", "near")
-KINDS = {"identical": "identical to", "near": "nearly identical to"}
+_WORDS = {"identical": "identical to", "near": "nearly identical to"}
 
 
 class Duplicate(NamedTuple):
-    """Two images that are one.
+    """Two images that are copies. If one of them is dropped, the first is kept.
 
     Attributes:
-        kind: "identical" files, or "near" for images that `duplicates.confirm` takes for one.
-        split: of the one that is kept where one of them is dropped.
-        source: likewise.
-        patient_id: likewise.
-        other_split: of the other one.
-        other_source: likewise.
-        other_patient_id: likewise.
-        distance: differing bits of their perceptual hashes.
+        kind: "identical" for equal files, or "near" for images that `duplicates.confirm` takes for copies.
+        split: split of the first image.
+        source: source of the first image.
+        patient_id: patient of the first image.
+        other_split: split of the second image.
+        other_source: source of the second image.
+        other_patient_id: patient of the second image.
+        distance: number of bits in which their perceptual hashes differ.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Duplicate(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """An image; the one that comes first is kept: tests are worth most, as there are fewest of them."""
+    """An image. The first of several copies is kept; test images come first, as they are few."""
 
     rank: int
     row: int
@@ -61,17 +61,16 @@ def _places(parts: Mapping[str, Any]) -> list[_Place]:
 
 
 def find_duplicates(parts: Mapping[str, Any], *, progress: bool = False) -> list[Duplicate]:
-    """Images that are there twice, within a split or in two.
+    """Find images that occur twice, within a split or in two splits.
 
-    Of several identical files each is listed with the first of them, and only that one is compared with images of
-    other content.
+    List each of several identical files with the first of them, and compare the first alone with other images.
 
     Args:
-        parts: data set by split.
-        progress: show a bar on stderr where there are many images.
+        parts: split → data set.
+        progress: show a bar on stderr if there are many images.
 
     Returns:
-        Identical ones first; each pair begins with the one that `choose_dropped` would keep.
+        Pairs, identical ones first. Each begins with the image that `choose_dropped` would keep.
     """
     places = _places(parts)
     by_content: dict[str, list[_Place]] = defaultdict(list)
@@ -88,7 +87,7 @@ def find_duplicates(parts: Mapping[str, Any], *, progress: bool = False) -> list
         image: Image.Image = parts[first[index].split][first[index].row]["image"]
         return image
 
-    pairs = confirm(near_pairs(list(hash_of.values()), progress=progress), square)
+    pairs = find_copies(list(hash_of.values()), square, progress=progress)
     for one, other, distance in pairs:
         kept, twin = sorted((first[one], first[other]))
         found.append(_duplicate("near", kept, twin, distance))
@@ -104,17 +103,17 @@ def _duplicate(kind: str, one: _Place, other: _Place, distance: int) -> Duplicat
 
 
 def choose_dropped(parts: Mapping[str, Any], duplicates: Sequence[Duplicate], drop: str) -> dict[tuple[str, int], str]:
-    """Which images are left out so that one of each group of copies stays.
+    """Choose which images to leave out so that one of each group of copies stays.
 
-    That of the test split stays before one of validation, that before one of train, and else the first.
+    Keep an image of the test split, or else one of validation, or else one of train; among these keep the first.
 
     Args:
-        parts: data set by split.
-        duplicates: of `find_duplicates`.
-        drop: "none", "identical" or "near" (which includes identical ones).
+        parts: split → data set.
+        duplicates: pairs of `find_duplicates`.
+        drop: "none", "identical" or "near" (which includes identical images).
 
     Returns:
-        Reason by split and row.
+        (split, row) → reason.
     """
     kinds = {"none": (), "identical": ("identical",), "near": ("identical", "near")}[drop]
     places = _places(parts)
@@ -131,11 +130,11 @@ def choose_dropped(parts: Mapping[str, Any], duplicates: Sequence[Duplicate], dr
         for index in group:
             if index != kept:
                 kind = kind_of.get((kept, index), "near")
-                dropped[places[index].split, places[index].row] = f"{KINDS[kind]} {places[kept].source}"
+                dropped[places[index].split, places[index].row] = f"{_WORDS[kind]} {places[kept].source}"
     return dropped
 
 
 def count_across(duplicates: Sequence[Duplicate], parts: Mapping[str, Any]) -> int:
-    """Pairs whose images are both left, in different splits."""
+    """Count the pairs whose images are both left, in different splits."""
     left = {source for part in parts.values() for source in column(part, "source")}
     return sum(pair.split != pair.other_split and {pair.source, pair.other_source} <= left for pair in duplicates)

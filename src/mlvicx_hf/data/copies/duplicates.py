@@ -1,9 +1,9 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Copies of one radiograph: a perceptual hash proposes pairs, the fine detail of their pixels confirms them.
+"""Find copies of a radiograph: a perceptual hash proposes pairs, the fine detail of their pixels confirms them.
 
-A copy that was saved again, scaled, windowed or marked is found. One that was flipped, inverted, turned by 3 degrees,
-or cropped or framed by 2 % on every side is not, nor one whose square was made in another way (padded here, squashed
-there). Chest radiographs look alike: hashes alone would call strangers copies of each other.
+This finds copies that were saved again, scaled, windowed or marked. It does not find copies that were flipped,
+inverted, turned by 3 degrees, or cropped or framed by 2 % on every side, nor copies whose squares were made in another
+way (one padded, one squashed). Chest radiographs look alike: hashes alone would take different patients for copies.
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from scipy.sparse.csgraph import connected_components
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import progress_bar
 
-HASH_SIDE = 16  # coefficients a side
+HASH_SIDE = 16  # coefficients per side
 BITS = HASH_SIDE**2  # 256
 HEXADECIMAL = re.compile(f"[0-9a-f]{{{BITS // 4}}}")
-THUMBNAIL = 64  # pixels a side of what is hashed and compared
+THUMBNAIL = 64  # side in pixels of the thumbnails that are hashed and compared
 # Measured on 7,907 distinct chest radiographs of 5 collections (31 million pairs) and 46 alterations of 1,300 of them.
-# Strangers: 10 pairs in a million are within NEAR, their details agree by 0.61 at most; those of two films of one
-# patient by 0.71. Copies saved again, scaled, windowed or marked: median 0.93 or more, 99 % above 0.83 (0.77 at 32 px).
-NEAR = 56  # differing bits of 256 up to which two images are worth a look
-SAME = 0.75  # agreement of their details from which they are one image
-SHIFT = 2  # pixels of the thumbnail by which a copy may be displaced
-BLOCK = 2048  # hashes compared at a time: a table of 16 MB
-HELD = 16_384  # thumbnails kept for the next pair: 128 MB
-MANY = 20_000  # hashes from which a progress bar is worth showing
+# Different patients: 10 pairs in a million are within NEAR; their details agree by 0.61 at most. Two films of one
+# patient: 0.71 at most. Copies saved again, scaled, windowed or marked: median 0.93 or more, 99 % above 0.83 (0.77 at
+# 32 px).
+NEAR = 56  # compare the pixels of two images if at most so many of the 256 bits differ
+SAME = 0.75  # two images are copies if their details agree at least so much
+SHIFT = 2  # a copy may be displaced by so many pixels of the thumbnail
+_BLOCK = 2048  # hashes to compare at a time: a table of 16 MB
+HELD = 16_384  # thumbnails to keep for the next pairs: 128 MB
+MANY = 20_000  # show a progress bar for so many hashes or more
 
 Pair = tuple[int, int, int]
 _COSINES = np.cos(np.pi / THUMBNAIL * np.outer(np.arange(HASH_SIDE), np.arange(THUMBNAIL) + 0.5))  # DCT-II, [16, 64]
 
 
 def perceptual_hash(gray: Image.Image) -> str:
-    """Which of the 256 lowest cosine coefficients of an image are above their median.
+    """Compute which of the 256 lowest cosine coefficients of an image are above their median.
 
-    The same bits as `imagehash.phash(gray, hash_size=16)` in two thirds of the time: no more cosines than those 256.
+    `imagehash.phash(gray, hash_size=16)` gives the same bits; computing 256 coefficients alone takes two thirds of its
+    time.
 
     Args:
         gray: the cached square, mode "L".
@@ -63,29 +65,30 @@ def _thumbnail(gray: Image.Image) -> npt.NDArray[np.uint8]:
 def near_pairs(
     hashes: Sequence[str], max_distance: int = NEAR, others: Sequence[str] | None = None, *, progress: bool = False
 ) -> list[Pair]:
-    """All pairs of hashes that differ in at most so many bits; exact, in bounded memory, in quadratic time.
+    """Find all pairs of hashes that differ in few bits. This is exact, in bounded memory and quadratic time.
 
     Args:
-        hashes: of `perceptual_hash`, [N].
-        max_distance: bits, of 256.
-        others: [M]; pairs then join one of each list, else two of `hashes`.
-        progress: show a bar on stderr where there are many.
+        hashes: N results of `perceptual_hash`.
+        max_distance: number of bits, of 256, that may differ.
+        others: M further hashes. If given, each pair takes one of each list, otherwise two of `hashes`.
+        progress: show a bar on stderr if there are many hashes.
 
     Returns:
-        (index in `hashes`, index in `others`, distance) in ascending order; without others the first is the smaller.
+        (index in `hashes`, index in `others`, distance) in ascending order. Without `others` the first index is the
+        smaller one.
 
     Raises:
-        ValueError: a hash of another form.
+        UserError: a hash has another form.
     """
     rows = _signs(hashes)
     columns = rows if others is None else _signs(others)
     found: list[Pair] = []
     show = progress and max(len(rows), len(columns)) >= MANY
     with progress_bar(len(rows), "comparing", "img", show=show) as bar:
-        for top in range(0, len(rows), BLOCK):
-            block = rows[top : top + BLOCK]
-            for left in range(top if others is None else 0, len(columns), BLOCK):
-                agreement = block @ columns[left : left + BLOCK].T  # [B, B]: whole numbers, so float32 is exact
+        for top in range(0, len(rows), _BLOCK):
+            block = rows[top : top + _BLOCK]
+            for left in range(top if others is None else 0, len(columns), _BLOCK):
+                agreement = block @ columns[left : left + _BLOCK].T  # [B, B]: whole numbers, so float32 is exact
                 near = np.argwhere(agreement >= BITS - 2 * max_distance)
                 if others is None and left == top:
                     near = near[near[:, 0] < near[:, 1]]
@@ -97,7 +100,7 @@ def near_pairs(
 
 
 def _signs(hashes: Sequence[str]) -> npt.NDArray[np.float32]:
-    """Bits as -1 and 1, [N, 256]: the product of two rows is 256 less twice their distance."""
+    """Turn bits into -1 and 1, [N, 256]. The product of two rows is 256 minus twice their distance."""
     for number, text in enumerate(hashes):
         if not HEXADECIMAL.fullmatch(text):
             raise UserError(f"hash {number}: {text!r} found; expected {BITS // 4} hexadecimal characters")
@@ -112,31 +115,56 @@ def confirm(
     *,
     least: float = SAME,
 ) -> list[Pair]:
-    """Those of the pairs whose two images are one.
+    """Keep the pairs whose two images are copies.
 
     Args:
-        pairs: of `near_pairs`.
+        pairs: pairs of `near_pairs`.
         square: gives the image of an index in `hashes`.
-        other: gives the image of an index in `others`; without it both are in `hashes`.
-        least: agreement from which they count as one.
+        other: gives the image of an index in `others`. Without it both indices are in `hashes`.
+        least: smallest agreement of copies.
     """
     first = lru_cache(HELD)(lambda index: _detail(square(index)))
     second = lru_cache(HELD)(lambda index: _detail(other(index))) if other is not None else first
     return [(one, two, distance) for one, two, distance in pairs if _agree(first(one), second(two)) >= least]
 
 
-def agreement(one: Image.Image, other: Image.Image) -> float:
-    """Correlation of the fine detail of two images, at the displacement where it is highest.
+def find_copies(
+    hashes: Sequence[str],
+    square: Callable[[int], Image.Image],
+    others: Sequence[str] | None = None,
+    other: Callable[[int], Image.Image] | None = None,
+    *,
+    max_distance: int = NEAR,
+    skip: Callable[[int, int], bool] = lambda one, other: False,
+    progress: bool = False,
+) -> list[Pair]:
+    """Search for pairs of images that are copies: `near_pairs` proposes them, `confirm` compares their pixels.
 
-    The detail is what a blur removes, divided by its local deviation: edges of ribs and vessels count, the bright
-    heart between dark lungs that all chests share does not, and neither does the exposure.
+    Args:
+        hashes: N results of `perceptual_hash`.
+        square: gives the image of an index in `hashes`.
+        others: M further hashes. If given, each pair takes one of each list.
+        other: gives the image of an index in `others`.
+        max_distance: compare pixels if at most so many bits differ.
+        skip: tells which pairs of indices to leave out.
+        progress: show a bar on stderr if there are many hashes.
+    """
+    pairs = near_pairs(hashes, max_distance, others, progress=progress)
+    return confirm([pair for pair in pairs if not skip(*pair[:2])], square, other)
+
+
+def agreement(one: Image.Image, other: Image.Image) -> float:
+    """Correlate the fine detail of two images, at the displacement with the highest correlation.
+
+    The detail is what a blur removes, divided by its local deviation. Edges of ribs and vessels count. The bright heart
+    between dark lungs, which all chests share, does not, and neither does the exposure.
 
     Args:
         one: mode "L", square.
-        other: the same, of any size.
+        other: mode "L", square, perhaps of another size.
 
     Returns:
-        From -1 to 1; 0 where one of them is flat.
+        From -1 to 1; 0 if one of the images is flat.
     """
     return _agree(_detail(one), _detail(other))
 
@@ -164,7 +192,7 @@ def _normalize(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def groups(pairs: Iterable[Pair]) -> list[list[int]]:
-    """Indices that pairs join, directly or through others: each group ascending, the groups by their first."""
+    """Group indices that pairs join, directly or through others. Sort each group, and the groups by their first."""
     edges = np.array([pair[:2] for pair in pairs], dtype=int).reshape(-1, 2)
     size = int(edges.max(initial=-1)) + 1
     table = coo_array((np.ones(len(edges), dtype=bool), (edges[:, 0], edges[:, 1])), shape=(size, size))

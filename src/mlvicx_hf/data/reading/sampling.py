@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which images of a cache training sees, and in which order: a function of (seed, epoch) alone."""
+"""Choose the images of a cache for training, and their order, which depends on (seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from mlvicx_hf.common.errors import UserError
 
-VIEWS = ("frontal", "all")  # of pretraining: frontal leaves out what is known to be lateral
+VIEW_CHOICES = ("frontal", "all")  # for pretraining; "frontal" leaves out images known to be lateral
 LATERAL = "LATERAL"
 
 
@@ -33,14 +33,14 @@ class PretrainingImages(Dataset[tuple[Tensor, int]]):
 
 
 def choose_views(images: Any, views: str = "frontal") -> tuple[Any, int]:
-    """The rows of a cache's split whose view is wanted, and how many others there are.
+    """Select the rows whose view is wanted. Return them and the number of other rows.
 
     Args:
         images: a `datasets.Dataset` with the column view.
         views: "frontal" (PA, AP and unknown) or "all".
 
     Raises:
-        ValueError: another value of `views`, or no image left.
+        UserError: `views` has another value, or no image is left.
     """
     check_views(views)
     lateral = np.array(images["view"][:]) == LATERAL
@@ -53,12 +53,12 @@ def choose_views(images: Any, views: str = "frontal") -> tuple[Any, int]:
 
 def check_views(views: str) -> None:
     """Refuse anything but "frontal" and "all"."""
-    if views not in VIEWS:
-        raise UserError(f"views={views!r} found; expected one of {', '.join(VIEWS)}")
+    if views not in VIEW_CHOICES:
+        raise UserError(f"views={views!r} found; expected one of {', '.join(VIEW_CHOICES)}")
 
 
 def check_batch(batch_size: int, num_images: int, num_processes: int = 1) -> None:
-    """Refuse a batch that is larger than the data, too small, or not to be shared evenly by the processes."""
+    """Refuse a batch that is larger than the data, too small, or not divisible by the number of processes."""
     if batch_size > num_images:
         raise UserError(f"batch_size={batch_size} found; expected at most {num_images}, the images there are")
     if batch_size % num_processes:
@@ -68,20 +68,20 @@ def check_batch(batch_size: int, num_images: int, num_processes: int = 1) -> Non
 
 
 def order_generator(seed: int, epoch: int) -> np.random.Generator:
-    """Random numbers for the order of an epoch; those of the views have 0 in the third word of the counter."""
+    """Make the random numbers for the order of an epoch. Those of views have 0 in the third word of the counter."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, 0]))
 
 
 def patient_balanced_order(patients: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-    """An order of N draws in which every patient comes equally often, however many images there are of each.
+    """Order N draws so that every patient comes equally often, however many images each has.
 
-    Patients come in shuffled rounds of all of them, so two of them differ by one draw at most; the images of a patient
-    come in shuffled cycles. Where one patient has more images than others, some of them wait for another epoch, and
-    images of the others come more than once.
+    Patients come in shuffled rounds of all patients, so the numbers of their draws differ by one at most. The images of
+    a patient come in shuffled cycles. If one patient has more images than others, some of them wait for another epoch,
+    and images of the others come more than once.
 
     Args:
         patients: patient of each of the N images.
-        rng: decides the order, together with the patients.
+        rng: random numbers for the order.
 
     Returns:
         N indices of images, int64.
@@ -91,11 +91,11 @@ def patient_balanced_order(patients: Sequence[str], rng: np.random.Generator) ->
     if not total:
         return np.empty(0, np.int64)
     rounds = np.tile(np.arange(len(names)), (-(-total // len(names)), 1))
-    turns = rng.permuted(rounds, axis=1).ravel()[:total]  # [N] whose turn it is
+    turns = rng.permuted(rounds, axis=1).ravel()[:total]  # [N], the patient of each turn
 
     images_of = np.bincount(owner)  # [P]
     draws_of = np.bincount(turns, minlength=len(names))
-    # Every patient's images as often as there are cycles of them to begin, one patient behind the other.
+    # Repeat the images of each patient once for each cycle that begins. Patients follow one another.
     needed = -(-draws_of // images_of) * images_of
     patient = np.repeat(np.arange(len(names)), needed)
     place = np.arange(needed.sum()) - np.repeat(_starts(needed), needed)  # within the patient
@@ -111,23 +111,23 @@ def patient_balanced_order(patients: Sequence[str], rng: np.random.Generator) ->
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where pieces of these lengths begin when they are put one behind the other."""
+    """Compute where pieces of these lengths begin if they follow one another."""
     return np.cumsum(lengths) - lengths
 
 
 class PatientBalancedSampler(Sampler[int]):
-    """Indices of an epoch in `patient_balanced_order`, for a DataLoader or a Trainer's `_get_train_sampler`.
+    """Gives the indices of an epoch in `patient_balanced_order`, for a DataLoader or a Trainer.
 
     Args:
         patients: patient of each image.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, patients: Sequence[str], seed: int = 0) -> None:
         self.patients, self.seed, self.epoch = patients, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives; Trainer and Accelerate call it."""
+        """Choose the epoch of the next iteration. Trainer and Accelerate call this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -138,19 +138,19 @@ class PatientBalancedSampler(Sampler[int]):
 
 
 class EpochBatches(Sampler[list[int]]):
-    """This process's share of every global batch of an epoch, in an order given by (seed, epoch) alone.
+    """Gives this process's share of every global batch of an epoch, in an order that (seed, epoch) determines.
 
     Args:
-        num_images: images in the data set; those that do not fill the last batch are left out of the epoch, so that
-            all batches are equally large. The order is another one in every epoch, hence also who is left out.
-        batch_size: images of a global batch.
-        seed: of the run.
-        rank: of this process.
-        num_processes: that share a batch.
-        patients: patient of each image, to draw all of them equally often; None draws every image once.
+        num_images: number of images in the data set. Those that do not fill the last batch are left out of the epoch;
+            in every epoch these are others.
+        batch_size: number of images in a global batch.
+        seed: seed of the run.
+        rank: number of this process.
+        num_processes: number of processes that share a batch.
+        patients: patient of each image, to draw all patients equally often. None draws every image once.
 
     Raises:
-        ValueError: a batch larger than the data, or one that the processes cannot share evenly.
+        UserError: the batch is larger than the data, or the processes cannot share it evenly.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class EpochBatches(Sampler[list[int]]):
         self.epoch = self.first_step = 0
 
     def start_at(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, and the step in it to begin with."""
+        """Choose the epoch of the next iteration, and the step to begin with."""
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:

@@ -1,16 +1,16 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Pretraining images that are read in order from start to end and never all at hand: larger than disk or memory.
+"""Read pretraining images in order from start to end, for data that is larger than disk or memory.
 
-Two things that a cache gives for nothing must be made up for here.
+A cache gives two things for nothing that a stream must provide itself.
 
-**Sample numbers.** The views of an image depend on its number (`augmentation.view_draws`). `datasets` counts anew in
-every worker, and a row may have no name; so the number is the place where the row lies: that of its shard times 2^32,
-and that of the row in the shard. It does not depend on processes, workers, order or views that are left out. A row that
-comes again in an epoch, because the first reading was too short, has the number of the reading times 2^56 added.
+**Sample numbers.** The views of an image depend on its number (`pretraining.views`). `datasets` counts anew in every
+worker, and a row may have no name. So the number is the place of the row: the number of its shard times 2^32, plus the
+number of the row in the shard. It does not depend on processes, workers, order or views that are left out. If a row is
+read again in an epoch, because the first reading was too short, add the number of the reading times 2^56.
 
-**Resume.** `datasets` does not restore a shuffle buffer. An epoch's order is a function of (seed, epoch, number of
-processes and workers, buffer), so it is run through again up to the step of the checkpoint: rows are read and thrown
-away, but not decoded. For a checkpoint in the middle of an epoch of 100 GB, 50 GB are read before the first step.
+**Resume.** `datasets` does not restore a shuffle buffer. The order of an epoch is a function of (seed, epoch, number of
+processes and workers, buffer). So run through it again up to the step of the checkpoint: read rows and throw them away
+without decoding. For a checkpoint in the middle of an epoch of 100 GB, 50 GB are read before the first step.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from mlvicx_hf.common.text import some
 
 from ..cache.cache import MANIFEST, load_cache
 from ..collections.base import normalize_view
-from ..collections.opening import ROWS, TABLE_ROWS, as_stream, find_image_column, open_dataset, read_content
+from ..collections.opening import IMAGE_ROWS, TABLE_ROWS, as_stream, find_image_column, open_dataset, read_cell
 from ..images.errors import UnreadableImageError
 from ..images.pixels import decode_gray, fit_square_gray
 from .sampling import LATERAL, check_batch, check_views, choose_views
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 32  # images that a worker decodes and sends at a time
-MAX_UNREADABLE = 0.01  # share of the images beyond which the data is not what it should be
-ROW_BITS = 32  # of a sample's number: the row within its shard
-PLACE_BITS = 56  # the row, and the shard
-MAX_READINGS = 100  # of a stream in an epoch
+_CHUNK = 32  # number of images that a worker decodes and sends at a time
+MAX_UNREADABLE = 0.01  # largest share of unreadable images
+ROW_BITS = 32  # bits of a sample's number for the row within its shard
+PLACE_BITS = 56  # bits for the row and the shard
+MAX_READINGS = 100  # of a stream in one epoch
 
 
-class Row(NamedTuple):
-    """An image before it is decoded: the number of the sample, what messages call it, the undecoded cell."""
+class StreamRow(NamedTuple):
+    """An image before it is decoded: the number of the sample, its name in messages, the undecoded cell."""
 
     number: int
     name: str
@@ -59,12 +59,12 @@ class Row(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some samples as a worker sends them.
+    """N samples from a worker.
 
     Attributes:
-        numbers: int64 [N].
-        squares: uint8 [N, 1, S, S]; None for samples that a resumed run has seen already.
-        unreadable: number of the sample, and why it could not be read.
+        numbers: numbers of the samples, int64 [N].
+        squares: uint8 [N, 1, S, S]; None for samples that a resumed run has seen before.
+        unreadable: numbers of unreadable samples, and the reasons.
     """
 
     numbers: Tensor
@@ -74,16 +74,16 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """What a run pretrains on.
+    """The data of a pretraining run.
 
     Attributes:
-        rows: `datasets.IterableDataset` of `Row` fields.
-        num_images: of an epoch.
-        left_out: lateral images that are passed over; None where nobody counted them.
+        rows: `datasets.IterableDataset` of `StreamRow` fields.
+        num_images: number of images in an epoch.
+        left_out: number of lateral images that are left out; None if they were not counted.
         size: side of the squares in pixels.
         fit: what happens to an image that is not square.
-        manifest: what `cache.json` says of a cache, or the same of other data.
-        folder: where files may lie that rows name by their path.
+        manifest: content of `cache.json`, or the same facts of other data.
+        folder: folder of files that rows name by their path.
     """
 
     rows: Any
@@ -104,19 +104,19 @@ def open_stream(
     size: int = 256,
     image_column: str | None = None,
 ) -> Stream:
-    """Open a cache, parquet or Arrow files, or a dataset on the Hub as a stream of images; labels are not read.
+    """Open a cache, parquet or Arrow files, or a dataset on the Hub as a stream of images, without labels.
 
     Args:
-        path: folder of a cache, or what `open_dataset` takes.
-        split: name of the split, as the dataset calls it.
-        views: "frontal" leaves out rows whose column `view` says lateral; "all" does not look at it.
-        num_images: of an epoch, where the data does not say it or fewer are wanted.
-        size: side of the squares in pixels; a cache has its own.
+        path: folder of a cache, or any path that `open_dataset` takes.
+        split: name of the split in the dataset.
+        views: "frontal" leaves out rows whose column `view` says lateral; "all" ignores this column.
+        num_images: number of images in an epoch, if the data does not tell it or fewer are wanted.
+        size: side of the squares in pixels. A cache has its own size.
         image_column: by default the only Image column.
 
     Raises:
-        OSError: nothing there.
-        ValueError: options that do not fit the data, or a number of images that nobody knows.
+        OSError: there is no such data.
+        UserError: an option does not fit the data, or the number of images is not known.
     """
     check_views(views)
     for name, value in (("num_images", num_images), ("cache_size", size)):
@@ -141,7 +141,7 @@ def open_stream(
         counted -= left_out
     if num_images is None and counted is None:
         raise UserError(f"{path}: number of images of {split} not known without reading it; expected --num_images")
-    stream = open_dataset(path, streaming=True, columns=[image, *filter(None, [view])], rows=ROWS).splits[split]
+    stream = open_dataset(path, streaming=True, columns=[image, *filter(None, [view])], rows=IMAGE_ROWS).splits[split]
     stream = stream.cast_column(image, datasets.Image(decode=False))
     manifest: dict[str, Any] = {
         "fit": "pad",
@@ -157,7 +157,7 @@ def open_stream(
 
 
 def _open_cache(path: str, split: str, views: str, num_images: int | None) -> Stream:
-    """A cache, whose squares are taken as they are."""
+    """Open a cache, whose squares need no change."""
     cache = load_cache(path)
     if split not in cache.datasets:
         raise UserError(f"split={split!r} found; {path} has {', '.join(cache.datasets)}")
@@ -181,13 +181,13 @@ def _count_lateral(opened: Any, split: str, features: Any) -> int:
 
 
 def is_frontal(view: Any, names: list[str] | None = None) -> bool:
-    """Whether a cell of the column `view` is anything but lateral; unknown views count as frontal."""
+    """Check whether a cell of the column `view` is not lateral. Unknown views count as frontal."""
     text = names[view] if names and isinstance(view, int) and view >= 0 else str(view or "")
     return normalize_view(text) != LATERAL
 
 
 def _identity(files: Iterable[str]) -> str:
-    """What a resumed run must find again: addresses with their commit, or names and sizes of files."""
+    """Hash what a resumed run must find again: addresses with their commit, or names and sizes of files."""
     lines = [f"{os.path.basename(f)}\t{os.path.getsize(f)}" if os.path.exists(f) else f for f in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -195,14 +195,14 @@ def _identity(files: Iterable[str]) -> str:
 def number_rows(
     stream: Any, image: str, view: str | None = None, names: list[str] | None = None, name: str | None = None
 ) -> Any:
-    """A stream whose rows carry the number of their sample, in as many shards.
+    """Add the numbers of the samples to the rows of a stream. The number of shards stays the same.
 
     Args:
         stream: `datasets.IterableDataset` with an undecoded image.
-        image: its column of images.
-        view: column of views, to leave out the lateral ones; None leaves out nothing.
-        names: of the views, where the column holds classes.
-        name: column that says what an image is called.
+        image: column of images.
+        view: column of views, to leave out the lateral ones. None leaves out nothing.
+        names: names of the views, if the column holds classes.
+        name: column with the names of the images.
     """
     arguments = {"shards": list(range(stream.num_shards)), "stream": stream}
     columns = {"image": image, "view": view, "names": names, "name": name}
@@ -213,32 +213,32 @@ def _numbered(shards: list[int], stream: Any, columns: dict[str, Any]) -> Iterat
     image, view, names, name = (columns[key] for key in ("image", "view", "names", "name"))
     for shard in shards:
         part = stream.shard(num_shards=stream.num_shards, index=shard)
-        # By batches: iterated row by row, it would share itself among the workers a second time.
-        batches = part.iter(batch_size=ROWS)
+        # Iterate by batches: row by row, `datasets` would divide the rows among the workers a second time.
+        batches = part.iter(batch_size=IMAGE_ROWS)
         for place, (batch, row) in enumerate((b, i) for b in batches for i in range(len(b[image]))):
             if view is None or is_frontal(batch[view][row], names):
                 called = batch[name][row] if name else f"row {place + 1} of shard {shard + 1}"
                 number = shard << ROW_BITS | place
-                yield Row(number, called, batch[image][row])._asdict()
+                yield StreamRow(number, called, batch[image][row])._asdict()
 
 
-def decode_chunk(rows: list[Row], size: int, fit: str, folder: str | None = None) -> Chunk:
+def decode_chunk(rows: list[StreamRow], size: int, fit: str, folder: str | None = None) -> Chunk:
     """Decode some rows to squares.
 
-    One that cannot be read shows the next one that can, under its own number and so in other views: then the number of
-    samples, on which the place to resume depends, is known without decoding anything.
+    Replace an unreadable image by the next readable one, under the number of the unreadable one and so in other views.
+    Thus the number of samples, on which the place to resume depends, is known without decoding.
 
     Args:
-        rows: N of them.
+        rows: N rows.
         size: side of the squares in pixels.
         fit: "pad", "squash" or "crop".
-        folder: see `read_content`.
+        folder: see `read_cell`.
     """
     squares: list[Tensor | None] = []
     unreadable = []
     for row in rows:
         try:
-            gray = decode_gray(read_content(row.cell, folder), row.name)
+            gray = decode_gray(read_cell(row.cell, folder), row.name)
         except (UnreadableImageError, OSError) as error:
             unreadable.append((row.number, f"{row.name}: {getattr(error, 'reason', error)}"))
             squares.append(None)
@@ -249,20 +249,20 @@ def decode_chunk(rows: list[Row], size: int, fit: str, folder: str | None = None
     readable = [place for place, square in enumerate(squares) if square is not None]
     if not readable:
         return Chunk(numbers, torch.zeros(len(rows), 1, size, size, dtype=torch.uint8), unreadable)
-    # Of every place the first readable one behind it, or the very first.
+    # For every place take the first readable place behind it, or else the very first.
     chosen = [readable[i % len(readable)] for i in np.searchsorted(readable, range(len(rows)))]
     return Chunk(numbers, torch.stack([square for i in chosen if (square := squares[i]) is not None]), unreadable)
 
 
 class _Chunks(IterableDataset[Chunk]):
-    """Chunks of a worker's share of the rows; the first ones undecoded."""
+    """Gives the chunks of a worker's share of the rows. The first chunks stay undecoded."""
 
     def __init__(self, rows: Any, stream: Stream, undecoded: int) -> None:
         self.rows, self.size, self.fit, self.folder = rows, stream.size, stream.fit, stream.folder
         self.undecoded = undecoded
 
     def __iter__(self) -> Iterator[Chunk]:
-        rows = (Row(**row) for row in self.rows)  # `datasets` gives every worker shards of its own
+        rows = (StreamRow(**row) for row in self.rows)  # `datasets` gives every worker its own shards
         for place, chunk in enumerate(_pieces(rows)):
             if place < self.undecoded:
                 yield Chunk(torch.tensor([row.number for row in chunk]), None, [])
@@ -270,38 +270,38 @@ class _Chunks(IterableDataset[Chunk]):
                 yield decode_chunk(chunk, self.size, self.fit, self.folder)
 
 
-def _pieces(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Pieces of `CHUNK` rows, the last one longer rather than short: it should hold one that can be read."""
-    piece: list[Row] = []
+def _pieces(rows: Iterable[StreamRow]) -> Iterator[list[StreamRow]]:
+    """Cut rows into pieces of `_CHUNK`. The last piece is longer, not shorter: it should hold a readable image."""
+    piece: list[StreamRow] = []
     for row in rows:
         piece.append(row)
-        if len(piece) == 2 * CHUNK:
-            yield piece[:CHUNK]
-            piece = piece[CHUNK:]
+        if len(piece) == 2 * _CHUNK:
+            yield piece[:_CHUNK]
+            piece = piece[_CHUNK:]
     if piece:
         yield piece
 
 
 class StreamBatches:
-    """This process's share of every global batch of an epoch of a stream.
+    """Gives this process's share of every global batch of an epoch of a stream.
 
-    The shards are shuffled by (seed, epoch), shared among processes and workers, and read ten at a time into a buffer
-    from which rows are drawn. Where the processes cannot share the shards evenly each of them reads all and takes every
-    n-th row. An epoch has `num_images // batch_size` steps in every process, so none waits for another in vain: for one
-    whose rows end earlier the shards are dealt out anew; rows that are left at the end are dropped.
+    Shuffle the shards by (seed, epoch), divide them among processes and workers, and read ten at a time into a buffer
+    from which rows are drawn. If the shards cannot be divided evenly, each process reads all and takes every n-th row.
+    An epoch has `num_images // batch_size` steps in every process, so no process waits for another in vain. If its rows
+    end earlier, a process reads them once more in another order. Rows that are left at the end are dropped.
 
     Args:
-        stream: what is read.
-        batch_size: images of a global batch.
-        seed: of the run.
-        rank: of this process.
-        num_processes: that share a batch.
-        num_workers: processes that read and decode; the order depends on their number.
-        shuffle_buffer: rows that wait, undecoded, to be drawn; shared by the workers of a process.
+        stream: the data.
+        batch_size: number of images in a global batch.
+        seed: seed of the run.
+        rank: number of this process.
+        num_processes: number of processes that share a batch.
+        num_workers: number of processes that read and decode. The order depends on it.
+        shuffle_buffer: number of undecoded rows from which the next is drawn; the workers of a process share it.
 
     Raises:
-        ValueError: a batch larger than the data, or one that the processes cannot share evenly; in an epoch, too many
-            images that cannot be read, or none at all.
+        UserError: the batch is larger than the data, or the processes cannot share it evenly. In an epoch: too many
+            images are unreadable, or there are none.
     """
 
     def __init__(
@@ -326,14 +326,14 @@ class StreamBatches:
         self.epoch = self.first_step = 0
 
     def start_at(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, and the step in it to begin with."""
+        """Choose the epoch of the next iteration, and the step to begin with."""
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
         return self.num_images // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, uint8 [B, 1, S, S], and the numbers of the samples, int64 [B]."""
+        """Yield images, uint8 [B, 1, S, S], and the numbers of the samples, int64 [B]."""
         steps = len(self) - self.first_step
         size = self.stream.size
         squares, numbers = torch.empty(0, 1, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
@@ -347,7 +347,7 @@ class StreamBatches:
                     return
 
     def _samples_behind(self, seen: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Squares and numbers, some at a time and more than enough, behind the first samples of the epoch."""
+        """Yield squares and numbers, more than enough, beginning after the first `seen` samples of the epoch."""
         for turn in range(MAX_READINGS):
             found = 0
             for numbers, squares, unreadable in self._read(turn, seen):
@@ -363,23 +363,23 @@ class StreamBatches:
         raise UserError(f"num_images={self.num_images} found; process {self.rank} reads far fewer, or none")
 
     def _read(self, turn: int, seen: int) -> Iterable[Chunk]:
-        """One reading of this process's rows, in an order of its own.
+        """Read the rows of this process once, in an order that depends on `turn`.
 
         Args:
             turn: how often the rows have been read in this epoch.
-            seen: samples at its beginning that nobody needs.
+            seen: number of samples at the beginning that are not needed.
         """
         words = np.random.SeedSequence([self.seed, self.epoch, turn]).generate_state(2, np.uint32)
         rows = self.stream.rows.shuffle(seed=int(words[0]) << 32 | int(words[1]), buffer_size=self.shuffle_buffer)
         rows = split_dataset_by_node(rows, self.rank, self.num_processes)
-        # The workers' chunks come in turns; their last ones may be longer, hence one less.
-        undecoded = max(0, seen // (CHUNK * max(1, self.num_workers)) - 1)
+        # The chunks of the workers come in turns. The last ones may be longer, hence one less.
+        undecoded = max(0, seen // (_CHUNK * max(1, self.num_workers)) - 1)
         chunks = _Chunks(rows, self.stream, undecoded)
         options = {"num_workers": self.num_workers, "worker_init_fn": leave_signals_to_the_main_process}
         return DataLoader(chunks, batch_size=None, **options)
 
     def _check(self, count: int, unreadable: list[tuple[int, str]]) -> None:
-        """Warn of samples that could not be read, once each; too many, or all of a chunk, are an error."""
+        """Warn once of each unreadable sample. Raise an error for too many, or for a chunk with no other."""
         for number, reason in unreadable:
             if number not in self.unreadable:
                 self.unreadable.add(number)
