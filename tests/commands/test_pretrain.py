@@ -127,7 +127,6 @@ def test_a_folder_in_use_is_refused(cache: Path, tmp_path: Path):
         (["--recipe", "fast"], ["recipe 'fast' found", "smoke"]),
         (["--init_from", "./absent"], ["'./absent' found"]),
         (["--init_from", "./absent.pth"], ["absent.pth"]),
-        (["--mixed_precision", "half"], ["half"]),
         (["--dataset", "nowhere"], ["nowhere", "expected a prepared cache"]),
     ],
 )
@@ -138,6 +137,13 @@ def test_a_users_error_is_one_line_and_code_2(
     parts: list[str],
 ):
     assert_users_error(mlvicx("pretrain", *flags(cache, tmp_path / "run", *more)), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_value_that_is_no_choice_ends_with_the_usage_and_code_2(cache: Path, tmp_path: Path):
+    done = mlvicx("pretrain", *flags(cache, tmp_path / "run", "--mixed_precision", "half"))
+    assert done.returncode == 2
+    assert "argument --mixed_precision: invalid choice: 'half' (choose from " in done.stderr
     assert not (tmp_path / "run").exists()
 
 
