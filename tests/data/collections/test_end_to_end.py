@@ -1,14 +1,12 @@
 """Every collection from its release's layout to a trained network: listed, prepared, pretrained on, fine-tuned on."""
 
 import csv
-import importlib.util
 import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -16,11 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value
-from helpers import ROOT, draw_with_mask
+from helpers import draw_with_mask
 from miniatures import disc_box, rsna_id, write_nih14, write_rsna, write_siim
 from miniatures_more import vin_rows, write_chexpert, write_mimic_cxr_jpg, write_vinbigdata, write_vindr
 from transformers import AutoModel
 
+from mlvicx_hf.commands import prepare as prepare_command
 from mlvicx_hf.commands.classify import parse_classification
 from mlvicx_hf.commands.pretrain import parse_pretraining
 from mlvicx_hf.commands.segment import parse_segmentation
@@ -438,43 +437,30 @@ OPTIONS = {option: words for taken in TAKEN.values() for option, (words, _, _) i
 SHARED = {"nih14": {"seed": 5}, "vindr": {"seed": 5}, "chexpert": {"seed": 5}, "phantom": {"seed": 5, "size": 64}}
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("prepare_data_script", ROOT / "scripts" / "prepare_data.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+OF_COMMAND = {*prepare_command.OF_CACHE, "collection", "output", "quiet"}
 
 
-def collection_of(script: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, *words: str) -> Collection:
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--collection", kind, "--output", "cache", *words])
-    made: Collection = script.make_collection(script.parse())
-    return made
+def collection_of(kind: str, *words: str) -> Collection:
+    given = vars(prepare_command.parser().parse_args(["--collection", kind, "--output", "cache", *words]))
+    options = {name: value for name, value in given.items() if name not in OF_COMMAND and value is not None}
+    return prepare_command.make_collection(kind, options, given["seed"], given["size"])
 
 
 def root_of(kind: str) -> list[str]:
     return [] if kind == "phantom" else ["--root", "root"]
 
 
-def test_the_tables_above_know_all_collections_and_options(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_the_tables_above_know_all_collections_and_options():
     assert TAKEN.keys() == KINDS.keys()
-    with pytest.raises(SystemExit):
-        collection_of(script, monkeypatch, "folder", "--help")
-    listed = capsys.readouterr().out.partition("\ncollections:")[2]
+    listed = prepare_command.parser().format_help()
     named = {line.split()[0].removeprefix("--") for line in listed.splitlines() if line.startswith("  --")}
-    assert named == OPTIONS.keys()
+    assert named - OF_COMMAND == OPTIONS.keys()
 
 
 @pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind, taken in TAKEN.items() for option in taken])
-def test_an_option_reaches_its_collection(script: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, option: str):
+def test_an_option_reaches_its_collection(kind: str, option: str):
     words, attribute, expected = TAKEN[kind][option]
-    made = collection_of(
-        script, monkeypatch, kind, *root_of(kind), "--seed", "5", "--size", "64", f"--{option}", *words
-    )
+    made = collection_of(kind, *root_of(kind), "--seed", "5", "--size", "64", f"--{option}", *words)
     assert type(made) is collection_class(kind)
     found: Any = made
     for name in attribute.split("."):
@@ -486,25 +472,23 @@ def test_an_option_reaches_its_collection(script: ModuleType, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("kind", TAKEN)
-def test_all_options_together_and_none_of_them(script: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str):
+def test_all_options_together_and_none_of_them(kind: str):
     words = [word for option, (values, _, _) in TAKEN[kind].items() for word in (f"--{option}", *values)]
-    assert type(collection_of(script, monkeypatch, kind, *root_of(kind), *words)) is collection_class(kind)
-    assert type(collection_of(script, monkeypatch, kind, *root_of(kind))) is collection_class(kind)
+    assert type(collection_of(kind, *root_of(kind), *words)) is collection_class(kind)
+    assert type(collection_of(kind, *root_of(kind))) is collection_class(kind)
     if kind != "phantom":
         with pytest.raises(ValueError, match=f"no --root found; --collection {kind} expects"):
-            collection_of(script, monkeypatch, kind)
+            collection_of(kind)
 
 
 @pytest.mark.parametrize("kind", TAKEN)
-def test_an_option_that_a_collection_does_not_take_is_named(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str
-):
+def test_an_option_that_a_collection_does_not_take_is_named(kind: str):
     taken = {*TAKEN[kind], *([] if kind == "phantom" else ["root"])}
     strange = [option for option in OPTIONS if option not in taken]
     for option in strange:
         with pytest.raises(ValueError, match=rf"^--{option} found; --collection {kind} does not take it$"):
-            collection_of(script, monkeypatch, kind, *root_of(kind), f"--{option}", *OPTIONS[option])
+            collection_of(kind, *root_of(kind), f"--{option}", *OPTIONS[option])
     words = [word for option in strange for word in (f"--{option}", *OPTIONS[option])]
     with pytest.raises(ValueError, match="does not take it") as caught:
-        collection_of(script, monkeypatch, kind, *root_of(kind), *words)
+        collection_of(kind, *root_of(kind), *words)
     assert all(f"--{option}" in str(caught.value) for option in strange)
