@@ -5,7 +5,6 @@ nothing interrupted.
 """
 
 import glob
-import json
 import os
 import random
 import runpy
@@ -26,13 +25,13 @@ import pytest
 from helpers import ROOT, environment
 from PIL import Image
 
+from kills import KILLED, Forks
 from mlvicx_hf.data.cache.cache import cache_features
 from mlvicx_hf.data.cache.prepare import check_cache_output, partial_folder
 from mlvicx_hf.data.cache.shards import Making, Shard, is_made, make_shard, read_note, write_shards
 from mlvicx_hf.data.collections.base import Drawing, Record
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
-KILLED = -signal.SIGKILL
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -318,43 +317,28 @@ def test_killed_over_a_cache_the_old_or_the_new_one_is_whole(chains: Chains):
 # -- before every change -----------------------------------------------------------------------------------------------
 
 
-class Forks:
-    """`killed_before.py`, which runs the script again and again in a second or less."""
+class Prepare:
+    """Runs the command again and again in forks, which start in a moment."""
 
-    def __init__(self, folder: Path) -> None:
-        self.output = folder / "cache"
+    def __init__(self, forks: Forks, folder: Path) -> None:
+        self.forks, self.folder, self.output = forks, folder, folder / "cache"
         words = ("--collection", "folder", "--root", folder / "images", "--output", self.output, "--size", 16)
-        command = (Path(__file__).with_name("killed_before.py"), folder, SCRIPT, *words, "--mask_names", "spots")
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, command), "--num_workers", "0", "--quiet"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(PYTHONDONTWRITEBYTECODE="1"),
-        )
+        self.words = (*words, "--mask_names", "spots", "--num_workers", 0, "--quiet")
 
-    def __call__(self, number: int, *words: object) -> dict[str, Any]:
-        """Run the script with these words as well, killed before that change; -1 for none."""
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(" ".join(map(str, (number, *words))) + "\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
+    def __call__(self, number: int | None, *words: object) -> dict[str, Any]:
+        """Run the command with these words as well, killed before the change of that number; None for no kill."""
+        done = self.forks.run("prepare", *self.words, *words, folder=self.folder, kill_before=number)
+        return {"code": done.code, "changes": done.changes, "output": done.output}
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepare]:
     folder = tmp_path_factory.mktemp("forks")
     names = write_images(folder / "images", {"train": 20, "validation": 6, "test": 6}, 24)
     shutil.copy(folder / "images" / names[4], folder / "images" / names[5])
     (folder / "images" / names[3]).write_text("text")
-    forks = Forks(folder)
-    yield forks
-    with forks.process as process:
-        assert process.stdin
-        process.stdin.close()
-    assert process.returncode == 0
+    with Forks(("mlvicx_hf.data.cache.prepare",), without=("matplotlib",)) as forks:
+        yield Prepare(forks, folder)
 
 
 def put(output: Path, cache: dict[str, bytes]) -> None:
@@ -385,14 +369,14 @@ def chosen(changes: list[list[str]], most: int) -> list[int]:
 @pytest.mark.parametrize(
     ("more", "most"), [((), 8), (("--overwrite",), 10), (("--overwrite", "--drop_duplicates", "identical"), 8)]
 )
-def test_killed_before_any_change_of_the_disk_nothing_is_lost(forks: Forks, more: tuple[str, ...], most: int):
+def test_killed_before_any_change_of_the_disk_nothing_is_lost(forks: Prepare, more: tuple[str, ...], most: int):
     output = forks.output
     clear(output)
-    assert forks(-1, "--seed", 1)["code"] == 0
+    assert forks(None, "--seed", 1)["code"] == 0
     old = contents(output) if more else {}
     if not more:
         clear(output)
-    answer = forks(-1, *more)
+    answer = forks(None, *more)
     assert answer["code"] == 0, answer["output"]
     new = contents(output)
     assert old != new
@@ -406,7 +390,7 @@ def test_killed_before_any_change_of_the_disk_nothing_is_lost(forks: Forks, more
         in_place = output.exists() and left == new
         assert left in (old, new), what
         shards = look(output).shards
-        again = forks(-1, *more)
+        again = forks(None, *more)
         assert contents(output) == new, what
         if in_place and not more:
             assert again["code"] == 2, what
@@ -420,12 +404,12 @@ def test_killed_before_any_change_of_the_disk_nothing_is_lost(forks: Forks, more
 
 
 @pytest.mark.slow
-def test_killed_between_old_and_new_the_old_cache_comes_back(forks: Forks):
+def test_killed_between_old_and_new_the_old_cache_comes_back(forks: Prepare):
     output = forks.output
     clear(output)
-    assert forks(-1, "--seed", 1)["code"] == 0
+    assert forks(None, "--seed", 1)["code"] == 0
     old = contents(output)
-    changes = forks(-1, "--overwrite")["changes"]
+    changes = forks(None, "--overwrite")["changes"]
     clear(output)
     put(output, old)
     place = max(n for n, change in enumerate(changes) if change[0] == "os.rename" and change[2] == str(output))
@@ -435,7 +419,7 @@ def test_killed_between_old_and_new_the_old_cache_comes_back(forks: Forks):
         check_cache_output(output, overwrite=False)
     assert contents(output) == old
     assert beside(output) == [".cache.partial", "cache"]
-    again = forks(-1, "--overwrite")
+    again = forks(None, "--overwrite")
     assert "3 of 3 shards were finished before" in again["output"]
     assert contents(output) != old
     assert beside(output) == ["cache"]
