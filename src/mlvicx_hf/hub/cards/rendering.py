@@ -17,7 +17,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.files import json_field, read_json
-from mlvicx_hf.common.text import markdown_table
 from mlvicx_hf.data.cache.cache import MANIFEST
 
 from .results import NUMBER, TASKS, Result, describe_code, describe_machine, last_part, read_results
@@ -107,7 +106,8 @@ def render_card(
     if run is not None:
         context["pretraining"] = run
     if own is not None:
-        context |= {"training": own.content | _training_facts(own), "thresholds": _thresholds(own, model, config)}
+        _check_thresholds(own, model, config)
+        context["training"] = own.content
     looked_at = [model / "config.json", model / "preprocessor_config.json", run_file]
     looked_at += [*([] if cache_file is None else [cache_file]), *(result.path for result in found)]
     body = _fill(template, context, looked_at)
@@ -142,13 +142,16 @@ def _fill(template: Path, context: dict[str, Any], looked_at: Sequence[Path]) ->
     environment = jinja2.Environment(
         undefined=_Missing, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"thousands": "{:,}".format, "short": "{:g}".format}
+    environment.filters |= {
+        "thousands": "{:,}".format, "short": "{:g}".format, "last_part": last_part,
+        "machine": describe_machine, "versions": describe_code,
+    }  # fmt: skip
     text = template.read_text(encoding="utf-8")
     try:
         return environment.from_string(text).render(context)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{template}, line {error.lineno}: {error.message}") from error
-    except (jinja2.UndefinedError, TypeError, ValueError) as error:  # no value, or one that is not a number
+    except (jinja2.UndefinedError, LookupError, TypeError, ValueError) as error:  # no value, or one of another type
         frames = traceback.extract_tb(error.__traceback__)
         number = next(frame.lineno for frame in reversed(frames) if frame.filename == "<template>") or 1
         line = text.splitlines()[number - 1].strip()
@@ -186,7 +189,7 @@ def _run_file(model: Path, pretraining: Path | None, required: bool) -> Path:
 def _read_run(
     file: Path, cache_file: Path | None, model: Path, config: dict[str, Any], kind: CardKind
 ) -> dict[str, Any]:
-    """Read the `run.json` of this very model or encoder, with what a card says beside its fields."""
+    """Read the `run.json` of this very model or encoder; add what a card says besides."""
     run = read_json(file)
     for name, type_ in RUN_FIELDS.items():
         json_field(run, name, type_, file, RUN_FILE)
@@ -195,10 +198,28 @@ def _read_run(
             found = f"{name}={config[name]} found; expected {run['model'][name]}, as of {file}"
             raise UserError(f"{model / 'config.json'}: {found}")
     if cache_file is not None:
-        run |= {"cache": _read_cache(cache_file, run, file)}
+        run["cache"] = _read_cache(cache_file, run["data"]["data_hash"], file)
     elif "source" in run:
-        run |= {"cache": _cache_facts(run["source"], run, file)}
-    return run | _pretraining_facts(run, file)
+        run["cache"] = run["source"]
+    training = run["training"]
+    steps = training["epochs"] * (run["data"]["images"] // training["batch_size"])  # the last incomplete batch waits
+    rate = training["base_learning_rate"] * training["batch_size"] / 256
+    start = run["model"].get("init_from")
+    return run | {
+        "start": "random weights" if start is None else "ImageNet" if start == "imagenet" else f"`{last_part(start)}`",
+        "steps": steps,
+        "images_seen": steps * training["batch_size"],
+        "peak_learning_rate": rate,
+    }
+
+
+def _read_cache(file: Path, wanted: str, run_file: Path) -> dict[str, Any]:
+    """Read the manifest of the cache of pretraining."""
+    manifest = read_json(file)
+    found = json_field(manifest, "data_hash", str, file, f"the {MANIFEST} of a prepared cache")
+    if found != wanted:
+        raise UserError(f"{file}: data_hash {found[:12]}… found; expected {wanted[:12]}…, as of {run_file}")
+    return manifest
 
 
 def _encoder_names(
@@ -216,78 +237,12 @@ def _encoder_names(
     return {trained_on}
 
 
-def _pretraining_facts(run: dict[str, Any], file: Path) -> dict[str, Any]:
-    training, data = run["training"], run["data"]
-    steps = training["epochs"] * (data["images"] // training["batch_size"])  # the last incomplete batch waits
-    start = run["model"].get("init_from")
-    return {
-        "dataset": last_part(data["dataset"]),
-        "data_hash": data["data_hash"][:12],
-        "steps": steps,
-        "images_seen": steps * training["batch_size"],
-        "peak_learning_rate": f"{training['base_learning_rate'] * training['batch_size'] / 256:g}",
-        "start": "random weights" if start is None else "ImageNet" if start == "imagenet" else f"`{last_part(start)}`",
-        "machine": describe_machine(run, file),
-        "versions": describe_code(run["code"]),
-    }
-
-
-def _read_cache(file: Path, run: dict[str, Any], run_file: Path) -> dict[str, Any]:
-    manifest, wanted = read_json(file), run["data"]["data_hash"]
-    found = json_field(manifest, "data_hash", str, file, f"the {MANIFEST} of a prepared cache")
-    if found != wanted:
-        raise UserError(f"{file}: data_hash {found[:12]}… found; expected {wanted[:12]}…, as of {run_file}")
-    return _cache_facts(manifest, run, file)
-
-
-def _cache_facts(manifest: dict[str, Any], run: dict[str, Any], file: Path) -> dict[str, Any]:
-    """What a card says of the cache of pretraining, from its manifest or from what the run wrote down of it."""
-    split, expected = run["data"]["split"], f"the {MANIFEST} of a prepared cache, or the source of a run"
-    counts = json_field(manifest, "splits", dict, file, expected)
-    return {
-        "collection": json_field(manifest, "collection", str, file, expected),
-        "split_hash": json_field(manifest, "split_hash", str, file, expected)[:12],
-        "splits": _split_table(counts),
-        "patients": json_field(manifest, f"splits.{split}.patients", int, file, expected),
-        "complete": counts[split]["images"] == run["data"]["images"],
-    }
-
-
-def _split_table(counts: dict[str, dict[str, int]]) -> str:
-    rows = [[split, f"{c['images']:,}", f"{c['patients']:,}"] for split, c in counts.items()]
-    return markdown_table(["split", "images", "patients"], rows)
-
-
-def _training_facts(own: Result) -> dict[str, Any]:
-    """What a card says of a head's own training beside its fields."""
-    content = own.content
-    settings = [[name, str(value)] for name, value in content["hyperparameters"].items()]
-    return {
-        "encoder": last_part(content["model"]),
-        "frozen": content["protocol"] == "frozen",
-        "cache": last_part(content["data"]["cache"]),
-        "data_hash": content["data"]["data_hash"][:12],
-        "split_hash": content["data"]["split_hash"][:12],
-        "percent": f"{100 * content['label_fraction']:g} %",
-        "splits": _split_table(content["counts"]),
-        "settings": markdown_table(["setting", "value"], settings),
-        "machine": describe_machine(content, own.path),
-        "versions": describe_code(content["code"]),
-    }
-
-
-def _thresholds(own: Result, model: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Decision thresholds of a classifier, as evaluated and as saved with it; None where there are none."""
+def _check_thresholds(own: Result, model: Path, config: dict[str, Any]) -> None:
+    """Refuse decision thresholds that were evaluated and others that were saved with the classifier."""
     found, saved = own.content.get("thresholds"), config.get("decision_thresholds")
-    if found is None and saved is None:
-        return None
-    if found is None or (saved is not None and saved != found):
+    if saved is not None and saved != found:
         differ = f"decision_thresholds found that differ from thresholds of {own.path}"
         raise UserError(f"{model / 'config.json'}: {differ}")
-    values = json_field(found, "values", dict, own.path)
-    rows = [[n, "none: one value only" if v is None else f"{v:.3f}"] for n, v in values.items()]
-    texts = {name: json_field(found, name, str, own.path) for name in ("split", "criterion")}
-    return {"listed": markdown_table(["class", "threshold"], rows), **texts}
 
 
 def _check_results(

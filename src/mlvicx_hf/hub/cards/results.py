@@ -21,21 +21,13 @@ PROTOCOL_NAMES = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
 
 @dataclass(frozen=True)
 class ScoreNames:
-    """The names of a task's scores.
+    """The names of a task's scores."""
 
-    Attributes:
-        tag: of the Hub's tasks.
-        scores: field of a split's scores → its name; the first is the score that subgroups have.
-        metrics: field → identifier of the metric in `evaluate`.
-        per_class: field with a score for every class.
-        class_score: name of that score.
-    """
-
-    tag: str
-    scores: dict[str, str]
-    metrics: dict[str, str]
-    per_class: str
-    class_score: str
+    tag: str  # of the Hub's tasks
+    scores: dict[str, str]  # field of a split's scores → its name; the first is the score that subgroups have
+    metrics: dict[str, str]  # field → identifier of the metric in `evaluate`
+    per_class: str  # field with a score for every class
+    class_score: str  # name of that score
 
     @property
     def main(self) -> str:
@@ -145,15 +137,13 @@ def _check(result: Result) -> None:
         raise UserError(f"{file}: test.{task.per_class} of {', '.join(classes)} found; expected {listed}, the labels")
     scores = {f"test.{name}": json_field(content, f"test.{name}", (*NUMBER, str), file) for name in task.scores}
     scores |= {f"test.{task.per_class}.{name}": value for name, value in classes.items()}
-    for place, group in (
-        (f"test.subgroups.{kind}.{name}", group)
-        for kind, groups in result.subgroups.items()
-        for name, group in groups.items()
-    ):
-        for what in ("images", "patients", task.main):
-            if what not in group:
-                raise UserError(f"{file}: no field '{place}.{what}' found; expected {RESULTS_FILE}")
-        scores[f"{place}.{task.main}"] = group[task.main]
+    for kind, groups in result.subgroups.items():
+        for name, group in groups.items():
+            place = f"test.subgroups.{kind}.{name}"
+            for what in ("images", "patients", task.main):
+                if what not in group:
+                    raise UserError(f"{file}: no field '{place}.{what}' found; expected {RESULTS_FILE}")
+            scores[f"{place}.{task.main}"] = group[task.main]
     for name, value in scores.items():
         if value != NOT_SCORED and not (isinstance(value, NUMBER) and math.isfinite(value)):
             raise UserError(f"{file}: {name}={value!r} found; expected a number or {NOT_SCORED!r}")
@@ -180,15 +170,14 @@ def count(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
 
 
-def describe_machine(content: dict[str, Any], file: Path) -> str:
+def describe_machine(content: dict[str, Any]) -> str:
     """Word what a run computed on. Files of older versions say less, or nothing."""
     if "hardware" in content:
-        kinds = {"name": str, "device": str, "cores": int, "processes": int}
-        found = {key: json_field(content, f"hardware.{key}", kind, file) for key, kind in kinds.items()}
+        found = content["hardware"]
         processes = count(found["processes"], "process", "processes")
         return f"{found['name']} ({found['device']}), {count(found['cores'], 'CPU core', 'CPU cores')}, {processes}"
     if "device" in content:
-        processes = count(json_field(content, "num_processes", int, file), "process", "processes")
+        processes = count(content["num_processes"], "process", "processes")
         return f"{content['device']}, {processes}; the make of the machine was not recorded"
     return "not recorded"
 

@@ -26,19 +26,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of one setting, one a seed: a row of a table.
+    """The runs of one setting, one a seed: a row of a table."""
 
-    Attributes:
-        name: of the encoder and of how it was trained.
-        training: how it was trained.
-        results: of the runs, by seed.
-        mine: whether the card's model is the encoder (backbone) or among the runs (head).
-    """
-
-    name: str
-    training: str
-    results: tuple[Result, ...]
-    mine: bool
+    name: str  # of the encoder and of how it was trained
+    training: str  # how it was trained
+    results: tuple[Result, ...]  # of the runs, by seed
+    mine: bool  # whether the card's model is the encoder (backbone) or among the runs (head)
 
     @property
     def seeds(self) -> list[int]:
@@ -62,29 +55,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything measured on one test split, as Markdown.
+    """Everything measured on one test split, as Markdown."""
 
-    Attributes:
-        title: task and data.
-        facts: one sentence each on the data, the counts and the code.
-        synthetic: whether the images were drawn.
-        scores: a row for every setting.
-        differences: this model against random weights, where both have the same seeds.
-        classes: scores by class, some settings a table.
-        subgroups: kind → table of its scores.
-        empty_masks: of segmentation: what an image without a structure counts; else empty.
-        settings: what the tables were made of.
-    """
-
-    title: str
-    facts: str
-    synthetic: bool
-    scores: str
-    differences: list[str]
-    classes: list[str]
-    subgroups: dict[str, str]
-    empty_masks: str
-    settings: tuple[Setting, ...]
+    title: str  # task and data
+    facts: str  # one sentence each on the data, the counts and the code
+    synthetic: bool  # whether the images were drawn
+    scores: str  # a row for every setting
+    differences: list[str]  # this model against random weights, where both have the same seeds
+    classes: list[str]  # scores by class, some settings a table
+    subgroups: dict[str, str]  # kind → table of its scores
+    empty_masks: str  # of segmentation: what an image without a structure counts; else empty
+    settings: tuple[Setting, ...]  # what the tables were made of
 
 
 def build_tables(results: Sequence[Result], encoder: Collection[str], own: Result | None) -> list[Table]:
@@ -92,7 +73,7 @@ def build_tables(results: Sequence[Result], encoder: Collection[str], own: Resul
 
     Args:
         results: of all runs.
-        encoder: names that results call the card's encoder by.
+        encoder: names by which the results call the card's encoder.
         own: result of the head that the card is of; None for a backbone.
     """
     return [_table(group, encoder, own) for group in _grouped(results, lambda result: result.data)]
@@ -147,8 +128,11 @@ def _settings(results: Sequence[Result], encoder: Collection[str], own: Result |
                 mine = any(run.content == own.content for run in runs)
             rows.append(Setting(f"{_encoder_name(ordered[0], own, encoder)}, {training}", training, ordered, mine))
     often = Counter(row.name for row in rows)
-    named = [replace(row, name=row.name + _run_names(row)) if often[row.name] > 1 else row for row in rows]
-    return sorted(named, key=lambda row: not row.mine)
+    for number, row in enumerate(rows):
+        if often[row.name] > 1:
+            runs_named = ", ".join(f"`{result.path.resolve().parent.name}`" for result in row.results)
+            rows[number] = replace(row, name=f"{row.name}, run {runs_named}")
+    return sorted(rows, key=lambda row: not row.mine)
 
 
 def _own_first(rows: Sequence[Setting], own: Result) -> list[Setting]:
@@ -180,10 +164,6 @@ def _encoder_name(result: Result, own: Result | None, encoder: Collection[str]) 
         return "random weights" + ("" if _same_architecture(result, encoder) else f" of {of}")
     dropped = " without context blocks" if result.content.get("drop_context") else ""
     return ("pretrained" if own is None else f"`{last_part(model)}`") + dropped
-
-
-def _run_names(row: Setting) -> str:
-    return ", run " + ", ".join(f"`{result.path.resolve().parent.name}`" for result in row.results)
 
 
 def _same_architecture(result: Result, encoder: Collection[str]) -> bool:
