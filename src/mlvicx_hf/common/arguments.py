@@ -42,10 +42,6 @@ class CommandParser(argparse.ArgumentParser):
 
     Hyphens in the name of a flag are read as underscores: `--batch-size` is `--batch_size`.
 
-    Attributes:
-        advanced: group of the options that few users need.
-        rest: name of the field that takes unknown flags; None to refuse them.
-
     Args:
         name: of the command.
         usage: what must stand behind it.
@@ -62,8 +58,8 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.advanced = self.add_argument_group("advanced")
-        self.rest: str | None = None
+        self.advanced = self.add_argument_group("advanced")  # options that few users need
+        self.rest: str | None = None  # name of the field that takes unknown flags; None to refuse them
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Read hyphens in the names of flags as underscores, then parse as argparse does."""

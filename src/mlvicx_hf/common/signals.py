@@ -28,13 +28,10 @@ class StopSignals:
     """Within its block, remember the first signal, and let a second one act as usual.
 
     Signals also act as usual outside the main thread, where Python allows no handlers, and if they are ignored.
-
-    Attributes:
-        received: number of the signal; 0 without one.
     """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received = 0  # number of the signal; 0 without one
         self._time = 0.0
         self._before: dict[int, Any] = {}
 

@@ -23,23 +23,18 @@ FILES = ["*.json", WEIGHTS]  # of a repository; no code
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, and where it came from.
+    """A model in evaluation mode, and where it came from."""
 
-    Attributes:
-        source: folder or Hub name.
-        revision: commit on the Hub; None for a folder.
-        model: in float32; a model without a head is a `MLVICXModel`.
-        processor: its image processor.
-        weights: SHA-256 hash of every weights file, by name.
-        labels: names of the head's outputs, in their order.
-    """
-
-    source: str
-    revision: str | None
-    model: Any
+    source: str  # folder or Hub name
+    revision: str | None  # commit on the Hub; None for a folder
+    model: Any  # in float32; a model without a head is a `MLVICXModel`
     processor: MLVICXImageProcessor
-    weights: dict[str, str]
-    labels: list[str]
+    weights: dict[str, str]  # SHA-256 hash of every weights file, by name
+    labels: list[str]  # names of the head's outputs, in their order
+
+    def describe(self) -> dict[str, Any]:
+        """Where it came from, for a result file."""
+        return {"model": self.source, "revision": self.revision, "weights_sha256": self.weights}
 
 
 def load(source: str, revision: str | None = None, device: str | torch.device = "cpu") -> LoadedModel:

@@ -22,19 +22,12 @@ GROUPS = ("view", "sex", "age")
 
 @dataclass(frozen=True)
 class RunResults(ABC):
-    """What one run found on its test images.
+    """What one run found on its test images."""
 
-    Attributes:
-        patients: patient of each of the N images.
-        sources: name of each image.
-        names: the L labels or structures.
-        groups: kind of subgroup → group of each image; "" for unknown.
-    """
-
-    patients: np.ndarray
-    sources: np.ndarray
-    names: tuple[str, ...]
-    groups: dict[str, np.ndarray]
+    patients: np.ndarray  # [N], patient of each image
+    sources: np.ndarray  # [N], name of each image
+    names: tuple[str, ...]  # the L labels or structures
+    groups: dict[str, np.ndarray]  # kind of subgroup → group of each image, [N]; "" for unknown
     file: ClassVar[str]
     metric: ClassVar[str]
     title: ClassVar[str]
@@ -134,19 +127,17 @@ def read_run(run: Path) -> RunResults:
     Raises:
         FileNotFoundError: the folder has none.
     """
-    file = next((run / kind.file for kind in (Predictions, Overlaps) if (run / kind.file).is_file()), None)
-    if file is None:
+    kind = next((kind for kind in (Predictions, Overlaps) if (run / kind.file).is_file()), None)
+    if kind is None:
         raise FileNotFoundError(
             f"{run} holds no {Predictions.file} and no {Overlaps.file}; expected a finished run of mlvicx classify or "
             "mlvicx segment"
         )
     texts = ("source", "patient_id", *GROUPS)
-    table = pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""])
+    table = pd.read_csv(run / kind.file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""])
     table = table.fillna(dict.fromkeys(texts, ""))
-
-    is_classifier = file.name == Predictions.file
-    truth = "label" if is_classifier else "true"
-    names = tuple(c.removeprefix(f"{truth}:") for c in table.columns if c.startswith(f"{truth}:"))
+    truth = "label:" if kind is Predictions else "true:"
+    names = tuple(column.removeprefix(truth) for column in table.columns if column.startswith(truth))
 
     def values(kind: str) -> np.ndarray:
         return table[[f"{kind}:{name}" for name in names]].to_numpy(float)  # [N, L]
@@ -157,7 +148,7 @@ def read_run(run: Path) -> RunResults:
         "names": names,
         "groups": {kind: table[kind].to_numpy(str) for kind in GROUPS if kind in table},
     }
-    if is_classifier:
+    if kind is Predictions:
         return Predictions(**common, labels=values("label"), probabilities=values("probability"))
     return Overlaps(**common, counts=np.stack([values(kind) for kind in ("overlap", "predicted", "true")], -1))
 

@@ -18,15 +18,10 @@ from .runs import RunResults, check_same_images, read_run
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score averaged over runs that were tested on the same images.
+    """A score averaged over runs that were tested on the same images."""
 
-    Attributes:
-        runs: score of each of the R runs, NaN where it is not defined.
-        draws: mean over the runs in each of the D draws of patients.
-    """
-
-    runs: np.ndarray
-    draws: np.ndarray = field(repr=False)
+    runs: np.ndarray  # [R], score of each run, NaN where it is not defined
+    draws: np.ndarray = field(repr=False)  # [D], mean over the runs in each draw of patients
 
     @property
     def value(self) -> float:
@@ -107,12 +102,7 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
     check_same_images(dict(zip(map(str, (*runs, *baselines)), groups[0] + groups[1], strict=True)))
     first = groups[0][0]
     ours, theirs = (estimate(group, samples, seed)[first.metric] for group in groups)
-    described, other = ours.describe(), theirs.describe()
-    return {
-        "metric": first.title,
-        "runs": described["mean"],
-        "runs_sd": described["sd"],
-        "baselines": other["mean"],
-        "baselines_sd": other["sd"],
-        **difference(ours, theirs),
-    }
+    found: dict[str, Any] = {"metric": first.title}
+    for name, group in (("runs", ours.describe()), ("baselines", theirs.describe())):
+        found |= {name: group["mean"], f"{name}_sd": group["sd"]}
+    return found | difference(ours, theirs)

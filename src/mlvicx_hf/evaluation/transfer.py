@@ -30,9 +30,10 @@ from mlvicx_hf.finetuning.results import score_subgroups
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
-from .overlap import Training, check_overlap, read_training
+from .overlap import check_overlap, read_training
 from .runs import Predictions
 
+DATA_FIELDS = ("collection", "synthetic", "policy", "fit", "size", "data_hash", "split_hash")  # of a cache
 PROBABILITY_MARGIN = 1e-15  # distance of a class's probability from 0 and 1, so that its log-odds stay finite
 
 
@@ -104,9 +105,16 @@ def evaluate(
         "labels": list(common.label_names),
         "test": _score(common, logits, decided=exclusive or not _is_exclusive(loaded)),
         "counts": {split: {"images": len(images), "patients": len(set(images["patient_id"]))}},
-        "matching": _describe_matching(matching, loaded.labels, cache.label_names, collection),
+        "matching": {
+            "model_collection": collection,
+            "matched": {found.name: _describe_match(found, loaded, cache) for found in matching.matches},
+            "model_only": dict(matching.model_only),
+            "data_only": dict(matching.data_only),
+        },
         "overlap": overlap,
-        **_describe_sources(loaded, training, cache, {"cache": str(dataset), "split": split}),
+        **loaded.describe(),
+        "training": vars(training),
+        "data": {"cache": str(dataset), "split": split} | {name: cache.manifest[name] for name in DATA_FIELDS},
         "settings": {"batch_size": batch_size, "scores": _describe_scores(loaded, exclusive)},
         "hardware": describe_hardware(loaded.model.device),
         "code": code_version(),
@@ -252,31 +260,9 @@ def _score(cache: Cache, logits: np.ndarray, decided: bool) -> dict[str, Any]:
     return score_rows(slice(None)) | {"subgroups": score_subgroups(images, score_rows)}
 
 
-def _describe_sources(loaded: LoadedModel, training: Training, cache: Cache, data: dict[str, str]) -> dict[str, Any]:
-    names = ("collection", "synthetic", "policy", "fit", "size", "data_hash", "split_hash")
+def _describe_match(found: Match, loaded: LoadedModel, cache: Cache) -> dict[str, list[str]]:
     return {
-        "model": loaded.source,
-        "revision": loaded.revision,
-        "weights_sha256": loaded.weights,
-        "training": vars(training),
-        "data": data | {name: cache.manifest[name] for name in names},
-    }
-
-
-def _describe_matching(
-    matching: Matching, model_labels: Sequence[str], data_labels: Sequence[str], collection: str | None
-) -> dict[str, Any]:
-    matched = {
-        found.name: {
-            "model": [model_labels[column] for column in found.model_columns],
-            "data": [data_labels[column] for column in found.data_columns],
-            "lost": list(found.lost),
-        }
-        for found in matching.matches
-    }
-    return {
-        "model_collection": collection,
-        "matched": matched,
-        "model_only": dict(matching.model_only),
-        "data_only": dict(matching.data_only),
+        "model": [loaded.labels[column] for column in found.model_columns],
+        "data": [cache.label_names[column] for column in found.data_columns],
+        "lost": list(found.lost),
     }

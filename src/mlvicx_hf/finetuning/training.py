@@ -41,26 +41,17 @@ Split = Dataset[Any]
 
 
 class FinetuningTask(ABC):
-    """One run of a task. `finetune` follows the protocol; the other methods are what the tasks do differently.
+    """One run of a task. `finetune` follows the protocol; the other methods are what the tasks do differently."""
 
-    Attributes:
-        name: of the task, as in `results.json`.
-        learning_rate: where the user gives none.
-        cache: the images that the run uses.
-        model: what is saved.
-        processor: its image processor.
-        settings: of the Trainer.
-    """
-
-    name: ClassVar[str]
-    cache: Cache
-    model: Any
+    name: ClassVar[str]  # of the task, as in `results.json`
+    cache: Cache  # the images that the run uses
+    model: Any  # what is saved
     processor: MLVICXImageProcessor
     settings: TrainingArguments
 
     def __init__(self, encoder: EncoderArguments, data: LabelledDataArguments, arguments: FinetuningArguments) -> None:
         self.encoder, self.data, self.arguments = encoder, data, arguments
-        self.learning_rate = 1e-3
+        self.learning_rate = 1e-3  # where the user gives none
 
     def finetune(self) -> dict[str, Any]:
         """Train, restore the best epoch, test it once, and write model, predictions and `results.json`.

@@ -271,10 +271,8 @@ def _describe(loaded: LoadedModel, head: Head, inputs: Sequence[Path], outputs: 
     """Record which model, code and machine made the results."""
     return {
         "notice": NOTICE,
-        "model": loaded.source,
-        "revision": loaded.revision,
+        **loaded.describe(),
         "architectures": loaded.model.config.architectures,
-        "weights_sha256": loaded.weights,
         "labels": loaded.labels,
         "decision_thresholds": loaded.model.config.decision_thresholds if isinstance(head, MultiLabelHead) else None,
         "mask_values": head.mask_values if isinstance(head, SegmentationHead) else None,

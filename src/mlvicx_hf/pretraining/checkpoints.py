@@ -37,19 +37,12 @@ class DamagedCheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint.
+    """A whole checkpoint."""
 
-    Attributes:
-        path: its folder.
-        step: number of steps that were done.
-        fixed: settings that must be the same in a run that resumes it.
-        machine: what may differ in that run, but changes the bits of its result.
-    """
-
-    path: Path
-    step: int
-    fixed: dict[str, Any]
-    machine: dict[str, Any]
+    path: Path  # its folder
+    step: int  # number of steps that were done
+    fixed: dict[str, Any]  # settings that must be the same in a run that resumes it
+    machine: dict[str, Any]  # what may differ in that run, but changes the bits of its result
 
     def check_same_run(self, fixed: dict[str, Any], machine: dict[str, Any]) -> None:
         """Compare the settings with those of now. Another machine is a warning.

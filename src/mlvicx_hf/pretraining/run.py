@@ -36,37 +36,22 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass
 class Run:
-    """What `set_up` makes and the loop moves.
+    """What `set_up` makes and the loop moves."""
 
-    Attributes:
-        settings: what made the run.
-        accelerator: joins the processes.
-        objective: what is trained.
-        wrapped: the objective as Accelerate prepared it, perhaps for several processes; call this one.
-        optimizer: moves its weights.
-        processor: saved beside the model.
-        batches: which images form the batches of an epoch.
-        loader: gives images, uint8 [B, 1, S, S], and their numbers [B], in the order of `batches`.
-        make_views: gives both views [B, C, S, S] of images, of their numbers and of the epoch.
-        checkpoints: of the output folder.
-        watcher: measures the objective; None in all processes but the main one.
-        notes: lines to print when training begins.
-        step: steps that are done.
-    """
-
-    settings: RunSettings
+    settings: RunSettings  # what made the run
     accelerator: Accelerator
-    objective: Objective
-    wrapped: nn.Module
+    objective: Objective  # what is trained
+    wrapped: nn.Module  # the objective as Accelerate prepared it, perhaps for several processes; call this one
     optimizer: AcceleratedOptimizer
-    processor: MLVICXImageProcessor
-    batches: EpochBatches | StreamBatches
-    loader: DataLoader[Any] | StreamBatches
+    processor: MLVICXImageProcessor  # saved beside the model
+    batches: EpochBatches | StreamBatches  # which images form the batches of an epoch
+    loader: DataLoader[Any] | StreamBatches  # images, uint8 [B, 1, S, S], and their numbers [B], in the same order
+    # Both views, [B, C, S, S] each, of images, of their numbers and of the epoch.
     make_views: Callable[[Tensor, np.ndarray, int], tuple[Tensor, Tensor]]
     checkpoints: Checkpoints
-    watcher: Watcher | None
-    notes: list[str]
-    step: int = 0
+    watcher: Watcher | None  # measures the objective; None in all processes but the main one
+    notes: list[str]  # lines to print when training begins
+    step: int = 0  # steps that are done
 
     @property
     def arguments(self) -> PretrainingArguments:

@@ -78,11 +78,7 @@ def grad_cam(
 
 
 def find_layer(model: MLVICXForImageClassification, level: int | None) -> nn.Module:
-    """Find the module whose output is the refined map of a level, by default the last.
-
-    Raises:
-        UserError: a level that the encoder does not have.
-    """
+    """Find the module whose output is the refined map of a level, by default the last; UserError if there is none."""
     layers = model.mlvicx.context
     if level is not None and not 0 <= level < len(layers):
         raise UserError(f"level={level} found; {model.config.backbone} has levels 0 to {len(layers) - 1}, or last")
@@ -140,38 +136,23 @@ def choose_findings(
 
 @dataclass
 class HeatMaps:
-    """What one model's heat maps of a finding gave.
+    """What one model's heat maps of a finding gave."""
 
-    Attributes:
-        drawn: the first heat maps.
-        sources: names of the images that are drawn.
-        empty: number of heat maps that are zero everywhere.
-        scores: of each image whose region is known.
-        chances: scores of a constant map, for the same images.
-        patients: of the same images.
-    """
-
-    drawn: list[Panel] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    empty: int = 0
-    scores: list[Localization] = field(default_factory=list)
-    chances: list[Localization] = field(default_factory=list)
-    patients: list[str] = field(default_factory=list)
+    drawn: list[Panel] = field(default_factory=list)  # the first ones
+    sources: list[str] = field(default_factory=list)  # names of the images that are drawn
+    empty: int = 0  # number of heat maps that are zero everywhere
+    scores: list[Localization] = field(default_factory=list)  # of each image whose region is known
+    chances: list[Localization] = field(default_factory=list)  # scores of a constant map, for the same images
+    patients: list[str] = field(default_factory=list)  # of the same images
 
 
 @dataclass(frozen=True)
 class Explainer:
-    """What is the same for all findings. The fields that are not described here are the arguments of `explain`.
+    """What is the same for all findings. The fields that are not described here are the arguments of `explain`."""
 
-    Attributes:
-        models: name → model.
-        outputs: model → result of `find_outputs`.
-        images: split of a cache.
-    """
-
-    models: Mapping[str, LoadedModel]
-    outputs: Mapping[str, Mapping[str, int]]
-    images: Any
+    models: Mapping[str, LoadedModel]  # by name
+    outputs: Mapping[str, Mapping[str, int]]  # model → result of `find_outputs`
+    images: Any  # split of a cache
     level: int | None
     max_images: int
     score: bool
@@ -293,7 +274,11 @@ def explain(
             "task": "explanation",
             "method": f"Grad-CAM of captum {version('captum')}",
             "findings": {subject.finding: explainer.explain(subject, folder, bar) for subject in subjects},
-            "models": {name: _describe_model(each, level) | {"overlap": seen[name]} for name, each in loaded.items()},
+            "models": {
+                name: each.describe()
+                | {"level": len(each.model.mlvicx.context) - 1 if level is None else level, "overlap": seen[name]}
+                for name, each in loaded.items()
+            },
             "data": {"cache": str(dataset), "split": split} | manifest,
             "settings": settings,
             "hardware": describe_hardware(next(iter(loaded.values())).model.device),
@@ -305,10 +290,17 @@ def explain(
 
 
 def _load_frozen(source: str, level: int | None, device: str | None) -> LoadedModel:
-    """Load a classifier without gradients of its weights, after a check of the level."""
+    """Load a classifier without gradients of its weights. Refuse a level that it lacks; warn of one of one pixel."""
     loaded = load_saved_classifier(source, None, device)
     find_layer(loaded.model, level)
-    _warn_of_one_pixel(loaded, level)
+    reductions, size = loaded.model.mlvicx.backbone.feature_info.reduction(), loaded.processor.image_size
+    if size <= reductions[-1 if level is None else level]:
+        logger.warning(
+            "%s: a level has one pixel of an image of %d: its heat maps cannot point; --level %d can",
+            loaded.source,
+            size,
+            max((i for i, each in enumerate(reductions) if each < size), default=0),
+        )
     loaded.model.requires_grad_(False)
     return loaded
 
@@ -323,24 +315,3 @@ def _find_subjects(
     if score and not any(subject.located for subject in subjects):
         raise UserError(f"{cache.path}: no box and no mask of {listed} found in {split}; expected some to score by")
     return subjects
-
-
-def _warn_of_one_pixel(loaded: LoadedModel, level: int | None) -> None:
-    reductions = loaded.model.mlvicx.backbone.feature_info.reduction()
-    reduction, size = reductions[-1 if level is None else level], loaded.processor.image_size
-    if size <= reduction:
-        logger.warning(
-            "%s: a level has one pixel of an image of %d: its heat maps cannot point; --level %d can",
-            loaded.source,
-            size,
-            max((i for i, each in enumerate(reductions) if each < size), default=0),
-        )
-
-
-def _describe_model(loaded: LoadedModel, level: int | None) -> dict[str, Any]:
-    return {
-        "model": loaded.source,
-        "revision": loaded.revision,
-        "weights_sha256": loaded.weights,
-        "level": len(loaded.model.mlvicx.context) - 1 if level is None else level,
-    }

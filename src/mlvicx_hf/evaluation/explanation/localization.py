@@ -24,27 +24,16 @@ ROUNDING = 1e-5  # of the maximum: a value this close to it counts as equal, sin
 
 @dataclass(frozen=True)
 class Subject:
-    """A finding, the images of a split that show it, and where it is in them.
+    """A finding, the images of a split that show it, and where it is in them."""
 
-    Attributes:
-        finding: label of the cache.
-        mask_value: of the finding in the masks; None where they do not show it.
-        size: of the cache's images.
-        rows: of the images that show it, those with a known region first.
-        located: number of those.
-    """
-
-    finding: str
-    mask_value: int | None
-    size: int
-    rows: tuple[int, ...] = ()
-    located: int = 0
+    finding: str  # label of the cache
+    mask_value: int | None  # of the finding in the masks; None where they do not show it
+    size: int  # side of the cache's images
+    rows: tuple[int, ...] = ()  # of the images that show it, those with a known region first
+    located: int = 0  # number of those
 
     def region(self, row: Mapping[str, Any]) -> np.ndarray | None:
-        """Find where the finding is in an image: its mask, or else every pixel that its boxes touch.
-
-        Args:
-            row: of the cache.
+        """Find where the finding is in an image of the cache: its mask, or else every pixel that its boxes touch.
 
         Returns:
             Bool [size, size]; None if it is not known.
@@ -89,17 +78,11 @@ def find_subject(cache: Cache, split: str, finding: str, mask_name: str | None =
 
 
 class Localization(NamedTuple):
-    """Scores of one heat map, between 0 and 1.
+    """Scores of one heat map, between 0 and 1."""
 
-    Attributes:
-        pointing: pointing game (arXiv 1608.00507): whether the maximum lies in the region.
-        energy: share of the map's sum that lies in the region (arXiv 1910.01279).
-        iou: intersection over union of the region and as many of the map's highest pixels.
-    """
-
-    pointing: float
-    energy: float
-    iou: float
+    pointing: float  # pointing game (arXiv 1608.00507): whether the maximum lies in the region
+    energy: float  # share of the map's sum that lies in the region (arXiv 1910.01279)
+    iou: float  # intersection over union of the region and as many of the map's highest pixels
 
 
 def localize(heat: np.ndarray, region: np.ndarray, tolerance: float = 0) -> Localization:
@@ -167,28 +150,17 @@ def summarize(
         (of the first model from it), `low`, `high`.
     """
     draws = list(draw_patients(patients, samples, seed))
-    levels = dict(zip(Localization._fields, chances.mean(0).tolist(), strict=True))
-    estimates = {name: _estimate(table, draws) for name, table in scores.items()}
-    (_, first), *others = estimates.items()
-    return {
-        "scores": {
-            name: {score: _describe(found) | {"chance": levels[score]} for score, found in each.items()}
-            for name, each in estimates.items()
-        },
-        "differences": {
-            name: {score: difference(first[score], found) for score, found in other.items()} for name, other in others
-        },
-    }
-
-
-def _estimate(table: np.ndarray, draws: list[np.ndarray]) -> dict[str, Estimate]:
-    """Each column of [N, 3] as an estimate."""
-    return {
-        score: Estimate(np.array([column.mean()]), np.concatenate([weighted_mean(column, w) for w in draws]))
-        for score, column in zip(Localization._fields, table.T, strict=True)
-    }
-
-
-def _describe(found: Estimate) -> dict[str, float]:
-    low, high = found.interval
-    return {"mean": found.value, "low": low, "high": high}
+    main, *others = scores
+    found: dict[str, Any] = {"scores": {name: {} for name in scores}, "differences": {name: {} for name in others}}
+    for column, (score, level) in enumerate(zip(Localization._fields, chances.mean(0).tolist(), strict=True)):
+        estimates = {}
+        for name, table in scores.items():
+            values = table[:, column]
+            drawn = np.concatenate([weighted_mean(values, weights) for weights in draws])
+            estimates[name] = Estimate(np.array([values.mean()]), drawn)
+            low, high = estimates[name].interval
+            described = {"mean": estimates[name].value, "low": low, "high": high, "chance": level}
+            found["scores"][name][score] = described
+        for name in others:
+            found["differences"][name][score] = difference(estimates[main], estimates[name])
+    return found

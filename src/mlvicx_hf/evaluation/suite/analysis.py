@@ -89,6 +89,9 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
             described.append(_describe_setting(setting, suite.metrics[setting.task]))
             bar.update()
     failures = {str(cell.path): cell.failure(output) for cell in suite.cells}
+    tasks: dict[str, list[FinishedCell]] = {}
+    for setting in settings:
+        tasks.setdefault(setting.task, []).extend(setting.runs)
     return {
         "suite": {"title": suite.title, "file": suite.path.name, "sha256": suite.digest, "samples": samples},
         "code": code_version(),
@@ -97,7 +100,7 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
             "finished": len(finished),
             "failed": {path: reason for path, reason in failures.items() if reason is not None},
         },
-        "tasks": _describe_tasks(suite, settings),
+        "tasks": {task: _describe_task(suite.metrics[task], runs) for task, runs in tasks.items()},
         "settings": described,
         "comparisons": _compare(suite, settings),
         "shortcuts": _shortcuts(suite, output),
@@ -121,51 +124,38 @@ def _read_settings(cells: Sequence[Cell], output: Path, samples: int) -> list[Su
     return [SuiteSetting(*name, tuple(groups[name]), samples) for name in names]
 
 
-def _describe_tasks(suite: Suite, settings: Sequence[SuiteSetting]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for setting in settings:
-        first = setting.runs[0]
-        about = found.setdefault(
-            setting.task,
-            {
-                "kind": first.cell.kind,
-                "metric": suite.metrics[setting.task],
-                "labels": first.results["labels"],
-                "data": {k: v for k, v in first.results["data"].items() if k != "used_hash"},
-                "test": first.results["counts"]["test"],
-                "validation": first.results["counts"]["validation"],
-                "train": {},
-                "commits": [],
-                "hardware": [],
-            },
-        )
-        for run in setting.runs:
-            _check_same_data(run, about["data"])
-            about["train"][f"{run.cell.label_fraction:g}"] = run.results["counts"]["train"]
-            for key, value in (("commits", run.results["code"]["commit"]), ("hardware", run.results["hardware"])):
-                if value not in about[key]:
-                    about[key].append(value)
-    return found
-
-
-def _check_same_data(run: FinishedCell, expected: dict[str, Any]) -> None:
-    data, cell = run.results["data"], run.cell
-    for name, value in expected.items():
-        if data.get(name) != value:
-            raise UserError(
-                f"{cell.path} was run with {name} {data.get(name)}, other cells of task {cell.task} with {value}; "
-                "expected one cache"
-            )
+def _describe_task(metric: str, runs: Sequence[FinishedCell]) -> dict[str, Any]:
+    """Data, counts, code and machines of all runs of a task."""
+    first = runs[0].results
+    data = {name: value for name, value in first["data"].items() if name != "used_hash"}
+    for run in runs:
+        for name, value in data.items():
+            if run.results["data"].get(name) != value:
+                raise UserError(
+                    f"{run.cell.path} was run with {name} {run.results['data'].get(name)}, other cells of task "
+                    f"{run.cell.task} with {value}; expected one cache"
+                )
+    machines = [run.results["hardware"] for run in runs]
+    return {
+        "kind": runs[0].cell.kind,
+        "metric": metric,
+        "labels": first["labels"],
+        "data": data,
+        "test": first["counts"]["test"],
+        "validation": first["counts"]["validation"],
+        "train": {f"{run.cell.label_fraction:g}": run.results["counts"]["train"] for run in runs},
+        "commits": list(dict.fromkeys(run.results["code"]["commit"] for run in runs)),
+        "hardware": [machine for i, machine in enumerate(machines) if machine not in machines[:i]],
+    }
 
 
 def _describe_setting(setting: SuiteSetting, metric: str) -> dict[str, Any]:
     runs = setting.runs
-    first = runs[0]
     found = setting.names | {
         "members": sorted({run.cell.member for run in runs}),
         "seeds": sorted({run.cell.seed for run in runs}),
         "weights": {run.cell.weights: run.files.get(run.cell.weights_file) for run in runs},
-        "hyperparameters": first.results["hyperparameters"],
+        "hyperparameters": runs[0].results["hyperparameters"],
         "scores": {name: value.describe() for name, value in setting.estimates.items()},
         "subgroups": _subgroups(setting, metric),
     }
@@ -183,14 +173,11 @@ def _subgroups(setting: SuiteSetting, metric: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for kind, names in predictions[0].groups.items():
         present = sorted(set(names) - {""})
-        if len(present) < 2:
-            continue
-        for name in present:
-            rows = np.flatnonzero(names == name)
-            parts = [run.only(rows) for run in predictions]
+        for name in present if len(present) > 1 else ():
+            parts = [run.only(np.flatnonzero(names == name)) for run in predictions]
             score = estimate(parts, setting.samples)[metric].describe()
-            patients = len(set(predictions[0].patients[rows]))
-            found.setdefault(kind, {})[name] = {"images": len(rows), "patients": patients} | score
+            counts = {"images": len(parts[0].patients), "patients": len(set(parts[0].patients))}
+            found.setdefault(kind, {})[name] = counts | score
     return found
 
 

@@ -14,15 +14,11 @@ from mlvicx_hf.common.text import markdown_table
 
 
 class Document:
-    """Headings, paragraphs, tables and pictures, in order.
-
-    Attributes:
-        pictures: file name → PNG. Markdown refers to these files; HTML contains them.
-    """
+    """Headings, paragraphs, tables and pictures, in order."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.pictures: dict[str, bytes] = {}
+        self.pictures: dict[str, bytes] = {}  # file name → PNG; Markdown refers to these files, HTML contains them
         self._markdown = [f"# {title}"]
         self._blocks: list[dict[str, Any]] = []  # for the HTML template
 

@@ -64,33 +64,19 @@ def _hash_of(file: Path, changed: int) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid.
+    """One run of the grid."""
 
-    Attributes:
-        task: name in the suite.
-        kind: classification or segmentation.
-        dataset: cache.
-        model: name in the suite.
-        member: which of the model's weights, such as the number of their pretraining.
-        weights: folder or Hub name; "random"; "imagenet".
-        architecture: model that gives the configuration of random or ImageNet weights.
-        protocol: frozen, frozen_levels (a linear layer on the pooled maps of all levels) or finetuned.
-        label_fraction: share of the training patients.
-        seed: of the head, the order of images and the label fraction.
-        options: further flags of fine-tuning.
-    """
-
-    task: str
-    kind: str
-    dataset: str
-    model: str
-    member: int
-    weights: str
-    architecture: str | None
-    protocol: str
-    label_fraction: float
-    seed: int
-    options: dict[str, Any] = field(default_factory=dict)
+    task: str  # name in the suite
+    kind: str  # classification or segmentation
+    dataset: str  # cache
+    model: str  # name in the suite
+    member: int  # which of the model's weights, such as the number of their pretraining
+    weights: str  # folder or Hub name; "random"; "imagenet"
+    architecture: str | None  # model that gives the configuration of random or ImageNet weights
+    protocol: str  # frozen, frozen_levels (a linear layer on the pooled maps of all levels) or finetuned
+    label_fraction: float  # share of the training patients
+    seed: int  # of the head, the order of images and the label fraction
+    options: dict[str, Any] = field(default_factory=dict)  # further flags of fine-tuning
 
     @property
     def weights_file(self) -> str:
@@ -164,36 +150,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Suite:
-    """A grid, and what its report shows.
+    """A grid, and what its report shows."""
 
-    Attributes:
-        title: of the report.
-        path: the YAML file.
-        digest: SHA-256 of the file.
-        cells: of the grid; those that share features stand next to one another.
-        metrics: task → score that its tables and curves show.
-        paper: task → name of its data in the paper.
-        paper_tables: tables of the paper that the report rebuilds.
-        compare: pairs of models, each the first against the second.
-        shortcuts: what the features are asked to tell: view, sex, source.
-    """
-
-    title: str
-    path: Path
-    digest: str
-    cells: tuple[Cell, ...]
-    metrics: dict[str, str]
-    paper: dict[str, str]
-    paper_tables: tuple[str, ...]
-    compare: tuple[tuple[str, str], ...]
-    shortcuts: tuple[str, ...]
+    title: str  # of the report
+    path: Path  # the YAML file
+    digest: str  # SHA-256 of the file
+    cells: tuple[Cell, ...]  # of the grid; those that share features stand next to one another
+    metrics: dict[str, str]  # task → score that its tables and curves show
+    paper: dict[str, str]  # task → name of its data in the paper
+    paper_tables: tuple[str, ...]  # tables of the paper that the report rebuilds
+    compare: tuple[tuple[str, str], ...]  # pairs of models, each the first against the second
+    shortcuts: tuple[str, ...]  # what the features are asked to tell: view, sex, source
 
 
 def find_suite(name: str) -> Path:
-    """Find the file of a suite.
-
-    Args:
-        name: of a suite that comes with the package, or the path of another one.
+    """Find the file of a suite that comes with the package, or of another one by its path.
 
     Raises:
         UserError: neither.
@@ -207,20 +178,18 @@ def find_suite(name: str) -> Path:
 
 
 def read_suite(path: Path) -> Suite:
-    """Read the YAML file of a suite.
+    """Read the YAML file of a suite. Its keys are:
 
-    Args:
-        path: the file. Its keys are:
-            `tasks`: name → `{kind: classification | segmentation, dataset: CACHE}`, and if wanted `metric` (shown in
-            tables), `paper` (name of this data in the paper) and flags of fine-tuning;
-            `models`: name → folder or Hub name, a list of them, or a mapping of `weights`, `random` or `imagenet` (the
-            folder that gives the configuration) and flags of fine-tuning;
-            `protocols`: a list, or name → flags of fine-tuning, which any other flag overrides;
-            `label_fractions`, `seeds`: lists; `pair_seeds`: give each of several weights of a model one seed, the one
-            at its place, instead of all;
-            `classification`, `segmentation`: flags of fine-tuning;
-            `compare`: pairs of models, by default all against the first; `paper_tables`; `shortcuts`, by default all;
-            `title`.
+    - `tasks`: name → `{kind: classification | segmentation, dataset: CACHE}`, and if wanted `metric` (shown in tables),
+      `paper` (name of this data in the paper) and flags of fine-tuning;
+    - `models`: name → folder or Hub name, a list of them, or a mapping of `weights`, `random` or `imagenet` (the folder
+      that gives the configuration) and flags of fine-tuning;
+    - `protocols`: a list, or name → flags of fine-tuning, which any other flag overrides;
+    - `label_fractions`, `seeds`: lists; `pair_seeds`: give each of several weights of a model one seed, the one at its
+      place, instead of all;
+    - `classification`, `segmentation`: flags of fine-tuning;
+    - `compare`: pairs of models, by default all against the first; `paper_tables`; `shortcuts`, by default all;
+    - `title`.
 
     Raises:
         UserError: a key, kind, protocol, model or flag that does not exist, or one that is missing.
@@ -230,14 +199,9 @@ def read_suite(path: Path) -> Suite:
     if not isinstance(suite, dict) or not {"tasks", "models"} <= set(suite):
         raise UserError(f"{path}: expected a mapping with tasks and models at least")
     first, *others = suite["models"]
-    usual: dict[str, Any] = {
-        "protocols": ["frozen", "finetuned"],
-        "label_fractions": [1.0],
-        "seeds": [0],
-        "pair_seeds": False,
-    }
-    usual |= {"paper_tables": (), "shortcuts": SHORTCUTS, "compare": [[other, first] for other in others]}
-    suite = usual | {"title": path.stem} | suite
+    usual: dict[str, Any] = {"protocols": ["frozen", "finetuned"], "label_fractions": [1.0], "seeds": [0]}
+    usual |= {"pair_seeds": False, "paper_tables": (), "shortcuts": SHORTCUTS, "title": path.stem}
+    suite = usual | {"compare": [[other, first] for other in others]} | suite
     _check_names(path, "key(s)", suite, KEYS)
     _check_names(path, "protocols", suite["protocols"], PROTOCOL_FLAGS)
     _check_names(path, "paper_tables", suite["paper_tables"], paper_tables())

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers.trainer_utils import set_seed
@@ -50,7 +50,9 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
     with progress_bar(len(finished), "shortcuts", "model") as bar:
         for key in sorted(finished):
             cell, file = members[key], _file(output, *key)
-            made_of = _made_of(cell) | {"data": data, "kinds": list(suite.shortcuts)}
+            made_of = {name: getattr(cell, name) for name in ("weights", "architecture", "seed", "files")}
+            made_of |= {"drop_context": bool(cell.options.get("drop_context"))}
+            made_of |= {"data": data, "kinds": list(suite.shortcuts)}
             if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["made_of"] != made_of:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 found = probe_shortcuts(cell, caches, suite.shortcuts, store)
@@ -61,24 +63,11 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
 def read_audits(suite: Suite, output: Path) -> dict[str, list[list[dict[str, Any]]]]:
     """Read the audits: model → for each of its weights what `probe_shortcuts` gave."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
-    if not suite.shortcuts:
-        return found
-    for model, member in dict.fromkeys((cell.model, cell.member) for cell in suite.cells):
+    for model, member in dict.fromkeys((cell.model, cell.member) for cell in suite.cells if suite.shortcuts):
         file = _file(output, model, member)
         if file.is_file():
             found.setdefault(model, []).append(json.loads(file.read_text(encoding="utf-8"))["found"])
     return found
-
-
-def _made_of(cell: Cell) -> dict[str, Any]:
-    """What the features depend on, apart from the images."""
-    return {
-        "weights": cell.weights,
-        "architecture": cell.architecture,
-        "drop_context": bool(cell.options.get("drop_context")),
-        "seed": cell.seed,
-        "files": cell.files,
-    }
 
 
 def _file(output: Path, model: str, member: int) -> Path:
@@ -127,12 +116,11 @@ def _share_images(caches: Sequence[Cache]) -> bool:
     return sum(map(len, files)) > len(set().union(*files))
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Features [N, C] of images, and the view, sex, source and patient of each image."""
+class Encoded(NamedTuple):
+    """Features [N, C] of images, and a row for each image with its view, sex, source and patient."""
 
     features: Tensor
-    about: dict[str, np.ndarray]
+    about: pd.DataFrame
 
 
 def _encode(
@@ -140,15 +128,15 @@ def _encode(
 ) -> Encoded:
     images = cache.datasets[split]
     rows = LabelledImages(images, processor, exclusive=False, digest=cache.digest)
-    about = {kind: np.array(images[kind], dtype=object) for kind in ("view", "sex")}
-    about["source"] = np.full(len(images), cache.path.name, dtype=object)
-    about["patient"] = np.array([f"{cache.path} {patient}" for patient in images["patient_id"]])
+    about = pd.DataFrame({"view": images["view"][:], "sex": images["sex"][:]}, dtype=object)
+    about["source"] = cache.path.name
+    about["patient"] = [f"{cache.path} {patient}" for patient in images["patient_id"]]
     return Encoded(store.encode(encoder, rows, BATCH_SIZE, device)["features"], about)
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:
-    about = {name: np.concatenate([part.about[name] for part in parts]) for name in parts[0].about}
-    return Encoded(torch.cat([part.features for part in parts]), about)
+    features, tables = zip(*parts, strict=True)
+    return Encoded(torch.cat(features), pd.concat(tables))
 
 
 def _encoder(cell: Cell, cache: Cache) -> tuple[Any, MLVICXImageProcessor]:
@@ -162,12 +150,9 @@ def _encoder(cell: Cell, cache: Cache) -> tuple[Any, MLVICXImageProcessor]:
 
 def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:
     """Score a probe for the values that are frequent enough; None if there are fewer than two."""
-    values, asked = train.about[kind], test.about[kind]
-    classes = [
-        name
-        for name in sorted(set(values) - {"", "UNKNOWN"})
-        if min((values == name).sum(), (asked == name).sum()) >= FEWEST
-    ]
+    values, asked = (part.about[kind].to_numpy(object) for part in (train, test))
+    names = sorted(set(values) - {"", "UNKNOWN"})
+    classes = [name for name in names if min((values == name).sum(), (asked == name).sum()) >= FEWEST]
     if len(classes) < 2:
         return None
     fitted, scored = np.isin(values, classes), np.isin(asked, classes)
@@ -179,7 +164,7 @@ def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:
     def macro(weights: np.ndarray) -> np.ndarray:
         return np.mean([weighted_areas(*pair, weights)[0] for pair in zip(truth.T, scores.T, strict=True)], axis=0)
 
-    draws = np.concatenate([macro(weights) for weights in draw_patients(test.about["patient"][scored])])
+    draws = np.concatenate([macro(weights) for weights in draw_patients(test.about["patient"].to_numpy(str)[scored])])
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return {
         "classes": classes,
