@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,7 @@ class Checkpoints:
     def save(self, step: int, fixed: dict[str, Any], machine: dict[str, Any], write: Callable[[Path], None]) -> None:
         """Write the checkpoint of a step, whole or not at all, and remove the oldest one.
 
-        Args:
-            step: number of steps that are done. If it has a checkpoint already, nothing is written.
-            fixed: see `Checkpoint`.
-            machine: see `Checkpoint`.
-            write: writes files into the folder that it gets.
+        `write` gets the folder and writes the files. If the step has a checkpoint already, nothing is written.
 
         Raises:
             OSError: the checkpoint cannot be written; names the one that is still good.
@@ -177,10 +173,8 @@ class Checkpoints:
     def newest_good(self) -> Path | None:
         """The newest whole checkpoint."""
         for path in reversed(self.paths()):
-            try:
+            with suppress(DamagedCheckpointError):
                 return verify_checkpoint(path).path
-            except DamagedCheckpointError:
-                continue
         return None
 
     def set_aside(self, path: Path, why: str) -> None:

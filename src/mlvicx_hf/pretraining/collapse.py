@@ -85,11 +85,8 @@ class Watcher:
     def scalars(self, embeddings: EmbeddingPairs, view: Tensor) -> dict[str, float]:
         """RankMe, mean deviation and mean correlation of the first view's embeddings and of every level.
 
-        The levels' figures are those of their spatial means in evaluation mode, centred for RankMe.
-
-        Args:
-            embeddings: of this step, by name.
-            view: the first view [B, C, H, W], of which some images are encoded again.
+        The levels' figures are those of their spatial means in evaluation mode, centred for RankMe. For these, some
+        images of `view`, the first one [B, C, H, W], are encoded again.
         """
         found: dict[str, float] = {}
         for name, (first, _) in embeddings.items():
@@ -101,23 +98,13 @@ class Watcher:
         return found
 
     def probe(self, step: int, last: bool = False) -> dict[str, float]:
-        """Scores of the probes, see `Probe`; empty when none is due.
-
-        Args:
-            step: steps that are done.
-            last: the run ends here, so they are due whatever the step.
-        """
+        """Scores of the probes after a step, see `Probe`; empty when none is due. After the last step they are."""
         if self._probe is None or (step % self.probe_steps and not last):
             return {}
         return self._probe(self.encoder, self.device)
 
     def check(self, scalars: dict[str, float], embeddings: EmbeddingPairs) -> list[str]:
-        """Warnings of collapse: each once, and again only after its figure has been well.
-
-        Args:
-            scalars: what `scalars` gave.
-            embeddings: of the same step; their shapes bound RankMe.
-        """
+        """Warnings of collapse by what `scalars` gave: each once, and again only after its figure has been well."""
         warnings = []
         self._remember(scalars)
         for rule in (*self._embedding_rules(scalars, embeddings), *self._level_rules(scalars)):
@@ -142,18 +129,11 @@ class Watcher:
             if f"{name}_rankme" not in scalars:
                 continue
             rank, deviation, full = scalars[f"{name}_rankme"], scalars[f"{name}_deviation"], min(first.shape)
-            yield Rule(
-                f"{name}_deviation",
-                deviation,
-                LOW_DEVIATION * target,
-                f"{name} collapse to a point: their mean deviation is {deviation:.2g}, the target {target:g}. {remedy}",
-            )
-            yield Rule(
-                f"{name}_rankme",
-                rank - 1,
-                min(LOW_RANK - 1, LOW_RANK_SHARE * (full - 1)),
-                f"{name} collapse to few directions: RankMe is {rank:.2f} of at most {full}. {remedy}",
-            )
+            text = f"{name} collapse to a point: their mean deviation is {deviation:.2g}, the target {target:g}."
+            yield Rule(f"{name}_deviation", deviation, LOW_DEVIATION * target, f"{text} {remedy}")
+            limit = min(LOW_RANK - 1, LOW_RANK_SHARE * (full - 1))
+            text = f"{name} collapse to few directions: RankMe is {rank:.2f} of at most {full}."
+            yield Rule(f"{name}_rankme", rank - 1, limit, f"{text} {remedy}")
 
     def _level_rules(self, scalars: dict[str, float]) -> Iterator[Rule]:
         context = self.encoder.config.use_context
@@ -166,17 +146,9 @@ class Watcher:
                 remedy += f", and look whether its context gate (mlvicx.context.{level}) has closed"
             past = self._starts[f"level_{level}_deviation"]
             start = median(past) if len(past) >= START_AT_LEAST else 0.0
-            yield Rule(
-                f"level_{level}_deviation",
-                deviation,
-                max(LOW_LEVEL_DEVIATION * start, torch.finfo(torch.float32).tiny),
-                f"level {level} of the encoder gives nearly the same for all images: the mean deviation of its "
-                f"features is {deviation:.2g}, at the start {start:.2g}. {remedy}",
-            )
-            yield Rule(
-                f"level_{level}_rankme",
-                rank,
-                LOW_LEVEL_RANK,
-                f"level {level} of the encoder varies in one direction only: RankMe of its centred features is "
-                f"{rank:.2f}. {remedy}",
-            )
+            limit = max(LOW_LEVEL_DEVIATION * start, torch.finfo(torch.float32).tiny)
+            text = f"level {level} of the encoder gives nearly the same for all images: the mean deviation of its "
+            text += f"features is {deviation:.2g}, at the start {start:.2g}."
+            yield Rule(f"level_{level}_deviation", deviation, limit, f"{text} {remedy}")
+            text = f"level {level} of the encoder varies in one direction only: RankMe of its centred features is "
+            yield Rule(f"level_{level}_rankme", rank, LOW_LEVEL_RANK, f"{text}{rank:.2f}. {remedy}")

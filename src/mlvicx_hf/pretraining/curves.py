@@ -100,20 +100,11 @@ def _line(key: str, points: int, branches: list[str]) -> dict[str, Any]:
 
 
 def view_sheet(images: list[Image.Image], augment: TwoViewAugmentation, picture: Path, seed: int = 0) -> None:
-    """Rows of three: an image and its two views.
-
-    Args:
-        images: grey squares of one size.
-        augment: makes the views.
-        picture: PNG file to write.
-        seed: of the views.
-    """
+    """Draw rows of three into a PNG file: an image (a grey square) and its two views."""
     batch = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in images]))[:, None]
     views = augment(batch, view_draws(seed, 0, range(len(images))))
     size = (augment.image_size, augment.image_size)
-    columns = [np.stack([np.asarray(image.resize(size)) for image in images])]
-    for view in views:
-        gray = ((view[:, 0] * augment.std + augment.mean).clamp(0, 1) * 255).round()
-        columns.append(gray.to(torch.uint8).numpy())
-    tiles = [column[i] for i in range(len(images)) for column in columns]
+    gray = [((view[:, 0] * augment.std + augment.mean).clamp(0, 1) * 255).round().to(torch.uint8) for view in views]
+    columns = ([np.asarray(image.resize(size)) for image in images], *(view.numpy() for view in gray))
+    tiles = [tile for row in zip(*columns, strict=True) for tile in row]
     contact_sheet(tiles, 6, ["image", "view 1", "view 2"] * len(images)).save(picture)

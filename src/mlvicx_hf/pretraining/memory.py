@@ -28,17 +28,11 @@ BETWEEN = 1.1  # memory of the maps on the CPU over what autograd saves of them;
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """What a training process needs.
+    """What a training process needs."""
 
-    Args:
-        memory: bytes at the peak, of the GPU or of the process.
-        on_gpu: which of the two.
-        seconds: of a step, without reading images and without communication; None if not known.
-    """
-
-    memory: int
-    on_gpu: bool
-    seconds: float | None
+    memory: int  # bytes at the peak, of the GPU or of the process
+    on_gpu: bool  # which of the two
+    seconds: float | None  # of a step, without reading images and without communication; None if not known
 
     def line(self, steps: int) -> str:
         """A line about a run of so many steps."""
@@ -237,11 +231,7 @@ def _resident() -> int:
 
 
 def micro_batch(share: int, steps: int) -> int:
-    """Images of a micro-batch.
-
-    Args:
-        share: images of a process.
-        steps: micro-batches.
+    """Images of a micro-batch, where a process has `share` images and divides them into `steps` micro-batches.
 
     Raises:
         UserError: unequal micro-batches, or smaller than two images.
@@ -255,12 +245,9 @@ def micro_batch(share: int, steps: int) -> int:
 
 
 def largest_that_fits(share: int, steps: int, attempt: Callable[[int], None]) -> int:
-    """Halve micro-batches until they fit into the memory; returns their images.
+    """Halve micro-batches until they fit into the memory, and return their images; `share` and `steps` as above.
 
-    Args:
-        share: images of a process.
-        steps: micro-batches to begin with.
-        attempt: tries micro-batches of so many images; raises torch's out-of-memory error.
+    `attempt` tries micro-batches of so many images and raises torch's out-of-memory error.
 
     Raises:
         UserError: even the smallest ones do not fit, or the images cannot be divided into `steps` equal parts.

@@ -69,17 +69,13 @@ class Probe:
             `probe_knn_auroc` and `probe_linear_auroc`, means over the labels that both splits know with both values,
             and `probe_knn_auroc/LABEL`, `probe_linear_auroc/LABEL`. Exclusive classes count one against the rest.
         """
-        features = {
-            split: encode(encoder, PreparedImages(images, self.processor), self.batch_size, device, show=False)[
-                "features"
-            ]
-            for split, images in self.images.items()
-        }
+        prepared = (PreparedImages(self.images[split], self.processor) for split in ("train", "validation"))
+        known, asked = (encode(encoder, images, self.batch_size, device, show=False)["features"] for images in prepared)
         names = [self.names[i] for i in self.usable]
         fit, truth = (self.labels[split][:, self.usable] for split in ("train", "validation"))
         found = {
-            "knn": knn_scores(features["train"], fit, features["validation"], self.same_patient),
-            "linear": linear_scores(features["train"], fit, features["validation"]),
+            "knn": knn_scores(known, fit, asked, self.same_patient),
+            "linear": linear_scores(known, fit, asked),
         }
         scalars: dict[str, float] = {}
         for kind, scores in found.items():

@@ -29,11 +29,7 @@ TIMED_STEPS = 4  # the estimate uses these steps, after a first one that is slow
 
 
 class Reporter:
-    """Reports of one run; all but the trackers are made by the main process.
-
-    Args:
-        run: before its first step.
-    """
+    """Reports of one run; all but the trackers are made by the main process."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.watcher = run, run.watcher
@@ -67,13 +63,7 @@ class Reporter:
             run.accelerator.init_trackers("mlvicx", config=run.settings.for_tracker())
 
     def step_done(self, output: LossOutput, view: Tensor, rate: float, epoch: int) -> float | None:
-        """Report a step.
-
-        Args:
-            output: of the step.
-            view: the first view of its images.
-            rate: its learning rate.
-            epoch: counted from 0.
+        """Report a step of an epoch, counted from 0, with the first view of its images.
 
         Returns:
             Score of the linear probe, where one was due.
@@ -131,12 +121,7 @@ class Reporter:
 
 
 def keep_metrics_before(path: Path, step: int) -> None:
-    """Drop the lines of `metrics.jsonl` that a killed run wrote after its last checkpoint.
-
-    Args:
-        path: of the file, which need not be there.
-        step: of the checkpoint.
-    """
+    """Drop the lines of `metrics.jsonl`, if there is one, that a killed run wrote after the checkpoint of a step."""
     kept = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,25 +18,19 @@ _FREE |= {"cpu_threads", "torch_compile", "probe_dataset", "probe_steps", "find_
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Arguments, data and machine of a run.
-
-    Args:
-        model: what is trained.
-        data: on which images.
-        training: how.
-        images: number of images in an epoch.
-        manifest: of the cache or stream.
-        device: of this process.
-        hardware: see `describe_hardware`.
-    """
+    """Arguments, data and machine of a run."""
 
     model: ModelArguments
     data: DataArguments
     training: PretrainingArguments
-    images: int
-    manifest: dict[str, Any]
-    device: torch.device
-    hardware: dict[str, Any]
+    images: int  # number of images in an epoch
+    manifest: dict[str, Any]  # of the cache or stream
+    device: torch.device  # of this process
+    hardware: dict[str, Any]  # see `describe_hardware`
+
+    def with_micro_batches(self, steps: int) -> RunSettings:
+        """The same settings with so many micro-batches."""
+        return replace(self, training=replace(self.training, gradient_accumulation_steps=steps))
 
     def description(self) -> dict[str, Any]:
         """Everything that made the run, for `run.json`."""

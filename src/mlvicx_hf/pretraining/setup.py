@@ -125,9 +125,8 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
         if getattr(arguments, name) < smallest:
             raise UserError(f"{name}={getattr(arguments, name)} found; expected {smallest} or more")
     for name in ("crop_area", "blur", "solarize"):
-        value = getattr(data, name)
-        if len(value) != 2:
-            raise UserError(f"{name}={value} found; expected two values")
+        if len(getattr(data, name)) != 2:
+            raise UserError(f"{name}={getattr(data, name)} found; expected two values")
 
 
 def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
@@ -294,15 +293,11 @@ def _fit(trial: Trial, settings: RunSettings, steps: int, resumed: bool) -> tupl
     arguments, notes = settings.training, []
     if arguments.find_batch_size:
         if not resumed:
-            settings = _with_micro_batches(settings, trial.find(arguments.gradient_accumulation_steps))
+            settings = settings.with_micro_batches(trial.find(arguments.gradient_accumulation_steps))
         notes.append(trial.choice(settings.training.gradient_accumulation_steps))
     timed = not arguments.torch_compile  # timing would compile for other shapes as well
     estimate = trial.estimate(settings.training.gradient_accumulation_steps, timed)
     return settings, [*notes, f"expected: {estimate.line(steps)}"]
-
-
-def _with_micro_batches(settings: RunSettings, steps: int) -> RunSettings:
-    return replace(settings, training=replace(settings.training, gradient_accumulation_steps=steps))
 
 
 # -- resume ------------------------------------------------------------------------------------------------------------
@@ -322,7 +317,7 @@ def _find_checkpoint(
     if isinstance(found, UserError):
         raise found
     checkpoint, steps = found
-    return checkpoint, _with_micro_batches(settings, steps)
+    return checkpoint, settings.with_micro_batches(steps)
 
 
 def _choose_checkpoint(checkpoints: Checkpoints, settings: RunSettings) -> tuple[Checkpoint | None, int]:
@@ -338,5 +333,5 @@ def _choose_checkpoint(checkpoints: Checkpoints, settings: RunSettings) -> tuple
     checkpoint = replace(checkpoint, fixed={"model.objective": "mlvicx"} | checkpoint.fixed)
     if settings.training.find_batch_size:
         steps = max(steps, checkpoint.fixed.get("training.gradient_accumulation_steps", steps))
-    checkpoint.check_same_run(_with_micro_batches(settings, steps).fixed(), settings.machine())
+    checkpoint.check_same_run(settings.with_micro_batches(steps).fixed(), settings.machine())
     return checkpoint, steps

@@ -17,20 +17,8 @@ from torch.nn import functional as F
 from mlvicx_hf.common.errors import UserError
 
 # One uniform number in [0, 1) for each, in this order. The views of a run depend on nothing else.
-DRAWS = (
-    "area",
-    "ratio",
-    "left",
-    "top",
-    "flip",
-    "angle",
-    "jitter",
-    "brightness",
-    "contrast",
-    "blur",
-    "sigma",
-    "solarize",
-)
+DRAWS = ("area", "ratio", "left", "top", "flip", "angle")  # geometry
+DRAWS += ("jitter", "brightness", "contrast", "blur", "sigma", "solarize")
 
 
 def view_draws(seed: int, epoch: int, samples: Sequence[int] | np.ndarray) -> Tensor:
@@ -60,40 +48,23 @@ class TwoViewAugmentation:
 
     Crop, rotation and flip are one bilinear warp. Brightness and contrast are one affine map, clamped once. Pairs of
     probabilities are those of view 1 and of view 2.
-
-    Args:
-        image_size: side of the views in pixels.
-        crop_area: range of the crop's share of the image's area.
-        crop_ratio: range of the crop's width over height, log-uniform.
-        flip: probability of a horizontal flip.
-        rotation: largest angle in degrees, in both directions; the outside of the image is black.
-        brightness: largest change of the brightness factor from 1.
-        contrast: largest change of the contrast factor from 1, about the view's mean.
-        jitter: probability of changing brightness and contrast.
-        blur_sigma: range of the Gaussian's standard deviation in pixels of the view.
-        blur: probabilities of the Gaussian blur.
-        solarize: probabilities of inverting what is above the threshold.
-        solarize_threshold: in [0, 1].
-        mean: subtracted from grey values in [0, 1] at the end, as the image processor does.
-        std: by which they are divided.
-        num_channels: channels of the views; more than one repeats the grey image.
     """
 
-    image_size: int = 224
-    crop_area: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    rotation: float = 10.0
-    brightness: float = 0.4
-    contrast: float = 0.4
-    jitter: float = 0.8
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur: tuple[float, float] = (1.0, 0.1)
-    solarize: tuple[float, float] = (0.0, 0.2)
-    solarize_threshold: float = 0.5
-    mean: float = 0.5
-    std: float = 0.25
-    num_channels: int = 1
+    image_size: int = 224  # side of the views in pixels
+    crop_area: tuple[float, float] = (0.2, 1.0)  # range of the crop's share of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width over height, log-uniform
+    flip: float = 0.5  # probability of a horizontal flip
+    rotation: float = 10.0  # largest angle in degrees, in both directions; the outside of the image is black
+    brightness: float = 0.4  # largest change of the brightness factor from 1
+    contrast: float = 0.4  # largest change of the contrast factor from 1, about the view's mean
+    jitter: float = 0.8  # probability of changing brightness and contrast
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # range of the Gaussian's standard deviation in pixels of the view
+    blur: tuple[float, float] = (1.0, 0.1)  # probabilities of the Gaussian blur
+    solarize: tuple[float, float] = (0.0, 0.2)  # probabilities of inverting what is above the threshold
+    solarize_threshold: float = 0.5  # in [0, 1]
+    mean: float = 0.5  # subtracted from grey values in [0, 1] at the end, as the image processor does
+    std: float = 0.25  # by which they are divided
+    num_channels: int = 1  # channels of the views; more than one repeats the grey image
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
