@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from mlvicx_hf.common.files import write_json
 from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.common.text import markdown_table, number
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.collections.base import SPLITS
 from mlvicx_hf.encoders.features import PreparedImages, encode
@@ -25,7 +26,6 @@ from mlvicx_hf.encoders.neighbours import neighbour_sheet
 from mlvicx_hf.pretraining.curves import LOSS_AND_RANK, plot_curves, view_sheet
 from mlvicx_hf.pretraining.views import TwoViewAugmentation
 from mlvicx_hf.scoring.embeddings import rankme
-from mlvicx_hf.scoring.labels import NOT_SCORED
 
 PROTOCOLS = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
 STARTS = ("pretrained", "random")
@@ -36,9 +36,9 @@ class Quickstart:
 
     Args:
         command: runs a command of `mlvicx` in this process; its argument are the words behind `mlvicx`.
+        output: folder of the report; an earlier one is kept as `OUTPUT.previous`.
         images: the user's folder; None draws synthetic radiographs.
         metadata: table of the folder, None for the one in it.
-        output: folder of the report; an earlier one is kept as `OUTPUT.previous`.
         seed: of everything.
         pretraining_images: how many images are seen, epochs times images, in pretraining.
     """
@@ -72,7 +72,8 @@ class Quickstart:
             report |= self._classify()
         else:
             self._say("4/4 No labels in three splits: nearest neighbours instead of a classifier")
-            report |= self._neighbours(cache)
+            neighbour_sheet(self.features, self.encoded, self.output / "neighbours.png")
+            report["neighbours"] = "neighbours.png"
         report["seconds"] = round(time.monotonic() - self.started)
         write_json(self.output / "report.json", report)
         text = markdown(report)
@@ -102,10 +103,8 @@ class Quickstart:
         epochs = max(2, min(50, round(self.pretraining_images / images)))
         words = ["--recipe", "quickstart", "--dataset", self.output / "cache", "--output_dir", self.model_folder]
         words += ["--epochs", epochs, "--batch_size", batch, "--seed", self.seed]
-        if torch.cuda.device_count() > 1:
-            self._launch("pretrain", *words)
-        else:
-            self._command("pretrain", *words)
+        run = self._launch if torch.cuda.device_count() > 1 else self._command
+        run("pretrain", *words)
 
     def _describe(self, cache: Cache) -> dict[str, Any]:
         """Encode images with the loaded backbone, and say what the report is about."""
@@ -148,10 +147,6 @@ class Quickstart:
                 report[protocol][start] = {key: test[key] for key in ("auroc_macro", "auroc", "accuracy")}
         return report
 
-    def _neighbours(self, cache: Cache) -> dict[str, Any]:
-        neighbour_sheet(self.features, self.encoded, self.output / "neighbours.png")
-        return {"neighbours": "neighbours.png"}
-
     def _command(self, *words: Any) -> None:
         """Show a command, as a user would give it, and run it in this process."""
         shown = [str(word) for word in words]
@@ -188,7 +183,7 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for protocol, title in PROTOCOLS.items():
         if protocol in report:
-            lines += [f"## {title.capitalize()}: AUROC on held-out patients (test)", "", *_table(report[protocol]), ""]
+            lines += [f"## {title.capitalize()}: AUROC on held-out patients (test)", "", _table(report[protocol]), ""]
     rank = report["rankme"]
     lines += [
         f"RankMe of the {rank['split']} features: {rank['value']:.1f} of {rank['of']}.",
@@ -204,12 +199,7 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(results: dict[str, Any]) -> list[str]:
-    rows = ["| label | pretrained | random weights |", "|---|---|---|"]
-    for label in results["pretrained"]["auroc"]:
-        rows.append(f"| {label} | " + " | ".join(_number(results[s]["auroc"][label]) for s in STARTS) + " |")
-    return [*rows, "| **macro** | " + " | ".join(_number(results[s]["auroc_macro"]) for s in STARTS) + " |"]
-
-
-def _number(value: float | str) -> str:
-    return NOT_SCORED if isinstance(value, str) else f"{value:.3f}"
+def _table(results: dict[str, Any]) -> str:
+    scores = [results[start]["auroc"] | {"**macro**": results[start]["auroc_macro"]} for start in STARTS]
+    rows = [[label, *(number(found[label], ".3f") for found in scores)] for label in scores[0]]
+    return markdown_table(["label", "pretrained", "random weights"], rows)

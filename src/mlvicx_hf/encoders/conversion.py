@@ -45,15 +45,8 @@ CLASSIFIER = ("fc.weight", "fc.bias")  # of a plain ResNet
 IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226
 # Errors of the readers for a file that is cut short, altered or of another kind. A safe unpickler checks little else.
 UNREADABLE = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    struct.error,
-    LookupError,
-    AssertionError,
-    TypeError,
-    ValueError,
+    *(SafetensorError, pickle.UnpicklingError, struct.error, EOFError, AssertionError),
+    *(LookupError, RuntimeError, TypeError, ValueError),
 )
 # Functions named in the state of the authors' optimiser. `_nothing` stands in for them; they are never imported.
 OPTIMIZER_FUNCTIONS = ("builtins.getattr", "trainer.mlvicx_trainer.MLVICXTrainer")

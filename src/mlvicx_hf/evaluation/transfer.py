@@ -24,7 +24,7 @@ from mlvicx_hf.common.text import NOTICE, some
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.vocabulary import COLLECTIONS, Match, Matching, match, normalize
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
-from mlvicx_hf.finetuning.classification import score_logits, write_predictions
+from mlvicx_hf.finetuning.classification import Classified, write_predictions
 from mlvicx_hf.finetuning.data import LabelledImages, keep_known, with_splits
 from mlvicx_hf.finetuning.results import score_subgroups
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
@@ -252,12 +252,10 @@ def _score(cache: Cache, logits: np.ndarray, decided: bool) -> dict[str, Any]:
     images = cache.datasets["test"]
     table = np.array(images["labels"], dtype=np.float64)
     labels = table.argmax(1) if cache.exclusive else table
-
-    def score_rows(rows: Any) -> dict[str, Any]:
-        found = score_logits(logits[rows], labels[rows], cache.label_names, cache.exclusive)
-        return found | ({} if decided else {"accuracy": NOT_SCORED})
-
-    return score_rows(slice(None)) | {"subgroups": score_subgroups(images, score_rows)}
+    found = Classified(logits, labels, cache.label_names, cache.exclusive)
+    undecided = {} if decided else {"accuracy": NOT_SCORED}
+    subgroups = score_subgroups(images, lambda rows: found.scores(rows) | undecided)
+    return found.scores() | undecided | {"subgroups": subgroups}
 
 
 def _describe_match(found: Match, loaded: LoadedModel, cache: Cache) -> dict[str, list[str]]:

@@ -77,40 +77,26 @@ def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
     return cache
 
 
-def score_logits(logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str], exclusive: bool) -> dict[str, Any]:
-    """Score the images of a split. Exclusive classes are scored one against the rest by their probability.
-
-    Args:
-        logits: [N, L].
-        labels: [N, L], 1, 0 or NaN; of exclusive classes the indices [N].
-        label_names: the L names.
-        exclusive: whether every image has exactly one of the labels.
-
-    Returns:
-        `auroc_macro`, `auroc` by label, `num_scored_labels`, `auprc_macro`, `auprc` by label, `accuracy`.
-    """
-    table = np.eye(len(label_names))[labels.astype(int)] if exclusive else labels
-    scores = softmax(logits.astype(np.float64), axis=1) if exclusive else logits.astype(np.float64)
-    references = table.astype(np.float64)
-    return (
-        score_labels(scores, references, label_names)
-        | score_precision(scores, references, label_names)
-        | score_accuracy(scores, references, exclusive)
-    )
-
-
 @dataclass(frozen=True)
 class Classified:
-    """Logits [N, L] of the images of a split, their labels, and how both are scored: see `score_logits`."""
+    """What a classifier said of the images of a split, and what is known of them."""
 
-    logits: np.ndarray
-    labels: np.ndarray
-    label_names: Sequence[str]
-    exclusive: bool
+    logits: np.ndarray  # [N, L]
+    labels: np.ndarray  # [N, L], 1, 0 or NaN; of exclusive classes the indices [N]
+    names: Sequence[str]  # of the L labels
+    exclusive: bool  # every image has exactly one of the labels
 
     def scores(self, rows: Any = slice(None)) -> dict[str, Any]:
-        """Scores of some of the images."""
-        return score_logits(self.logits[rows], self.labels[rows], self.label_names, self.exclusive)
+        """Score some of the images. Exclusive classes are scored one against the rest by their probability.
+
+        Returns:
+            `auroc_macro`, `auroc` by label, `num_scored_labels`, `auprc_macro`, `auprc` by label, `accuracy`.
+        """
+        scores, labels = self.logits[rows].astype(np.float64), self.labels[rows].astype(np.float64)
+        if self.exclusive:
+            scores, labels = softmax(scores, axis=1), np.eye(len(self.names))[labels.astype(int)]
+        found = score_labels(scores, labels, self.names) | score_precision(scores, labels, self.names)
+        return found | score_accuracy(scores, labels, self.exclusive)
 
 
 class Classification(FinetuningTask):

@@ -31,12 +31,8 @@ logger = logging.getLogger(__name__)
 def check_splits(cache: Cache, allow_leak: bool = False) -> None:
     """Refuse a cache without the three splits, or in which two splits share an image; `load_cache` refuses patients.
 
-    Args:
-        cache: to fine-tune on.
-        allow_leak: warn of shared images instead.
-
     Raises:
-        UserError: naming splits that are absent, or images that are shared.
+        UserError: naming splits that are absent, or images that are shared; with `allow_leak` these are a warning.
     """
     absent = [split for split in SPLITS if split not in cache.datasets]
     if absent:

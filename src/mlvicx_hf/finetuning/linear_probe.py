@@ -128,7 +128,7 @@ def prepare_probe(
         training: images whose features give the scale.
         cache_features: whether the features are computed once.
         batch_size: images encoded at a time.
-        device: on which they are.
+        device: on which they are encoded.
         store: of features that other runs have computed or will want.
 
     Returns:
@@ -153,14 +153,7 @@ class ProbeTrainer:
     """`train_with_trainer` for a probe on features in memory, without what a step of the Trainer costs.
 
     Optimiser, schedule, batches, clipping and early stopping are the Trainer's; the order of the images is another one.
-
-    Args:
-        probe: trained in place.
-        splits: "train" and "validation", from `prepare_probe`.
-        settings: of the Trainer.
-        patience: epochs without a better score, after which training stops.
-        compute_metrics: scores of the validation split, `metric_for_best_model` among them.
-        patients: patient of each training image, to draw all of them equally often.
+    The arguments are those of `train_with_trainer`; the probe and the splits come from `prepare_probe`.
 
     Raises:
         ValueError: arguments that it does not follow.
@@ -264,8 +257,7 @@ class ProbeTrainer:
         metric = str(self.settings.metric_for_best_model)
         score = self.compute_metrics(EvalPrediction(done.predictions, done.label_ids))[metric]  # type: ignore[arg-type]  # arrays, here
         self.state.epoch = float(epoch)
-        row = {"step": self.state.global_step, "epoch": float(epoch), f"eval_{metric}": score}
-        self.state.log_history.append(row)
+        self.state.log_history.append({"step": self.state.global_step, "epoch": float(epoch), f"eval_{metric}": score})
         better = self.state.best_metric is None or score > self.state.best_metric
         if better:
             self.state.best_metric, self.state.best_global_step, self._best_epoch = score, self.state.global_step, epoch

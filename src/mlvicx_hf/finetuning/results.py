@@ -41,6 +41,8 @@ def describe_run(
     score = f"eval_{settings.metric_for_best_model}"
     epochs = {int(row["step"]): row["epoch"] for row in state.log_history if score in row}
     about = {name: cache.manifest[name] for name in ("collection", "synthetic", "policy", "data_hash", "split_hash")}
+    about["used_hash"] = hashlib.sha256(used_images(cache).encode()).hexdigest()
+    about["copies_across_splits"] = cache.manifest["duplicates"]["across_splits"]
     return {
         "protocol": "frozen" if encoder.freeze_backbone else "finetuned",
         "model": encoder.model,
@@ -49,12 +51,7 @@ def describe_run(
         "label_fraction": data.label_fraction,
         "seed": settings.seed,
         "counts": counts,
-        "data": {"cache": data.dataset}
-        | about
-        | {
-            "used_hash": hashlib.sha256(used_images(cache).encode()).hexdigest(),
-            "copies_across_splits": cache.manifest["duplicates"]["across_splits"],
-        },
+        "data": {"cache": data.dataset} | about,
         "hyperparameters": {
             "learning_rate": settings.learning_rate,
             "batch_size": settings.train_batch_size * settings.world_size,
@@ -112,14 +109,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def write_images(path: Path, images: Any, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write one row an image: source, patient, view, sex, age band, and further columns.
-
-    Args:
-        path: CSV file.
-        images: split of a cache.
-        columns: names of the further columns.
-        rows: their values, one row an image.
-    """
+    """Write one row for every image of a split to a CSV file: source, patient, view, sex, age band, further columns."""
     groups = subgroups(images)
     about = zip(images["source"], images["patient_id"], *groups.values(), strict=True)
     with new_file(path) as temporary, temporary.open("w", newline="") as file:

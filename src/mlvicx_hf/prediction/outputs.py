@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,29 +25,17 @@ MASK_SUFFIX = ".mask.png"
 EMBEDDING_SUFFIXES = (".safetensors", ".parquet")
 
 
-class Head(Protocol):
-    """Columns of the table, and their cells for one image.
+class Head:
+    """Columns of the table, and their cells for one image; none for an encoder alone."""
 
-    `cells` takes the image's logits, its height and width, and its place below the folder that all inputs share.
-    """
-
-    columns: list[str]
+    columns: Sequence[str] = ()
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
-        """One a column."""
-
-
-class NoHead:
-    """An encoder alone has nothing for the table."""
-
-    columns: list[str] = []  # noqa: RUF012 - nobody adds to it
-
-    def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
-        """No columns, no cells."""
+        """One cell a column, of an image's logits, height and width, and place below the folder of all inputs."""
         return []
 
 
-class MultiLabelHead:
+class MultiLabelHead(Head):
     """Probability of every label, and a decision 1 or 0 if the model has a threshold for the label.
 
     Args:
@@ -78,7 +66,7 @@ class MultiLabelHead:
         return [f"{value:.6f}" for value in probabilities] + decisions
 
 
-class SingleLabelHead:
+class SingleLabelHead(Head):
     """Probability of every class, and the most probable class; `labels` are the names of the logits."""
 
     def __init__(self, labels: list[str]) -> None:
@@ -91,7 +79,7 @@ class SingleLabelHead:
         return [*(f"{value:.6f}" for value in probabilities), self.labels[int(logits.argmax())]]
 
 
-class SegmentationHead:
+class SegmentationHead(Head):
     """Every structure's share of the image's pixels, and the mask.
 
     Args:

@@ -30,7 +30,6 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVIC
 from .outputs import (
     Head,
     MultiLabelHead,
-    NoHead,
     Outputs,
     SegmentationHead,
     SingleLabelHead,
@@ -41,10 +40,10 @@ from .outputs import (
 
 
 class InputImage(NamedTuple):
-    """A file, and its place below the folder that all inputs share."""
+    """An image file."""
 
     path: Path
-    place: Path
+    place: Path  # below the folder that all inputs share
 
 
 def find_inputs(inputs: Sequence[Path]) -> list[InputImage]:
@@ -127,7 +126,7 @@ def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
     if isinstance(loaded.model, MLVICXForSemanticSegmentation):
         return SegmentationHead(loaded.labels, loaded.processor, masks)
     if not isinstance(loaded.model, MLVICXForImageClassification):
-        return NoHead()
+        return Head()
     if loaded.model.config.problem_type == "single_label_classification":
         return SingleLabelHead(loaded.labels)
     return MultiLabelHead(loaded.labels, loaded.model.config.decision_thresholds)
@@ -218,11 +217,7 @@ def predict(
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
     given = [Path(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
-    outputs = Outputs(
-        Path(output),
-        embeddings=None if embeddings is None else Path(embeddings),
-        masks=None if masks is None else Path(masks),
-    )
+    outputs = Outputs(Path(output), *(None if path is None else Path(path) for path in (embeddings, masks)))
     outputs.check(overwrite)
     images = find_inputs(given)
     if outputs.masks is not None:

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from mlvicx_hf.common.errors import UserError
 
 # One uniform number in [0, 1) for each, in this order. The views of a run depend on nothing else.
-DRAWS = ("area", "ratio", "left", "top", "flip", "angle")  # geometry
-DRAWS += ("jitter", "brightness", "contrast", "blur", "sigma", "solarize")
+DRAWS = (
+    *("area", "ratio", "left", "top", "flip", "angle"),
+    *("jitter", "brightness", "contrast", "blur", "sigma", "solarize"),
+)
 
 
 def view_draws(seed: int, epoch: int, samples: Sequence[int] | np.ndarray) -> Tensor:
