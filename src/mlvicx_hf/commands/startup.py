@@ -5,11 +5,7 @@ from __future__ import annotations
 
 
 def start_inference(device: str | None) -> None:
-    """Hide the bars of loading files, and give torch its threads on the CPU.
-
-    Args:
-        device: name of the device; None for a GPU where there is one.
-    """
+    """Hide the bars of loading files; give torch its threads if the device of this name, or the default, is a CPU."""
     import transformers
 
     from mlvicx_hf.common.machine import choose_device, use_cpu_threads

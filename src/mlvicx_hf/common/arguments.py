@@ -41,12 +41,6 @@ class CommandParser(argparse.ArgumentParser):
     """Parse the words of one command. The help has a short usage line, two groups of options, and examples.
 
     Hyphens in the name of a flag are read as underscores: `--batch-size` is `--batch_size`.
-
-    Args:
-        name: of the command.
-        usage: what must stand behind it.
-        description: what it does.
-        examples: lines for the end of the help.
     """
 
     def __init__(self, name: str, usage: str, description: str, examples: Sequence[str] = ()) -> None:

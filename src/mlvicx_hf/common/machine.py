@@ -22,12 +22,9 @@ def available_cores() -> int:
 
 
 def use_cpu_threads(threads: int | None = None) -> None:
-    """Give torch this process's share of the cores.
+    """Give torch this process's share of the cores, or so many threads.
 
     `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, which would leave the other cores idle.
-
-    Args:
-        threads: use this many instead.
 
     Raises:
         UserError: fewer than one.
@@ -54,11 +51,7 @@ def keep_freed_memory() -> None:
 
 
 def describe_hardware(device: Any, processes: int = 1) -> dict[str, Any]:
-    """Describe what a run computed on, for its result files.
-
-    Args:
-        device: `torch.device` of one process.
-        processes: number of processes.
+    """Describe what a run of so many processes computed on, for its result files.
 
     Returns:
         `device` (its type), `name`, `cores` (of a process's machine) and `processes`.

@@ -16,9 +16,6 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel, MLVICXPreTrainedModel
 def check_source(source: str) -> str:
     """Refuse a path without a model, before the Hub client takes it for the name of a repository.
 
-    Args:
-        source: folder or Hub name ("name" or "organisation/name").
-
     Returns:
         The source.
 

@@ -13,14 +13,9 @@ from mlvicx_hf.data.images.pictures import contact_sheet
 
 
 def neighbour_sheet(features: Tensor, images: Any, picture: Path, rows: int = 6, neighbours: int = 5) -> None:
-    """Draw rows of an image and the images nearest to it by the cosine of their features.
+    """Draw a PNG file: rows of an image and the images nearest to it by the cosine of their features [N, C].
 
-    Args:
-        features: [N, C].
-        images: N rows with `image` and `patient_id`.
-        picture: PNG file to write.
-        rows: number of rows, evenly spread over the data.
-        neighbours: number of neighbours in each row.
+    The rows are evenly spread over the data, whose N rows have `image` and `patient_id`.
     """
     neighbours = min(neighbours, len(features) - 1)
     queries = np.linspace(0, len(features) - 1, min(rows, len(features))).astype(int)

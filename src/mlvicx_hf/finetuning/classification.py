@@ -100,13 +100,7 @@ class Classified:
 
 
 class Classification(FinetuningTask):
-    """Train a classifier.
-
-    Args:
-        encoder: which model, and what of it is trained.
-        data: on which images.
-        arguments: how.
-        store: features of a frozen encoder that several runs share.
+    """Train a classifier. `store` holds features of a frozen encoder that several runs share.
 
     Raises:
         UserError: arguments that do not fit one another.

@@ -60,12 +60,7 @@ def with_splits(cache: Cache, changed: Mapping[str, Any]) -> Cache:
 
 
 def keep_known(cache: Cache, known: Mapping[str, Sequence[int]], what: str) -> Cache:
-    """Leave out the images of every split of which something is unknown, and say so.
-
-    Args:
-        cache: with the splits.
-        known: split → rows to keep.
-        what: is unknown of the others, such as "class".
+    """Keep the known rows of every split (split → rows). Say how many images have no known `what`, such as class.
 
     Raises:
         UserError: a split of which nothing is left.

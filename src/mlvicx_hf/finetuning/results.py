@@ -79,11 +79,7 @@ def subgroups(images: Any) -> dict[str, np.ndarray]:
 
 
 def score_subgroups(images: Any, score: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
-    """Score the images of each view, sex and age band.
-
-    Args:
-        images: split of a cache.
-        score: gives the scores of some of its rows.
+    """Score the images of each view, sex and age band; `score` gives the scores of some rows of the split.
 
     Returns:
         {"view": {"PA": {"images", "patients", …scores}}, …}, without the kinds that have a single group. An image whose

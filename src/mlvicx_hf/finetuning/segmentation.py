@@ -120,13 +120,7 @@ class Segmented:
 
 
 class Segmentation(FinetuningTask):
-    """Train a segmenter. Masks are compared at the resolution of the model's input.
-
-    Args:
-        encoder: which model, and what of it is trained.
-        data: on which images.
-        arguments: how.
-    """
+    """Train a segmenter. Masks are compared at the resolution of the model's input."""
 
     name = "segmentation"
     data: SegmentationDataArguments

@@ -136,12 +136,7 @@ class FinetuningTask(ABC):
 
 
 def trainer_settings(arguments: FinetuningArguments, learning_rate: float, folder: Path) -> TrainingArguments:
-    """Make the arguments of the Trainer.
-
-    Args:
-        arguments: of the user.
-        learning_rate: where the user gives none.
-        folder: of checkpoints.
+    """Make the arguments of the Trainer. `learning_rate` is taken where the user gives none; `folder` is for checkpoints.
 
     Raises:
         UserError: arguments that the Trainer refuses.
@@ -177,11 +172,7 @@ class EpochProgress(TrainerCallback):
 
 
 class BalancedTrainer(Trainer):
-    """A Trainer that draws all patients equally often.
-
-    Args:
-        patients: patient of each training image.
-    """
+    """A Trainer that draws all patients equally often; `patients` are those of the training images."""
 
     def __init__(self, *args: Any, patients: Sequence[str], **kwargs: Any) -> None:
         self.patients = patients

@@ -93,12 +93,7 @@ def _digest(checkpoint: Checkpoint) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Args:
-        folder: of the run.
-        limit: number of newest checkpoints to keep, besides the best one.
-    """
+    """The checkpoints of one run: the best one, and besides it a limited number of the newest."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
@@ -186,11 +181,7 @@ class Checkpoints:
         os.replace(path, aside)
 
     def mark_best(self, score: float, step: int) -> bool:
-        """Keep the checkpoint of a step as long as no other one has a higher score.
-
-        Args:
-            score: a finite number; higher is better.
-            step: of a checkpoint that is there.
+        """Keep the checkpoint of a step as long as no other one has a higher score. The score must be finite.
 
         Returns:
             Whether the score is the highest so far. If so, `best.json` holds it and the step.

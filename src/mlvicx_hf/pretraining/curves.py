@@ -40,13 +40,9 @@ LOGARITHMIC = ("deviation",)  # embeddings and levels differ by orders of magnit
 
 
 def plot_curves(metrics: Path, picture: Path, title: str = "", panels: Mapping[str, str] = PANELS) -> None:
-    """Draw what a pretraining run logged, one panel for each kind of figure that it logged.
+    """Draw what a pretraining run logged in `metrics.jsonl` into a PNG file.
 
-    Args:
-        metrics: `metrics.jsonl` of the run.
-        picture: PNG file to write.
-        title: above the picture.
-        panels: title of each panel, and the pattern of the keys that it shows.
+    There is a panel for each kind of figure that the run logged; `panels` maps its title to the pattern of its keys.
 
     Raises:
         ImportError: without matplotlib, naming the extra that brings it.

@@ -81,14 +81,10 @@ class Trial:
         self.base = max(before, _resident() - trial)  # of the process: code, weights, what torch keeps once it ran
 
     def estimate(self, steps: int, timed: bool = True) -> ResourceEstimate:
-        """What a step of so many micro-batches needs.
+        """What a step of so many micro-batches needs. `timed=False` leaves out the time, as for a model to be compiled.
 
         On a GPU this is the memory of a trial step. On the CPU it is computed by `process_memory`, unless the process
         is larger after the trial step.
-
-        Args:
-            steps: micro-batches of a process.
-            timed: false leaves out the time, as for a model that will be compiled.
 
         Raises:
             UserError: unequal micro-batches, or smaller than two images.
@@ -120,9 +116,6 @@ class Trial:
         step. On the CPU the system kills a process that takes too much memory, and no exception can be caught. There,
         compare `process_memory` with the memory that psutil calls available. psutil does not know the limits of a
         container or a batch system.
-
-        Args:
-            steps: micro-batches of a process to begin with.
 
         Raises:
             UserError: in all processes, if even the smallest micro-batches do not fit in one of them.

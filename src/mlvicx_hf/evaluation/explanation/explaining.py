@@ -106,13 +106,9 @@ def find_outputs(loaded: LoadedModel, cache: Cache) -> dict[str, int]:
 def choose_findings(
     cache: Cache, split: str, outputs: Mapping[str, Mapping[str, int]], wanted: Sequence[str] | None = None
 ) -> list[str]:
-    """Choose the findings that are explained.
+    """Choose the findings to explain: the wanted labels, or else all that every model knows and some image shows.
 
-    Args:
-        cache: with the split.
-        split: its name.
-        outputs: model → result of `find_outputs`.
-        wanted: labels of the cache; by default all that every model knows and some image shows.
+    `outputs` maps a model to the result of `find_outputs`.
 
     Raises:
         UserError: a finding that the cache or a model does not know, or that no image shows.

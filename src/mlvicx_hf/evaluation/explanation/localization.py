@@ -53,11 +53,7 @@ class Subject:
 def find_subject(cache: Cache, split: str, finding: str, mask_name: str | None = None) -> Subject:
     """Find the images of a split that show a finding, and those of them in which its region is known.
 
-    Args:
-        cache: with the split.
-        split: its name.
-        finding: label of the cache.
-        mask_name: structure of the masks that is the finding; by default the one of the same name, if there is one.
+    `mask_name` is the structure of the masks that is the finding; by default the one of the same name, if there is one.
 
     Raises:
         UserError: a structure that the masks do not have.

@@ -47,13 +47,7 @@ def draw_overlay(picture: Path, panel: Panel) -> None:
 
 
 def draw_grid(picture: Path, title: str, panels: Mapping[str, Sequence[Panel]]) -> None:
-    """Draw each image in a row with the heat map of every model, as in Fig. 2 of the paper.
-
-    Args:
-        picture: PNG file to write.
-        title: of the picture.
-        panels: model → panels of the same N images.
-    """
+    """Draw each of N images in a row with the heat map of every model (model → N panels), as in Fig. 2 of the paper."""
     from matplotlib.figure import Figure
 
     rows = list(zip(*panels.values(), strict=True))

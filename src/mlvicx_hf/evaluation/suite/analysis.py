@@ -67,13 +67,9 @@ class SuiteSetting:
 
 
 def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int = 1000) -> dict[str, Any]:
-    """Compute everything that the report of a suite shows, as it is written to `report.json`.
+    """Compute what the report of a suite shows, of one finished cell or more, as it is written to `report.json`.
 
-    Args:
-        suite: the grid.
-        finished: its finished cells, one or more.
-        output: folder of the suite.
-        samples: draws of patients for every interval.
+    Every interval takes `samples` draws of patients.
 
     Returns:
         `suite`, `code`, `cells` (planned, finished, failed), `tasks` (data and counts), `settings` (scores and more by
@@ -275,15 +271,10 @@ def _shortcuts(suite: Suite, output: Path) -> list[dict[str, Any]]:
 
 
 def paper_table(suite: Suite, settings: Sequence[SuiteSetting], table: str) -> list[dict[str, Any]]:
-    """Put our figures beside those of a table of the paper.
+    """Put our figures beside those of a table of the paper, one of `paper_tables`.
 
     A setting belongs to a figure when its task has the paper's name of the data set (`paper` of the suite) and shows
     the paper's score, and its model has the paper's name of the method; upper and lower case count alike.
-
-    Args:
-        suite: the grid.
-        settings: its finished settings.
-        table: one of `paper_tables`.
 
     Returns:
         Rows of `paper_results` with `paper` (value), `paper_sd`, `ours`, `ours_sd`, `low` and `high`; None for a figure

@@ -50,9 +50,7 @@ def _png(figure: Any) -> bytes:
 def label_efficiency(settings: Sequence[dict[str, Any]], metrics: dict[str, str]) -> bytes:
     """Draw the main score over the share of labels: a panel for each task and protocol, a line for each model.
 
-    Args:
-        settings: of the report.
-        metrics: task → its score.
+    `metrics` maps a task to its main score.
     """
     panels = list(dict.fromkeys((row["task"], row["protocol"]) for row in settings))
     models = list(dict.fromkeys(row["model"] for row in settings))

@@ -33,12 +33,7 @@ LAYOUTS = {  # of the paper's tables: what a line is called, column by column, a
 
 
 def write_report(report: dict[str, Any], output: Path) -> None:
-    """Write `report.html`, `report.md` with `figures/`, and `report.json`.
-
-    Args:
-        report: from `analyse`.
-        output: folder of the suite.
-    """
+    """Write a report of `analyse` as `report.html`, `report.md` with `figures/`, and `report.json`."""
     document = compose(report)
     with new_folder(output / "figures") as folder:
         for name, png in document.pictures.items():
@@ -167,12 +162,7 @@ def _add_paper_table(document: Document, table: str, rows: Sequence[dict[str, An
 
 
 def layout(table: str, rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Arrange a table of the paper as there: its head and its lines.
-
-    Args:
-        table: I, II, III or IV.
-        rows: from `paper_table`.
-    """
+    """Arrange the rows of `paper_table` as the paper arranges its table I, II, III or IV: head and lines."""
     names, column = LAYOUTS[table]
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     columns: dict[str, None] = {}  # a set in order

@@ -93,11 +93,7 @@ def run_cells(
 ) -> tuple[list[Cell], list[Cell]]:
     """Run the cells of a suite that are not finished and that no other process is running in the same folder.
 
-    Args:
-        cells: of the suite.
-        output: its folder.
-        keep_models: leave the weights of every cell in its folder.
-        store: features that the cells share.
+    `keep_models` leaves the weights of every cell in its folder; `store` holds features that the cells share.
 
     Returns:
         The finished cells, and the failed ones, each with a `.error.txt` beside its folder.

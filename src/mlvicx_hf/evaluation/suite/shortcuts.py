@@ -79,11 +79,7 @@ def probe_shortcuts(
 ) -> list[dict[str, Any]]:
     """Fit a linear probe for each kind on the features of train, and score it on the images of test.
 
-    Args:
-        cell: whose weights are audited.
-        caches: with the images.
-        kinds: view and sex (in each cache) and source (which of the caches an image is from).
-        store: of features.
+    The weights are those of `cell`. View and sex are told in each cache, source over all of them.
 
     Returns:
         A row for each kind and data with two or more values: `kind`, `data`, `classes`, `images`, `auroc` (mean of one

@@ -71,10 +71,8 @@ class Table:
 def build_tables(results: Sequence[Result], encoder: Collection[str], own: Result | None) -> list[Table]:
     """Make a table for every task, data and split.
 
-    Args:
-        results: of all runs.
-        encoder: names by which the results call the card's encoder.
-        own: result of the head that the card is of; None for a backbone.
+    `encoder` are the names by which the results call the card's encoder. `own` is the result of the card's head, None
+    for a backbone.
     """
     return [_table(group, encoder, own) for group in _grouped(results, lambda result: result.data)]
 
