@@ -136,7 +136,7 @@ class FinetuningTask(ABC):
 
 
 def trainer_settings(arguments: FinetuningArguments, learning_rate: float, folder: Path) -> TrainingArguments:
-    """Make the arguments of the Trainer. `learning_rate` is taken where the user gives none; `folder` is for checkpoints.
+    """Make the arguments of the Trainer; `learning_rate` is for a user who gives none, `folder` for checkpoints.
 
     Raises:
         UserError: arguments that the Trainer refuses.
