@@ -42,7 +42,7 @@ def test_the_command(model: Path, tmp_path: Path):
     assert printed["Mass"] == results["test"]["auroc"]["Mass"] == "n/a"
     assert "{'" not in done.stdout + done.stderr  # no dictionaries of the Trainer
     again = mlvicx("classify", *words)
-    assert_users_error(again, "holds files of another run")
+    assert_users_error(again, "is there already; expected a new or an empty")
 
 
 def test_no_labels_are_a_users_error(model: Path, tmp_path: Path):

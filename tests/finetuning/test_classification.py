@@ -558,7 +558,7 @@ def test_no_labels_are_an_error(pretrained: Path, tmp_path: Path):
 
 def test_a_folder_in_use_is_refused(cache: Path, frozen: Path, pretrained: Path):
     before = (frozen / "results.json").read_bytes()
-    with pytest.raises(FileExistsError, match="holds files of another run"):
+    with pytest.raises(FileExistsError, match="is there already; expected a new or an empty"):
         run(frozen, pretrained, cache)
     assert (frozen / "results.json").read_bytes() == before
 

@@ -187,7 +187,7 @@ def test_arguments_that_do_not_fit(values: dict[str, Any], message: str, cache: 
 
 
 def test_a_model_or_folder_that_does_not_fit(cache: Path, frozen: Path, pretrained: Path, tmp_path: Path):
-    with pytest.raises(FileExistsError, match="holds files of another run"):
+    with pytest.raises(FileExistsError, match="is there already; expected a new or an empty"):
         run(frozen, pretrained, cache)
     with pytest.raises(FileNotFoundError, match="absent"):
         run(tmp_path / "run", tmp_path / "absent", cache)

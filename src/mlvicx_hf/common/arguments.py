@@ -17,13 +17,13 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def option(text: str, default: Any = MISSING, **metadata: Any) -> Any:
@@ -120,7 +120,7 @@ class _Option:
         return [self._convert_one(each, value) for each in value]
 
     def _convert_one(self, value: Any, whole: Any) -> Any:
-        kinds = {float: (float, int), Path: (Path,), str: (str, Path)}.get(self.kind, (self.kind,))
+        kinds = {float: (float, int), str: (str, Path)}.get(self.kind, (self.kind,))
         if isinstance(value, str):
             try:
                 value = self.read(value)
@@ -158,8 +158,6 @@ def _options(section: type) -> list[_Option]:
         many = get_origin(hint) is list
         if many:
             (hint,) = get_args(hint)
-        if get_origin(hint) is Literal:
-            choices, hint = get_args(hint), type(get_args(hint)[0])
         assert hint in _EXPECTED, f"{section.__name__}.{each.name}: a flag cannot have the type {hint}"
         required = each.default is MISSING and each.default_factory is MISSING
         default = each.default_factory() if each.default_factory is not MISSING else each.default
@@ -176,7 +174,7 @@ def add_sections(parser: CommandParser, *sections: type) -> None:
 
     Args:
         parser: of a command.
-        sections: dataclasses whose fields are of bool, int, float, str, Path, Literal, lists of these, or optional.
+        sections: dataclasses whose fields are of bool, int, float, str, lists of these, or optional.
     """
     parser.rest = _rest_of(sections)
     for each in (each for section in sections for each in _options(section)):

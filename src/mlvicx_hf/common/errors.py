@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,6 +19,17 @@ class UserError(ValueError):
 
 class MissingExtraError(UserError, ImportError):
     """An optional library is not installed. The message names the extra that brings it."""
+
+
+def require(what: str, extra: str, *libraries: str) -> None:
+    """Refuse to start work without the libraries of an extra.
+
+    Raises:
+        MissingExtraError: naming what needs them, those that are missing, and the extra that brings them.
+    """
+    missing = [name for name in libraries if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f'{what} needs {", ".join(missing)}: pip install "mlvicx-hf[{extra}]"')
 
 
 @contextmanager

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .machine import describe_hardware
+
+if TYPE_CHECKING:  # importing torch takes seconds, which --help does not have
+    import torch
 
 
 def code_version() -> dict[str, str]:
@@ -19,6 +25,11 @@ def code_version() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def made_by(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Record which machine and which code made a result: `hardware` and `code`."""
+    return {"hardware": describe_hardware(device, processes), "code": code_version()}
 
 
 def git_commit(folder: Path) -> str:

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import write_json
-from mlvicx_hf.common.machine import choose_device, describe_hardware
+from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
-from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE, some
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.vocabulary import COLLECTIONS, Match, Matching, match, normalize
@@ -116,8 +116,7 @@ def evaluate(
         "training": vars(training),
         "data": {"cache": str(dataset), "split": split} | {name: cache.manifest[name] for name in DATA_FIELDS},
         "settings": {"batch_size": batch_size, "scores": _describe_scores(loaded, exclusive)},
-        "hardware": describe_hardware(loaded.model.device),
-        "code": code_version(),
+        **made_by(loaded.model.device),
         "notice": NOTICE,
     }
     output.parent.mkdir(parents=True, exist_ok=True)

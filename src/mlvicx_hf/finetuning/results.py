@@ -13,8 +13,7 @@ import numpy as np
 from transformers import TrainerState, TrainingArguments
 
 from mlvicx_hf.common.files import new_file
-from mlvicx_hf.common.machine import describe_hardware
-from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.data.cache.cache import Cache
 
 from .arguments import EncoderArguments, LabelledDataArguments
@@ -62,8 +61,7 @@ def describe_run(
         },
         "epochs_trained": state.epoch,
         "best_epoch": epochs.get(best or -1),
-        "hardware": describe_hardware(settings.device, settings.world_size),
-        "code": code_version(),
+        **made_by(settings.device, settings.world_size),
     }
 
 

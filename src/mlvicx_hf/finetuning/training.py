@@ -22,7 +22,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer_utils import set_seed
 
 from mlvicx_hf.common.errors import user_input
-from mlvicx_hf.common.files import write_json
+from mlvicx_hf.common.files import check_output, write_json
 from mlvicx_hf.common.machine import keep_freed_memory, use_cpu_threads
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.data.cache.cache import Cache
@@ -63,9 +63,7 @@ class FinetuningTask(ABC):
             FileExistsError: an output folder that is not empty.
             UserError: a cache that does not suit the task, or a model that does not fit.
         """
-        output = Path(self.arguments.output_dir)
-        if output.is_dir() and any(output.iterdir()):
-            raise FileExistsError(f"output_dir={output} holds files of another run; choose another folder")
+        output = check_output(Path(self.arguments.output_dir))
         self.settings = trainer_settings(self.arguments, self.learning_rate, output / "trainer")
         if self.settings.device.type == "cpu":
             use_cpu_threads()

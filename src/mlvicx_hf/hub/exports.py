@@ -7,7 +7,6 @@ model's, unless it was trained with `use_context=False`. ONNX gets the whole mod
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mlvicx_hf.common.errors import MissingExtraError, UserError
+from mlvicx_hf.common.errors import UserError, require
 from mlvicx_hf.common.files import check_output, new_folder, write_json
 from mlvicx_hf.encoders.loading import load_model
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
@@ -233,13 +232,6 @@ class Tensors(nn.Module):
         return tuple(output[name] for name in self.names)
 
 
-def require_onnx() -> None:
-    """Refuse to start without the packages of the extra `onnx`; the `MissingExtraError` names what is missing."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(f'ONNX export needs {", ".join(missing)}: pip install "mlvicx-hf[onnx]"')
-
-
 def export_onnx(source: str | Path, output: str | Path) -> float:
     """Write a whole model, with its context bottlenecks, as an ONNX graph, and compare it with torch.
 
@@ -259,7 +251,7 @@ def export_onnx(source: str | Path, output: str | Path) -> float:
         OSError, UserError: as `encoders.loading.load_model`; or an output that is not empty.
         RuntimeError: a difference above 1e-4 of an output's largest value.
     """
-    require_onnx()
+    require("ONNX export", "onnx", "onnx", "onnxscript", "onnxruntime")
     import onnx
 
     output = check_output(Path(output))

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import new_file, new_folder, write_json
-from mlvicx_hf.common.machine import choose_device, describe_hardware
+from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
-from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import IMAGE_SUFFIXES, image_files, read_gray
@@ -274,6 +274,5 @@ def _describe(loaded: LoadedModel, head: Head, inputs: Sequence[Path], outputs: 
         "inputs": [printable(item) for item in inputs],
         "embeddings": None if outputs.embeddings is None else str(outputs.embeddings),
         "masks": None if outputs.masks is None else str(outputs.masks),
-        "hardware": describe_hardware(loaded.model.device),
-        "code": code_version(),
+        **made_by(loaded.model.device),
     }

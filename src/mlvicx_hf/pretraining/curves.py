@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mlvicx_hf.common.errors import MissingExtraError, UserError
+from mlvicx_hf.common.errors import UserError, require
 from mlvicx_hf.data.images.pictures import contact_sheet
 
 from .views import TwoViewAugmentation, view_draws
@@ -48,10 +48,9 @@ def plot_curves(metrics: Path, picture: Path, title: str = "", panels: Mapping[s
         ImportError: without matplotlib, naming the extra that brings it.
         ValueError: a file in which nothing can be drawn.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError('plots need matplotlib: pip install "mlvicx-hf[report]"') from error
+    require("a plot", "report", "matplotlib")
+    from matplotlib.figure import Figure
+
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     shown = {name: [key for key in keys if re.fullmatch(pattern, key)] for name, pattern in panels.items()}

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlvicx_hf.common.errors import MissingExtraError, UserError
+from mlvicx_hf.common.errors import UserError, require
 from mlvicx_hf.common.files import new_folder, write_json
-from mlvicx_hf.common.machine import describe_hardware
 from mlvicx_hf.common.progress import progress_bar
-from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.vocabulary import match
@@ -35,17 +33,6 @@ from .localization import Localization, Subject, chance, find_subject, localize,
 from .overlays import Panel, draw_grid, draw_overlay
 
 logger = logging.getLogger(__name__)
-
-
-def check_explain_libraries() -> None:
-    """Refuse to start without the libraries of heat maps.
-
-    Raises:
-        ImportError: naming what is missing, and the extra that brings it.
-    """
-    for name in ("captum", "matplotlib"):
-        if find_spec(name) is None:
-            raise MissingExtraError(f'heat maps need {name}: pip install "mlvicx-hf[explain]"')
 
 
 def grad_cam(
@@ -246,7 +233,7 @@ def explain(
         OSError: a model or cache that is absent or damaged.
         FloatingPointError: a model whose heat maps are not finite.
     """
-    check_explain_libraries()
+    require("the drawing of heat maps", "explain", "captum", "matplotlib")
     if not models or batch_size < 1 or max_images < 0 or not tolerance >= 0:
         raise UserError(
             f"{len(models)} models, batch_size={batch_size}, max_images={max_images}, tolerance={tolerance} found; "
@@ -277,8 +264,7 @@ def explain(
             },
             "data": {"cache": str(dataset), "split": split} | manifest,
             "settings": settings,
-            "hardware": describe_hardware(next(iter(loaded.values())).model.device),
-            "code": code_version(),
+            **made_by(next(iter(loaded.values())).model.device),
             "notice": NOTICE,
         }
         write_json(folder / "explanations.json", results)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from collections.abc import Sequence
@@ -11,21 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mlvicx_hf.common.errors import MissingExtraError
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 PROTOCOL_TITLES = {"frozen": "frozen", "frozen_levels": "frozen, all levels", "finetuned": "fine-tuned"}
 BINS = 10  # of the reliability diagram
-
-
-def check_matplotlib() -> None:
-    """Refuse to start hours of work whose report could not be drawn.
-
-    Raises:
-        ImportError: without matplotlib, naming the extra that brings it.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError('the report of a suite needs matplotlib: pip install "mlvicx-hf[report]"')
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:

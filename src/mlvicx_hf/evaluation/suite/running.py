@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from mlvicx_hf.common.errors import require
 from mlvicx_hf.common.files import new_file, new_folder, write_json
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.finetuning.classification import finetune_classifier
@@ -24,7 +25,6 @@ from mlvicx_hf.finetuning.segmentation import finetune_segmenter
 from mlvicx_hf.recipes import fill_sections
 
 from .analysis import analyse
-from .figures import check_matplotlib
 from .grid import SOURCES, TASK_SECTIONS, WEIGHTS_FILE, Cell, find_suite, read_suite
 from .report import write_report
 from .shortcuts import audit_shortcuts
@@ -56,7 +56,7 @@ def evaluate_suite(
         ImportError: without matplotlib.
         UserError: a suite that is wrong, or a finished cell that was run with other settings.
     """
-    check_matplotlib()
+    require("the report of a suite", "report", "matplotlib")  # before hours of work
     suite = read_suite(find_suite(name))
     for folder, what in _absent(suite.cells).items():
         print(f"no folder {folder}: {what}", file=sys.stderr)
