@@ -52,29 +52,24 @@ def parser() -> CommandParser:
 def main(words: Sequence[str] | None = None) -> None:
     """Publish a model or a cache."""
     arguments = parser().parse_args(words)
-    _check_options(arguments)
+    kind, strange = ("dataset", OF_MODEL + OF_CARD) if arguments.dataset is not None else ("model", ("public",))
+    given = [f"--{name}" for name in strange if getattr(arguments, name)]
+    if given:
+        raise UserError(f"{', '.join(given)} found; --{kind} does not take it")
     if arguments.dataset is not None:
         from mlvicx_hf.data.cache.sharing import push_cache
         from mlvicx_hf.data.cache.summary import CARD
 
         text = (Path(arguments.dataset) / CARD).read_text(encoding="utf-8")
         done = push_cache(arguments.dataset, arguments.repo_id, **_chosen(arguments, *OF_BOTH, "public"))
-        kind = "public" if arguments.public else "private"
+        seen_by = "public" if arguments.public else "private"
     else:
         from mlvicx_hf.hub.publishing import push
 
         text = _make_card(arguments)
         done = push(arguments.model, arguments.repo_id, text, **_chosen(arguments, *OF_BOTH, *OF_MODEL))
-        kind = "private" if arguments.private else "public"
-    _report(arguments, done, text, kind)
-
-
-def _check_options(arguments: argparse.Namespace) -> None:
-    """Refuse options of a model for a cache, and the other way round."""
-    kind, strange = ("dataset", OF_MODEL + OF_CARD) if arguments.dataset is not None else ("model", ("public",))
-    given = [f"--{name}" for name in strange if getattr(arguments, name)]
-    if given:
-        raise UserError(f"{', '.join(given)} found; --{kind} does not take it")
+        seen_by = "private" if arguments.private else "public"
+    _report(arguments, done, text, seen_by)
 
 
 def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -93,7 +88,7 @@ def _make_card(arguments: argparse.Namespace) -> str:
     return str(render_card(find_template(model), model, results, **options))
 
 
-def _report(arguments: argparse.Namespace, done: dict[str, Any], card: str, kind: str) -> None:
+def _report(arguments: argparse.Namespace, done: dict[str, Any], card: str, seen_by: str) -> None:
     """Print what was sent, or would be."""
     megabytes = sum(done["files"].values()) / 1e6
     if not arguments.dry_run:
@@ -104,7 +99,7 @@ def _report(arguments: argparse.Namespace, done: dict[str, Any], card: str, kind
     for name, size in done["files"].items():
         print(f"{size:12,} bytes  {name}")
     tag = f", tag {arguments.tag}" if arguments.tag else ""
-    where = f"{done['repo_id']} ({kind}, {done['revision']}{tag})"
+    where = f"{done['repo_id']} ({seen_by}, {done['revision']}{tag})"
     if arguments.dataset is not None:
         print("note: patient ids and file names go along, in the columns of the images and in splits.csv")
     print(f"dry run: {len(done['files'])} files, {megabytes:.1f} MB, would go to {where}; nothing was sent")

@@ -28,13 +28,8 @@ def load_timm_weights(encoder: MLVICXModel, source: str) -> None:
     """
     config = encoder.config
     overlay = {} if source == "imagenet" else {"file": str(_check_timm_file(source, config.backbone))}
-    weights = timm.create_model(
-        config.backbone,
-        pretrained=True,
-        features_only=True,
-        in_chans=config.num_channels,
-        pretrained_cfg_overlay=overlay,
-    )
+    options = {"features_only": True, "in_chans": config.num_channels, "pretrained_cfg_overlay": overlay}
+    weights = timm.create_model(config.backbone, pretrained=True, **options)
     encoder.backbone.load_state_dict(weights.state_dict())
 
 

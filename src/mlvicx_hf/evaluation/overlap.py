@@ -146,13 +146,10 @@ def _patients_unknown(trained: Cache, cache: Cache, split: str, where: str) -> s
     seen = {patient for name, images in trained.datasets.items() if name in SEEN for patient in images["patient_id"]}
     alike = sorted(seen & set(cache.datasets[split]["patient_id"]))
     here, there = cache.manifest["patient_source"], trained.manifest["patient_source"]
-    found = "no two have one name"
-    if alike:
-        found = f"{len(alike)} have the same name in both, such as {alike[0]}: if they are the same, this is a leak"
-    return (
-        f"{where}: patients are not compared, since {here} here and {there} in training may number them differently; "
-        f"{found}"
-    )
+    text = f"{where}: patients are not compared, since {here} here and {there} in training may number them differently"
+    if not alike:
+        return f"{text}; no two have one name"
+    return f"{text}; {len(alike)} have the same name in both, such as {alike[0]}: if they are the same, this is a leak"
 
 
 def _doubts(training: Training, cache: Cache, where: str) -> list[str]:
@@ -161,9 +158,7 @@ def _doubts(training: Training, cache: Cache, where: str) -> list[str]:
     if there is None:
         return [f"{where}: the model does not say whether it was trained on these images"]
     shared = any({here, there} <= group for group in SHARED_IMAGES)
-    if shared or (here == there and here in COLLECTIONS):
-        return [
-            f"{where}: {here} and {there} share images, and {training.cache} is not there to be compared "
-            "with: the model may have been trained on some of these"
-        ]
-    return []
+    if not (shared or (here == there and here in COLLECTIONS)):
+        return []
+    text = f"{where}: {here} and {there} share images, and {training.cache} is not there to be compared with"
+    return [f"{text}: the model may have been trained on some of these"]

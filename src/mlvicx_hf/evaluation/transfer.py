@@ -87,7 +87,13 @@ def evaluate(
         raise UserError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
     if collection is not None and collection not in COLLECTIONS:
         raise UserError(f"collection={collection!r} found; expected one of {', '.join(COLLECTIONS)}")
-    output, table = _check_outputs(Path(output))
+    output = Path(output)
+    if output.suffix != ".json":
+        raise UserError(f"output={str(output)!r} found; expected a .json file")
+    table = output.parent / Predictions.file
+    for path in (output, table):
+        if path.exists():
+            raise FileExistsError(f"{path} is there already; expected an output in another folder")
     cache = load_cache(dataset, [split])
     loaded = load_saved_classifier(model_source, revision, device)
     training = read_training(loaded)
@@ -123,17 +129,6 @@ def evaluate(
     write_predictions(table, common, logits)
     write_json(output, results)
     return results
-
-
-def _check_outputs(output: Path) -> tuple[Path, Path]:
-    """The results file and the predictions beside it, of which neither may be there already."""
-    if output.suffix != ".json":
-        raise UserError(f"output={str(output)!r} found; expected a .json file")
-    table = output.parent / Predictions.file
-    for path in (output, table):
-        if path.exists():
-            raise FileExistsError(f"{path} is there already; expected an output in another folder")
-    return output, table
 
 
 def load_saved_classifier(source: str, revision: str | None, device: str | None) -> LoadedModel:

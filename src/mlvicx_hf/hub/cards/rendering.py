@@ -83,16 +83,19 @@ def render_card(
         FileNotFoundError: a file that is not there.
         UserError: a placeholder without a source, or files that do not fit one another or the template.
     """
-    kind = _kind(template)
+    if template.stem not in CARD_KINDS:
+        expected = ", ".join(f"{name}.md" for name in CARD_KINDS)
+        raise UserError(f"template {template} found; expected one named {expected}")
+    kind = CARD_KINDS[template.stem]
     with user_input():
         for name in (repo_id, *([base_model] if base_model else []), *datasets):
             validate_repo_id(name)
     config, processor = read_json(model / "config.json"), read_json(model / "preprocessor_config.json")
-    _check_architecture(template, model, config, kind)
+    _check_model(template, model, config, kind)
     run_file = _run_file(model, pretraining, required=kind.task is None or pretraining is not None)
     cache_file = cache / MANIFEST if cache is not None and cache.is_dir() else cache
     run = _read_run(run_file, cache_file, model, config, kind) if run_file.is_file() else None
-    own = None if kind.task is None else read_results([model / RESULTS_NAME])[0]
+    own = None if kind.task is None else _read_own_results(model, config)
     encoder = _encoder_names(model, repo_id, run, run_file, own)
     found = read_results([*([] if own is None else [own.path]), *results])
     _check_results(found, template, kind, model, config, encoder)
@@ -106,7 +109,6 @@ def render_card(
     if run is not None:
         context["pretraining"] = run
     if own is not None:
-        _check_thresholds(own, model, config)
         context["training"] = own.content
     looked_at = [model / "config.json", model / "preprocessor_config.json", run_file]
     looked_at += [*([] if cache_file is None else [cache_file]), *(result.path for result in found)]
@@ -162,14 +164,7 @@ def _fill(template: Path, context: dict[str, Any], looked_at: Sequence[Path]) ->
 # -- what the files say ------------------------------------------------------------------------------------------------
 
 
-def _kind(template: Path) -> CardKind:
-    if template.stem not in CARD_KINDS:
-        expected = ", ".join(f"{name}.md" for name in CARD_KINDS)
-        raise UserError(f"template {template} found; expected one named {expected}")
-    return CARD_KINDS[template.stem]
-
-
-def _check_architecture(template: Path, model: Path, config: dict[str, Any], kind: CardKind) -> None:
+def _check_model(template: Path, model: Path, config: dict[str, Any], kind: CardKind) -> None:
     found = json_field(config, "architectures", list, model / "config.json")
     if not set(found) & set(kind.architectures):
         expected = f"{kind.architectures[0]} for {template.name}"
@@ -198,7 +193,10 @@ def _read_run(
             found = f"{name}={config[name]} found; expected {run['model'][name]}, as of {file}"
             raise UserError(f"{model / 'config.json'}: {found}")
     if cache_file is not None:
-        run["cache"] = _read_cache(cache_file, run["data"]["data_hash"], file)
+        run["cache"], wanted = read_json(cache_file), run["data"]["data_hash"]
+        found = json_field(run["cache"], "data_hash", str, cache_file, f"the {MANIFEST} of a prepared cache")
+        if found != wanted:
+            raise UserError(f"{cache_file}: data_hash {found[:12]}… found; expected {wanted[:12]}…, as of {file}")
     elif "source" in run:
         run["cache"] = run["source"]
     training = run["training"]
@@ -211,15 +209,6 @@ def _read_run(
         "images_seen": steps * training["batch_size"],
         "peak_learning_rate": rate,
     }
-
-
-def _read_cache(file: Path, wanted: str, run_file: Path) -> dict[str, Any]:
-    """Read the manifest of the cache of pretraining."""
-    manifest = read_json(file)
-    found = json_field(manifest, "data_hash", str, file, f"the {MANIFEST} of a prepared cache")
-    if found != wanted:
-        raise UserError(f"{file}: data_hash {found[:12]}… found; expected {wanted[:12]}…, as of {run_file}")
-    return manifest
 
 
 def _encoder_names(
@@ -237,12 +226,14 @@ def _encoder_names(
     return {trained_on}
 
 
-def _check_thresholds(own: Result, model: Path, config: dict[str, Any]) -> None:
-    """Refuse decision thresholds that were evaluated and others that were saved with the classifier."""
-    found, saved = own.content.get("thresholds"), config.get("decision_thresholds")
-    if saved is not None and saved != found:
+def _read_own_results(model: Path, config: dict[str, Any]) -> Result:
+    """Read the results of the head itself, whose decision thresholds must be those that were evaluated."""
+    own = read_results([model / RESULTS_NAME])[0]
+    saved = config.get("decision_thresholds")
+    if saved is not None and saved != own.content.get("thresholds"):
         differ = f"decision_thresholds found that differ from thresholds of {own.path}"
         raise UserError(f"{model / 'config.json'}: {differ}")
+    return own
 
 
 def _check_results(
