@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import StrictUndefined, Template
 from transformers import AutoImageProcessor, AutoModel
 
 from mlvicx_hf.common.files import write_json
@@ -27,7 +29,7 @@ from mlvicx_hf.pretraining.curves import LOSS_AND_RANK, plot_curves, view_sheet
 from mlvicx_hf.pretraining.views import TwoViewAugmentation
 from mlvicx_hf.scoring.embeddings import rankme
 
-PROTOCOLS = {"frozen": "frozen encoder", "finetuned": "fine-tuned"}
+PROTOCOLS = {"frozen": "Frozen encoder", "finetuned": "Fine-tuned"}
 STARTS = ("pretrained", "random")
 
 
@@ -172,31 +174,11 @@ class Quickstart:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    kind = "**synthetic** radiographs" if report["synthetic"] else "radiographs"
+    source = (files(__package__) / "report.md.j2").read_text(encoding="utf-8")
+    template = Template(source, trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     counts = ", ".join(f"{count} {split}" for split, count in report["images"].items())
-    lines = [
-        "# MLVICX quick start",
-        "",
-        f"Data: {report['data']}; {kind}: {counts} images. Seed {report['seed']}.",
-        "Research use only; not a medical device.",
-        "",
-    ]
-    for protocol, title in PROTOCOLS.items():
-        if protocol in report:
-            lines += [f"## {title.capitalize()}: AUROC on held-out patients (test)", "", _table(report[protocol]), ""]
-    rank = report["rankme"]
-    lines += [
-        f"RankMe of the {rank['split']} features: {rank['value']:.1f} of {rank['of']}.",
-        "",
-        f'Backbone: `AutoModel.from_pretrained("{report["model"]}")`',
-        "",
-        "![loss curve](loss.png)",
-        "",
-        "![two views](views.png)",
-    ]
-    if "neighbours" in report:
-        lines += ["", "## Nearest neighbours", "", f"![nearest neighbours]({report['neighbours']})"]
-    return "\n".join(lines) + "\n"
+    tables = {title: _table(report[protocol]) for protocol, title in PROTOCOLS.items() if protocol in report}
+    return template.render(report=report, counts=counts, tables=tables)
 
 
 def _table(results: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ model's, unless it was trained with `use_context=False`. ONNX gets the whole mod
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import timm
 import torch
 import torchvision
+from jinja2 import StrictUndefined, Template
 from safetensors.torch import save_file
 from timm.models import FeatureListNet
 from timm.models._hub import save_for_hf
@@ -34,35 +36,6 @@ TIMM_CROP_MODES = {"pad": "border", "squash": "squash", "crop": "center"}
 # What timm's registry says about weights that are not these.
 TIMM_FOREIGN = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description", "label_offset")
 
-TRUNK_NOTE = """\
-# {backbone}, pretrained with MLVICX
-
-The plain trunk of a model pretrained with MLVICX (multi-level variance-covariance exploration, arXiv 2403.11504).
-{context}
-
-Input: grey values in [0, 1] of a chest radiograph, {size} x {size} pixels ("{fit}"), minus {mean}, divided by {std};
-{channels}.
-
-```python
-{code}
-```
-{rest}
-Research use only. Not a medical device; not for clinical decisions.
-"""
-WITHOUT_CONTEXT = """\
-The context bottlenecks between its levels are left out, as the paper's authors do in transfer: **its features differ
-from those of the MLVICX model that it was taken from.** Fine-tune it, or take the MLVICX model itself."""
-NO_CONTEXT = "The model was trained without context bottlenecks, so its features are the model's own."
-TIMM_CODE = 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or features_only=True, num_classes=5'
-TIMM_REST = """\
-With `features_only=True` it gives the maps of the levels. A whole timm model may put a last norm, layer or activation
-behind them{initial}."""
-TIMM_BORDERS = " For images that are not square timm's own transform has borders of the mean, MLVICX black ones."
-TIMM_INITIAL = "; these tensors were not pretrained and have initial values: {names}"
-TORCHVISION_CODE = f"""\
-model = torchvision.models.{{backbone}}(weights=None)
-model.load_state_dict(safetensors.torch.load_file("{SAFE_WEIGHTS_NAME}"), strict=False)  # lacks fc alone"""
-
 
 def load_encoder(source: str | Path) -> tuple[MLVICXModel, MLVICXImageProcessor]:
     """Load the encoder of a saved model of any class, in float32 and evaluation mode, and its image processor."""
@@ -71,20 +44,11 @@ def load_encoder(source: str | Path) -> tuple[MLVICXModel, MLVICXImageProcessor]
     return model.float(), processor
 
 
-def trunk_note(encoder: MLVICXModel, processor: MLVICXImageProcessor, channels: str, code: str, rest: str = "") -> str:
-    """Write the README.md of a plain trunk."""
-    config = encoder.config
-    return TRUNK_NOTE.format(
-        backbone=config.backbone,
-        context=WITHOUT_CONTEXT if config.use_context else NO_CONTEXT,
-        size=processor.image_size,
-        fit=processor.fit,
-        mean=processor.image_mean,
-        std=processor.image_std,
-        channels=channels,
-        code=code,
-        rest=f"\n{rest}\n" if rest else "",
-    )
+def trunk_note(library: str, encoder: MLVICXModel, processor: MLVICXImageProcessor, **facts: Any) -> str:
+    """Write the README.md of a plain trunk for "timm" or "torchvision"."""
+    source = (files(__package__) / "trunk.md.j2").read_text(encoding="utf-8")
+    template = Template(source, trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    return template.render(library=library, config=encoder.config, processor=processor, **facts)
 
 
 def timm_trunk(encoder: MLVICXModel) -> tuple[nn.Module, list[str]]:
@@ -146,9 +110,7 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
         "crop_pct": 1.0,
         "crop_mode": TIMM_CROP_MODES[processor.fit],
     }
-    rest = TIMM_REST.format(initial=TIMM_INITIAL.format(names=", ".join(initial)) if initial else "")
-    rest += TIMM_BORDERS if processor.fit == "pad" else ""
-    note = trunk_note(encoder, processor, f"{config.num_channels} channel(s)", TIMM_CODE, rest)
+    note = trunk_note("timm", encoder, processor, initial=initial)
     with new_folder(output) as folder:
         save_for_hf(full, str(folder), safe_serialization=True, data_config=data)
         (folder / "README.md").write_text(note, encoding="utf-8")
@@ -197,8 +159,7 @@ def export_torchvision(source: str | Path, output: str | Path) -> Path:
     encoder, processor = load_encoder(source)
     state = torchvision_state(encoder)
     name = encoder.config.backbone.split(".")[0]
-    code = TORCHVISION_CODE.format(backbone=name)
-    note = trunk_note(encoder, processor, "the grey image three times", code)
+    note = trunk_note("torchvision", encoder, processor, name=name)
     with new_folder(output) as folder:
         save_file(state, folder / SAFE_WEIGHTS_NAME, {"format": "pt", "architecture": name})
         write_json(folder / PREPROCESSING_NAME, preprocessing(processor) | {"num_channels": 3})
