@@ -14,10 +14,7 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel, MLVICXPreTrainedModel
 
 
 def check_source(source: str) -> str:
-    """Refuse a path without a model, before the Hub client takes it for the name of a repository.
-
-    Returns:
-        The source.
+    """Return a source, but refuse a path without a model, which the Hub client would take for a repository's name.
 
     Raises:
         FileNotFoundError: it looks like a path, and there is no model.

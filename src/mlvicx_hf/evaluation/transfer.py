@@ -52,7 +52,7 @@ def evaluate(
     allow_overlap: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score a classifier on every image of a split, once and without random transforms.
+    """Score a classifier on every image of a split, once and without random transforms, and return the results.
 
     Labels are matched by `data.vocabulary`. The score of a finding that is the union of several outputs is the highest
     of their logits, which assumes nothing of their dependence, or the sum of their probabilities if the model's classes
@@ -73,9 +73,6 @@ def evaluate(
         revision: branch, tag or commit of a model on the Hub.
         allow_overlap: go on although the model has seen some of the images; see `check_overlap`.
         progress: show a bar.
-
-    Returns:
-        The content of the results file.
 
     Raises:
         FileExistsError: results that are there already.

@@ -54,10 +54,7 @@ class FinetuningTask(ABC):
         self.learning_rate = 1e-3  # where the user gives none
 
     def finetune(self) -> dict[str, Any]:
-        """Train, restore the best epoch, test it once, and write model, predictions and `results.json`.
-
-        Returns:
-            The content of `results.json`.
+        """Train, restore the best epoch, test it once, write model and predictions, and write and return the results.
 
         Raises:
             FileExistsError: an output folder that is not empty.

@@ -12,7 +12,7 @@ from mlvicx_hf.models.hub_mlvicx import AUTO_MAP, IMAGE_PROCESSOR_AUTO_MAP
 
 
 def export(source: str | Path, output: str | Path, *, with_expanders: bool = False, card: str | None = None) -> Path:
-    """Write a folder to publish on the Hub, with weights, constants and code, whole or not at all.
+    """Write and return a folder to publish on the Hub, with weights, constants and code, whole or not at all.
 
     With this package imported, every Auto class loads the folder. Without it, transformers runs the code in the folder
     if asked to: `AutoModel.from_pretrained(folder, trust_remote_code=True)`. Only `AutoBackbone.from_pretrained` takes
@@ -27,9 +27,6 @@ def export(source: str | Path, output: str | Path, *, with_expanders: bool = Fal
         with_expanders: keep the expanders and the aggregation of a pretraining run, to go on with pretraining;
             otherwise only its encoder is exported.
         card: text of the model card, README.md.
-
-    Returns:
-        The output folder.
 
     Raises:
         OSError: as `load_model`; or an output that is not empty.

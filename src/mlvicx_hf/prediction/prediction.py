@@ -185,7 +185,7 @@ def predict(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run a saved model on image files and write a table, a record of what made it, and what else is asked for.
+    """Run a saved model on image files, and write a table, what else is asked for, and a record, which is returned.
 
     A classifier gives probabilities, and decisions by the thresholds saved with it. A segmenter gives areas, and masks
     in the geometry of the files. Any model gives embeddings. A file that cannot be read gets a row with the reason.
@@ -203,9 +203,6 @@ def predict(
         revision: branch, tag or commit of a model on the Hub.
         overwrite: replace earlier outputs when the new ones are complete.
         progress: show a bar.
-
-    Returns:
-        The content of the record.
 
     Raises:
         FileExistsError: outputs that exist already.

@@ -26,10 +26,7 @@ def pretrain(model_arguments: ModelArguments, data_arguments: DataArguments, arg
 
 
 def train(run: Run) -> Path:
-    """Train to the last epoch and save model and image processor, loadable by `AutoModel`.
-
-    Returns:
-        The output folder.
+    """Train to the last epoch, save model and image processor, loadable by `AutoModel`, and return their folder.
 
     Raises:
         FloatingPointError: a loss that is not finite.

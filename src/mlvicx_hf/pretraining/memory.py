@@ -132,11 +132,7 @@ class Trial:
         return max(one for one in everyone if isinstance(one, int))
 
     def run(self, size: int) -> float:
-        """One step without the optimiser; one micro-batch of so many images stands for all.
-
-        Returns:
-            Seconds of the step, for all micro-batches.
-        """
+        """Seconds of a step without the optimiser, in which one micro-batch of so many images stands for all."""
         with self._no_trace():
             start = self._now()
             views = self.make_views(self.share)

@@ -63,11 +63,7 @@ class Reporter:
             run.accelerator.init_trackers("mlvicx", config=run.settings.for_tracker())
 
     def step_done(self, output: LossOutput, view: Tensor, rate: float, epoch: int) -> float | None:
-        """Report a step of an epoch, counted from 0, with the first view of its images.
-
-        Returns:
-            Score of the linear probe, where one was due.
-        """
+        """Report a step with the first view of its images; return the score of the linear probe, where one was due."""
         run, arguments = self.run, self.run.arguments
         self.bar.update(arguments.batch_size)
         last = run.step == run.total_steps

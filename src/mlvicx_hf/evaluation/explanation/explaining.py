@@ -204,9 +204,10 @@ def explain(
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Explain what classifiers see in the images that show a finding, without random transforms.
+    """Explain what classifiers see in the images that show a finding, and return what `explanations.json` holds.
 
-    Images that a model was trained on are explained too. A warning says so and is recorded.
+    Nothing is transformed at random. Images that a model was trained on are explained too; a warning says so and is
+    recorded.
 
     Args:
         models: name → folder or Hub name of a classifier. Labels are matched by `data.vocabulary`.
@@ -222,9 +223,6 @@ def explain(
         batch_size: images in a pass.
         device: of torch; by default a GPU if there is one.
         progress: show a bar.
-
-    Returns:
-        The content of `explanations.json`.
 
     Raises:
         ImportError: without captum or matplotlib.

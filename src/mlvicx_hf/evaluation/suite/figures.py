@@ -87,8 +87,7 @@ def forest(comparisons: Sequence[dict[str, Any]]) -> bytes:
 def reliability(settings: Sequence[dict[str, Any]]) -> bytes | None:
     """Draw frequency over probability at the largest share of labels, a panel for each task and protocol.
 
-    Returns:
-        PNG; None if no setting has a calibration.
+    None if no setting has a calibration.
     """
     calibrated = [row for row in settings if "calibration" in row]
     panels = list(dict.fromkeys((row["task"], row["protocol"]) for row in calibrated))

@@ -64,7 +64,7 @@ def compose(report: dict[str, Any]) -> Document:
     document.paragraph(
         f"{cells['finished']} of {cells['planned']} runs finished, {len(cells['failed'])} failed. Suite "
         f"{report['suite']['file']} (SHA-256 {report['suite']['sha256'][:12]}), report by mlvicx_hf "
-        f"{report['code']['mlvicx_hf']}, {_plain(describe_commit(report['code']['commit']))}. Scores are means over "
+        f"{report['code']['mlvicx_hf']}, {_commit(report['code']['commit'])}. Scores are means over "
         "the runs on the test split, which was looked at once, after validation had chosen epoch and thresholds. "
         f"Intervals are 95 % bootstrap intervals over patients ({report['suite']['samples']} draws): how much a "
         "score depends on who was tested. ± is the standard deviation over runs: how much it depends on the training. "
@@ -91,7 +91,7 @@ def _add_data(document: Document, report: dict[str, Any]) -> None:
         train = ", ".join(f"{100 * float(k):g} %: {v['images']:,}" for k, v in about["train"].items())
         test = f"{about['test']['images']:,} ({about['test']['patients']:,} patients)"
         data = about["data"]
-        made = ", ".join(_plain(describe_commit(commit)) for commit in about["commits"])
+        made = ", ".join(_commit(commit) for commit in about["commits"])
         collection = data["collection"] + (" (synthetic)" if data["synthetic"] else "")
         hashes = (data[name][:12] for name in ("data_hash", "split_hash"))
         rows.append([task, collection, train, f"{about['validation']['images']:,}", test, *hashes, made])
@@ -274,5 +274,5 @@ def _p(value: float) -> str:
     return f"{value:.1e}" if value < 0.001 else f"{value:.3f}"
 
 
-def _plain(text: str) -> str:
-    return text.replace("`", "")
+def _commit(commit: str) -> str:
+    return describe_commit(commit).replace("`", "")
