@@ -36,6 +36,7 @@ def main(words: Sequence[str] | None = None) -> None:
         SystemExit: with code 1 when a cell failed.
     """
     given = vars(parser().parse_args(words))
+    output = given.pop("output")
     import transformers
 
     from mlvicx_hf.evaluation.suite.report import describe_briefly
@@ -43,10 +44,10 @@ def main(words: Sequence[str] | None = None) -> None:
 
     transformers.utils.logging.disable_progress_bar()  # of writing and loading a file
     transformers.utils.logging.set_verbosity_error()  # every run begins with a head that no checkpoint has
-    outcome = evaluate_suite(given.pop("suite"), given["output"], **{k: v for k, v in given.items() if k != "output"})
+    outcome = evaluate_suite(given.pop("suite"), output, **given)
     if outcome.report is not None:
         print(describe_briefly(outcome.report))
-        print(f"report: {given['output'] / 'report.html'}, report.md and report.json beside it")
+        print(f"report: {output / 'report.html'}, report.md and report.json beside it")
     print(f"{outcome.finished} of {outcome.planned} cells finished, {outcome.failed} failed")
     if outcome.failed:
         raise SystemExit(1)

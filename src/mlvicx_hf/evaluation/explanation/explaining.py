@@ -154,13 +154,9 @@ class Explainer:
         first = next(iter(done.values()))
         if first.drawn:
             draw_grid(folder / f"grid_{name}.png", subject.finding, {model: maps.drawn for model, maps in done.items()})
-        found = {
-            "images": len(subject.rows),
-            "located": subject.located,
-            "explained": len(self.rows(subject)),
-            "pictures": first.sources,
-            "empty_maps": {model: maps.empty for model, maps in done.items()},
-        }
+        found: dict[str, Any] = {"images": len(subject.rows), "located": subject.located}
+        found |= {"explained": len(self.rows(subject)), "pictures": first.sources}
+        found |= {"empty_maps": {model: maps.empty for model, maps in done.items()}}
         if not self.score:
             return found
         if not first.scores:

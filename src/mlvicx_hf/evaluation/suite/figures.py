@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
@@ -101,26 +102,20 @@ def reliability(settings: Sequence[dict[str, Any]]) -> bytes | None:
         panel.plot([0, 1], [0, 1], color="0.6", lw=0.8)
         for row in (row for row in rows if row["label_fraction"] == most):
             name = f"{row['model']}, ECE {row['calibration']['ece_macro']:.3f}"
-            x, y = zip(*_pooled_bins(row["calibration"]), strict=True)
-            panel.plot(x, y, marker="o", markersize=4, lw=1.2, color=f"C{models.index(row['model'])}", label=name)
+            points, colour = _pooled_bins(row["calibration"]), f"C{models.index(row['model'])}"
+            panel.plot(*points.to_numpy().T, marker="o", markersize=4, lw=1.2, color=colour, label=name)
         panel.set(xlabel="probability", ylabel="frequency", xlim=(0, 1), ylim=(0, 1))
         panel.set_title(f"{task}, {PROTOCOL_TITLES[protocol]}, {100 * most:g} %", fontsize="medium")
         panel.legend(fontsize="x-small", framealpha=0.6)
     return _png(figure)
 
 
-def _pooled_bins(calibration: dict[str, Any]) -> list[tuple[float, float]]:
+def _pooled_bins(calibration: dict[str, Any]) -> pd.DataFrame:
     """Mean probability and frequency of every bin over all labels."""
-    bins: dict[int, list[dict[str, float]]] = {}
-    for label in calibration["labels"].values():
-        for row in label["bins"]:
-            bins.setdefault(min(int(row["probability"] * BINS), BINS - 1), []).append(row)
-    points = []
-    for _, rows in sorted(bins.items()):
-        images = sum(row["images"] for row in rows)
-        x, y = (sum(row["images"] * row[name] for row in rows) / images for name in ("probability", "frequency"))
-        points.append((x, y))
-    return points
+    rows = pd.DataFrame([row for label in calibration["labels"].values() for row in label["bins"]])
+    bins = (rows["probability"] * BINS).astype(int).clip(upper=BINS - 1)
+    sums = rows[["probability", "frequency"]].mul(rows["images"], axis=0).groupby(bins).sum()
+    return sums.div(rows["images"].groupby(bins).sum(), axis=0)
 
 
 def _is_whole(score: dict[str, Any], names: Sequence[str] = ("mean", "low", "high")) -> bool:
