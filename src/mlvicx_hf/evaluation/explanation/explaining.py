@@ -227,7 +227,7 @@ def explain(
         OSError: a model or cache that is absent or damaged.
         FloatingPointError: a model whose heat maps are not finite.
     """
-    require("the drawing of heat maps", "explain", "captum", "matplotlib")
+    require("a heat map", "explain", "captum", "matplotlib")
     if not models or batch_size < 1 or max_images < 0 or not tolerance >= 0:
         raise UserError(
             f"{len(models)} models, batch_size={batch_size}, max_images={max_images}, tolerance={tolerance} found; "

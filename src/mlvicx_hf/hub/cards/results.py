@@ -137,9 +137,9 @@ def _check(result: Result) -> None:
         raise UserError(f"{file}: test.{task.per_class} of {', '.join(classes)} found; expected {listed}, the labels")
     scores = {f"test.{name}": json_field(content, f"test.{name}", (*NUMBER, str), file) for name in task.scores}
     scores |= {f"test.{task.per_class}.{name}": value for name, value in classes.items()}
-    for kind, groups in result.subgroups.items():
+    for division, groups in result.subgroups.items():
         for name, group in groups.items():
-            place = f"test.subgroups.{kind}.{name}"
+            place = f"test.subgroups.{division}.{name}"
             for what in ("images", "patients", task.main):
                 if what not in group:
                     raise UserError(f"{file}: no field '{place}.{what}' found; expected {RESULTS_FILE}")
