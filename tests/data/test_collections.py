@@ -192,7 +192,7 @@ def test_metadata_is_found_from_here_or_from_the_root(root: Path, tmp_path: Path
     assert len(FolderCollection(root, "mine.csv").read().records) == 4
     (tmp_path / "mine.csv").write_text("file_name,patient_id\na.png,7\n")
     assert FolderCollection(root, "mine.csv").read().records[0].patient_id == "7"
-    with pytest.raises(FileNotFoundError, match=r"none\.csv: no such file, neither here nor in"):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv or .*none\.csv: no such file"):
         FolderCollection(root, "none.csv").read()
 
 
@@ -218,9 +218,9 @@ def test_missing_files_are_listed_and_the_others_kept(root: Path):
         ("name,patient_id\na.png,1\n", r"columns name, patient_id found; expected the file in file_name or file or"),
         ("file_name,patient_id\na.png\n", r"row 1 has 1 fields; expected 2"),
         ("file_name,a,a\na.png,1,1\n", r"column\(s\) a found twice"),
-        ("file_name,patient_id\na.png,1\nb.png,\n", r"row 2: empty patient_id found"),
-        ("file_name,patient_id\n,1\n", r"row 1: empty file_name found"),
-        ("file_name,patient_id\na.png,1\n./a.png,1\n", r"1 file\(s\) in more than one row: a\.png"),
+        ("file_name,patient_id\na.png,1\nb.png,\n", r"row 2 \(b\.png\): empty patient_id found"),
+        ("file_name,patient_id\n,1\n", r"row 1, column file_name: '' found"),
+        ("file_name,patient_id\na.png,1\n./a.png,1\n", r"1 found in more than one row: a\.png"),
         (
             "file_name,patient_id\na.png,1\n../b.png,1\n",
             r"row 2: file '\.\./b\.png' found; expected a path below the root",
@@ -241,7 +241,7 @@ def test_named_columns_that_are_absent_are_refused(root: Path):
         read_table(root, text, patient_column="subject")
     with pytest.raises(ValueError, match="columns file_name, view found; expected the file in picture"):
         read_table(root, text, file_column="picture")
-    with pytest.raises(ValueError, match=r"expected the label\(s\) Edema as well"):
+    with pytest.raises(ValueError, match=r"expected Edema as well"):
         read_table(root, text, label_columns=["view", "Edema"])
 
 
@@ -333,7 +333,7 @@ def test_a_policy_for_uncertain_labels_is_refused_where_there_can_be_none(root: 
     with pytest.raises(ValueError, match=r"metadata\.csv: column label holds names, .*--uncertain does not fit"):
         read_table(root, table("patient_id,label", "1,a", "2,b", "3,a", "4,b"), uncertain="ones")
     (root / "metadata.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"none of metadata\.csv, .* found; --uncertain expects a table"):
+    with pytest.raises(FileNotFoundError, match=r"none of metadata\.csv, .*; expected a table with labels, for --unc"):
         FolderCollection(root, uncertain="ones").read()
 
 
@@ -578,12 +578,16 @@ def replace(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("View Position", "View", r"Data_Entry_2017_v2020\.csv: columns .*, View, .* found; expected .*View Position"),
+        (
+            "View Position",
+            "View",
+            r"v2020\.csv: columns .*, View, .* found; expected View Position as well",
+        ),
         ("No Finding", "Infiltrate", r"row 2, column Finding Labels: 'Infiltrate' found; expected No Finding or"),
         ("No Finding", "No Finding|Mass", r"row 2, column Finding Labels: 'No Finding\|Mass' found"),
         ("No Finding,0,1,", "No Finding,0,7,", r"row 2: Patient ID '7' found for '00000001_001\.png'"),
         (",57,M,", ",57,", r"row 1 has 10 fields; expected 11"),
-        ("00000001_001.png", "00000001_000.png", r"1 image\(s\) found in more than one row"),
+        ("00000001_001.png", "00000001_000.png", r"1 found in more than one row: 00000001_000\.png"),
     ],
 )
 def test_nih_table_that_does_not_fit_is_refused(tmp_path: Path, old: str, new: str, message: str):
@@ -610,7 +614,7 @@ def test_nih_folder_without_table_or_images_is_refused(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"expected NIH's table"):
         NIH14Collection(tmp_path).read()
     root = write_nih(tmp_path / "nih", present=0)
-    with pytest.raises(FileNotFoundError, match="no images found; expected images/ or images_001/images/"):
+    with pytest.raises(FileNotFoundError, match="none of the 43 images found; expected images/ or images_001/images/"):
         NIH14Collection(root).read()
 
 
@@ -647,7 +651,7 @@ def test_phantoms_draw_the_mask_that_is_asked_for(mask: str):
 
 
 def test_unknown_masks_of_phantoms_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"mask 'Lungs' found; expected one of lungs, heart, Cardiomegaly, .*Nodule"):
+    with pytest.raises(ValueError, match=r"mask='Lungs' found; expected one of lungs, heart, Cardiomegaly, .*Nodule"):
         PhantomCollection(mask="Lungs")
 
 

@@ -74,31 +74,27 @@ UNIONS: dict[str, tuple[tuple[str, ...], str]] = {
 _FROM_IMAGE = "seen in the image alone, without what the clinician knew"
 _OTHER_KINDS = NoCommonName("whatever else the readers found, of any kind")
 
-_NIH14: dict[str, Finding | NoCommonName] = {
-    "Atelectasis": Finding("Atelectasis"),
-    "Cardiomegaly": Finding("Cardiomegaly"),
+_Table = dict[str, Finding | NoCommonName]  # label → meaning, in the order of the release
+
+
+def _same(*labels: str) -> _Table:
+    """Labels whose common name is the label itself, with one capital letter."""
+    return {label: Finding(label.capitalize()) for label in labels}
+
+
+_NIH14 = {
+    **_same("Atelectasis", "Cardiomegaly"),
     "Effusion": Finding("Pleural effusion"),
     "Infiltration": Finding(
         "Infiltration", "the report's word for any infiltrate, much of it what others call consolidation or opacity"
     ),
-    "Mass": Finding("Mass"),
-    "Nodule": Finding("Nodule"),
-    "Pneumonia": Finding("Pneumonia"),
-    "Pneumothorax": Finding("Pneumothorax"),
-    "Consolidation": Finding("Consolidation"),
-    "Edema": Finding("Edema"),
-    "Emphysema": Finding("Emphysema"),
-    "Fibrosis": Finding("Fibrosis"),
+    **_same("Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis"),
     "Pleural_Thickening": Finding("Pleural thickening"),
-    "Hernia": Finding("Hernia"),
+    **_same("Hernia"),
 }
 
-_VINBIGDATA: dict[str, Finding | NoCommonName] = {
-    "Aortic enlargement": Finding("Aortic enlargement"),
-    "Atelectasis": Finding("Atelectasis"),
-    "Calcification": Finding("Calcification"),
-    "Cardiomegaly": Finding("Cardiomegaly"),
-    "Consolidation": Finding("Consolidation"),
+_VINBIGDATA = {
+    **_same("Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Consolidation"),
     "ILD": Finding("Interstitial lung disease"),
     "Infiltration": Finding("Infiltration", "a reader's box, apart from consolidation and opacity"),
     "Lung Opacity": Finding(  # drawn on 297 of 353 images with consolidation, but 128 of 386 with ILD
@@ -106,31 +102,21 @@ _VINBIGDATA: dict[str, Finding | NoCommonName] = {
     ),
     "Nodule/Mass": Finding("Nodule or mass"),
     "Other lesion": _OTHER_KINDS,
-    "Pleural effusion": Finding("Pleural effusion"),
-    "Pleural thickening": Finding("Pleural thickening"),
-    "Pneumothorax": Finding("Pneumothorax"),
+    **_same("Pleural effusion", "Pleural thickening", "Pneumothorax"),
     "Pulmonary fibrosis": Finding("Fibrosis"),
     "No finding": Finding("No finding", "none of its findings, lesions of other kinds among them"),
 }
 
-_VINDR = _VINBIGDATA | {
-    "Clavicle fracture": Finding("Clavicle fracture"),
-    "Edema": Finding("Edema"),
-    "Emphysema": Finding("Emphysema"),
+_VINDR = {
+    **_VINBIGDATA,
+    **_same("Clavicle fracture", "Edema", "Emphysema", "Lung cavity", "Lung cyst", "Mediastinal shift", "Rib fracture"),
     "Enlarged PA": Finding("Enlarged pulmonary artery"),
-    "Lung cavity": Finding("Lung cavity"),
-    "Lung cyst": Finding("Lung cyst"),
-    "Mediastinal shift": Finding("Mediastinal shift"),
-    "Rib fracture": Finding("Rib fracture"),
-    "COPD": Finding("COPD", _FROM_IMAGE),
-    "Lung tumor": Finding("Lung tumor", _FROM_IMAGE),
-    "Pneumonia": Finding("Pneumonia", _FROM_IMAGE),
-    "Tuberculosis": Finding("Tuberculosis", _FROM_IMAGE),
+    **{name: Finding(name, _FROM_IMAGE) for name in ("COPD", "Lung tumor", "Pneumonia", "Tuberculosis")},
     "Other diseases": _OTHER_KINDS,
     "Other disease": _OTHER_KINDS,  # as the test tables spell it
 }
 
-_RSNA: dict[str, Finding | NoCommonName] = {
+_RSNA: _Table = {
     "Lung Opacity": Finding(
         "Pneumonia", f"opacity suspicious for pneumonia, {_FROM_IMAGE}; not any opacity, as others' Lung Opacity"
     ),
@@ -138,27 +124,18 @@ _RSNA: dict[str, Finding | NoCommonName] = {
     "Normal": Finding("No finding", "normal altogether, whatever a collection's list of findings"),
 }
 
-_SIIM: dict[str, Finding | NoCommonName] = {"Pneumothorax": Finding("Pneumothorax")}
-
-_CHEXPERT: dict[str, Finding | NoCommonName] = {
+_CHEXPERT = {
     "No Finding": Finding(  # 8,808 of 22,381 with support devices
         "No finding", "none of the labeller's 12 findings, but perhaps support devices"
     ),
-    "Enlarged Cardiomediastinum": Finding("Enlarged cardiomediastinum"),
-    "Cardiomegaly": Finding("Cardiomegaly"),
+    **_same("Enlarged Cardiomediastinum", "Cardiomegaly"),
     "Lung Opacity": Finding(  # blank for 23,439 of 52,246 images with edema
         "Lung opacity", "any opacity, but often unknown where the report names the opacity's kind alone"
     ),
     "Lung Lesion": Finding("Nodule or mass", "other focal lesions of the lung, such as cavities"),
-    "Edema": Finding("Edema"),
-    "Consolidation": Finding("Consolidation"),
-    "Pneumonia": Finding("Pneumonia"),
-    "Atelectasis": Finding("Atelectasis"),
-    "Pneumothorax": Finding("Pneumothorax"),
-    "Pleural Effusion": Finding("Pleural effusion"),
+    **_same("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion"),
     "Pleural Other": NoCommonName("pleural thickening together with plaques, scars and fibrothorax"),
-    "Fracture": Finding("Fracture"),
-    "Support Devices": Finding("Support devices"),
+    **_same("Fracture", "Support Devices"),
 }
 
 COLLECTIONS: Mapping[str, Mapping[str, Finding | NoCommonName]] = MappingProxyType(
@@ -167,7 +144,7 @@ COLLECTIONS: Mapping[str, Mapping[str, Finding | NoCommonName]] = MappingProxyTy
         "vinbigdata": _VINBIGDATA,
         "vindr": _VINDR,
         "rsna": _RSNA,
-        "siim": _SIIM,
+        "siim": _same("Pneumothorax"),
         "chexpert": _CHEXPERT,
         "mimic_cxr_jpg": _CHEXPERT,  # the same labeller on other reports
     }
@@ -192,6 +169,12 @@ _FURTHER_SPELLINGS = {
 }
 # RSNA alone uses its names in its sense: elsewhere Lung Opacity means any opacity, and Normal is not defined.
 _SPELLED_BY = [name for name in COLLECTIONS if name != "rsna"]
+
+
+def release_labels(collection: str) -> tuple[str, ...]:
+    """List the labels of a collection in the order of its release, without No Finding."""
+    return tuple(label for label in COLLECTIONS[collection] if label.lower() != "no finding")
+
 
 # -- looking up --------------------------------------------------------------------------------------------------------
 

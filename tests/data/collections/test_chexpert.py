@@ -11,7 +11,7 @@ from miniatures_more import released, write_chexpert
 
 from mlvicx_hf.data.collections.base import Listing, Record
 from mlvicx_hf.data.collections.chexpert import CHEXPERT_FINDINGS, CheXpertCollection
-from mlvicx_hf.data.collections.labels import binary_labels, label_values
+from mlvicx_hf.data.collections.labels import binary_labels, label_cells
 from mlvicx_hf.data.collections.tables import read_columns
 
 
@@ -90,7 +90,7 @@ def test_released_table_label_by_label(listing: Listing, table: Path):
 
 def test_uncertain_labels_of_the_released_table(table: Path):
     frame = pd.read_csv(table)
-    labels = np.array(binary_labels(table, read_columns(table), CHEXPERT_FINDINGS, label_values("ones")))
+    labels = np.array(binary_labels(table, read_columns(table), CHEXPERT_FINDINGS, label_cells("ones")))
     found = {name: int((labels[:, column] == 1).sum()) for column, name in enumerate(CHEXPERT_FINDINGS)}
     assert found == {name: int(((frame[name] == 1) | (frame[name] == -1)).sum()) for name in CHEXPERT_FINDINGS}
     assert (found["Edema"], found["Pneumothorax"]) == (52_246 + 12_984, 19_448 + 3_145)
@@ -189,9 +189,13 @@ FIRST = "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg,Female,
         (FIRST, FIRST.replace("train/", "../"), ["row 1, column Path: 'CheXpert-v1.0-small/../patient", "such as Che"]),
         (FIRST, FIRST.replace("patient", "p"), ["row 1, column Path: 'CheXpert-v1.0-small/train/p00001"]),
         (FIRST, FIRST.replace("CheXpert-v1.0-small", "/tmp"), ["row 1, column Path: '/tmp/train"]),
-        (FIRST, FIRST.replace("Female", "Woman?"), ["row 1, columns Sex, Age", "'Woman?', '41', 'Frontal' found"]),
-        (FIRST, FIRST.replace("41", "old"), ["row 1, columns Sex, Age", "'old'", "expected Female, Male or Unknown"]),
-        (FIRST, FIRST.replace("Frontal", "Lateral"), ["row 1, columns Sex, Age, Frontal/Lateral", "and Frontal as"]),
+        (FIRST, FIRST.replace("Female", "Woman?"), ["row 1, column Sex: 'Woman?' found; expected F, M or nothing"]),
+        (FIRST, FIRST.replace("41", "old"), ["row 1, column Age: 'old' found; expected an age such as 57"]),
+        (
+            FIRST,
+            FIRST.replace("Frontal", "Lateral"),
+            ["row 1, column Frontal/Lateral: 'Lateral' found"],
+        ),
         (
             f"{FIRST},",
             f"{FIRST},2",

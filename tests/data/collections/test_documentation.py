@@ -12,8 +12,8 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import KINDS
 from mlvicx_hf.data.collections.base import Listing, Record, ReleasedCollection, file_below
-from mlvicx_hf.data.collections.labels import binary_labels, label_values
-from mlvicx_hf.data.collections.tables import read_columns, require_columns
+from mlvicx_hf.data.collections.labels import label_cells
+from mlvicx_hf.data.collections.tables import FILLED, find_table, read_table
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -27,11 +27,11 @@ def test_the_documented_class_is_a_collection(tmp_path: Path):
         "Listing": Listing,
         "Record": Record,
         "ReleasedCollection": ReleasedCollection,
-        "binary_labels": binary_labels,
+        "FILLED": FILLED,
         "file_below": file_below,
-        "label_values": label_values,
-        "read_columns": read_columns,
-        "require_columns": require_columns,
+        "find_table": find_table,
+        "label_cells": label_cells,
+        "read_table": read_table,
     }
     exec(code, names)
     assert len(code.splitlines()) < 40

@@ -342,7 +342,7 @@ def test_a_damaged_file_is_named(tmp_path: Path):
 
 def test_an_empty_patient_is_refused(tmp_path: Path):
     path = write_parquet(tmp_path / "data", {"train": make(2, {"patient_id": (Value("string"), ["a", None])})})
-    with pytest.raises(ValueError, match=r"row train/1: empty patient_id found"):
+    with pytest.raises(ValueError, match=r"row 2 \(train/1\): empty patient_id found"):
         HFCollection(path).read()
     with pytest.raises(ValueError, match=r"columns patient_id found; expected the patient in person"):
         HFCollection(path, patient_column="person").read()

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import math
 import os
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -150,18 +147,45 @@ class Collection(ABC):
         """List the radiographs. Raise UserError or OSError for files that do not look as expected."""
 
 
+@dataclass
 class ReleasedCollection(Collection):
-    """A collection with tables in its release."""
+    """A collection with tables in its release. Fields of a subclass become options of `mlvicx prepare`.
+
+    Attributes:
+        root: folder of the release.
+        folder: the same as a path.
+        layout: where the images lie, for the error message if there are none.
+    """
+
+    root: str | Path
+    folder: Path = field(init=False, repr=False)
+    layout: ClassVar[str] = "the images that its tables list"
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.root)
 
     @abstractmethod
     def list_all(self) -> Listing:
         """List everything in the tables, whether or not its files exist."""
 
     def read(self) -> Listing:
-        """List the radiographs whose files exist. Others are `missing`."""
+        """List the radiographs whose files exist. Others are `missing`.
+
+        Raises:
+            FileNotFoundError: no file exists.
+        """
         listing = self.list_all()
         records, missing = keep_present(listing.records)
+        if not records:
+            raise FileNotFoundError(f"{self.root}: none of the {len(missing)} images found; expected {self.layout}")
         return replace(listing, records=records, missing=missing)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """Refuse a value of an option that is none of its choices."""
+    if value not in choices:
+        raise UserError(f"{name}={value!r} found; expected one of {', '.join(choices)}")
+    return value
 
 
 def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ...]]:
@@ -195,29 +219,6 @@ def normalize_view(view: str) -> str | None:
     if word in UNKNOWN_VIEWS:
         return "UNKNOWN"
     return _VIEWS.get(word) or _VIEWS.get(word.split()[0])
-
-
-def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read the header and rows of a comma-separated file (perhaps .gz) as text without surrounding blanks.
-
-    Skip empty lines. Rows may have fewer or more fields than the header; `check_fields` refuses these.
-    """
-    try:
-        opener = gzip.open if path.suffix.lower() == ".gz" else open
-        with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
-            rows = [[field.strip() for field in row] for row in csv.reader(file) if row]
-    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable CSV file in UTF-8: {error}") from error
-    if not rows:
-        raise UserError(f"{path}: empty file found; expected a header line")
-    return rows[0], rows[1:]
-
-
-def check_fields(path: Path, header: list[str], rows: list[list[str]]) -> None:
-    """Refuse rows that are not as long as the header."""
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(header):
-            raise UserError(f"{path}: row {number} has {len(row)} fields; expected {len(header)} as in the header")
 
 
 @cache

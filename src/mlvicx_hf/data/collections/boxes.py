@@ -3,49 +3,48 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 from mlvicx_hf.common.errors import UserError
 
 from .base import Box
+from .tables import CellType
 
-FRAME = (1024, 1024)  # width and height of all released images, in which boxes are measured
+_SIDE = 1024
+FRAME = (_SIDE, _SIDE)  # width and height of all released images, in which boxes are measured
 
 
-def parse_framed_box(where: str, label: str, columns: Sequence[str], values: Sequence[str]) -> Box:
-    """Read a box in `FRAME` from its left edge, upper edge, width and height.
+def _pixels(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= _SIDE:
+        raise ValueError
+    return number
+
+
+PIXELS = CellType(_pixels, f"pixels from 0 to {_SIDE}")
+
+
+def add_box(
+    where: str, others: tuple[Box, ...], label: str, x: float, y: float, width: float, height: float
+) -> tuple[Box, ...]:
+    """Add a box in `FRAME` to the other boxes of its image.
 
     Args:
         where: beginning of the error message.
+        others: boxes of the image so far.
         label: the finding.
-        columns: names of the four columns.
-        values: their cells.
+        x: left edge in pixels.
+        y: upper edge in pixels.
+        width: in pixels.
+        height: in pixels.
 
     Raises:
-        UserError: a cell is no number, or the box is empty or leaves the frame.
+        UserError: the box is empty, leaves the frame, or is one of the others.
     """
-    side = FRAME[0]
-    numbers = []
-    for column, value in zip(columns, values, strict=True):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not 0 <= number <= side:
-            raise UserError(f"{where}, column {column}: {value!r} found; expected pixels from 0 to {side}")
-        numbers.append(number)
-    x, y, width, height = numbers
-    if not (width and height) or x + width > side or y + height > side:
+    if not (width and height) or x + width > _SIDE or y + height > _SIDE:
         raise UserError(
             f"{where}: a box of {width:g} x {height:g} pixels at ({x:g}, {y:g}) found; expected one inside "
-            f"{side} x {side}, not empty"
+            f"{_SIDE} x {_SIDE}, not empty"
         )
-    return Box(label, x, y, x + width, y + height)
-
-
-def add_box(where: str, boxes: tuple[Box, ...], box: Box) -> tuple[Box, ...]:
-    """Add a box to those of an image. Refuse a box that is among them."""
-    if box in boxes:
-        raise UserError(f"{where}: a box of {box.label} found for the second time; expected each once")
-    return (*boxes, box)
+    box = Box(label, x, y, x + width, y + height)
+    if box in others:
+        raise UserError(f"{where}: a box of {label} found for the second time; expected each once")
+    return (*others, box)

@@ -5,37 +5,37 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass
 
 from mlvicx_hf.common.errors import UserError
 
 from ..splits import check_no_patient_overlap, split_by_patient
-from .base import Listing, Record, ReleasedCollection, normalize_view
-from .labels import binary_labels, label_values
-from .people import parse_age, parse_sex
-from .tables import check_unique, read_columns, require_columns
+from ..vocabulary import release_labels
+from .base import Listing, Record, ReleasedCollection
+from .labels import label_cells
+from .people import AGE, SEX
+from .tables import TEXT, VIEW, CellType, check_unique, find_table, read_table
 
-CHEXPERT_FINDINGS = (  # in the order of the release, without No Finding
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
-PERSON_COLUMNS = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
+CHEXPERT_FINDINGS = release_labels("chexpert")
 # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg; test.csv has no folder in front.
 FILE = re.compile(r"(?:[^/]+/)?((?:train|valid|test)/(patient\d+)/study\d+/view\d+_(frontal|lateral)\.\w+)")
 _SHARES = {"train": 0.9, "validation": 0.1}  # of the patients of train.csv where valid.csv is the test part
+REPORT_NOTE = "13 findings are scored; No Finding is no column; a blank is unknown and never 0"
 
 
+def _split_path(text: str) -> tuple[str, str, str]:
+    """Split a path into the file below the root, the patient, and frontal or lateral."""
+    found = FILE.fullmatch(text)
+    if found is None:
+        raise ValueError(text)
+    return found[1], found[2], found[3]
+
+
+_PATH = CellType(_split_path, "a file such as CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg")
+_PERSON = {"Sex": SEX, "Age": AGE, "Frontal/Lateral": TEXT, "AP/PA": VIEW}
+
+
+@dataclass
 class CheXpertCollection(ReleasedCollection):
     """The release's folder: `train.csv`, `valid.csv`, perhaps `test.csv`, and images in `train/`, `valid/`, `test/`.
 
@@ -52,15 +52,17 @@ class CheXpertCollection(ReleasedCollection):
     name = "chexpert"
     source = "chexpert"
 
-    def __init__(self, root: str | Path, *, uncertain: str = "ignore", seed: int = 0) -> None:
-        self.root = Path(root)
-        self.uncertain = uncertain
-        self.seed = seed
-        self.values = label_values(uncertain)
+    _: KW_ONLY
+    uncertain: str = "ignore"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.label_cells = label_cells(self.uncertain)
 
     def list_all(self) -> Listing:
         """List the images of the tables."""
-        if (self.root / "test.csv").is_file():
+        if (self.folder / "test.csv").is_file():
             splits: dict[str, str | None] = {"train.csv": "train", "valid.csv": "validation", "test.csv": "test"}
             divided = "train.csv, valid.csv and test.csv are training, validation and test"
         else:
@@ -69,7 +71,7 @@ class CheXpertCollection(ReleasedCollection):
         parts = {name: self._read(name, split) for name, split in splits.items()}
         check_no_patient_overlap({name: [record.patient_id for record in part] for name, part in parts.items()})
         records = [record for part in parts.values() for record in part]
-        notes = ["13 findings are scored; No Finding is no column; a blank is unknown and never 0", divided]
+        notes = [REPORT_NOTE, divided]
         unclear = sum(record.view == "UNKNOWN" for record in records)
         if unclear:
             notes.append(f"{unclear} views unknown: AP/PA is blank or contradicts Frontal/Lateral")
@@ -77,52 +79,31 @@ class CheXpertCollection(ReleasedCollection):
 
     def _read(self, name: str, split: str | None) -> list[Record]:
         """Read the records of a table. Without a split divide them into train and validation."""
-        table = self.root / name
-        if not table.is_file():
-            raise FileNotFoundError(
-                f"{table}: no such file; expected --root to hold CheXpert's train.csv and valid.csv"
-            )
-        columns = read_columns(table)
-        persons = () if name == "test.csv" else PERSON_COLUMNS  # the released test.csv has labels alone
-        require_columns(table, columns, ("Path", *persons, *CHEXPERT_FINDINGS))
-        files = [_split_path(table, number, path) for number, path in enumerate(columns["Path"], start=1)]
-        check_unique(table, [file for file, _, _ in files])
-        labels = binary_labels(table, columns, CHEXPERT_FINDINGS, self.values)
-        splits = [split or "train"] * len(files)
-        if split is None:
-            certain = labels  # stratify by what is certainly positive, whatever -1 becomes
+        table = find_table(self.folder, name, expected="--root to hold CheXpert's train.csv and valid.csv")
+        persons = {} if name == "test.csv" else _PERSON  # the released test.csv has labels alone
+        findings = dict.fromkeys(CHEXPERT_FINDINGS, self.label_cells)
+        rows = read_table(table, {"Path": _PATH, **findings, **persons})
+        check_unique(table, [file for (file, _, _), *_ in rows])
+        count = 1 + len(findings)
+        if split is not None:
+            splits = [split] * len(rows)
+        else:
+            certain = rows  # stratify by what is certainly positive, whatever -1 becomes
             if self.uncertain == "ones":
-                certain = binary_labels(table, columns, CHEXPERT_FINDINGS, label_values("ignore"))
-            splits = split_by_patient([patient for _, patient, _ in files], certain, _SHARES, self.seed)
-        people = zip(*(columns.get(column, [""] * len(files)) for column in PERSON_COLUMNS), strict=True)
+                certain = read_table(table, {"Path": _PATH, **dict.fromkeys(findings, label_cells("ignore"))})
+            patients = [patient for (_, patient, _), *_ in rows]
+            splits = split_by_patient(patients, [row[1:count] for row in certain], _SHARES, self.seed)
         records = []
-        for number, ((file, patient, side), person) in enumerate(zip(files, people, strict=True)):
-            view, sex, age = _person(table, number + 1, side, person)
-            path = self.root / file
-            records.append(Record(file, patient, view, labels[number], splits[number], path, sex=sex, age=age))
+        for number, (row, part) in enumerate(zip(rows, splits, strict=True), start=1):
+            (file, patient, side), labels = row[0], row[1:count]
+            sex, age, written, view = row[count:] or ("", math.nan, "", "UNKNOWN")
+            if written.lower() not in ("", side):
+                raise UserError(
+                    f"{table}: row {number}, column Frontal/Lateral: {written!r} found; expected {side.capitalize()} "
+                    "as the file's name has it"
+                )
+            if side == "lateral" or view == "LATERAL":  # some frontal images have LL or RL as their view
+                view = "LATERAL" if side == "lateral" else "UNKNOWN"
+            age = age or math.nan  # an age of 0 stands for unknown: all others are 18 or more
+            records.append(Record(file, patient, view, labels, part, self.folder / file, sex=sex, age=age))
         return records
-
-
-def _split_path(table: Path, number: int, path: str) -> tuple[str, str, str]:
-    """Split a path into the file below the root, the patient, and frontal or lateral."""
-    found = FILE.fullmatch(path)
-    if found is None:
-        raise UserError(
-            f"{table}: row {number}, column Path: {path!r} found; expected a file such as "
-            "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
-        )
-    return found[1], found[2], found[3]
-
-
-def _person(table: Path, number: int, side: str, cells: tuple[str, ...]) -> tuple[str, str, float]:
-    """Read view, sex and age of a row."""
-    sex, age = parse_sex(cells[0]), parse_age(cells[1])
-    if sex is None or age is None or cells[2].lower() not in ("", side):
-        raise UserError(
-            f"{table}: row {number}, columns {', '.join(PERSON_COLUMNS[:3])}: {', '.join(map(repr, cells[:3]))} found; "
-            f"expected Female, Male or Unknown, years, and {side.capitalize()} as the file's name has it"
-        )
-    view = "LATERAL" if side == "lateral" else normalize_view(cells[3])
-    if view is None or (view == "LATERAL" and side == "frontal"):  # some frontal images have LL or RL as their view
-        view = "UNKNOWN"
-    return view, sex, age or math.nan  # an age of 0 stands for unknown: all others are 18 or more

@@ -3,26 +3,27 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..images.pixels import IMAGE_SUFFIXES, image_files
-from .base import Collection, Listing, Record, file_below
-from .labels import FILE_COLUMNS, RESERVED_COLUMNS, label_values, read_labels
-from .people import parse_age, parse_sex
-from .tables import Columns, parse_known, read_columns, read_splits, read_views
+from .base import Collection, Listing, Record, file_below, keep_present
+from .labels import FILE_COLUMNS, RESERVED_COLUMNS, label_cells, read_labels
+from .metadata import read_records
+from .tables import FILLED, Columns, check_unique, find_table, read_cells, read_columns
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 MASK_COLUMN = "mask_file_name"
 
 
+@dataclass
 class FolderCollection(Collection):
     """Images below a folder.
 
@@ -47,53 +48,40 @@ class FolderCollection(Collection):
     name = "folder"
     source = "folder"
 
-    def __init__(
-        self,
-        root: str | Path,
-        metadata: str | Path | None = None,
-        *,
-        file_column: str | None = None,
-        patient_column: str | None = None,
-        label_columns: Sequence[str] | None = None,
-        mask_column: str | None = None,
-        mask_names: Sequence[str] | None = None,
-        uncertain: str | None = None,
-    ) -> None:
-        label_values(uncertain)  # refuse an unknown policy before anything is read
-        self.root = Path(root)
-        self.metadata = metadata
-        self.file_column = file_column
-        self.patient_column = patient_column
-        self.label_columns = label_columns
-        self.mask_column = mask_column
-        self.mask_names = mask_names
-        self.uncertain = uncertain
+    root: str | Path
+    metadata: str | Path | None = None
+    _: KW_ONLY
+    file_column: str | None = None
+    patient_column: str | None = None
+    label_columns: Sequence[str] | None = None
+    mask_column: str | None = None
+    mask_names: Sequence[str] | None = None
+    uncertain: str | None = None
+
+    def __post_init__(self) -> None:
+        label_cells(self.uncertain)  # refuse an unknown policy before anything is read
+        self.folder = Path(self.root)
 
     def read(self) -> Listing:
         """List the images of the metadata, or those found."""
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root}: no such folder; expected --root to be a folder of images")
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: no such folder; expected --root to be a folder of images")
         table = self._find_metadata()
         if table is not None:
             return self._read_table(table)
+        expected = None
         if self.mask_column is not None or self.mask_names is not None:
-            raise FileNotFoundError(
-                f"{self.root}: none of {', '.join(METADATA_NAMES)} found; expected a table with the masks in column "
-                f"{self.mask_column or MASK_COLUMN}"
-            )
-        if self.uncertain is not None:
-            raise FileNotFoundError(
-                f"{self.root}: none of {', '.join(METADATA_NAMES)} found; --uncertain expects a table with labels"
-            )
+            expected = f"a table with the masks in column {self.mask_column or MASK_COLUMN}"
+        elif self.uncertain is not None:
+            expected = "a table with labels, for --uncertain"
+        if expected is not None:
+            raise FileNotFoundError(f"{self.folder}: none of {', '.join(METADATA_NAMES)} found; expected {expected}")
         return self._scan()
 
     def _find_metadata(self) -> Path | None:
         if self.metadata is not None:
-            for path in (Path(self.metadata), self.root / self.metadata):
-                if path.is_file():
-                    return path
-            raise FileNotFoundError(f"{self.metadata}: no such file, neither here nor in {self.root}")
-        found = [self.root / name for name in METADATA_NAMES if (self.root / name).is_file()]
+            return find_table(self.folder, expected="the table of --metadata", given=self.metadata)
+        found = [self.folder / name for name in METADATA_NAMES if (self.folder / name).is_file()]
         if len(found) > 1:
             raise UserError(f"{some(map(str, found))} found; say which one counts with --metadata")
         return found[0] if found else None
@@ -101,10 +89,10 @@ class FolderCollection(Collection):
     def _scan(self) -> Listing:
         """List every image below the root, sorted. Skip hidden files and links that lead outside."""
         names, outside = [], 0
-        for file in image_files(self.root):
-            name = file.relative_to(self.root).as_posix()
+        for file in image_files(self.folder):
+            name = file.relative_to(self.folder).as_posix()
             try:
-                file_below(self.root, name)
+                file_below(self.folder, name)
             except ValueError:
                 outside += 1
                 continue
@@ -112,48 +100,41 @@ class FolderCollection(Collection):
         skipped = f" ({outside} links that lead outside were skipped)" if outside else ""
         if not names:
             raise UserError(
-                f"{self.root}: no images found{skipped}; expected files ending in {some(IMAGE_SUFFIXES, 99)}"
+                f"{self.folder}: no images found{skipped}; expected files ending in {some(IMAGE_SUFFIXES, 99)}"
             )
         notes = ["no metadata, so no patients are known: each image is counted as a patient of its own"]
         if outside:
-            notes.append(f"{outside} links that lead out of {self.root} were skipped")
-        records = [Record(name, patient_id=name, path=self.root / name) for name in names]
+            notes.append(f"{outside} links that lead out of {self.folder} were skipped")
+        records = [Record(name, patient_id=name, path=self.folder / name) for name in names]
         return Listing(records, notes=notes, patients_known=False)
 
     def _read_table(self, table: Path) -> Listing:
         given = (self.file_column, self.patient_column, self.mask_column, *(self.label_columns or ()))
-        columns, renamed = _usual_names(table, read_columns(table), given)
+        columns, notes = _usual_names(table, read_columns(table), given)
         file_column = self._choose_file_column(table, columns)
-        names = columns[file_column]
-        _check_files(table, file_column, names)
-        empty = [""] * len(names)
-        patients, notes = self._patients(table, columns, names)
-        notes = [*renamed, *notes]
-        views = read_views(columns.get("view", empty), notes)
-        splits = read_splits(table, columns.get("split", empty))
-        sexes = parse_known("sexes", columns.get("sex", empty), parse_sex, "", notes)
-        ages = parse_known("ages", columns.get("age", empty), parse_age, math.nan, notes)
         mask_column = self._choose_mask_column(table, columns)
-        masks = empty if mask_column is None else columns[mask_column]
+        names = columns[file_column]
+        masks = [""] * len(names) if mask_column is None else columns[mask_column]
+        _check_files(table, file_column, names)
+        rows, known = read_records(table, columns, names, self.patient_column, notes)
         skip = (file_column, self.patient_column, mask_column)
-        labels = read_labels(table, columns, self.label_columns, [name for name in skip if name], self.uncertain)
-        records, missing = [], []
-        for number, (name, mask) in enumerate(zip(names, masks, strict=True)):
+        labels = read_labels(table, columns, self.label_columns, skip, self.uncertain)
+        records = []
+        for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
             where = f"{table}: row {number + 1}: "
-            path, mask_path = file_below(self.root, name, where), file_below(self.root, mask, where) if mask else None
-            if not path.is_file():
-                missing.append(name)
-            elif mask_path is not None and not mask_path.is_file():
-                missing.append(f"{mask} (mask of {name})")
-            else:
-                row = (patients[number], views[number], labels.rows[number], splits[number])
-                records.append(Record(name, *row, path, mask_path=mask_path, sex=sexes[number], age=ages[number]))
-        mask_names = () if mask_column is None else tuple(("mask",) if self.mask_names is None else self.mask_names)
-        policy = {} if self.uncertain is None else {"uncertain": self.uncertain}
-        known = (self.patient_column or "patient_id") in columns
-        notes = [*notes, *labels.notes]
+            path = file_below(self.folder, row.name, where)
+            mask_path = file_below(self.folder, mask, where) if mask else None
+            records.append(replace(row, labels=labels.rows[number], path=path, mask_path=mask_path))
+        records, missing = keep_present(records)
         return Listing(
-            records, labels.names, labels.exclusive, tuple(missing), notes, mask_names, policy, patients_known=known
+            records,
+            labels.names,
+            labels.exclusive,
+            missing,
+            [*notes, *labels.notes],
+            mask_names=() if mask_column is None else tuple(self.mask_names or ("mask",)),
+            policy={} if self.uncertain is None else {"uncertain": self.uncertain},
+            patients_known=known,
         )
 
     def _choose_file_column(self, table: Path, columns: Columns) -> str:
@@ -175,20 +156,6 @@ class FolderCollection(Collection):
         raise UserError(
             f"{table}: columns {some(columns, 30)} found; expected the mask in {column} (--mask_column names another)"
         )
-
-    def _patients(self, table: Path, columns: Columns, names: list[str]) -> tuple[list[str], list[str]]:
-        column = self.patient_column or "patient_id"
-        if column in columns:
-            for number, patient in enumerate(columns[column], start=1):
-                if not patient:
-                    raise UserError(f"{table}: row {number}: empty {column} found; expected a patient")
-            return columns[column], []
-        if self.patient_column is not None:
-            raise UserError(f"{table}: columns {some(columns, 30)} found; expected the patient in {column}")
-        return names, [
-            f"{table.name} has no column patient_id: each image is counted as a patient of its own, so one patient's "
-            "images may fall into two splits (--patient_column names the column)"
-        ]
 
 
 def _usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> tuple[Columns, list[str]]:
@@ -222,11 +189,5 @@ def _plain(name: str) -> str:
 
 
 def _check_files(table: Path, column: str, names: list[str]) -> None:
-    for number, name in enumerate(names, start=1):
-        if not name:
-            raise UserError(f"{table}: row {number}: empty {column} found; expected a file")
-    repeated = [name for name, count in Counter(os.path.normpath(name) for name in names).items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{table}: {len(repeated)} file(s) in more than one row: {some(repeated)}; expected one row each"
-        )
+    read_cells(table, column, names, FILLED)
+    check_unique(table, [os.path.normpath(name) for name in names])

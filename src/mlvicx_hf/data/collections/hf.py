@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from mlvicx_hf.common.text import some
 
 from ..images.errors import UnreadableImageError
 from ..masks import decode_mask
-from .base import SPLIT_NAMES, Collection, Listing, Record
-from .labels import NO_FINDING, RESERVED_COLUMNS, LabelTable, read_labels
+from .base import SPLIT_NAMES, Collection, Listing
+from .labels import NO_FINDING, RESERVED_COLUMNS, LabelTable, note_ignored, read_labels
+from .metadata import read_records
 from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, kind, open_dataset, read_cell
-from .people import parse_age, parse_sex
-from .tables import Columns, as_text, parse_known, read_splits, read_views
+from .tables import Columns, as_text
 
 
 @cache
@@ -106,22 +107,18 @@ class HFCollection(Collection):
         table = [name for name, feature in features.items() if _is_text(feature)]
         columns, counts = self._read_table(opened, splits, table, image)
         names = [f"{split}/{row}" for split, count in counts.items() for row in range(count)]
-        notes = [f"columns ignored: {some(ignored, 30)}"] if (ignored := self._ignored(features, table, image)) else []
-        empty = [""] * len(names)
+        others = {name: feature for name, feature in features.items() if name not in (*table, image, self.mask_column)}
+        notes = [*note_ignored(f"{name} ({kind(feature)})" for name, feature in others.items())]
         text = {column: _as_text(features[column], values) for column, values in columns.items()}
-        patients, known = self._patients(text, names, notes)
-        views = read_views(text.get("view", empty), notes)
-        sexes = parse_known("sex", text.get("sex", empty), parse_sex, "", notes)
-        ages = parse_known("age", text.get("age", empty), parse_age, math.nan, notes)
+        if any(splits.values()):
+            text["split"] = [splits[split] or "" for split, count in counts.items() for _ in range(count)]
+        rows, known = read_records(Path(self.path), text, names, self.patient_column, notes)
         labels = self._labels(features, columns, text, len(names))
-        given = [splits[split] for split, count in counts.items() for _ in range(count)]
-        if not any(given):
-            given = read_splits(Path(self.path), text.get("split", empty))
         loaders = [None] * len(names) if self.streaming else self._loaders(opened, counts, image)
         masks = self._masks(opened, counts, self.mask_column) if self.mask_column else [None] * len(names)
         records = [
-            Record(*row, load=loaders[i], draw_mask=masks[i], sex=sexes[i], age=ages[i])
-            for i, row in enumerate(zip(names, patients, views, labels.rows, given, strict=True))
+            replace(row, labels=label, load=load, draw_mask=draw)
+            for row, label, load, draw in zip(rows, labels.rows, loaders, masks, strict=True)
         ]
         return Listing(
             records,
@@ -161,9 +158,6 @@ class HFCollection(Collection):
             images = some((n for n, feature in features.items() if isinstance(feature, datasets.Image)), 30)
             raise UserError(f"{self.path}: Image columns {images} found; expected the masks in {self.mask_column}")
 
-    def _ignored(self, features: Any, table: Sequence[str], image: str) -> list[str]:
-        return [f"{n} ({kind(f)})" for n, f in features.items() if n not in (*table, image, self.mask_column)]
-
     def _read_table(
         self, opened: Opened, splits: Mapping[str, str | None], table: list[str], image: str
     ) -> tuple[dict[str, list[Any]], dict[str, int]]:
@@ -186,21 +180,6 @@ class HFCollection(Collection):
             raise UserError(f"{self.path}: no rows found; expected one row an image")
         return columns, counts
 
-    def _patients(self, text: Columns, names: list[str], notes: list[str]) -> tuple[list[str], bool]:
-        column = self.patient_column or "patient_id"
-        if column in text:
-            if "" in text[column]:
-                row = names[text[column].index("")]
-                raise UserError(f"{self.path}: row {row}: empty {column} found; expected a patient")
-            return text[column], True
-        if self.patient_column is not None:
-            raise UserError(f"{self.path}: columns {some(text, 30)} found; expected the patient in {column}")
-        notes.append(
-            "no column patient_id: each image is counted as a patient of its own, so one patient's images may fall "
-            "into two splits (--patient_column names the column)"
-        )
-        return names, False
-
     def _labels(self, features: Any, columns: Mapping[str, list[Any]], text: Columns, count: int) -> LabelTable:
         """Read columns of class labels, or else labels as in a folder's table."""
         skip = (self.patient_column, "patient_id")
@@ -212,16 +191,14 @@ class HFCollection(Collection):
             if self.uncertain is not None:
                 raise UserError(f"{self.path}: column {chosen[0]} holds classes; --uncertain does not fit")
             rest = [n for n in columns if n not in (chosen[0], *RESERVED_COLUMNS, *skip)]
-            note = (f"columns ignored: {some(rest, 30)}",) if rest and self.label_columns is None else ()
-            return _typed_labels(features[chosen[0]], columns[chosen[0]], note)
+            notes = note_ignored(rest) if self.label_columns is None else ()
+            return _typed_labels(features[chosen[0]], columns[chosen[0]], notes)
         if len(chosen) > 1 and self.label_columns is None:
             raise UserError(f"{self.path}: columns of classes {some(chosen)} found; expected --label_columns to choose")
         if not text:
             return LabelTable([()] * count)
         numbers = {name: [as_text(value) for value in columns[name]] for name in chosen}  # 0 and 1 instead of names
-        return read_labels(
-            Path(self.path), text | numbers, self.label_columns, [name for name in skip if name], self.uncertain
-        )
+        return read_labels(Path(self.path), text | numbers, self.label_columns, skip, self.uncertain)
 
     def _folder(self) -> str | None:
         """Find the folder of files that rows name by their path."""

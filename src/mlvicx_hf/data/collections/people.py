@@ -7,10 +7,10 @@ import math
 import re
 from collections.abc import Sequence
 
-from mlvicx_hf.common.errors import UserError
+from .tables import CellType
 
 SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
-AGE = re.compile(r"(\d+(?:\.\d+)?)([YMWD]?)", re.IGNORECASE)
+_AGE = re.compile(r"(\d+(?:\.\d+)?)([YMWD]?)", re.IGNORECASE)
 UNITS_PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
 OLDEST = 120  # years; a higher age is a mistake of the table
 
@@ -25,33 +25,29 @@ def parse_age(text: str) -> float | None:
 
     Return NaN for unknown, and None if it is unreadable or above 120.
     """
+    try:
+        years = _years(text)
+    except ValueError:
+        return None
+    return None if years > OLDEST else years
+
+
+def _years(text: str) -> float:
     text = text.strip()
     if text.lower() in ("", "unknown"):
         return math.nan
-    found = AGE.fullmatch(text)
+    found = _AGE.fullmatch(text)
     if found is None:
-        return None
-    years = float(found[1]) / UNITS_PER_YEAR[found[2].upper()]
-    return years if years <= OLDEST else None
+        raise ValueError(text)
+    return float(found[1]) / UNITS_PER_YEAR[found[2].upper()]
 
 
-def check_sex(where: str, value: str) -> str:
-    """Read a sex as F, M, or empty for unknown. Refuse anything else."""
-    sex = parse_sex(value)
-    if sex is None:
-        raise UserError(f"{where}: {value!r} found; expected F, M or nothing")
-    return sex
+SEX = CellType(lambda text: SEXES[text.lower()], "F, M or nothing")
+AGE = CellType(_years, "an age such as 57, 058Y, 013M or 011D")  # in years, as high as it is written
 
 
-def check_age(where: str, value: str) -> float:
-    """Read an age in years. Return NaN if it is empty or implausible (old releases have 411); refuse other text."""
-    age = parse_age(value)
-    if age is None and not AGE.fullmatch(value):
-        raise UserError(f"{where}: {value!r} found; expected an age such as 57, 058Y, 013M or 011D")
-    return math.nan if age is None else age
-
-
-def note_ages(values: Sequence[str], ages: Sequence[float]) -> list[str]:
-    """Note the ages that were given and not believed."""
-    count = sum(bool(value) and math.isnan(age) for value, age in zip(values, ages, strict=True))
-    return [f"{count} age(s) above {OLDEST} years are counted as unknown"] if count else []
+def believe_ages(ages: Sequence[float]) -> tuple[list[float], list[str]]:
+    """Count ages above 120 years as unknown (old releases have 411). Return the ages, and a note of these."""
+    count = sum(age > OLDEST for age in ages)
+    notes = [f"{count} age(s) above {OLDEST} years are counted as unknown"] if count else []
+    return [math.nan if age > OLDEST else age for age in ages], notes

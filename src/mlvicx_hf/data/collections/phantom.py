@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 from mlvicx_hf.common.errors import UserError
 
 from ..synthetic.phantom import FINDINGS, MASKS, draw_phantom, phantom_labels
-from .base import Collection, Drawing, Listing, Record
+from .base import Collection, Drawing, Listing, Record, check_choice
 
 _SMALLEST = 32  # pixels; what `draw_phantom` can draw
 
 
+@dataclass
 class PhantomCollection(Collection):
     """Drawn radiographs of invented patients.
 
@@ -31,26 +33,21 @@ class PhantomCollection(Collection):
     source = "phantom (synthetic)"
     synthetic = True
 
-    def __init__(
-        self,
-        num_patients: int = 400,
-        images_per_patient: int = 3,
-        *,
-        size: int = 256,
-        seed: int = 0,
-        mask: str | None = None,
-    ) -> None:
-        if num_patients < 1 or images_per_patient < 1:
+    num_patients: int = 400
+    images_per_patient: int = 3
+    _: KW_ONLY
+    size: int = 256
+    seed: int = 0
+    mask: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_patients < 1 or self.images_per_patient < 1:
             raise UserError(
-                f"num_patients={num_patients}, images_per_patient={images_per_patient} found; expected 1 or more"
+                f"num_patients={self.num_patients}, images_per_patient={self.images_per_patient} found; expected 1 or "
+                "more"
             )
-        if mask is not None and mask not in MASKS:
-            raise UserError(f"mask {mask!r} found; expected one of {', '.join(MASKS)}")
-        self.num_patients = num_patients
-        self.images_per_patient = images_per_patient
-        self.size = size
-        self.seed = seed
-        self.mask = mask
+        if self.mask is not None:
+            check_choice("mask", self.mask, MASKS)
 
     def read(self) -> Listing:
         """List the images. Their pixels are drawn later."""

@@ -14,14 +14,28 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..images.pixels import DICOM_SUFFIXES
-from .base import Box, Record
+from .base import Box, Record, check_choice
+from .tables import FILLED, PLAIN_NAME, CellType
 
 NO_FINDING_CLASS = "No finding"
-CORNERS = ("x_min", "y_min", "x_max", "y_max")
 NUM_READERS = 3
 READERS = {"any": 1, "majority": 2}  # policy → how many of the three readers must see a finding
 SUFFIXES = (*DICOM_SUFFIXES, ".jpeg", ".jpg", ".png")
 SIZES = "train_meta.csv"
+
+
+def _coordinate(text: str) -> float | None:
+    if not text:
+        return None
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+READER_COLUMNS = {"image_id": PLAIN_NAME, "rad_id": FILLED}
+_COORDINATE = CellType(_coordinate, "pixels, or nothing without a box")
+BOX_COLUMNS = dict.fromkeys(("x_min", "y_min", "x_max", "y_max"), _COORDINATE)
 
 
 @dataclass
@@ -36,6 +50,30 @@ class Reading:
         """Find the findings that at least so many readers saw."""
         return {finding for finding, readers in self.votes.items() if len(readers) >= needed}
 
+    def add_box(self, where: str, label: str, corners: list[float | None], *, boxed: bool) -> None:
+        """Add the box of a row.
+
+        Args:
+            where: beginning of the error message.
+            label: the finding.
+            corners: left, upper, right and lower edge; all None without a box.
+            boxed: whether rows of this finding have boxes.
+
+        Raises:
+            UserError: a box lacks, encloses nothing, or belongs to a finding without boxes.
+        """
+        x_min, y_min, x_max, y_max = corners
+        if not boxed:
+            if any(edge is not None for edge in corners):
+                raise UserError(f"{where}: a box found for {label}; expected none")
+            return
+        if x_min is None or y_min is None or x_max is None or y_max is None or x_min >= x_max or y_min >= y_max:
+            raise UserError(
+                f"{where}, columns {', '.join(BOX_COLUMNS)}: {', '.join(map(str, corners))} found for {label}; "
+                "expected numbers with min below max"
+            )
+        self.boxes.append(Box(label, x_min, y_min, x_max, y_max))
+
 
 def votes_needed(readers: str) -> int:
     """Find how many readers must see a finding.
@@ -43,17 +81,7 @@ def votes_needed(readers: str) -> int:
     Raises:
         UserError: the policy is neither "any" nor "majority".
     """
-    if readers not in READERS:
-        raise UserError(f"readers={readers!r} found; expected one of {', '.join(READERS)}")
-    return READERS[readers]
-
-
-def check_row(table: Path, number: int, image: str, reader: str) -> None:
-    """Refuse a row whose image is not a plain name, or that has no reader."""
-    if Path(image).name != image or "\\" in image or not image or not reader:
-        raise UserError(
-            f"{table}: row {number}: image_id {image!r}, rad_id {reader!r} found; expected a file's name and a reader"
-        )
+    return READERS[check_choice("readers", readers, READERS)]
 
 
 def check_readers(table: Path, readings: dict[str, Reading]) -> None:
@@ -67,15 +95,42 @@ def check_readers(table: Path, readings: dict[str, Reading]) -> None:
         )
 
 
-def find_table(root: Path, name: str) -> Path:
-    """Find the table `name` below `root`. Raise FileNotFoundError if it is absent."""
-    path = root / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the release's table {name} below {root}")
-    return path
+def make_records(
+    root: Path,
+    folders: Iterable[str],
+    readings: dict[str, Reading],
+    names: tuple[str, ...],
+    needed: int,
+    *,
+    split: str | None = None,
+    frames: dict[str, tuple[int, int]] | None = None,
+) -> list[Record]:
+    """Make the records of images. Boxes are unknown if the file is no DICOM and its original size is unknown.
+
+    Args:
+        root: folder of the release.
+        folders: where images may lie below the root, the preferred one first.
+        readings: image → what the readers saw.
+        names: names of the findings.
+        needed: how many readers must see a finding.
+        split: split of the images.
+        frames: image → width and height of the original.
+    """
+    folders = list(folders)
+    files = _images_by_stem([root / folder for folder in folders])
+    records = []
+    for image, reading in readings.items():
+        path = files.get(image, root / folders[0] / f"{image}.dicom")
+        seen, frame = reading.seen(needed), (frames or {}).get(image)
+        known = frame is not None or path.suffix.lower() in DICOM_SUFFIXES
+        boxes = tuple(box for box in reading.boxes if box.label in seen) if known else None
+        labels = tuple(float(name in seen) for name in names)
+        name = path.relative_to(root).as_posix()
+        records.append(Record(name, path.stem, "PA", labels, split, path, boxes=boxes, frame=frame))
+    return records
 
 
-def images_by_stem(folders: Iterable[Path]) -> dict[str, Path]:
+def _images_by_stem(folders: Iterable[Path]) -> dict[str, Path]:
     """Map names without suffix to image files. Prefer earlier folders, and DICOM files over others."""
     found: dict[str, Path] = {}
     for folder in folders:
@@ -87,52 +142,20 @@ def images_by_stem(folders: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def parse_corners(table: Path, number: int, label: str, corners: tuple[str, ...]) -> Box:
-    """Read the box of a row.
-
-    Raises:
-        UserError: the corners are no numbers, or enclose nothing.
-    """
-    try:
-        box = Box(label, *map(float, corners))
-    except ValueError:
-        box = None
-    if box is None or not all(map(math.isfinite, box[1:])) or box.x_min >= box.x_max or box.y_min >= box.y_max:
-        raise UserError(
-            f"{table}: row {number}, columns {', '.join(CORNERS)}: {', '.join(map(repr, corners))} found for {label}; "
-            "expected numbers with min below max"
-        )
-    return box
-
-
-def make_record(
-    root: Path,
-    path: Path,
-    reading: Reading,
-    names: tuple[str, ...],
-    needed: int,
-    *,
-    split: str | None = None,
-    frame: tuple[int, int] | None = None,
-) -> Record:
-    """Make the record of an image. Its boxes are unknown if it is no DICOM file and its original size is unknown."""
-    seen = reading.seen(needed)
-    labels = tuple(float(name in seen) for name in names)
-    boxes = tuple(box for box in reading.boxes if box.label in seen)
-    framed = frame is not None or path.suffix.lower() in DICOM_SUFFIXES
-    name = path.relative_to(root).as_posix()
-    return Record(name, path.stem, "PA", labels, split, path, boxes=boxes if framed else None, frame=frame)
-
-
-def box_notes(records: list[Record], readings: Iterable[Reading]) -> list[str]:
-    """Note how many boxes were left out, and why."""
+def reader_notes(names: tuple[str, ...], records: list[Record], readings: Iterable[Reading]) -> list[str]:
+    """Note what the labels are, and how many boxes were left out and why."""
     outvoted = sum(
         len(reading.boxes) - len(record.boxes)
         for record, reading in zip(records, readings, strict=True)
         if record.boxes is not None
     )
     unframed = sum(record.boxes is None for record in records)
-    notes = [f"{outvoted} boxes left out, of findings that too few readers saw"] if outvoted else []
+    notes = [
+        f"{len(names)} findings are scored; No finding is no column",
+        "the release has no patients: each image is counted as a patient of its own",
+    ]
+    if outvoted:
+        notes.append(f"{outvoted} boxes left out, of findings that too few readers saw")
     if unframed:
         notes.append(
             f"boxes of {unframed} images left out: the files are no DICOM and may have been resized, and no table "

@@ -3,33 +3,38 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..images.pixels import image_files
-from .base import Box, Listing, Record, ReleasedCollection, files_by_name, normalize_view
-from .boxes import FRAME, add_box, parse_framed_box
-from .people import check_age, check_sex, note_ages
-from .tables import Columns, read_columns, require_columns
+from .base import Box, Listing, Record, ReleasedCollection, check_choice, files_by_name
+from .boxes import FRAME, PIXELS, add_box
+from .people import AGE, SEX, believe_ages
+from .tables import FILLED, TEXT, VIEW, ZERO_OR_ONE, CellType, find_table, one_of, read_table
 
 LABELS = "stage_2_train_labels.csv"
-CORNER = ("x", "y", "width", "height")
 _CLASSES = "stage_2_detailed_class_info.csv"
 _FINDING = "Lung Opacity"
 CLASS_NAMES = ("Normal", "No Lung Opacity / Not Normal", _FINDING)
 FOLDERS = ("stage_2_train_images", "train_images", "images")
-MAPPED_NAMES = ("subset_img_id", "patientId")  # of the challenge's image, in a mapping
-HEADER_COLUMNS = ("PatientID", "PatientSex", "PatientAge", "ViewPosition")
+CORNER = ("x", "y", "width", "height")
+_LABEL_COLUMNS = {
+    "patientId": FILLED,
+    "Target": ZERO_OR_ONE,
+    **dict.fromkeys(CORNER, CellType(lambda text: PIXELS.read(text) if text else None, PIXELS.expected)),
+}
+_HEADER_COLUMNS = {"PatientID": TEXT, "ViewPosition": VIEW, "PatientSex": SEX, "PatientAge": AGE}
 
 Details = tuple[str, str, float]  # view, sex, age
 UNKNOWN: Details = ("UNKNOWN", "", math.nan)
 
 
+@dataclass
 class RSNACollection(ReleasedCollection):
     """The release's folder: `stage_2_train_labels.csv` and the images `<patientId>.dcm` (or .png, .jpg).
 
@@ -51,91 +56,86 @@ class RSNACollection(ReleasedCollection):
 
     name = "rsna"
     source = "rsna"
+    layout = f"<patientId>.dcm, .png or .jpg in {'/, '.join(FOLDERS)}/"
 
-    def __init__(
-        self,
-        root: str | Path,
-        *,
-        classes: str = "target",
-        mapping: str | Path | None = None,
-        headers: str | Path | None = None,
-    ) -> None:
-        if classes not in ("target", "detailed"):
-            raise UserError(f"classes={classes!r} found; expected target or detailed")
-        self.root = Path(root)
-        self.classes = classes
-        self.mapping = mapping
-        self.headers = headers
+    _: KW_ONLY
+    classes: str = "target"
+    mapping: str | Path | None = None
+    headers: str | Path | None = None
 
-    def read(self) -> Listing:
-        """List the images of the table that are on disk."""
-        listing = super().read()
-        if not listing.records:
-            raise FileNotFoundError(
-                f"{self.root}: none of the {len(listing.missing)} images found; expected <patientId>.dcm, .png or .jpg "
-                f"in {'/, '.join(FOLDERS)}/"
-            )
-        return listing
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("classes", self.classes, ("target", "detailed"))
 
     def list_all(self) -> Listing:
         """List the images of the table."""
-        boxes = _read_boxes(self._find(LABELS))
-        detailed = _read_classes(self._find(_CLASSES), boxes) if self.classes == "detailed" else {}
-        patients = {} if self.mapping is None else _read_mapping(self._find(self.mapping), boxes)
-        details, age_notes = ({}, []) if self.headers is None else _read_headers(self._find(self.headers))
+        boxes = _read_boxes(find_table(self.folder, LABELS, expected="RSNA's table"))
+        if self.classes == "detailed":
+            classes = _read_classes(find_table(self.folder, _CLASSES, expected="RSNA's table"), boxes)
+            names = CLASS_NAMES
+            labels = {image: tuple(float(name == found) for name in names) for image, found in classes.items()}
+        else:
+            names, labels = (_FINDING,), {image: (float(bool(drawn)),) for image, drawn in boxes.items()}
+        notes = ["RSNA's images are a subset of NIH ChestX-ray14: an encoder pretrained on NIH may have seen them"]
+        patients = self._read_patients(boxes, notes)
+        details = self._read_headers(boxes, notes)
         files = self._find_images(boxes)
         records = []
         for image, drawn in boxes.items():
             view, sex, age = details.get(image, UNKNOWN)
-            labels = (
-                tuple(float(name == detailed[image]) for name in CLASS_NAMES) if detailed else (float(bool(drawn)),)
-            )
-            records.append(
-                Record(
-                    image,
-                    patients.get(image, image),
-                    view,
-                    labels,
-                    path=files.get(image),
-                    boxes=drawn,
-                    frame=FRAME,
-                    sex=sex,
-                    age=age,
-                )
-            )
-        notes = ["RSNA's images are a subset of NIH ChestX-ray14: an encoder pretrained on NIH may have seen them"]
-        if not patients:
-            notes.append(
-                "patientId names an image: each counts as a patient of its own, so one patient's images may fall into "
-                "two splits; a mapping to NIH's files tells the patients"
-            )
-        if details and not boxes.keys() <= details.keys():
-            notes.append(f"{self.headers} lacks {len(boxes.keys() - details.keys())} image(s): view, sex, age unknown")
+            row = (image, patients.get(image, image), view, labels[image])
+            records.append(Record(*row, path=files.get(image), boxes=drawn, frame=FRAME, sex=sex, age=age))
         return Listing(
             records,
-            CLASS_NAMES if detailed else (_FINDING,),
-            exclusive=bool(detailed),
-            notes=notes + age_notes,
+            names,
+            exclusive=self.classes == "detailed",
+            notes=notes,
             policy={"classes": self.classes},
             patients_known=bool(patients),
             patient_source="nih14" if patients else None,
         )
 
-    def _find(self, name: str | Path) -> Path:
-        """Find a table of the release, in the root, or of the user, in the working directory or the root."""
-        released = name in (LABELS, _CLASSES)
-        for path in (self.root / name,) if released else (Path(name), self.root / name):
-            if path.is_file():
-                return path
-        raise FileNotFoundError(
-            f"{self.root / name}: no such file; expected RSNA's table"
-            if released
-            else f"{name}: no such file, neither here nor in {self.root}"
-        )
+    def _read_patients(self, images: Iterable[str], notes: list[str]) -> dict[str, str]:
+        """Read NIH's patient of each image. Ignore other images of the mapping."""
+        if self.mapping is None:
+            notes.append(
+                "patientId names an image: each counts as a patient of its own, so one patient's images may fall into "
+                "two splits; a mapping to NIH's files tells the patients"
+            )
+            return {}
+        table = find_table(self.folder, expected="a mapping to NIH's files", given=self.mapping)
+        types, other_name = {"subset_img_id": TEXT, "img_id": TEXT}, {"patientId": "subset_img_id"}
+        wanted, patients = set(images), dict[str, str]()
+        rows = read_table(table, types, key=("subset_img_id",), renamed=other_name)
+        for row, (image, file) in enumerate(rows, start=1):
+            if image in wanted:
+                patient, _, rest = file.partition("_")
+                if not patient.isdigit() or not rest:
+                    raise UserError(
+                        f"{table}: row {row}, column img_id: {file!r} found; expected an NIH file such as "
+                        "00000001_000.png"
+                    )
+                patients[image] = patient
+        _require_images(table, patients, wanted)
+        return patients
+
+    def _read_headers(self, images: Mapping[str, object], notes: list[str]) -> dict[str, Details]:
+        """Read view, sex and age of each image."""
+        if self.headers is None:
+            return {}
+        table = find_table(self.folder, expected="a table of DICOM headers", given=self.headers)
+        rows = read_table(table, _HEADER_COLUMNS, key=("PatientID",))
+        ages, age_notes = believe_ages([age for *_, age in rows])
+        details = {image: (view, sex, age) for (image, view, sex, _), age in zip(rows, ages, strict=True)}
+        lacking = len(images.keys() - details.keys())
+        if lacking:
+            notes.append(f"{self.headers} lacks {lacking} image(s): view, sex, age unknown")
+        notes += age_notes
+        return details
 
     def _find_images(self, names: Iterable[str]) -> dict[str, Path]:
         for folder in FOLDERS:
-            files = files_by_name(image_files(self.root / folder), names)
+            files = files_by_name(image_files(self.folder / folder), names)
             if files:
                 return files
         return {}
@@ -143,102 +143,31 @@ class RSNACollection(ReleasedCollection):
 
 def _read_boxes(table: Path) -> dict[str, tuple[Box, ...]]:
     """Read the boxes of each image. There are none if Target is 0."""
-    columns = read_columns(table)
-    require_columns(table, columns, ("patientId", *CORNER, "Target"))
     boxes: dict[str, tuple[Box, ...]] = {}
-    rows = zip(columns["patientId"], columns["Target"], *(columns[name] for name in CORNER), strict=True)
-    for number, (image, target, *corner) in enumerate(rows, start=1):
-        where = f"{table}: row {number}"
-        if not image:
-            raise UserError(f"{where}: empty patientId found; expected the name of an image")
-        if target not in ("0", "1"):
-            raise UserError(f"{where}, column Target: {target!r} found; expected 0 or 1")
-        if any(corner) != (target == "1"):
-            expected = "a box" if target == "1" else "no box"
-            raise UserError(f"{where}: Target {target} and x, y, width, height {corner} found; expected {expected}")
+    for row, (image, target, *corner) in enumerate(read_table(table, _LABEL_COLUMNS), start=1):
+        where = f"{table}: row {row}"
+        found = f"{where}: Target {target:d} and x, y, width, height {corner} found for {image}"
+        if [value is not None for value in corner] != [target] * 4:
+            raise UserError(f"{found} (None is empty); expected {'a box' if target else 'no box'}")
         others = boxes.get(image)
-        if others is not None and not (others and any(corner)):
-            raise UserError(
-                f"{where}: Target {target} found for {image}, listed before; expected one row of Target 0, or rows of "
-                "boxes"
-            )
-        box = (parse_framed_box(where, _FINDING, CORNER, corner),) if any(corner) else ()
-        boxes[image] = add_box(where, others, *box) if others else box
+        if others is not None and not (others and target):
+            raise UserError(f"{found}, listed before; expected one row of Target 0, or rows of boxes")
+        boxes[image] = add_box(where, others or (), _FINDING, *corner) if target else ()
     return boxes
 
 
 def _read_classes(table: Path, boxes: dict[str, tuple[Box, ...]]) -> dict[str, str]:
     """Read the class of each image. The release repeats an image for each of its boxes."""
-    columns = read_columns(table)
-    require_columns(table, columns, ("patientId", "class"))
     classes: dict[str, str] = {}
-    for number, (image, value) in enumerate(zip(columns["patientId"], columns["class"], strict=True), start=1):
-        where = f"{table}: row {number}, column class: {value!r} found"
-        if value not in CLASS_NAMES:
-            raise UserError(f"{where}; expected one of {some(CLASS_NAMES)}")
+    for row, (image, value) in enumerate(read_table(table, {"patientId": TEXT, "class": one_of(CLASS_NAMES)}), start=1):
+        where = f"{table}: row {row}, column class: {value!r} found for {image}"
         if classes.setdefault(image, value) != value:
-            raise UserError(f"{where} for {image}; expected {classes[image]!r} as in an earlier row")
+            raise UserError(f"{where}; expected {classes[image]!r} as in an earlier row")
         if image in boxes and (value == _FINDING) != bool(boxes[image]):
             target = int(bool(boxes[image]))
-            raise UserError(
-                f"{where} for {image}, whose Target in {LABELS} is {target}; expected {_FINDING} for 1 only"
-            )
+            raise UserError(f"{where}, whose Target in {LABELS} is {target}; expected {_FINDING} for 1 only")
     _require_images(table, classes, boxes)
     return classes
-
-
-def _read_mapping(table: Path, images: Iterable[str]) -> dict[str, str]:
-    """Read NIH's patient of each image. Ignore other images."""
-    columns = _read_objects(table) if table.suffix.lower() == ".json" else read_columns(table)
-    name = next((name for name in MAPPED_NAMES if name in columns), MAPPED_NAMES[0])
-    require_columns(table, columns, (name, "img_id"))
-    wanted, patients = set(images), dict[str, str]()
-    for number, (image, file) in enumerate(zip(columns[name], columns["img_id"], strict=True), start=1):
-        if image not in wanted:
-            continue
-        patient, _, rest = file.partition("_")
-        if not patient.isdigit() or not rest:
-            raise UserError(
-                f"{table}: row {number}, column img_id: {file!r} found; expected an NIH file such as 00000001_000.png"
-            )
-        if image in patients:
-            raise UserError(
-                f"{table}: row {number}, column {name}: {image!r} found for the second time; expected it once"
-            )
-        patients[image] = patient
-    _require_images(table, patients, wanted)
-    return patients
-
-
-def _read_objects(table: Path) -> Columns:
-    """Read a JSON list of objects by column."""
-    try:
-        rows = json.loads(table.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{table}: not JSON in UTF-8: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{table}: no list of objects found; expected one object an image")
-    return {
-        name: [str(row.get(name, "")) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)
-    }
-
-
-def _read_headers(table: Path) -> tuple[dict[str, Details], list[str]]:
-    """Read view, sex and age of each image, and notes for the user."""
-    columns = read_columns(table)
-    require_columns(table, columns, HEADER_COLUMNS)
-    details: dict[str, Details] = {}
-    rows = zip(*(columns[name] for name in HEADER_COLUMNS), strict=True)
-    for number, (image, sex, age, view) in enumerate(rows, start=1):
-        where = f"{table}: row {number}, column "
-        if image in details:
-            raise UserError(f"{where}PatientID: {image!r} found for the second time; expected it once")
-        details[image] = (
-            normalize_view(view) or "UNKNOWN",
-            check_sex(f"{where}PatientSex", sex),
-            check_age(f"{where}PatientAge", age),
-        )
-    return details, note_ages(columns["PatientAge"], [age for _, _, age in details.values()])
 
 
 def _require_images(table: Path, found: Iterable[str], images: Iterable[str]) -> None:

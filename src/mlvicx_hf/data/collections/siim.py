@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from mlvicx_hf.common.errors import UserError
 
 from ..images.errors import UnreadableImageError
 from ..images.pixels import image_files
-from .base import Listing, Record, ReleasedCollection, files_by_name
-from .tables import read_columns, require_columns
+from .base import Listing, Record, ReleasedCollection, check_choice, files_by_name
+from .tables import FILLED, find_table, read_table
 
 _TABLES = ("stage_2_train.csv", "train-rle.csv")
-_COLUMNS = ("ImageId", "EncodedPixels")
+CODE = "EncodedPixels"
 _FINDING = "Pneumothorax"
 NO_MASK = "-1"
 SIDE = 1024  # pixels of all images of the release, and of the masks
@@ -26,6 +27,7 @@ MASKS_FOLDER = "masks"
 Codes = tuple[tuple[int, str], ...]  # row of the table, run-length code
 
 
+@dataclass
 class SIIMCollection(ReleasedCollection):
     """The release's folder: its table, and the images `<ImageId>.dcm` (or .png, .jpg) in any folders below.
 
@@ -43,38 +45,28 @@ class SIIMCollection(ReleasedCollection):
 
     name = "siim"
     source = "siim"
+    layout = "<ImageId>.dcm or .png in any folders below, and its mask if masks are files"
 
-    def __init__(self, root: str | Path, *, masks: str = "table") -> None:
-        if masks not in ("table", "files"):
-            raise UserError(f"masks={masks!r} found; expected table or files")
-        self.root = Path(root)
-        self.masks = masks
+    _: KW_ONLY
+    masks: str = "table"
 
-    def read(self) -> Listing:
-        """List the images of the table that are on disk."""
-        listing = super().read()
-        if not listing.records:
-            raise FileNotFoundError(
-                f"{self.root}: none of the {len(listing.missing)} images found, or none with its mask; expected "
-                "<ImageId>.dcm or .png in any folders below"
-            )
-        return listing
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("masks", self.masks, ("table", "files"))
 
     def list_all(self) -> Listing:
         """List the images of the table."""
-        table = self._find_table()
+        table = find_table(self.folder, *_TABLES, expected="SIIM's table")
         codes = _read_codes(table)
         images, masks = self._find_images(codes)
         records = []
         for image, rows in codes.items():
             mask_path = masks.get(image)
             if self.masks == "files" and rows and mask_path is None:
-                mask_path = self.root / MASKS_FOLDER / f"{image}.png"  # not there, and so reported as missing
+                mask_path = self.folder / MASKS_FOLDER / f"{image}.png"  # not there, and so reported as missing
             draw_mask = partial(union_of_runs, rows, str(table)) if mask_path is None else None
-            label = float(bool(rows))
-            records.append(
-                Record(image, image, labels=(label,), path=images.get(image), mask_path=mask_path, draw_mask=draw_mask)
-            )
+            row = (image, image, "UNKNOWN", (float(bool(rows)),))
+            records.append(Record(*row, path=images.get(image), mask_path=mask_path, draw_mask=draw_mask))
         notes = [
             f"labels and masks of {table.name}",
             "ImageId names an image: each counts as a patient of its own, so one patient's images may fall into two "
@@ -90,39 +82,28 @@ class SIIMCollection(ReleasedCollection):
             patients_known=False,
         )
 
-    def _find_table(self) -> Path:
-        for name in _TABLES:
-            if (self.root / name).is_file():
-                return self.root / name
-        raise FileNotFoundError(f"{self.root}: none of {', '.join(_TABLES)} found; expected SIIM's table")
-
     def _find_images(self, names: Iterable[str]) -> tuple[dict[str, Path], dict[str, Path]]:
         """Find the files of the images, and of their masks if these count, in one walk through the folders."""
         files: dict[bool, list[Path]] = {False: [], True: []}
-        for file in image_files(self.root):
-            files[MASKS_FOLDER in file.relative_to(self.root).parts[:-1]].append(file)
+        for file in image_files(self.folder):
+            files[MASKS_FOLDER in file.relative_to(self.folder).parts[:-1]].append(file)
         return files_by_name(files[False], names), files_by_name(files[True] if self.masks == "files" else (), names)
 
 
 def _read_codes(table: Path) -> dict[str, Codes]:
     """Read the run-length codes of each image; none for an image with -1."""
-    columns = read_columns(table)
-    require_columns(table, columns, _COLUMNS)
     codes: dict[str, Codes] = {}
-    for number, (image, code) in enumerate(zip(*(columns[name] for name in _COLUMNS), strict=True), start=1):
-        if not image or not code:
-            column = _COLUMNS[0] if not image else _COLUMNS[1]
-            raise UserError(f"{table}: row {number}, column {column}: empty cell found; expected an image and its code")
+    for row, (image, code) in enumerate(read_table(table, {"ImageId": FILLED, CODE: FILLED}), start=1):
         others = codes.get(image)
         if code == NO_MASK and others is None:
             codes[image] = ()
         elif code == NO_MASK or others == () or code in (other for _, other in others or ()):
             raise UserError(
-                f"{table}: row {number}, column {_COLUMNS[1]}: {code[:40]!r} found for {image}, which an earlier row "
+                f"{table}: row {row}, column {CODE}: {code[:40]!r} found for {image}, which an earlier row "
                 "lists; expected -1 in its only row, or codes that differ"
             )
         else:
-            codes[image] = (*(others or ()), (number, code))
+            codes[image] = (*(others or ()), (row, code))
     return codes
 
 
@@ -145,7 +126,7 @@ def union_of_runs(codes: Codes, table: str) -> np.ndarray:
     columns = np.zeros((SIDE, SIDE), dtype=np.uint8)  # [x, y]
     pixels = columns.reshape(-1)
     for row, code in codes:
-        where = f"row {row}, column {_COLUMNS[1]}: "
+        where = f"row {row}, column {CODE}: "
         try:
             lengths = [int(word) for word in code.split()]
         except ValueError as error:

@@ -1,39 +1,141 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Read tables of metadata, .csv (perhaps .gz), .jsonl and .parquet, by column and as text."""
+"""Read tables: .csv (perhaps .gz), .json, .jsonl and .parquet. A collection declares what each column holds."""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import math
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
-from .base import SPLIT_NAMES, check_fields, normalize_view, read_csv
+from .base import SPLIT_NAMES, normalize_view
 
 Columns = dict[str, list[str]]  # a table by column, all text
+Value = TypeVar("Value")
+
+
+class CellType(NamedTuple):
+    """What the cells of a column hold.
+
+    Attributes:
+        read: gives the value of a cell. Raises ValueError or KeyError for a text that does not fit.
+        expected: what the error message says was expected.
+    """
+
+    read: Callable[[str], Any]
+    expected: str
+
+
+def one_of(values: Mapping[str, Any] | Iterable[str]) -> CellType:
+    """Make the type of cells that hold one of a few texts.
+
+    Args:
+        values: text → value, or texts that stay as they are.
+    """
+    values = values if isinstance(values, Mapping) else {text: text for text in values}
+    return CellType(values.__getitem__, f"one of {some(values, 99)}")
+
+
+def _check(fits: Callable[[str], Any]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if not fits(text):
+            raise ValueError
+        return text
+
+    return read
+
+
+TEXT = CellType(str, "text")
+FILLED = CellType(_check(bool), "a text that is not empty")
+PLAIN_NAME = CellType(_check(lambda text: text and not {"/", "\\"} & set(text) and text != ".."), "a file's name")
+DIGITS = CellType(_check(str.isdecimal), "a whole number")
+ZERO_OR_ONE = CellType({"0": False, "0.0": False, "1": True, "1.0": True}.__getitem__, "0 or 1")
+VIEW = CellType(lambda text: normalize_view(text) or "UNKNOWN", "a view")
+
+
+def read_table(
+    table: Path, types: Mapping[str, CellType], *, key: tuple[str, ...] = (), renamed: Mapping[str, str] | None = None
+) -> list[tuple[Any, ...]]:
+    """Read the declared columns of a table and ignore the others.
+
+    Args:
+        table: the file.
+        types: column → what its cells hold.
+        key: columns whose values, taken together, may occur in one row alone.
+        renamed: another spelling → the name of a column in `types`, if the table has no column of this name.
+
+    Returns:
+        The values of each row, in the order of `types`.
+
+    Raises:
+        UserError: a column is absent, a cell does not fit, or a key occurs twice.
+    """
+    columns = read_columns(table)
+    for spelling, name in (renamed or {}).items():
+        if spelling in columns:
+            columns.setdefault(name, columns[spelling])
+    require_columns(table, columns, types)
+    if key:
+        check_unique(table, [" ".join(values) for values in zip(*(columns[name] for name in key), strict=True)])
+    values = [read_cells(table, name, columns[name], cell_type) for name, cell_type in types.items()]
+    return list(zip(*values, strict=True))
+
+
+def read_cells(table: Path, column: str, cells: Iterable[str], cell_type: CellType) -> list[Any]:
+    """Read the cells of a column.
+
+    Raises:
+        UserError: a cell does not fit. The message names file, row, column and value.
+    """
+    values = []
+    for row, cell in enumerate(cells, start=1):
+        try:
+            values.append(cell_type.read(cell))
+        except (ValueError, KeyError):
+            raise UserError(
+                f"{table}: row {row}, column {column}: {cell!r} found; expected {cell_type.expected}"
+            ) from None
+    return values
+
+
+def find_table(root: Path, *names: str, expected: str, given: str | Path | None = None) -> Path:
+    """Find a table: the one that the user gave, from the working directory or else from the root, or the first of some.
+
+    Args:
+        root: folder of the collection.
+        names: names of the table in the root, the preferred one first.
+        expected: what the error message says was expected.
+        given: the user's choice, which replaces `names`.
+
+    Raises:
+        FileNotFoundError: there is none of them.
+    """
+    candidates = [root / name for name in names] if given is None else [Path(given), root / given]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{' or '.join(map(str, candidates))}: no such file; expected {expected}")
 
 
 def read_columns(table: Path) -> Columns:
-    """Read a .csv (or .csv.gz), .jsonl or .parquet table by column, all as text. Absent values are empty."""
+    """Read a .csv (or .csv.gz), .json, .jsonl or .parquet table by column, all as text. Absent values are empty.
+
+    Raises:
+        UserError: the file is damaged, of another kind, or has no rows.
+    """
     suffix = (table.with_suffix("") if table.suffix.lower() == ".gz" else table).suffix.lower()
-    if suffix == ".csv":
-        header, rows = read_csv(table)
-        check_fields(table, header, rows)
-        repeated = [name for name, count in Counter(header).items() if count > 1]
-        if repeated:
-            raise UserError(f"{table}: column(s) {some(repeated)} found twice; expected each name once")
-        columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
-    elif suffix == ".jsonl":
-        columns = _read_jsonl(table)
-    elif suffix == ".parquet":
-        columns = _read_parquet(table)
-    else:
+    readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if suffix not in readers:
         raise UserError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .jsonl or .parquet file")
+    columns = readers[suffix](table)
     if not any(columns.values()):
         raise UserError(f"{table}: no rows found; expected one row an image")
     return columns
@@ -50,6 +152,40 @@ def require_columns(table: Path, columns: Columns, names: Iterable[str]) -> None
         )
 
 
+def _read_csv(table: Path) -> Columns:
+    """Read comma-separated text without surrounding blanks. Skip empty lines, and empty columns at the end (NIH's)."""
+    try:
+        opener = gzip.open if table.suffix.lower() == ".gz" else open
+        with opener(table, "rt", newline="", encoding="utf-8-sig") as file:
+            rows = [[field.strip() for field in row] for row in csv.reader(file) if row]
+    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{table}: not a readable CSV file in UTF-8: {error}") from error
+    if not rows:
+        raise UserError(f"{table}: empty file found; expected a header line")
+    header, *rows = rows
+    while header and not header[-1]:
+        header.pop()
+    width = len(header)
+    for number, row in enumerate(rows, start=1):
+        if len(row) < width or any(row[width:]):
+            raise UserError(f"{table}: row {number} has {len(row)} fields; expected {width} as in the header")
+    repeated = [name for name, count in Counter(header).items() if count > 1]
+    if repeated:
+        raise UserError(f"{table}: column(s) {some(repeated)} found twice; expected each name once")
+    return {name: [row[index] for row in rows] for index, name in enumerate(header)}
+
+
+def _read_json(table: Path) -> Columns:
+    """Read a list of objects."""
+    try:
+        rows = json.loads(table.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{table}: not JSON in UTF-8: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{table}: no list of objects found; expected one object an image")
+    return _by_column(rows)
+
+
 def _read_jsonl(table: Path) -> Columns:
     rows = []
     for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1):
@@ -62,6 +198,10 @@ def _read_jsonl(table: Path) -> Columns:
         if not isinstance(row, dict):
             raise UserError(f"{table}: line {number} is a {type(row).__name__}; expected an object")
         rows.append(row)
+    return _by_column(rows)
+
+
+def _by_column(rows: list[dict[str, Any]]) -> Columns:
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [as_text(row.get(name)) for row in rows] for name in names}
 
@@ -81,16 +221,11 @@ def as_text(value: Any) -> str:
     """Write a cell of a typed table as in a CSV file."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     if isinstance(value, list):
         return "|".join(as_text(item) for item in value)
     return str(value).strip()
-
-
-Value = TypeVar("Value")
 
 
 def read_views(values: list[str], notes: list[str]) -> list[str]:
@@ -118,13 +253,8 @@ def read_splits(table: Path, values: list[str]) -> list[str | None]:
     """
     if not any(values):
         return [None] * len(values)
-    for number, value in enumerate(values, start=1):
-        if value.lower() not in SPLIT_NAMES:
-            raise UserError(
-                f"{table}: row {number}, column split: {value!r} found; expected train, validation (or val, "
-                "valid, dev) or test in every row"
-            )
-    return [SPLIT_NAMES[value.lower()] for value in values]
+    expected = "train, validation (or val, valid, dev) or test in every row"
+    return read_cells(table, "split", values, CellType(lambda text: SPLIT_NAMES[text.lower()], expected))
 
 
 def check_unique(table: Path, names: list[str]) -> None:

@@ -4,47 +4,41 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
+from ..vocabulary import release_labels
 from .base import Listing, ReleasedCollection
 from .readers import (
-    CORNERS,
+    BOX_COLUMNS,
     NO_FINDING_CLASS,
+    READER_COLUMNS,
     SIZES,
     Reading,
-    box_notes,
     check_readers,
-    check_row,
-    find_table,
-    images_by_stem,
-    make_record,
-    parse_corners,
+    make_records,
+    reader_notes,
     votes_needed,
 )
-from .tables import Columns, read_columns, require_columns
+from .tables import TEXT, CellType, find_table, read_columns, read_table
 
-_FINDINGS = (  # in the order of class_id
-    "Aortic enlargement",
-    "Atelectasis",
-    "Calcification",
-    "Cardiomegaly",
-    "Consolidation",
-    "ILD",
-    "Infiltration",
-    "Lung Opacity",
-    "Nodule/Mass",
-    "Other lesion",
-    "Pleural effusion",
-    "Pleural thickening",
-    "Pneumothorax",
-    "Pulmonary fibrosis",
-)
-_CLASSES = {str(number): name for number, name in enumerate((*_FINDINGS, NO_FINDING_CLASS))}
+_FINDINGS = release_labels("vinbigdata")  # in the order of class_id
+_CLASSES = [f"{number} {name}" for number, name in enumerate((*_FINDINGS, NO_FINDING_CLASS))]
 
 
+def _count_pixels(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(text)
+    return int(text)
+
+
+_SIZE = CellType(_count_pixels, "pixels")
+
+
+@dataclass
 class VinBigDataCollection(ReleasedCollection):
     """The competition's folder: `train.csv`, and images in `train/`, `images/` or the folder itself.
 
@@ -61,65 +55,50 @@ class VinBigDataCollection(ReleasedCollection):
     name = "vinbigdata"
     source = "vinbigdata"
 
-    def __init__(self, root: str | Path, *, readers: str = "any") -> None:
-        self.root = Path(root)
-        self.readers = readers
-        self.needed = votes_needed(readers)
+    _: KW_ONLY
+    readers: str = "any"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.needed = votes_needed(self.readers)
 
     def list_all(self) -> Listing:
         """List the images of `train.csv`."""
-        table = find_table(self.root, "train.csv")
-        columns = read_columns(table)
-        require_columns(table, columns, ("image_id", "class_name", "class_id", "rad_id", *CORNERS))
-        readings = _readings(table, columns)
+        table = find_table(self.folder, "train.csv", expected="the release's table train.csv")
+        readings = _read_table(table)
         check_readers(table, readings)
-        sizes = self._sizes(table, columns)
-        files = images_by_stem([self.root / "train", self.root / "images", self.root])
-        records = []
-        for image, reading in readings.items():
-            path = files.get(image, self.root / "train" / f"{image}.dicom")
-            records.append(make_record(self.root, path, reading, _FINDINGS, self.needed, frame=sizes.get(image)))
+        folders, sizes = ("train", "images", ""), self._sizes(table)
+        records = make_records(self.folder, folders, readings, _FINDINGS, self.needed, frames=sizes)
         notes = [
-            "14 findings are scored; No finding is no column",
-            "the release has no patients: each image is counted as a patient of its own",
+            *reader_notes(_FINDINGS, records, readings.values()),
             "the competition's 3,000 test images have no labels and are left out",
-            *box_notes(records, readings.values()),
         ]
         return Listing(records, _FINDINGS, notes=notes, policy={"readers": self.readers}, patients_known=False)
 
-    def _sizes(self, table: Path, columns: Columns) -> dict[str, tuple[int, int]]:
+    def _sizes(self, table: Path) -> dict[str, tuple[int, int]]:
         """Read width and height of the original images, if a table has them."""
-        names = ("width", "height")
-        if (self.root / SIZES).is_file():
-            table, names = self.root / SIZES, ("dim1", "dim0")
-            columns = read_columns(table)
-            require_columns(table, columns, ("image_id", *names))
-        elif not set(names) <= columns.keys():
+        width, height = "width", "height"
+        if (self.folder / SIZES).is_file():
+            table, width, height = self.folder / SIZES, "dim1", "dim0"
+        elif not {width, height} <= read_columns(table).keys():
             return {}
-        for name in names:
-            for number, value in enumerate(columns[name], start=1):
-                if not value.isdecimal() or int(value) == 0:
-                    raise UserError(f"{table}: row {number}, column {name}: {value!r} found; expected pixels")
-        images, widths, heights = (columns[name] for name in ("image_id", *names))
-        return {image: (int(width), int(height)) for image, width, height in zip(images, widths, heights, strict=True)}
+        rows = read_table(table, {"image_id": TEXT, width: _SIZE, height: _SIZE})
+        return {image: (width, height) for image, width, height in rows}
 
 
-def _readings(table: Path, columns: Columns) -> dict[str, Reading]:
+def _read_table(table: Path) -> dict[str, Reading]:
     """Read the readings of each image, in the order of the table."""
     readings: dict[str, Reading] = defaultdict(Reading)
-    rows = zip(*(columns[name] for name in ("image_id", "class_name", "class_id", "rad_id")), strict=True)
-    corners = zip(*(columns[name] for name in CORNERS), strict=True)
-    for number, ((image, name, key, reader), corner) in enumerate(zip(rows, corners, strict=True), start=1):
-        check_row(table, number, image, reader)
-        if _CLASSES.get(key) != name:
+    rows = read_table(table, READER_COLUMNS | {"class_id": TEXT, "class_name": TEXT} | BOX_COLUMNS)
+    for row, (image, reader, key, name, *corners) in enumerate(rows, start=1):
+        if f"{key} {name}" not in _CLASSES:
             raise UserError(
-                f"{table}: row {number}, columns class_id, class_name: {key!r}, {name!r} found; expected one of "
-                f"{some((f'{key} {name}' for key, name in _CLASSES.items()), 15)}"
+                f"{table}: row {row}, columns class_id, class_name: {key!r}, {name!r} found; expected one of "
+                f"{some(_CLASSES, 15)}"
             )
+        found = name != NO_FINDING_CLASS
         readings[image].readers.add(reader)
-        if name != NO_FINDING_CLASS:
+        readings[image].add_box(f"{table}: row {row}", name, corners, boxed=found)
+        if found:
             readings[image].votes[name].add(reader)
-            readings[image].boxes.append(parse_corners(table, number, name, corner))
-        elif any(corner):
-            raise UserError(f"{table}: row {number}: a box found for {NO_FINDING_CLASS}; expected none")
     return dict(readings)

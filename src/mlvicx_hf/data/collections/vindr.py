@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
@@ -13,19 +13,16 @@ from mlvicx_hf.common.text import some
 from ..splits import split_by_patient
 from .base import Listing, Record, ReleasedCollection
 from .readers import (
-    CORNERS,
+    BOX_COLUMNS,
     NO_FINDING_CLASS,
+    READER_COLUMNS,
     Reading,
-    box_notes,
     check_readers,
-    check_row,
-    find_table,
-    images_by_stem,
-    make_record,
-    parse_corners,
+    make_records,
+    reader_notes,
     votes_needed,
 )
-from .tables import Columns, read_columns, require_columns
+from .tables import TEXT, ZERO_OR_ONE, find_table, one_of, read_table
 
 LOCAL_FINDINGS = (
     "Aortic enlargement",
@@ -55,9 +52,11 @@ DISEASES = ("COPD", "Lung tumor", "Pneumonia", "Tuberculosis", "Other diseases")
 VINDR_FINDINGS = (*LOCAL_FINDINGS, *DISEASES)
 COMMON_NAMES = {"Other disease": "Other diseases"}  # the test tables' spelling to that of the training tables
 CONSENSUS = "consensus"
+_CLASSES = {name: name for name in (*VINDR_FINDINGS, NO_FINDING_CLASS)} | COMMON_NAMES
 _SHARES = {"train": 0.9, "validation": 0.1}  # of the training images; ours, the release has no validation part
 
 
+@dataclass
 class VinDrCollection(ReleasedCollection):
     """The release's folder: `annotations/`, `train/` and `test/`.
 
@@ -74,36 +73,28 @@ class VinDrCollection(ReleasedCollection):
     name = "vindr"
     source = "vindr"
 
-    def __init__(self, root: str | Path, *, readers: str = "any", seed: int = 0) -> None:
-        self.root = Path(root)
-        self.readers = readers
-        self.seed = seed
-        self.needed = votes_needed(readers)
+    _: KW_ONLY
+    readers: str = "any"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.needed = votes_needed(self.readers)
 
     def list_all(self) -> Listing:
         """List the images of both parts."""
         train, test = self._readings("train"), self._readings("test")
-        check_readers(self.root / "annotations" / "image_labels_train.csv", train)
+        check_readers(self.folder / "annotations" / "image_labels_train.csv", train)
         both = train.keys() & test.keys()
         if both:
-            raise UserError(f"{self.root}: {len(both)} image(s) in both train and test: {some(sorted(both))}")
-        records = self._carve(self._records("train", train, self.needed), train)
-        records += self._records("test", test, 1)
+            raise UserError(f"{self.folder}: {len(both)} image(s) in both train and test: {some(sorted(both))}")
+        records = self._carve(make_records(self.folder, ["train"], train, VINDR_FINDINGS, self.needed), train)
+        records += make_records(self.folder, ["test"], test, VINDR_FINDINGS, 1, split="test")
         notes = [
-            "27 findings are scored; No finding is no column",
-            "the release has no patients: each image is counted as a patient of its own",
+            *reader_notes(VINDR_FINDINGS, records, [*train.values(), *test.values()]),
             f"validation: a tenth of the release's training images, seed {self.seed}; test: the release's own",
-            *box_notes(records, [*train.values(), *test.values()]),
         ]
         return Listing(records, VINDR_FINDINGS, notes=notes, policy={"readers": self.readers}, patients_known=False)
-
-    def _records(self, part: str, readings: dict[str, Reading], needed: int) -> list[Record]:
-        files = images_by_stem([self.root / part])
-        records = []
-        for image, reading in readings.items():
-            path = files.get(image, self.root / part / f"{image}.dicom")
-            records.append(make_record(self.root, path, reading, VINDR_FINDINGS, needed, split=part))
-        return records
 
     def _carve(self, records: list[Record], readings: dict[str, Reading]) -> list[Record]:
         """Move a tenth to validation. Stratify by what any reader saw, so that the policy does not matter."""
@@ -114,52 +105,31 @@ class VinDrCollection(ReleasedCollection):
 
     def _readings(self, part: str) -> dict[str, Reading]:
         """Read votes from `image_labels_*.csv` and boxes from `annotations_*.csv`, by image."""
-        table = find_table(self.root, f"annotations/image_labels_{part}.csv")
-        columns = read_columns(table)
-        columns = {COMMON_NAMES.get(name, name): cells for name, cells in columns.items()}
-        require_columns(table, columns, ("image_id", *VINDR_FINDINGS))
-        if part == "test":
-            columns["rad_id"] = [CONSENSUS] * len(columns["image_id"])
-        require_columns(table, columns, ("rad_id",))
-        readings = _read_votes(table, columns)
-        table = find_table(self.root, f"annotations/annotations_{part}.csv")
-        columns = read_columns(table)
-        require_columns(table, columns, ("image_id", "class_name", *CORNERS))
-        _read_boxes(table, columns, readings)
+        readings = _read_votes(self._find(f"annotations/image_labels_{part}.csv"), part)
+        _read_boxes(self._find(f"annotations/annotations_{part}.csv"), readings)
         return readings
 
+    def _find(self, name: str) -> Path:
+        return find_table(self.folder, name, expected=f"the release's table {name}")
 
-def _read_votes(table: Path, columns: Columns) -> dict[str, Reading]:
+
+def _read_votes(table: Path, part: str) -> dict[str, Reading]:
     readings: dict[str, Reading] = defaultdict(Reading)
-    images, readers = columns["image_id"], columns["rad_id"]
-    for number, (image, reader) in enumerate(zip(images, readers, strict=True), start=1):
-        check_row(table, number, image, reader)
-        if reader in readings[image].readers:
-            raise UserError(f"{table}: row {number}: image {image} of {reader} found again; expected one row each")
-        readings[image].readers.add(reader)
-    for name in VINDR_FINDINGS:
-        for number, value in enumerate(columns[name]):
-            if value not in ("0", "1", "0.0", "1.0"):
-                raise UserError(f"{table}: row {number + 1}, column {name}: {value!r} found; expected 0 or 1")
-            if float(value):
-                readings[images[number]].votes[name].add(readers[number])
+    keys = ("image_id",) if part == "test" else ("image_id", "rad_id")  # test is read by a consensus
+    types = {name: READER_COLUMNS[name] for name in keys} | dict.fromkeys(VINDR_FINDINGS, ZERO_OR_ONE)
+    for row in read_table(table, types, key=keys, renamed=COMMON_NAMES):
+        reading, reader = readings[row[0]], CONSENSUS if part == "test" else row[1]
+        reading.readers.add(reader)
+        for name, vote in zip(VINDR_FINDINGS, row[len(keys) :], strict=True):
+            if vote:
+                reading.votes[name].add(reader)
     return dict(readings)
 
 
-def _read_boxes(table: Path, columns: Columns, readings: dict[str, Reading]) -> None:
+def _read_boxes(table: Path, readings: dict[str, Reading]) -> None:
     """Add the boxes. Rows of No finding and of diseases have none."""
-    corners = zip(*(columns[name] for name in CORNERS), strict=True)
-    rows = zip(columns["image_id"], columns["class_name"], corners, strict=True)
-    for number, (image, written, corner) in enumerate(rows, start=1):
-        name = COMMON_NAMES.get(written, written)
+    rows = read_table(table, {"image_id": TEXT, "class_name": one_of(_CLASSES)} | BOX_COLUMNS)
+    for row, (image, name, *corners) in enumerate(rows, start=1):
         if image not in readings:
-            raise UserError(f"{table}: row {number}: image_id {image!r} found; expected one of the image labels")
-        if name not in (*VINDR_FINDINGS, NO_FINDING_CLASS):
-            raise UserError(
-                f"{table}: row {number}, column class_name: {written!r} found; expected one of "
-                f"{some((*VINDR_FINDINGS, NO_FINDING_CLASS), 30)}"
-            )
-        if name in LOCAL_FINDINGS:
-            readings[image].boxes.append(parse_corners(table, number, name, corner))
-        elif any(corner):
-            raise UserError(f"{table}: row {number}: a box found for {written}; expected none")
+            raise UserError(f"{table}: row {row}: image_id {image!r} found; expected one of the image labels")
+        readings[image].add_box(f"{table}: row {row}", name, corners, boxed=name in LOCAL_FINDINGS)
