@@ -1,25 +1,17 @@
 """Synthetic frontal chest radiographs with known findings, drawn from a seed. Not for any clinical conclusion.
 
 A patient is a set of shapes. A picture is the sum of their attenuations, seen in a pose and with an exposure.
-`python -m mlvicx_hf.data.synthetic.phantom sheet.png` draws a contact sheet.
 """
 
-import argparse
 import functools
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import datasets
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 from mlvicx_hf.common.errors import UserError
 
-from ..images.pictures import contact_sheet
-from . import drawing as phantom_drawing
 from .drawing import (
     FINDINGS,
     SIDES,
@@ -40,8 +32,6 @@ from .drawing import (
     expose,
     smooth_curve,
 )
-
-__all__ = ["FINDINGS", "MASKS", "Phantom", "draw_phantom", "phantom_dataset", "phantom_labels"]
 
 MASKS = ("lungs", "heart", *FINDINGS)
 
@@ -81,7 +71,8 @@ def draw_phantom(patient: int, image: int = 0, *, size: int = 256, seed: int = 0
         UserError: a number is too small.
     """
     for name, value, least in (("patient", patient, 0), ("image", image, 0), ("size", size, 32), ("seed", seed, 0)):
-        _check_positive(name, value, least)
+        if value < least:
+            raise UserError(f"{name}={value} found; expected at least {least}")
     anatomy = _sample_patient(patient, seed)
     rng = np.random.default_rng([seed, patient, image + 1])
     visit = _sample_visit(rng)
@@ -105,11 +96,6 @@ def phantom_labels(patient: int, *, seed: int = 0) -> tuple[float, ...]:
 
 def _patient_stream(patient: int, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, patient, 0])
-
-
-def _check_positive(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{name} is {value}; expected at least {least}")
 
 
 def _collimate(size: int, border: Sequence[float]) -> np.ndarray:
@@ -336,124 +322,3 @@ def noise_tile(rng: np.random.Generator, cells: int, sigma: float = 1.2) -> np.n
     """Draw smooth noise [cells, cells] of mean 0 and variance 1."""
     tile = ndimage.gaussian_filter(rng.standard_normal((cells, cells)), sigma, mode="wrap")
     return ((tile - tile.mean()) / tile.std()).astype(np.float32)
-
-
-DESCRIPTION = (
-    "Synthetic frontal chest radiographs, drawn procedurally from a seed, with findings and masks that are known. "
-    "Not photographs of anyone, not for any clinical conclusion."
-)
-
-
-def phantom_dataset(
-    num_patients: int = 400,
-    images_per_patient: int = 3,
-    *,
-    size: int = 256,
-    seed: int = 0,
-    masks: bool = True,
-    num_proc: int | None = None,
-) -> datasets.Dataset:
-    """Draw synthetic radiographs into a `datasets.Dataset`; not for any clinical conclusion.
-
-    The same arguments give the same rows with any `num_proc`. The name of the cache depends on the drawing code too, so
-    changed code never finds old pictures.
-
-    Args:
-        num_patients: number of patients, who are numbered from 0.
-        images_per_patient: number of pictures of each.
-        size: height and width in pixels, at least 32.
-        seed: number of the whole collection.
-        masks: add the columns `mask_lungs`, `mask_heart` and `mask_<finding>`.
-        num_proc: number of processes that draw.
-
-    Returns:
-        Columns `image`, `patient_id`, `image_id`, `view`, `labels` (0 or 1 in the order of `FINDINGS`), `source`.
-
-    Raises:
-        UserError: a number is too small.
-    """
-    counts = {
-        "num_patients": num_patients,
-        "images_per_patient": images_per_patient,
-        "num_proc": 1 if num_proc is None else num_proc,
-    }
-    for name, value in counts.items():
-        _check_positive(name, value, 1)
-    _check_positive("size", size, 32)
-    _check_positive("seed", seed, 0)
-    kwargs = {"images_per_patient": images_per_patient, "size": size, "seed": seed, "masks": masks}
-    dataset = datasets.Dataset.from_generator(
-        _generate_rows,
-        features=_features(masks),
-        gen_kwargs={"patients": list(range(num_patients)), **kwargs},
-        num_proc=num_proc if num_proc is None else min(num_proc, num_patients),
-        fingerprint=_fingerprint(num_patients=num_patients, **kwargs),
-    )
-    dataset.info.description = DESCRIPTION
-    return dataset
-
-
-def _features(masks: bool) -> datasets.Features:
-    columns = {
-        "image": datasets.Image(mode="L"),
-        "patient_id": datasets.Value("string"),
-        "image_id": datasets.Value("string"),
-        "view": datasets.Value("string"),
-        "labels": datasets.List(datasets.Value("float32")),
-        "source": datasets.Value("string"),
-    }
-    if masks:
-        columns |= {f"mask_{name.lower()}": datasets.Image(mode="L") for name in MASKS}
-    return datasets.Features(columns)
-
-
-def _generate_rows(
-    patients: list[int], images_per_patient: int, size: int, seed: int, masks: bool
-) -> Iterator[dict[str, object]]:
-    """Draw the rows of some patients. `datasets` gives each process its share of the list."""
-    for patient in patients:
-        for image in range(images_per_patient):
-            phantom = draw_phantom(patient, image, size=size, seed=seed)
-            row: dict[str, object] = {
-                "image": Image.fromarray(phantom.image),
-                "patient_id": phantom.patient_id,
-                "image_id": phantom.image_id,
-                "view": "PA",
-                "labels": list(phantom.labels),
-                "source": "phantom (synthetic)",
-            }
-            if masks:
-                row |= {f"mask_{name.lower()}": Image.fromarray(mask) for name, mask in phantom.masks.items()}
-            yield row
-
-
-def _fingerprint(**arguments: int) -> str:
-    """Name the cache. `datasets` itself would hash the generator, but not the code that it calls."""
-    code = b"".join(Path(module).read_bytes() for module in (__file__, phantom_drawing.__file__))
-    return hashlib.sha256(code + repr(sorted(arguments.items())).encode()).hexdigest()[:16]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw a contact sheet of synthetic radiographs."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("path", type=Path, help="picture to write, such as sheet.png")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--columns", type=int, default=6)
-    parser.add_argument("--size", type=int, default=160)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    phantoms = [draw_phantom(i, size=options.size, seed=options.seed) for i in range(options.rows * options.columns)]
-    contact_sheet([phantom.image for phantom in phantoms], options.columns, [_title(p) for p in phantoms]).save(
-        options.path, optimize=True
-    )
-
-
-def _title(phantom: Phantom) -> str:
-    """Write up to two findings a line, so that the title is no wider than the picture."""
-    present = [name for name, label in zip(FINDINGS, phantom.labels, strict=True) if label] or ["normal"]
-    lines = [", ".join(present[start : start + 2]) for start in range(0, len(present), 2)]
-    return "\n".join([f"synthetic {phantom.patient_id.removeprefix('phantom-')}", *lines])
-
-
-if __name__ == "__main__":
-    main()
