@@ -24,9 +24,10 @@ from mlvicx_hf.common.errors import UserError
 
 from ..cache.cache import Cache
 from ..vocabulary import COLLECTIONS
-from .duplicates import BITS, NEAR, SAME, find_copies
+from .duplicates import BITS, NEAR, SAME, group_copies
 
 _COLUMNS = ("patient_id", "source", "view", "labels", "sha256", "phash")
+_FACTS = ("collection", "patients_known", "patient_source", "size", "fit")
 _KINDS = ("patients", "identical", "near")
 WORDS = {"patients": "shared patient(s)", "identical": "identical image(s)", "near": "nearly identical image(s)"}
 EXAMPLES = 5
@@ -94,13 +95,12 @@ def audit_caches(
         "near": near,
         "agreement": SAME,
         "caches": [
-            {"cache": str(cache.path)}
-            | {
-                key: cache.manifest.get(key)
-                for key in ("collection", "patients_known", "patient_source", "size", "fit")
+            {
+                "cache": path,
+                **{key: cache.manifest.get(key) for key in _FACTS},
+                "splits": {part.split: describe_part(part) for part in parts if part.cache == path},
             }
-            | {"splits": {part.split: describe_part(part) for part in parts if part.cache == str(cache.path)}}
-            for cache in caches
+            for path, cache in zip(paths, caches, strict=True)
         ],
         **result,
         "notes": _notes(caches),
@@ -134,17 +134,14 @@ def _square(images: datasets.Dataset, row: int) -> Image.Image:
 
 def describe_part(part: Part) -> dict[str, Any]:
     """Count images, patients (None: not known), labels and views of a split."""
-    columns = zip(part.label_names, part.labels.T, strict=True)
+    positive, unknown = (part.labels == 1).sum(axis=0).tolist(), np.isnan(part.labels).sum(axis=0).tolist()
+    images = len(part.patients)
     return {
-        "images": len(part.patients),
+        "images": images,
         "patients": len(set(part.patients)) if part.numbered_by is not None else None,
         "labels": {
-            name: {
-                "positive": int((values == 1).sum()),
-                "known": int((~np.isnan(values)).sum()),
-                "unknown": int(np.isnan(values).sum()),
-            }
-            for name, values in columns
+            name: {"positive": present, "known": images - missing, "unknown": missing}
+            for name, present, missing in zip(part.label_names, positive, unknown, strict=True)
         },
         "views": dict(sorted(Counter(part.views).items())),
     }
@@ -239,25 +236,18 @@ def copies_of_parts(parts: Sequence[Part], near: int = NEAR, progress: bool = Fa
     Returns:
         (number of one split, number of the other), the smaller first → two rows and their distance.
     """
-    # Group images by content, so that many copies of a file cost no more than one.
-    places: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for number, part in enumerate(parts):
-        for row, content in enumerate(zip(part.sha256, part.phash, strict=True)):
-            places[content].append((number, row))
-    contents = list(places)
+    places = [(number, row) for number, part in enumerate(parts) for row in range(len(part.sha256))]
+    contents = [content for part in parts for content in zip(part.sha256, part.phash, strict=True)]
 
     def square(index: int) -> Image.Image:
-        number, row = places[contents[index]][0]
+        number, row = places[index]
         return parts[number].square(row)
 
-    def same_file(one: int, other: int) -> bool:
-        return contents[one][0] == contents[other][0]
-
-    hashes = [phash for _, phash in contents]
+    members, pairs = group_copies(contents, square, max_distance=near, progress=progress)
     copies: Copies = defaultdict(list)
-    for one, other, distance in find_copies(hashes, square, max_distance=near, skip=same_file, progress=progress):
-        for place in product(places[contents[one]], places[contents[other]]):
-            (first, row), (second, other_row) = sorted(place)
+    for one, other, distance in pairs:
+        for pair in product(members[one], members[other]):
+            (first, row), (second, other_row) = (places[index] for index in sorted(pair))
             copies[first, second].append((row, other_row, distance))
     return copies
 
@@ -286,7 +276,7 @@ def _within(part: Part, copies: Sequence[tuple[int, int, int]], examples: int) -
 def _leak(pair: dict[str, Any], kind: str) -> str:
     """Describe one kind of leak in a line."""
     found = pair[kind]
-    where = " and ".join(f"{pair[side]['cache']} {pair[side]['split']}" for side in ("one", "other"))
+    where = " and ".join(_place(pair[side]) for side in ("one", "other"))
     first = found["examples"][:1]
     such = f", such as {_example(first[0])}" if first else ""
     return f"{found['count']} {WORDS[kind]} in {where}{such}"
@@ -304,15 +294,18 @@ def report(result: dict[str, Any]) -> str:
     lines: list[str] = []
     for cache in result["caches"]:
         lines += [*_cache_lines(cache), ""]
-    lines += [
-        f"copies inside a split (no leak); nearly identical: {result['near']} bits, agreement {result['agreement']}"
-    ]
+    thresholds = f"{result['near']} bits, agreement {result['agreement']}"
+    lines.append(f"copies inside a split (no leak); nearly identical: {thresholds}")
     inside = [(_place(part), _number(part["identical"]), _number(part["near"])) for part in result["splits"]]
     lines += [*_table([("split", "identical", "near"), *inside]), ""]
     if result["pairs"]:
         header = ("split", "and split", *_KINDS, "")
         rows = [
-            (_place(pair["one"]), _place(pair["other"]), *(_number(pair[kind]) for kind in _KINDS), _mark(pair))
+            (
+                *(_place(pair[side]) for side in ("one", "other")),
+                *(_number(pair[kind]) for kind in _KINDS),
+                "LEAK" if pair["leaks"] else "",
+            )
             for pair in result["pairs"]
         ]
         lines += ["shared by two splits (images of the one with more of them)", *_table([header, *rows])]
@@ -339,9 +332,7 @@ def _cache_lines(cache: dict[str, Any]) -> list[str]:
     views = sorted({view for split in splits.values() for view in split["views"]})
     labels = list(dict.fromkeys(name for split in splits.values() for name in split["labels"]))
     rows = [("", *splits), ("images", *(str(split["images"]) for split in splits.values()))]
-    rows += [
-        ("patients", *("unknown" if split["patients"] is None else str(split["patients"]) for split in splits.values()))
-    ]
+    rows.append(("patients", *("unknown" if s["patients"] is None else str(s["patients"]) for s in splits.values())))
     rows += [(f"view {view}", *(str(split["views"].get(view, 0)) for split in splits.values())) for view in views]
     rows += [(name, *(_prevalence(split["labels"][name]) for split in splits.values())) for name in labels]
     return [f"{cache['cache']}: {cache['collection']}, {cache['size']} px, {cache['fit']}", *_table(rows)]
@@ -359,10 +350,6 @@ def _place(part: dict[str, Any]) -> str:
 
 def _number(found: dict[str, Any]) -> str:
     return "-" if found["count"] is None else str(found["count"])
-
-
-def _mark(pair: dict[str, Any]) -> str:
-    return "LEAK" if pair["leaks"] else ""
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from PIL import Image
 
 from ..cache.summary import column
 from ..collections.base import SPLITS
-from .duplicates import find_copies, groups
+from .duplicates import group_copies, groups
 
 DROPS = ("none", "identical", "near")
 _WORDS = {"identical": "identical to", "near": "nearly identical to"}
@@ -63,7 +62,7 @@ def _places(parts: Mapping[str, Any]) -> list[_Place]:
 def find_duplicates(parts: Mapping[str, Any], *, progress: bool = False) -> list[Duplicate]:
     """Find images that occur twice, within a split or in two splits.
 
-    List each of several identical files with the first of them, and compare the first alone with other images.
+    List each of several identical files with the first of them, and compare this one alone with other images.
 
     Args:
         parts: split → data set.
@@ -73,33 +72,21 @@ def find_duplicates(parts: Mapping[str, Any], *, progress: bool = False) -> list
         Pairs, identical ones first. Each begins with the image that `choose_dropped` would keep.
     """
     places = _places(parts)
-    by_content: dict[str, list[_Place]] = defaultdict(list)
-    hash_of: dict[str, str] = {}
-    contents = ((sha, phash) for part in parts.values() for sha, phash in _hashes(part))
-    for place, (sha, phash) in zip(places, contents, strict=True):
-        by_content[sha].append(place)
-        hash_of.setdefault(sha, phash)
-    same = [sorted(group) for group in by_content.values()]
-    found = [_duplicate("identical", group[0], other, 0) for group in same for other in group[1:]]
-    first = [group[0] for group in same]
+    contents = [
+        content
+        for part in parts.values()
+        for content in zip(column(part, "sha256"), column(part, "phash"), strict=True)
+    ]
 
     def square(index: int) -> Image.Image:
-        image: Image.Image = parts[first[index].split][first[index].row]["image"]
+        image: Image.Image = parts[places[index].split][places[index].row]["image"]
         return image
 
-    pairs = find_copies(list(hash_of.values()), square, progress=progress)
-    for one, other, distance in pairs:
-        kept, twin = sorted((first[one], first[other]))
-        found.append(_duplicate("near", kept, twin, distance))
-    return found
-
-
-def _hashes(part: Any) -> Sequence[tuple[str, str]]:
-    return list(zip(column(part, "sha256"), column(part, "phash"), strict=True))
-
-
-def _duplicate(kind: str, one: _Place, other: _Place, distance: int) -> Duplicate:
-    return Duplicate(kind, *one[2:], *other[2:], distance)
+    members, pairs = group_copies(contents, square, progress=progress)
+    same = [sorted(places[index] for index in group) for group in members]
+    found = [("identical", first, other, 0) for first, *others in same for other in others]
+    found += [("near", *sorted((same[one][0], same[other][0])), distance) for one, other, distance in pairs]
+    return [Duplicate(kind, *one[2:], *other[2:], distance) for kind, one, other, distance in found]
 
 
 def choose_dropped(parts: Mapping[str, Any], duplicates: Sequence[Duplicate], drop: str) -> dict[tuple[str, int], str]:

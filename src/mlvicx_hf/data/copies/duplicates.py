@@ -153,6 +153,38 @@ def find_copies(
     return confirm([pair for pair in pairs if not skip(*pair[:2])], square, other)
 
 
+def group_copies(
+    contents: Sequence[tuple[str, str]],
+    square: Callable[[int], Image.Image],
+    *,
+    max_distance: int = NEAR,
+    progress: bool = False,
+) -> tuple[list[list[int]], list[Pair]]:
+    """Group images of the same file, and search for copies among the groups. Many copies of a file cost as one.
+
+    Args:
+        contents: hash of the file and perceptual hash of each of N images.
+        square: gives the image of an index in `contents`.
+        max_distance: see `find_copies`.
+        progress: show a bar on stderr if there are many images.
+
+    Returns:
+        The indices of each group, and pairs of groups of other files: (number, number, distance).
+    """
+    groups_of: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, content in enumerate(contents):
+        groups_of[content].append(index)
+    found, members = list(groups_of), list(groups_of.values())
+    pairs = find_copies(
+        [phash for _, phash in found],
+        lambda number: square(members[number][0]),
+        max_distance=max_distance,
+        skip=lambda one, other: found[one][0] == found[other][0],
+        progress=progress,
+    )
+    return members, pairs
+
+
 def agreement(one: Image.Image, other: Image.Image) -> float:
     """Correlate the fine detail of two images, at the displacement with the highest correlation.
 
@@ -172,10 +204,8 @@ def agreement(one: Image.Image, other: Image.Image) -> float:
 def _detail(gray: Image.Image) -> npt.NDArray[np.float16]:
     pixels = _thumbnail(gray).astype(np.float32)
     detail = pixels - gaussian_filter(pixels, 2)
-    local: npt.NDArray[np.float32] = detail / (
-        np.sqrt(gaussian_filter(detail**2, 2)) + 3
-    )  # 3 of 255: noise stays small
-    return local.astype(np.float16)
+    local = np.sqrt(gaussian_filter(detail**2, 2)) + 3  # 3 of 255: noise stays small
+    return (detail / local).astype(np.float16)
 
 
 def _agree(one: npt.NDArray[np.float16], other: npt.NDArray[np.float16]) -> float:
