@@ -111,13 +111,9 @@ def class_indices(pixels: np.ndarray, names: Sequence[str], size: tuple[int, int
 
 
 def encode_mask(indices: np.ndarray, content: bytes, size: int, fit: str) -> Mask:
-    """Fit class indices to the square of the cache, with the geometry of the image and without mixing classes.
+    """Fit class indices, uint8 [H, W], to the square of the cache, as the image and without mixing classes.
 
-    Args:
-        indices: uint8 [H, W].
-        content: the bytes to hash.
-        size: side of the square in pixels.
-        fit: "pad" (with background), "squash" or "crop".
+    Padding is background. `content` is what is hashed.
     """
     square = fit_square_gray(Image.fromarray(indices), size, fit, Image.Resampling.NEAREST)
     buffer = io.BytesIO()

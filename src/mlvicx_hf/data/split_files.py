@@ -17,10 +17,9 @@ SPLIT_FILE = "splits.csv"
 
 
 def split_file(rows: Iterable[tuple[str, str, str]]) -> str:
-    """Write the text of a split file, with one image per line. Its SHA-256 is the split hash that results name.
+    """Write the text of a split file from source, patient and split of each image, one per line.
 
-    Args:
-        rows: source, patient and split of each image.
+    Its SHA-256 is the split hash that results name.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")

@@ -23,16 +23,9 @@ Labels = npt.ArrayLike | None
 
 
 def patient_strata(patient_ids: Sequence[str], labels: Labels) -> dict[str, int]:
-    """Find the stratum of each patient: the column of the patient's rarest positive label.
+    """Find the stratum of each patient: the column of the patient's rarest positive label, or `_NO_FINDING`.
 
     Rarity is counted in patients. Of equally rare labels the first counts.
-
-    Args:
-        patient_ids: patient of each image, [N].
-        labels: [N, L] or None.
-
-    Returns:
-        Patient → column, or `_NO_FINDING`.
     """
     patients, rows = np.unique(np.asarray(patient_ids, dtype=object), return_inverse=True)
     if labels is None or np.size(labels) == 0:
@@ -125,9 +118,6 @@ def label_fraction(patient_ids: Sequence[str], labels: Labels, fraction: float, 
 
 def check_no_patient_overlap(splits: Mapping[str, Sequence[str]]) -> None:
     """Refuse splits that share a patient.
-
-    Args:
-        splits: split → patients.
 
     Raises:
         UserError: two splits share patients. The message names the splits and some of the patients.

@@ -213,14 +213,9 @@ def _look_up(collection: str | None, label: str) -> Finding | NoCommonName | Non
 
 
 def common_name(collection: str | None, label: str) -> Finding | None:
-    """Find the common name of a label.
+    """Find the common name of a label, or None if it has none or is not known.
 
-    Args:
-        collection: one of `COLLECTIONS`. For any other, or None, the spelling of the label decides.
-        label: as the collection spells it.
-
-    Returns:
-        The common name, or None if the label has none or is not known.
+    For a collection that is none of `COLLECTIONS`, or None, the spelling of the label decides.
     """
     entry = _look_up(collection, label)
     return entry if isinstance(entry, Finding) else None

@@ -98,14 +98,7 @@ def count_duplicates(duplicates: Sequence[Duplicate], images: PreparedParts, dro
 def describe_cache(
     collection: Collection, listing: Listing, options: dict[str, Any], images: PreparedParts
 ) -> dict[str, Any]:
-    """Make the content of `cache.json`, without the duplicates.
-
-    Args:
-        collection: the collection that was read.
-        listing: listing of the collection.
-        options: options of `prepare`.
-        images: the images in the cache.
-    """
+    """Make the content of `cache.json`, without the duplicates. `options` are those of `prepare`."""
     return {
         "format": FORMAT,
         "collection": collection.name,
@@ -159,19 +152,9 @@ def assemble(
     notes: Sequence[str],
     features: datasets.Features,
 ) -> list[str]:
-    """Write a cache from finished shards. Move the shards last.
+    """Write a cache from finished shards into `folder`, in the place of an earlier one. Move the shards last.
 
-    Args:
-        folder: folder of the cache; an earlier one is removed.
-        shards: all shards, finished.
-        images: the images of the shards, perhaps without some rows.
-        duplicates: all pairs of copies.
-        manifest: content of `cache.json`.
-        notes: notes for the card.
-        features: columns of the cache.
-
-    Returns:
-        Notes for the user.
+    Return notes for the user.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

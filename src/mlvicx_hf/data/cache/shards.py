@@ -8,26 +8,23 @@ exists and still describes the records, the shard is finished.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from mlvicx_hf import __version__
-from mlvicx_hf.common.files import new_file
+from mlvicx_hf.common.files import read_json, sync, write_json
 
 from ..collections.base import Record
 from ..images.encoding import Picture, make_picture
@@ -102,17 +99,15 @@ def identity(shard: Shard, making: Making) -> str:
 
 
 def _stamp(path: Path | None) -> tuple[str, int, int] | None:
-    try:
-        found = path and path.stat()
-    except OSError:
-        found = None
-    return (str(path), found.st_size, found.st_mtime_ns) if found else None
+    if path is None or not os.path.exists(path):
+        return None
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns
 
 
 def read_note(shard: Shard) -> dict[str, Any]:
     """Read the note of a finished shard."""
-    note: dict[str, Any] = json.loads(shard.note.read_text(encoding="utf-8"))
-    return note
+    return read_json(shard.note)
 
 
 def is_made(shard: Shard, making: Making) -> bool:
@@ -131,14 +126,10 @@ class ShardWriter:
         self.rows: list[dict[str, Any]] = []
         self.rejected: list[tuple[str, str]] = []
         self.masks: list[dict[str, Any] | None] = []
-
-    def open(self) -> ShardWriter:
-        """Begin the file, and remove the note of an earlier one."""
-        self.shard.path.parent.mkdir(parents=True, exist_ok=True)
-        self.shard.note.unlink(missing_ok=True)
-        self.file = self.shard.path.open("wb")
-        self.stream = pa.ipc.new_stream(self.file, self.making.schema)
-        return self
+        shard.path.parent.mkdir(parents=True, exist_ok=True)
+        shard.note.unlink(missing_ok=True)  # of an earlier file
+        self.file = shard.path.open("wb")
+        self.stream = pa.ipc.new_stream(self.file, making.schema)
 
     def add(self, record: Record, picture: Picture) -> None:
         """Write a row, or note why the record has none."""
@@ -175,66 +166,52 @@ class ShardWriter:
         if self.rows:
             self._flush()
         self.stream.close()
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
+        sync(self.shard.path)
         note = {"identity": self.identity, "rejected": self.rejected, "masks": self.masks}
-        with new_file(self.shard.note) as temporary:
-            temporary.write_text(json.dumps(note), encoding="utf-8")
+        write_json(self.shard.note, note)
 
 
 def make_shard(shard: Shard, making: Making, refused: Mapping[int, str] | None = None) -> None:
-    """Read the records of a shard and write it.
-
-    Args:
-        shard: the shard to write.
-        making: how to make the images.
-        refused: number → reason of the records that are not to be read.
-    """
+    """Read the records of a shard and write it. Reject those in `refused`, number → reason, without reading them."""
     refused = refused or {}
-    writer = ShardWriter(shard, making).open()
+    writer = ShardWriter(shard, making)
     with closing(writer.file), shard.position.open("w") as position:
         for number, record in enumerate(shard.records):
             os.pwrite(position.fileno(), b"%08d" % number, 0)
             if number in refused:
-                writer.add(record, Picture(reason=refused[number]))
+                picture = Picture(reason=refused[number])
             else:
-                writer.add(record, make_picture(record, making.size, making.fit, making.mask_names))
+                picture = make_picture(record, making.size, making.fit, making.mask_names)
+            writer.add(record, picture)
         writer.finish()
     shard.position.unlink()
 
 
 def write_shards(shards: Sequence[Shard], making: Making, num_workers: int) -> Iterator[Shard]:
-    """Make the shards that are not finished. Yield each shard when it is finished, in any order.
+    """Make shards. Yield each when it is finished, in any order.
 
-    Args:
-        shards: all shards of a cache.
-        making: how to make the images.
-        num_workers: number of processes. 0 uses this process, which ends if a decoder crashes.
+    With `num_workers` of 0 use this process, which ends if a decoder crashes.
 
     Raises:
         ChildProcessError: a worker was killed.
     """
-    missing = []
-    for shard in shards:
-        if is_made(shard, making):
-            yield shard
-        else:
-            missing.append(shard)
     if num_workers == 0:
-        for shard in missing:
+        for shard in shards:
             make_shard(shard, making)
             yield shard
         return
     context = _context()
+    missing = list(shards)
     while missing:
+        before = len(missing)
         try:
             yield from _make_in_pool(missing, making, num_workers, context)
             return
         except BrokenProcessPool:
-            before, missing = missing, [shard for shard in missing if not is_made(shard, making)]
+            missing = [shard for shard in missing if not is_made(shard, making)]
         begun = [shard for shard in missing if shard.position.is_file()]
-        if not begun and len(missing) == len(before):  # without this check it would try for ever
+        if not begun and len(missing) == before:  # without this check it would try for ever
             raise ChildProcessError(DIED)
         for shard in begun:  # one of them crashed its worker; the pool then ended the other workers
             _make_alone(shard, making, context)
@@ -251,18 +228,12 @@ def _context() -> Any:
 
 
 def _make_in_pool(shards: Sequence[Shard], making: Making, num_workers: int, context: Any) -> Iterator[Shard]:
-    waiting = iter(shards)
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as pool:
-        pending: dict[Future[None], Shard] = {}
         try:
-            while True:
-                for shard in islice(waiting, 2 * num_workers - len(pending)):
-                    pending[pool.submit(make_shard, shard, making)] = shard
-                if not pending:
-                    return
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    yield pending.pop(future)
+            shard_of = {pool.submit(make_shard, shard, making): shard for shard in shards}
+            for future in as_completed(shard_of):
+                future.result()
+                yield shard_of[future]
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -306,32 +277,23 @@ def write_in_order(
 ) -> Iterator[Shard]:
     """Do what `write_shards` does, for a collection that can only be read in order. Use this process alone.
 
-    Args:
-        shards: all shards of a cache.
-        records: in the order of the contents.
-        making: how to make the images.
-        contents: gives the content of every record from a given number on.
+    `contents` gives the content of every record from a given number on.
     """
-    shard_of: dict[str, Shard] = {}
-    for shard in shards:
-        if is_made(shard, making):
-            yield shard
-        else:
-            shard_of |= {record.name: shard for record in shard.records}
-    start = next((number for number, record in enumerate(records) if record.name in shard_of), None)
-    if start is None:
+    if not shards:
         return
+    shard_of = {record.name: shard for shard in shards for record in shard.records}
+    start = next(number for number, record in enumerate(records) if record.name in shard_of)
     writers: dict[Path, ShardWriter] = {}
-    left = {shard.path: len(shard.records) for shard in shard_of.values()}
-    make = partial(make_picture, size=making.size, fit=making.fit, mask_names=making.mask_names)
+    left = {shard.path: len(shard.records) for shard in shards}
     try:
         for record, content in zip(records[start:], contents(start), strict=True):
             if record.name not in shard_of:
                 continue
             shard = shard_of[record.name]
             if shard.path not in writers:
-                writers[shard.path] = ShardWriter(shard, making).open()
-            writers[shard.path].add(record, make(record, content=content))
+                writers[shard.path] = ShardWriter(shard, making)
+            picture = make_picture(record, making.size, making.fit, making.mask_names, content)
+            writers[shard.path].add(record, picture)
             left[shard.path] -= 1
             if not left[shard.path]:
                 writers.pop(shard.path).finish()

@@ -12,6 +12,8 @@ import numpy as np
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 
+from mlvicx_hf.common.text import markdown_table
+
 from ..images.pictures import contact_sheet
 from ..masks import foreground
 
@@ -35,11 +37,7 @@ def count_split(
 ) -> dict[str, Any]:
     """Count images, patients, views, sexes, labels and masks of a split.
 
-    Args:
-        part: data set.
-        masks: hash and values of the mask of each row; None if it is unknown.
-        label_names: names of the L labels.
-        mask_names: see `Listing`.
+    `masks` has hash and values of the mask of each row, or None if it is unknown.
     """
     labels = np.array(column(part, "labels"), dtype=float).reshape(len(part), len(label_names))
     counts = {
@@ -75,15 +73,7 @@ def original_sizes(parts: Mapping[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def write_pictures(folder: Path, parts: Mapping[str, Any]) -> list[str]:
-    """Write `contact_sheet.png` and, if matplotlib is installed, `histogram.png`.
-
-    Args:
-        folder: folder of the cache.
-        parts: split → data set.
-
-    Returns:
-        Notes for the user.
-    """
+    """Write `contact_sheet.png` and, if matplotlib is installed, `histogram.png`. Return notes for the user."""
     places = [(split, row) for split, part in parts.items() for row in range(len(part))]
     shown = _spread(places, SHEET[0] * SHEET[1])
     titles = [f"{split}\n{Path(parts[split][row]['source']).name[-TITLE:]}" for split, row in shown]
@@ -125,13 +115,7 @@ def _tile(row: Mapping[str, Any]) -> np.ndarray:
 
 
 def write_card(folder: Path, manifest: Mapping[str, Any], notes: Sequence[str]) -> None:
-    """Write the dataset card, `README.md`, which also tells the Hub where the splits are.
-
-    Args:
-        folder: folder of the cache.
-        manifest: content of `cache.json`.
-        notes: notes for the user.
-    """
+    """Write the dataset card, `README.md`, which also tells the Hub where the splits are."""
     tasks = ["image-classification"] if manifest["label_names"] else []
     tasks += ["image-segmentation"] if manifest.get("mask_names") else []
     data = DatasetCardData(
@@ -155,6 +139,10 @@ def _card_text(manifest: Mapping[str, Any], notes: Sequence[str]) -> str:
     total = sum(counts["images"] for counts in splits.values())
     kind = "Synthetic radiographs" if manifest["synthetic"] else "Chest radiographs"
     policy = "".join(f", {name}: {value}" for name, value in manifest["policy"].items())
+    sizes = (
+        f"{name} {found['min']} to {found['max']}, median {found['median']}"
+        for name, found in manifest["original_sizes"].items()
+    )
     lines = [
         f"# {manifest['collection']}, prepared for mlvicx_hf",
         "",
@@ -165,14 +153,9 @@ def _card_text(manifest: Mapping[str, Any], notes: Sequence[str]) -> str:
         "**Research use only. Not a medical device. The licence and terms of the original collection hold for these "
         "images as well: read them before you share this data set.**",
         "",
-        *_table(["", *splits], _rows(manifest)),
+        markdown_table(["", *splits], _rows(manifest)),
         "",
-        "Original sizes: "
-        + ", ".join(
-            f"{name} {found['min']} to {found['max']}, median {found['median']}"
-            for name, found in manifest["original_sizes"].items()
-        )
-        + " pixels.",
+        f"Original sizes: {', '.join(sizes)} pixels.",
         "Labels: 1 present, 0 absent, NaN unknown; names in `cache.json`. `sha256` is the original file's.",
         f"Split hash `{manifest['split_hash']}` (SHA-256 of `splits.csv`), data hash `{manifest['data_hash']}`.",
         f"Rejected: {manifest['rejected']} (`rejected.csv`). Missing: {manifest['missing']}. Copies: "
@@ -209,8 +192,3 @@ def _rows(manifest: Mapping[str, Any]) -> list[list[str]]:
     if all("boxes" in counts for counts in splits):
         rows.append(["boxes", *(f"{c['boxes']['boxes']} on {c['boxes']['known']} images" for c in splits)])
     return rows
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]

@@ -40,11 +40,7 @@ __all__ = ["KINDS", "Collection", "FolderCollection", "Listing", "NIH14Collectio
 
 
 def collection_class(name: str) -> type[Collection]:
-    """Import the class of a collection.
-
-    Args:
-        name: one of `KINDS`.
-    """
+    """Import the class of a collection, by one of the names in `KINDS`."""
     kind: type[Collection] = getattr(import_module(f".{name}", __name__), KINDS[name])
     return kind
 

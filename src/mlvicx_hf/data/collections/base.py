@@ -229,13 +229,8 @@ def _real(folder: str) -> str:
 def file_below(root: Path, name: str, where: str = "") -> Path:
     """Find the file `name` below `root`, without leaving `root` by `..`, an absolute path or a link.
 
-    Args:
-        root: folder.
-        name: relative path.
-        where: beginning of the error message.
-
     Raises:
-        UserError: the path leads out of `root`.
+        UserError: the path leads out of `root`. The message begins with `where`.
     """
     relative = PurePosixPath(name.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts or Path(name).is_absolute():

@@ -25,19 +25,10 @@ PIXELS = CellType(_pixels, f"pixels from 0 to {_SIDE}")
 def add_box(
     where: str, others: tuple[Box, ...], label: str, x: float, y: float, width: float, height: float
 ) -> tuple[Box, ...]:
-    """Add a box in `FRAME` to the other boxes of its image.
-
-    Args:
-        where: beginning of the error message.
-        others: boxes of the image so far.
-        label: the finding.
-        x: left edge in pixels.
-        y: upper edge in pixels.
-        width: in pixels.
-        height: in pixels.
+    """Add a box, in pixels of `FRAME`, to the other boxes of its image. `x` and `y` are the left and upper edge.
 
     Raises:
-        UserError: the box is empty, leaves the frame, or is one of the others.
+        UserError: the box is empty, leaves the frame, or is one of the others. The message begins with `where`.
     """
     if not (width and height) or x + width > _SIDE or y + height > _SIDE:
         raise UserError(

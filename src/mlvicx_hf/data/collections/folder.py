@@ -159,20 +159,9 @@ class FolderCollection(Collection):
 
 
 def _usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> tuple[Columns, list[str]]:
-    """Rename `Patient ID` to `patient_id`, `Split` to `split` and so on.
+    """Rename `Patient ID` to `patient_id` and so on: otherwise a patient could silently be in two splits.
 
-    Otherwise a patient could silently be in two splits.
-
-    Args:
-        table: the file, for error messages.
-        columns: columns of the table.
-        given: names that the user chose, which stay as they are.
-
-    Returns:
-        The columns, and notes of renamed ones.
-
-    Raises:
-        UserError: two columns would get the same name.
+    Names that the user gave stay as they are. Return the columns, and notes of renamed ones.
     """
     usual = {_plain(name): name for name in (*RESERVED_COLUMNS, MASK_COLUMN)}
     new = {name: name if name in given else usual.get(_plain(name), name) for name in columns}

@@ -22,7 +22,7 @@ from ..masks import decode_mask
 from .base import SPLIT_NAMES, Collection, Listing
 from .labels import NO_FINDING, RESERVED_COLUMNS, LabelTable, note_ignored, read_labels
 from .metadata import read_records
-from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, kind, open_dataset, read_cell
+from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, folder_of, kind, open_dataset, read_cell
 from .tables import Columns, as_text
 
 
@@ -200,11 +200,6 @@ class HFCollection(Collection):
         numbers = {name: [as_text(value) for value in columns[name]] for name in chosen}  # 0 and 1 instead of names
         return read_labels(Path(self.path), text | numbers, self.label_columns, skip, self.uncertain)
 
-    def _folder(self) -> str | None:
-        """Find the folder of files that rows name by their path."""
-        path = Path(self.path)
-        return str(path if path.is_dir() else path.parent) if path.exists() else None
-
     def _rows(self, opened: Opened, counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
         """Yield the Arrow file and the row in it of every record."""
         for split in counts:
@@ -212,12 +207,12 @@ class HFCollection(Collection):
                 yield from ((file, row) for row in range(len(datasets.Dataset.from_file(file))))
 
     def _loaders(self, opened: Opened, counts: Mapping[str, int], image: str) -> list[Any]:
-        folder = self._folder()
+        folder = folder_of(self.path)
         return [partial(load_row, file, image, row, folder) for file, row in self._rows(opened, counts)]
 
     def _masks(self, opened: Opened, counts: Mapping[str, int], column: str) -> list[Any]:
         """What reads each mask; None where there is none."""
-        folder, known = self._folder(), []
+        folder, known = folder_of(self.path), []
         for split in counts:
             cells = opened.splits[split].data.column(column)
             content, path = (pyarrow.compute.struct_field(cells, name) for name in ("bytes", "path"))
@@ -227,7 +222,7 @@ class HFCollection(Collection):
 
     def _contents(self, counts: Mapping[str, int], image: str, start: int) -> Iterator[bytes]:
         """Files of the rows from one on, in order. What comes before it in its split is read as well, and dropped."""
-        opened, folder = self.open(columns=[image]), self._folder()
+        opened, folder = self.open(columns=[image]), folder_of(self.path)
         for split, count in counts.items():
             if start < count:
                 for batch in _undecoded(opened.splits[split], image).skip(start).iter(batch_size=IMAGE_ROWS):

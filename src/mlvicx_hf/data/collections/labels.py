@@ -99,17 +99,7 @@ def _label_columns(columns: Columns, candidates: list[str]) -> tuple[list[str], 
 
 
 def binary_labels(table: Path, columns: Columns, names: Sequence[str], cell_type: CellType) -> list[tuple[float, ...]]:
-    """Read the labels of all rows, [N][L], from one column per label.
-
-    Args:
-        table: the file, for error messages.
-        columns: columns of the table.
-        names: names of the label columns.
-        cell_type: see `label_cells`.
-
-    Raises:
-        UserError: a cell is no label. The message names file, row, column and value.
-    """
+    """Read the labels of all rows, [N][L], from one column of `label_cells` per label."""
     if not names:
         return [()] * len(next(iter(columns.values())))
     return list(zip(*(read_cells(table, name, columns[name], cell_type) for name in names), strict=True))

@@ -81,6 +81,12 @@ def open_dataset(
         raise UserError(f"{path}: `datasets` cannot read it: {cause}") from error
 
 
+def folder_of(path: str | Path) -> str | None:
+    """Find the folder of files that the rows of a dataset name by their path. A dataset on the Hub has none."""
+    path = Path(path)
+    return str(path if path.is_dir() else path.parent) if path.exists() else None
+
+
 def as_stream(dataset: Any) -> Any:
     """Turn a dataset on the disk into a stream of pieces, which are always the same."""
     return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset)))
@@ -166,16 +172,12 @@ def _build(location: dict[str, Any], streaming: bool, columns: Sequence[str] | N
 def find_image_column(
     where: str | Path, features: Any, wanted: str | None = None, mask_column: str | None = None
 ) -> str:
-    """Find the column of the pixels.
+    """Find the column of the pixels: the wanted one, or else the only Image column, or a binary column named `image`.
 
-    Args:
-        where: beginning of the error message.
-        features: features of the dataset.
-        wanted: name of the column; by default the only Image column, or a binary column named `image`.
-        mask_column: Image column of masks, to leave out.
+    Images in `mask_column` do not count.
 
     Raises:
-        UserError: there is no such column, or there are several.
+        UserError: there is no such column, or there are several. The message begins with `where`.
     """
     if features is None:
         raise UserError(f"{where}: columns of unknown types found; expected a dataset that declares an Image column")
@@ -201,11 +203,7 @@ def kind(feature: Any) -> str:
 
 
 def read_cell(cell: Mapping[str, Any] | None, folder: str | None = None) -> bytes:
-    """Read the file of an undecoded Image cell.
-
-    Args:
-        cell: `bytes`, or `path` of a file of the dataset: on the Hub, in the caches, or in `folder`.
-        folder: folder of a local dataset.
+    """Read the file of an undecoded Image cell: its bytes, or a path on the Hub, in the caches, or in `folder`.
 
     Raises:
         UnreadableImageError: the cell is empty, or its path leads elsewhere.

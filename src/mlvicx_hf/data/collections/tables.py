@@ -35,11 +35,7 @@ class CellType(NamedTuple):
 
 
 def one_of(values: Mapping[str, Any] | Iterable[str]) -> CellType:
-    """Make the type of cells that hold one of a few texts.
-
-    Args:
-        values: text → value, or texts that stay as they are.
-    """
+    """Make the type of cells that hold one of a few texts. A mapping gives the value of each."""
     values = values if isinstance(values, Mapping) else {text: text for text in values}
     return CellType(values.__getitem__, f"one of {some(values, 99)}")
 
@@ -107,13 +103,7 @@ def read_cells(table: Path, column: str, cells: Iterable[str], cell_type: CellTy
 
 
 def find_table(root: Path, *names: str, expected: str, given: str | Path | None = None) -> Path:
-    """Find a table: the one that the user gave, from the working directory or else from the root, or the first of some.
-
-    Args:
-        root: folder of the collection.
-        names: names of the table in the root, the preferred one first.
-        expected: what the error message says was expected.
-        given: the user's choice, which replaces `names`.
+    """Find the table `given` by the user, from the working directory or else from the root, or the first of `names`.
 
     Raises:
         FileNotFoundError: there is none of them.

@@ -228,11 +228,6 @@ Copies = dict[tuple[int, int], list[tuple[int, int, int]]]  # by two numbers of 
 def copies_of_parts(parts: Sequence[Part], near: int = NEAR, progress: bool = False) -> Copies:
     """Find nearly identical images whose files differ, between every two splits and inside each.
 
-    Args:
-        parts: the splits.
-        near: compare the pixels of two images if at most so many bits of their hashes differ.
-        progress: show a bar on stderr if there are many images.
-
     Returns:
         (number of one split, number of the other), the smaller first → two rows and their distance.
     """

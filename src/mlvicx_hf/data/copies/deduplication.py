@@ -64,10 +64,6 @@ def find_duplicates(parts: Mapping[str, Any], *, progress: bool = False) -> list
 
     List each of several identical files with the first of them, and compare this one alone with other images.
 
-    Args:
-        parts: split → data set.
-        progress: show a bar on stderr if there are many images.
-
     Returns:
         Pairs, identical ones first. Each begins with the image that `choose_dropped` would keep.
     """
@@ -90,17 +86,10 @@ def find_duplicates(parts: Mapping[str, Any], *, progress: bool = False) -> list
 
 
 def choose_dropped(parts: Mapping[str, Any], duplicates: Sequence[Duplicate], drop: str) -> dict[tuple[str, int], str]:
-    """Choose which images to leave out so that one of each group of copies stays.
+    """Choose which images to leave out so that one of each group of copies stays. Return (split, row) → reason.
 
     Keep an image of the test split, or else one of validation, or else one of train; among these keep the first.
-
-    Args:
-        parts: split → data set.
-        duplicates: pairs of `find_duplicates`.
-        drop: "none", "identical" or "near" (which includes identical images).
-
-    Returns:
-        (split, row) → reason.
+    `drop` is "none", "identical" or "near" (which includes identical images).
     """
     kinds = {"none": (), "identical": ("identical",), "near": ("identical", "near")}[drop]
     places = _places(parts)

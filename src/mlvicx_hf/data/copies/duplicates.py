@@ -43,16 +43,10 @@ _COSINES = np.cos(np.pi / THUMBNAIL * np.outer(np.arange(HASH_SIDE), np.arange(T
 
 
 def perceptual_hash(gray: Image.Image) -> str:
-    """Compute which of the 256 lowest cosine coefficients of an image are above their median.
+    """Compute which of the 256 lowest cosine coefficients of a cached square are above their median.
 
     `imagehash.phash(gray, hash_size=16)` gives the same bits; computing 256 coefficients alone takes two thirds of its
-    time.
-
-    Args:
-        gray: the cached square, mode "L".
-
-    Returns:
-        64 hexadecimal characters, row by row.
+    time. Return 64 hexadecimal characters, row by row.
     """
     low = _COSINES @ _thumbnail(gray).astype(np.float64) @ _COSINES.T  # [16, 16]
     return np.packbits(low > np.median(low)).tobytes().hex()
@@ -115,13 +109,9 @@ def confirm(
     *,
     least: float = SAME,
 ) -> list[Pair]:
-    """Keep the pairs whose two images are copies.
+    """Keep the pairs whose details agree at least so much that they are copies.
 
-    Args:
-        pairs: pairs of `near_pairs`.
-        square: gives the image of an index in `hashes`.
-        other: gives the image of an index in `others`. Without it both indices are in `hashes`.
-        least: smallest agreement of copies.
+    `square` and `other` give the images of the first and the second index; without `other`, `square` gives both.
     """
     first = lru_cache(HELD)(lambda index: _detail(square(index)))
     second = lru_cache(HELD)(lambda index: _detail(other(index))) if other is not None else first
@@ -140,14 +130,7 @@ def find_copies(
 ) -> list[Pair]:
     """Search for pairs of images that are copies: `near_pairs` proposes them, `confirm` compares their pixels.
 
-    Args:
-        hashes: N results of `perceptual_hash`.
-        square: gives the image of an index in `hashes`.
-        others: M further hashes. If given, each pair takes one of each list.
-        other: gives the image of an index in `others`.
-        max_distance: compare pixels if at most so many bits differ.
-        skip: tells which pairs of indices to leave out.
-        progress: show a bar on stderr if there are many hashes.
+    `skip` tells which pairs of indices to leave out. For all else see `near_pairs` and `confirm`.
     """
     pairs = near_pairs(hashes, max_distance, others, progress=progress)
     return confirm([pair for pair in pairs if not skip(*pair[:2])], square, other)
@@ -165,8 +148,8 @@ def group_copies(
     Args:
         contents: hash of the file and perceptual hash of each of N images.
         square: gives the image of an index in `contents`.
-        max_distance: see `find_copies`.
-        progress: show a bar on stderr if there are many images.
+        max_distance: see `near_pairs`.
+        progress: see `near_pairs`.
 
     Returns:
         The indices of each group, and pairs of groups of other files: (number, number, distance).
@@ -186,17 +169,10 @@ def group_copies(
 
 
 def agreement(one: Image.Image, other: Image.Image) -> float:
-    """Correlate the fine detail of two images, at the displacement with the highest correlation.
+    """Correlate the fine detail of two squares, at the displacement with the highest correlation: from -1 to 1.
 
     The detail is what a blur removes, divided by its local deviation. Edges of ribs and vessels count. The bright heart
-    between dark lungs, which all chests share, does not, and neither does the exposure.
-
-    Args:
-        one: mode "L", square.
-        other: mode "L", square, perhaps of another size.
-
-    Returns:
-        From -1 to 1; 0 if one of the images is flat.
+    between dark lungs, which all chests share, does not, and neither does the exposure. A flat image gives 0.
     """
     return _agree(_detail(one), _detail(other))
 

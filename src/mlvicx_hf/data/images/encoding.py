@@ -49,14 +49,9 @@ class Picture:
 def make_picture(
     record: Record, size: int, fit: str, mask_names: Sequence[str] = (), content: bytes | None = None
 ) -> Picture:
-    """Read or draw one image and its mask, fit them to squares, and encode them.
+    """Read or draw one image and its mask, fit them to squares of `size` pixels, and encode them.
 
-    Args:
-        record: says where the pixels are.
-        size: side of the square in pixels.
-        fit: "pad", "squash" or "crop".
-        mask_names: see `Listing`. Without them no mask is read.
-        content: content of the image file, if it was read before.
+    Without `mask_names` no mask is read. `content` is that of the image file, if it was read before.
     """
     drawn = None
     try:
@@ -125,16 +120,9 @@ def _scaled(mask: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
 
 
 def fit_box(box: Box, frame: tuple[int, int], size: int, fit: str) -> Box | None:
-    """Move a box as `fit_square_gray` moves the image.
+    """Move a box as `fit_square_gray` moves the image, from pixels of its frame (width, height) to those of the square.
 
-    Args:
-        box: in pixels of the frame.
-        frame: width and height of the image, or numbers proportional to them.
-        size: side of the square in pixels.
-        fit: "pad", "squash" or "crop".
-
-    Returns:
-        The box in pixels of the square, cut at its edges, or None if nothing of it is left.
+    Cut it at the edges. Return None if nothing of it is left.
     """
     width, height = frame
     left = top = 0.0

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset, Sampler
 
 from mlvicx_hf.common.errors import UserError
 
+from ..collections.base import check_choice
+
 VIEW_CHOICES = ("frontal", "all")  # for pretraining; "frontal" leaves out images known to be lateral
 LATERAL = "LATERAL"
 
@@ -42,29 +44,13 @@ def choose_views(images: Any, views: str = "frontal") -> tuple[Any, int]:
     Raises:
         UserError: `views` has another value, or no image is left.
     """
-    check_views(views)
+    check_choice("views", views, VIEW_CHOICES)
     lateral = np.array(images["view"][:]) == LATERAL
     if views == "all" or not lateral.any():
         return images, 0
     if lateral.all():
         raise UserError(f"{len(images)} lateral images found and no other; expected frontal ones, or --views all")
     return images.select(np.flatnonzero(~lateral)), int(lateral.sum())
-
-
-def check_views(views: str) -> None:
-    """Refuse anything but "frontal" and "all"."""
-    if views not in VIEW_CHOICES:
-        raise UserError(f"views={views!r} found; expected one of {', '.join(VIEW_CHOICES)}")
-
-
-def check_batch(batch_size: int, num_images: int, num_processes: int = 1) -> None:
-    """Refuse a batch that is larger than the data, too small, or not divisible by the number of processes."""
-    if batch_size > num_images:
-        raise UserError(f"batch_size={batch_size} found; expected at most {num_images}, the images there are")
-    if batch_size % num_processes:
-        raise UserError(f"batch_size={batch_size} found; expected a multiple of the {num_processes} processes")
-    if batch_size < 2:
-        raise UserError(f"batch_size={batch_size} found; variance and covariance need at least 2")
 
 
 def order_generator(seed: int, epoch: int) -> np.random.Generator:
@@ -137,20 +123,44 @@ class PatientBalancedSampler(Sampler[int]):
         yield from patient_balanced_order(self.patients, order_generator(self.seed, self.epoch)).tolist()
 
 
-class EpochBatches(Sampler[list[int]]):
-    """Gives this process's share of every global batch of an epoch, in an order that (seed, epoch) determines.
+class GlobalBatches:
+    """This process's share of every global batch of an epoch.
 
     Args:
-        num_images: number of images in the data set. Those that do not fill the last batch are left out of the epoch;
-            in every epoch these are others.
+        num_images: number of images in an epoch. Those that do not fill the last batch are left out.
         batch_size: number of images in a global batch.
         seed: seed of the run.
         rank: number of this process.
         num_processes: number of processes that share a batch.
-        patients: patient of each image, to draw all patients equally often. None draws every image once.
 
     Raises:
         UserError: the batch is larger than the data, or the processes cannot share it evenly.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int, num_processes: int) -> None:
+        if batch_size > num_images:
+            raise UserError(f"batch_size={batch_size} found; expected at most {num_images}, the images there are")
+        if batch_size % num_processes:
+            raise UserError(f"batch_size={batch_size} found; expected a multiple of the {num_processes} processes")
+        if batch_size < 2:
+            raise UserError(f"batch_size={batch_size} found; variance and covariance need at least 2")
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.rank, self.num_processes, self.share = rank, num_processes, batch_size // num_processes
+        self.epoch = self.first_step = 0
+
+    def start_at(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch of the next iteration, and the step to begin with."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch_size
+
+
+class EpochBatches(GlobalBatches, Sampler[list[int]]):
+    """Gives the indices of every batch of an epoch, in an order that (seed, epoch) determines.
+
+    In every epoch other images are left out of the last batch. With `patients`, the patient of each image, draw all
+    patients equally often; without them draw every image once. For all else see `GlobalBatches`.
     """
 
     def __init__(
@@ -162,17 +172,8 @@ class EpochBatches(Sampler[list[int]]):
         num_processes: int = 1,
         patients: Sequence[str] | None = None,
     ) -> None:
-        check_batch(batch_size, num_images, num_processes)
-        self.num_images, self.batch_size, self.seed, self.patients = num_images, batch_size, seed, patients
-        self.rank, self.share = rank, batch_size // num_processes
-        self.epoch = self.first_step = 0
-
-    def start_at(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch of the next iteration, and the step to begin with."""
-        self.epoch, self.first_step = epoch, first_step
-
-    def __len__(self) -> int:
-        return self.num_images // self.batch_size
+        super().__init__(num_images, batch_size, seed, rank, num_processes)
+        self.patients = patients
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = order_generator(self.seed, self.epoch)

@@ -35,11 +35,19 @@ from mlvicx_hf.common.signals import leave_signals_to_the_main_process
 from mlvicx_hf.common.text import some
 
 from ..cache.cache import MANIFEST, load_cache
-from ..collections.base import normalize_view
-from ..collections.opening import IMAGE_ROWS, TABLE_ROWS, as_stream, find_image_column, open_dataset, read_cell
+from ..collections.base import check_choice, normalize_view
+from ..collections.opening import (
+    IMAGE_ROWS,
+    TABLE_ROWS,
+    as_stream,
+    find_image_column,
+    folder_of,
+    open_dataset,
+    read_cell,
+)
 from ..images.errors import UnreadableImageError
 from ..images.pixels import decode_gray, fit_square_gray
-from .sampling import LATERAL, check_batch, check_views, choose_views
+from .sampling import LATERAL, VIEW_CHOICES, GlobalBatches, choose_views
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +126,7 @@ def open_stream(
         OSError: there is no such data.
         UserError: an option does not fit the data, or the number of images is not known.
     """
-    check_views(views)
+    check_choice("views", views, VIEW_CHOICES)
     for name, value in (("num_images", num_images), ("cache_size", size)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value} found; expected 1 or more")
@@ -152,8 +160,7 @@ def open_stream(
         "data_hash": _identity(opened.files[split]),
     }
     rows = number_rows(stream, image, view, _class_names(features, view))
-    folder = str(Path(path) if Path(path).is_dir() else Path(path).parent) if Path(path).exists() else None
-    return Stream(rows, num_images or counted or 0, left_out, size, manifest["fit"], manifest, folder)
+    return Stream(rows, num_images or counted or 0, left_out, size, manifest["fit"], manifest, folder_of(path))
 
 
 def _open_cache(path: str, split: str, views: str, num_images: int | None) -> Stream:
@@ -223,16 +230,10 @@ def _numbered(shards: list[int], stream: Any, columns: dict[str, Any]) -> Iterat
 
 
 def decode_chunk(rows: list[StreamRow], size: int, fit: str, folder: str | None = None) -> Chunk:
-    """Decode some rows to squares.
+    """Decode N rows to squares of `size` pixels.
 
     Replace an unreadable image by the next readable one, under the number of the unreadable one and so in other views.
     Thus the number of samples, on which the place to resume depends, is known without decoding.
-
-    Args:
-        rows: N rows.
-        size: side of the squares in pixels.
-        fit: "pad", "squash" or "crop".
-        folder: see `read_cell`.
     """
     squares: list[Tensor | None] = []
     unreadable = []
@@ -282,8 +283,8 @@ def _pieces(rows: Iterable[StreamRow]) -> Iterator[list[StreamRow]]:
         yield piece
 
 
-class StreamBatches:
-    """Gives this process's share of every global batch of an epoch of a stream.
+class StreamBatches(GlobalBatches):
+    """Gives images and numbers of every batch of an epoch of a stream.
 
     Shuffle the shards by (seed, epoch), divide them among processes and workers, and read ten at a time into a buffer
     from which rows are drawn. If the shards cannot be divided evenly, each process reads all and takes every n-th row.
@@ -292,10 +293,7 @@ class StreamBatches:
 
     Args:
         stream: the data.
-        batch_size: number of images in a global batch.
-        seed: seed of the run.
-        rank: number of this process.
-        num_processes: number of processes that share a batch.
+        batch_size, seed, rank, num_processes: see `GlobalBatches`.
         num_workers: number of processes that read and decode. The order depends on it.
         shuffle_buffer: number of undecoded rows from which the next is drawn; the workers of a process share it.
 
@@ -314,23 +312,14 @@ class StreamBatches:
         num_workers: int = 0,
         shuffle_buffer: int = 4096,
     ) -> None:
-        check_batch(batch_size, stream.num_images, num_processes)
+        super().__init__(stream.num_images, batch_size, seed, rank, num_processes)
         if shuffle_buffer < 1:
             raise UserError(f"shuffle_buffer={shuffle_buffer} found; expected 1 or more")
-        self.stream, self.num_images, self.batch_size, self.seed = stream, stream.num_images, batch_size, seed
-        self.rank, self.num_processes, self.share = rank, num_processes, batch_size // num_processes
+        self.stream = stream
         shards = split_dataset_by_node(stream.rows, rank, num_processes).num_shards
         self.num_workers = min(num_workers, shards)
         self.shuffle_buffer = max(1, shuffle_buffer // max(1, self.num_workers))
         self.unreadable: set[int] = set()  # numbers of samples
-        self.epoch = self.first_step = 0
-
-    def start_at(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch of the next iteration, and the step to begin with."""
-        self.epoch, self.first_step = epoch, first_step
-
-    def __len__(self) -> int:
-        return self.num_images // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images, uint8 [B, 1, S, S], and the numbers of the samples, int64 [B]."""
@@ -363,11 +352,9 @@ class StreamBatches:
         raise UserError(f"num_images={self.num_images} found; process {self.rank} reads far fewer, or none")
 
     def _read(self, turn: int, seen: int) -> Iterable[Chunk]:
-        """Read the rows of this process once, in an order that depends on `turn`.
+        """Read the rows of this process once, in an order that depends on how often it read them before (`turn`).
 
-        Args:
-            turn: how often the rows have been read in this epoch.
-            seen: number of samples at the beginning that are not needed.
+        The first `seen` samples are not needed.
         """
         words = np.random.SeedSequence([self.seed, self.epoch, turn]).generate_state(2, np.uint32)
         rows = self.stream.rows.shuffle(seed=int(words[0]) << 32 | int(words[1]), buffer_size=self.shuffle_buffer)
