@@ -471,7 +471,7 @@ def test_collections_without_a_mask_column_have_no_masks(root: Path):
 def test_missing_masks_count_like_missing_images(root: Path):
     (root / "b.png").unlink()
     listing = read_table(root, table("patient_id,mask_file_name", "1,m.png", "2,m.png", "3,", "4,a.png"))
-    assert listing.missing == ("m.png (mask of a.png)", "b.png")
+    assert listing.missing == (f"{root / 'm.png'} (mask of a.png)", "b.png")
     assert [record.name for record in listing.records] == ["sub/c.png", "sub/d.png"]
 
 

@@ -77,24 +77,24 @@ _OTHER_KINDS = NoCommonName("whatever else the readers found, of any kind")
 _Table = dict[str, Finding | NoCommonName]  # label → meaning, in the order of the release
 
 
-def _same(*labels: str) -> _Table:
+def _named(*labels: str) -> _Table:
     """Labels whose common name is the label itself, with one capital letter."""
     return {label: Finding(label.capitalize()) for label in labels}
 
 
 _NIH14 = {
-    **_same("Atelectasis", "Cardiomegaly"),
+    **_named("Atelectasis", "Cardiomegaly"),
     "Effusion": Finding("Pleural effusion"),
     "Infiltration": Finding(
         "Infiltration", "the report's word for any infiltrate, much of it what others call consolidation or opacity"
     ),
-    **_same("Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis"),
+    **_named("Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis"),
     "Pleural_Thickening": Finding("Pleural thickening"),
-    **_same("Hernia"),
+    **_named("Hernia"),
 }
 
 _VINBIGDATA = {
-    **_same("Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Consolidation"),
+    **_named("Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Consolidation"),
     "ILD": Finding("Interstitial lung disease"),
     "Infiltration": Finding("Infiltration", "a reader's box, apart from consolidation and opacity"),
     "Lung Opacity": Finding(  # drawn on 297 of 353 images with consolidation, but 128 of 386 with ILD
@@ -102,14 +102,16 @@ _VINBIGDATA = {
     ),
     "Nodule/Mass": Finding("Nodule or mass"),
     "Other lesion": _OTHER_KINDS,
-    **_same("Pleural effusion", "Pleural thickening", "Pneumothorax"),
+    **_named("Pleural effusion", "Pleural thickening", "Pneumothorax"),
     "Pulmonary fibrosis": Finding("Fibrosis"),
     "No finding": Finding("No finding", "none of its findings, lesions of other kinds among them"),
 }
 
 _VINDR = {
     **_VINBIGDATA,
-    **_same("Clavicle fracture", "Edema", "Emphysema", "Lung cavity", "Lung cyst", "Mediastinal shift", "Rib fracture"),
+    **_named(
+        "Clavicle fracture", "Edema", "Emphysema", "Lung cavity", "Lung cyst", "Mediastinal shift", "Rib fracture"
+    ),
     "Enlarged PA": Finding("Enlarged pulmonary artery"),
     **{name: Finding(name, _FROM_IMAGE) for name in ("COPD", "Lung tumor", "Pneumonia", "Tuberculosis")},
     "Other diseases": _OTHER_KINDS,
@@ -128,14 +130,14 @@ _CHEXPERT = {
     "No Finding": Finding(  # 8,808 of 22,381 with support devices
         "No finding", "none of the labeller's 12 findings, but perhaps support devices"
     ),
-    **_same("Enlarged Cardiomediastinum", "Cardiomegaly"),
+    **_named("Enlarged Cardiomediastinum", "Cardiomegaly"),
     "Lung Opacity": Finding(  # blank for 23,439 of 52,246 images with edema
         "Lung opacity", "any opacity, but often unknown where the report names the opacity's kind alone"
     ),
     "Lung Lesion": Finding("Nodule or mass", "other focal lesions of the lung, such as cavities"),
-    **_same("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion"),
+    **_named("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion"),
     "Pleural Other": NoCommonName("pleural thickening together with plaques, scars and fibrothorax"),
-    **_same("Fracture", "Support Devices"),
+    **_named("Fracture", "Support Devices"),
 }
 
 COLLECTIONS: Mapping[str, Mapping[str, Finding | NoCommonName]] = MappingProxyType(
@@ -144,7 +146,7 @@ COLLECTIONS: Mapping[str, Mapping[str, Finding | NoCommonName]] = MappingProxyTy
         "vinbigdata": _VINBIGDATA,
         "vindr": _VINDR,
         "rsna": _RSNA,
-        "siim": _same("Pneumothorax"),
+        "siim": _named("Pneumothorax"),
         "chexpert": _CHEXPERT,
         "mimic_cxr_jpg": _CHEXPERT,  # the same labeller on other reports
     }

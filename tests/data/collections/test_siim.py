@@ -177,7 +177,7 @@ def test_mask_files_may_lack_only_where_the_table_says_empty(root: Path):
     for number in (0, 1):
         (root / "masks" / f"{siim_id(number)}.png").unlink()
     listing = SIIMCollection(root, masks="files").read()
-    assert listing.missing == (f"{siim_id(0)}.png (mask of {siim_id(0)})",)
+    assert listing.missing == (f"{root / 'masks' / siim_id(0)}.png (mask of {siim_id(0)})",)
     assert listing.records[0].name == siim_id(1)
     assert not listing.records[0].draw_mask().any()
 

@@ -207,7 +207,7 @@ def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ..
         if not (there(record.path) if record.path is not None else record.draw or record.load):
             missing.append(record.name)
         elif record.mask_path is not None and not there(record.mask_path):
-            missing.append(f"{record.mask_path.name} (mask of {record.name})")
+            missing.append(f"{record.mask_path} (mask of {record.name})")
         else:
             present.append(record)
     return present, tuple(missing)

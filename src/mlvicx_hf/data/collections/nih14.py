@@ -81,9 +81,10 @@ class NIH14Collection(ReleasedCollection):
         folders = [self.folder / "images", *(folder / "images" for folder in sorted(self.folder.glob("images_*")))]
         files = {file.name: file for folder in folders for file in image_files(folder)}
         boxes = self._read_boxes()
+        columns = zip(names, patients, views, labels, splits, map(files.get, names), strict=True)
         records = [
-            Record(*row, files.get(row[0]), boxes=boxes.get(row[0]), frame=FRAME, sex=sex, age=age)
-            for *row, sex, age in zip(names, patients, views, labels, splits, sexes, ages, strict=True)
+            Record(*row, boxes=boxes.get(row[0]), frame=FRAME, sex=sex, age=age)
+            for row, sex, age in zip(columns, sexes, ages, strict=True)
         ]
         strays = len(boxes.keys() - set(names))
         if strays:

@@ -70,12 +70,12 @@ class RSNACollection(ReleasedCollection):
     def list_all(self) -> Listing:
         """List the images of the table."""
         boxes = _read_boxes(find_table(self.folder, LABELS, expected="RSNA's table"))
+        names: tuple[str, ...] = (_FINDING,)
+        labels: dict[str, tuple[float, ...]] = {image: (float(bool(drawn)),) for image, drawn in boxes.items()}
         if self.classes == "detailed":
             classes = _read_classes(find_table(self.folder, _CLASSES, expected="RSNA's table"), boxes)
             names = CLASS_NAMES
             labels = {image: tuple(float(name == found) for name in names) for image, found in classes.items()}
-        else:
-            names, labels = (_FINDING,), {image: (float(bool(drawn)),) for image, drawn in boxes.items()}
         notes = ["RSNA's images are a subset of NIH ChestX-ray14: an encoder pretrained on NIH may have seen them"]
         patients = self._read_patients(boxes, notes)
         details = self._read_headers(boxes, notes)

@@ -80,9 +80,11 @@ def find_duplicates(parts: Mapping[str, Any], *, progress: bool = False) -> list
 
     members, pairs = group_copies(contents, square, progress=progress)
     same = [sorted(places[index] for index in group) for group in members]
-    found = [("identical", first, other, 0) for first, *others in same for other in others]
-    found += [("near", *sorted((same[one][0], same[other][0])), distance) for one, other, distance in pairs]
-    return [Duplicate(kind, *one[2:], *other[2:], distance) for kind, one, other, distance in found]
+    found = [Duplicate("identical", *first[2:], *other[2:], 0) for first, *others in same for other in others]
+    for one, other, distance in pairs:
+        kept, twin = sorted((same[one][0], same[other][0]))
+        found.append(Duplicate("near", *kept[2:], *twin[2:], distance))
+    return found
 
 
 def choose_dropped(parts: Mapping[str, Any], duplicates: Sequence[Duplicate], drop: str) -> dict[tuple[str, int], str]:
