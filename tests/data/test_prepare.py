@@ -381,7 +381,7 @@ def test_missing_masks_stop_unless_allowed(root: Path, tmp_path: Path):
     (root / "6_0.png").unlink()
     with pytest.raises(
         FileNotFoundError,
-        match=r"2 of 40 listed images are missing or lack their mask: .*masks/5_0\.png \(mask of 5_0\.png\), 6_0\.png; ",
+        match=r"2 of 40 listed images are missing or lack their mask: .*5_0\.png \(mask of 5_0\.png\), 6_0\.png; ",
     ):
         make(root, tmp_path / "cache")
     summary = make(root, tmp_path / "cache", allow_missing=True)

@@ -29,11 +29,11 @@ def test_a_table_of_files_is_a_split_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,split\na,train\n", r"columns name, split found; expected source \(or file_name\) and split"),
+        ("name,split\na,train\n", r"columns name, split found; expected source \(or file_name\) as well"),
         ("file_name,part\na,train\n", "columns file_name, part found"),
-        ("file_name,split\na,train\nb,holdout\n", "row 2: file_name 'b', split 'holdout' found; expected an image"),
-        ("file_name,split\n,train\n", "row 1: file_name '', split 'train' found"),
-        ("file_name,split\na,train\na,test\n", "row 2: a found for the second time; expected each image once"),
+        ("file_name,split\na,train\nb,holdout\n", "row 2, column split: 'holdout' found; expected train, validation"),
+        ("file_name,split\n,train\n", "row 1, column file_name: '' found"),
+        ("file_name,split\na,train\na,test\n", "1 found in more than one row: a; expected one row each"),
     ],
 )
 def test_split_files_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str):

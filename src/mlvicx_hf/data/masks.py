@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
 
 from .images.errors import UnreadableImageError
 from .images.pixels import decode, fit_square_gray
@@ -105,8 +106,7 @@ def class_indices(pixels: np.ndarray, names: Sequence[str], size: tuple[int, int
         fits = set(found) <= allowed
     if not fits:
         strange = [value for value in found if value not in allowed] or found
-        listed = ", ".join(map(str, strange[:5])) + (", …" if len(strange) > 5 else "")
-        raise UnreadableImageError(file, f"value(s) {listed} found; expected {expected}")
+        raise UnreadableImageError(file, f"value(s) {some(map(str, strange))} found; expected {expected}")
     return (pixels > 0 if len(names) == 1 else pixels).astype(np.uint8)
 
 

@@ -8,10 +8,7 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from mlvicx_hf.common.errors import UserError
-
-from .collections.base import SPLIT_NAMES
-from .collections.tables import read_columns
+from .collections.tables import FILLED, SPLIT, check_unique, read_cells, read_columns, require_columns
 
 SPLIT_FILE = "splits.csv"
 
@@ -41,18 +38,10 @@ def read_split_file(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected --splits to be auto, none or a CSV file")
     columns = read_columns(path)
-    name = "source" if "source" in columns else "file_name"
-    if name not in columns or "split" not in columns:
-        raise UserError(f"{path}: columns {', '.join(columns)} found; expected source (or file_name) and split")
-    listed: dict[str, str] = {}
-    for number, (image, split) in enumerate(zip(columns[name], columns["split"], strict=True), start=1):
-        if split.lower() not in SPLIT_NAMES or not image:
-            raise UserError(
-                f"{path}: row {number}: {name} {image!r}, split {split!r} found; expected an image, and train, "
-                "validation or test"
-            )
-        image = image.partition(":")[2] if name == "source" else image
-        if image in listed:
-            raise UserError(f"{path}: row {number}: {image} found for the second time; expected each image once")
-        listed[image] = SPLIT_NAMES[split.lower()]
-    return listed
+    name = next((name for name in ("source", "file_name") if name in columns), "source (or file_name)")
+    require_columns(path, columns, (name, "split"))
+    images = read_cells(path, name, columns[name], FILLED)
+    if name == "source":
+        images = [image.partition(":")[2] for image in images]
+    check_unique(path, images)
+    return dict(zip(images, read_cells(path, "split", columns["split"], SPLIT), strict=True))

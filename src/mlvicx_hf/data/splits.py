@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
 
 _NO_FINDING = -1  # stratum of patients without a positive label
 
@@ -126,8 +127,7 @@ def check_no_patient_overlap(splits: Mapping[str, Sequence[str]]) -> None:
     for one, other in combinations(patients, 2):
         shared = sorted(patients[one] & patients[other])
         if shared:
-            more = ", …" if len(shared) > 5 else ""
             raise UserError(
-                f"{len(shared)} patient(s) in both {one} and {other}: {', '.join(shared[:5])}{more}; "
-                "expected each patient in one split"
+                f"{len(shared)} patient(s) in both {one} and {other}: {some(shared)}; expected each patient in one "
+                "split"
             )

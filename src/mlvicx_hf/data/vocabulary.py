@@ -109,9 +109,8 @@ _VINBIGDATA = {
 
 _VINDR = {
     **_VINBIGDATA,
-    **_named(
-        "Clavicle fracture", "Edema", "Emphysema", "Lung cavity", "Lung cyst", "Mediastinal shift", "Rib fracture"
-    ),
+    **_named("Clavicle fracture", "Rib fracture", "Mediastinal shift"),
+    **_named("Edema", "Emphysema", "Lung cavity", "Lung cyst"),
     "Enlarged PA": Finding("Enlarged pulmonary artery"),
     **{name: Finding(name, _FROM_IMAGE) for name in ("COPD", "Lung tumor", "Pneumonia", "Tuberculosis")},
     "Other diseases": _OTHER_KINDS,

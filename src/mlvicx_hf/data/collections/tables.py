@@ -54,6 +54,7 @@ FILLED = CellType(_check(bool), "a text that is not empty")
 PLAIN_NAME = CellType(_check(lambda text: text and not {"/", "\\"} & set(text) and text != ".."), "a file's name")
 DIGITS = CellType(_check(str.isdecimal), "a whole number")
 ZERO_OR_ONE = CellType({"0": False, "0.0": False, "1": True, "1.0": True}.__getitem__, "0 or 1")
+SPLIT = CellType(lambda text: SPLIT_NAMES[text.lower()], "train, validation (or val, valid, dev) or test in every row")
 VIEW = CellType(lambda text: normalize_view(text) or "UNKNOWN", "a view")
 
 
@@ -241,10 +242,7 @@ def read_splits(table: Path, values: list[str]) -> list[str | None]:
     Raises:
         UserError: a row has no split, or another word.
     """
-    if not any(values):
-        return [None] * len(values)
-    expected = "train, validation (or val, valid, dev) or test in every row"
-    return read_cells(table, "split", values, CellType(lambda text: SPLIT_NAMES[text.lower()], expected))
+    return read_cells(table, "split", values, SPLIT) if any(values) else [None] * len(values)
 
 
 def check_unique(table: Path, names: list[str]) -> None:
