@@ -107,7 +107,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         The temporary folder beside `path`. An exception removes it and leaves `path` as it was. A temporary folder
         that an earlier kill left is removed first.
     """
-    temporary, old = (path.with_name(f".{path.name}.{ending}") for ending in ("tmp", "old"))
+    temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -116,17 +116,34 @@ def new_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 sync(file)
         sync(temporary)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # only now: without `path` it is all there is
-            os.replace(path, old)
-        os.replace(temporary, path)
-        sync(path.parent)
+        replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            os.replace(old, path)
+        restore_folder(path)
         raise
+
+
+def old_folder(path: Path) -> Path:
+    """Name the folder that holds what was at `path` while something new takes its place."""
+    return path.with_name(f".{path.name}.old")
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename a complete folder to `path`, in the place of what is there. After a kill call `restore_folder`."""
+    old = old_folder(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)  # only now: without `path` it is all there is
+        os.replace(path, old)
+    os.replace(new, path)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(path: Path) -> None:
+    """Bring the old folder back if nothing new, or an empty folder, is in its place."""
+    old = old_folder(path)
+    if old.exists() and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
+        os.replace(old, path)
 
 
 def sync(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import old_folder, replace_folder, restore_folder
 from mlvicx_hf.common.machine import available_cores
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.text import some
@@ -137,11 +138,6 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
-def _old_folder(output: Path) -> Path:
-    """Name the folder that holds the old cache while the new one takes its place."""
-    return output.with_name(f".{output.name}.old")
-
-
 @contextmanager
 def _locked(output: Path) -> Iterator[Path]:
     """Lock the folder in which a cache is made, so that one run at a time uses it."""
@@ -167,35 +163,21 @@ def _replacing(output: Path) -> Iterator[Path]:
         except ValueError:
             shutil.rmtree(folder)
             raise
-        _swap(folder, output)
-
-
-def _swap(folder: Path, output: Path) -> None:
-    """Put the new cache in the place of the old one. After a kill `_put_right` finds out how far this came."""
-    old = _old_folder(output)
-    shutil.rmtree(old, ignore_errors=True)
-    (folder / "shards").rename(folder / USED)
-    if (output / MANIFEST).is_file():
-        output.rename(old)
-    (folder / "cache").rename(output)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(folder)
+        (folder / "shards").rename(folder / USED)
+        replace_folder(folder / "cache", output)
+        shutil.rmtree(folder)
 
 
 def _put_right(output: Path) -> None:
-    """Repair what a kill inside `_swap` left: bring the old cache back, or finish the tidying for the new one."""
-    old = _old_folder(output)
-    if not (partial_folder(output).is_dir() or old.is_dir()):
+    """Repair what a kill at the end of `_replacing` left: bring the old cache back, or tidy up for the new one."""
+    if not (partial_folder(output).is_dir() or old_folder(output).is_dir()):
         return
     with _locked(output) as folder:
-        if (old / MANIFEST).is_file() and _is_free(output):
-            old.rename(output)
-        if (folder / USED).is_dir():
-            if (folder / "cache").is_dir():
-                (folder / USED).rename(folder / "shards")
-            else:  # the new cache is in its place
-                shutil.rmtree(old, ignore_errors=True)
-        if not (folder / "shards").is_dir():  # nothing to resume
+        restore_folder(output)
+        if (folder / "cache").is_dir() and (folder / USED).is_dir():
+            (folder / USED).rename(folder / "shards")
+        if not (folder / "shards").is_dir():  # nothing to resume, or the new cache is in its place
+            shutil.rmtree(old_folder(output), ignore_errors=True)
             shutil.rmtree(folder)
 
 
