@@ -24,17 +24,11 @@ MAX_CLASSES = 256  # of an 8-bit mask
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask in a cache.
+    """A mask in a cache."""
 
-    Attributes:
-        png: 8-bit PNG of class indices.
-        sha256: hash of the original file, or of the drawn pixels.
-        values: class indices that occur in `png`, ascending.
-    """
-
-    png: bytes
-    sha256: str
-    values: tuple[int, ...]
+    png: bytes  # 8-bit PNG of class indices
+    sha256: str  # hash of the original file, or of the drawn pixels
+    values: tuple[int, ...]  # class indices that occur in `png`, ascending
 
 
 def check_mask_names(names: Sequence[str]) -> None:

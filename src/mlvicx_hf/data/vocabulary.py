@@ -33,33 +33,22 @@ class NoCommonName:
 
 @dataclass(frozen=True)
 class Match:
-    """A finding that a model and a collection have in common.
+    """A finding that a model and a collection have in common."""
 
-    Attributes:
-        name: the common name, or the label itself if it has none.
-        model_columns: outputs of the model. If there are several, the finding is their union.
-        data_columns: labels of the collection. If there are several, the finding is their union.
-        lost: how the two sides differ, one line for each difference.
-    """
-
-    name: str
-    model_columns: tuple[int, ...]
-    data_columns: tuple[int, ...]
-    lost: tuple[str, ...] = ()
+    name: str  # the common name, or the label itself if it has none
+    model_columns: tuple[int, ...]  # outputs of the model. If there are several, the finding is their union
+    data_columns: tuple[int, ...]  # labels of the collection. If there are several, the finding is their union
+    lost: tuple[str, ...] = ()  # how the two sides differ, one line for each difference
 
 
 @dataclass(frozen=True)
 class Matching:
-    """The labels that a model and a collection share, and those that only one of them has.
+    """The labels that a model and a collection share, and those that only one of them has."""
 
-    Attributes:
-        matches: the common findings, in the order of the collection's labels.
-        model_only: the model's labels without a counterpart → the reason (empty: the collection lacks them).
-        data_only: the collection's labels without a counterpart → the reason (empty: the model lacks them).
-    """
-
-    matches: tuple[Match, ...]
+    matches: tuple[Match, ...]  # the common findings, in the order of the collection's labels
+    # The model's labels without a counterpart → the reason (empty: the collection lacks them)
     model_only: Mapping[str, str] = field(default_factory=dict)
+    # The collection's labels without a counterpart → the reason (empty: the model lacks them)
     data_only: Mapping[str, str] = field(default_factory=dict)
 
 

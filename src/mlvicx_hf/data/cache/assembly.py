@@ -32,19 +32,13 @@ REJECTED = "rejected.csv"
 
 @dataclass(frozen=True)
 class PreparedParts:
-    """The prepared images of all splits.
+    """The prepared images of all splits."""
 
-    Attributes:
-        parts: split → data set.
-        masks: split → hash and values of the mask of each row; None if it is unknown.
-        rejected: file and reason of each rejected image.
-        thinned: whether rows of the shards were left out.
-    """
-
-    parts: dict[str, datasets.Dataset]
+    parts: dict[str, datasets.Dataset]  # split → data set
+    # Split → hash and values of the mask of each row; None if it is unknown
     masks: dict[str, list[dict[str, Any] | None]]
-    rejected: list[tuple[str, str]]
-    thinned: bool = False
+    rejected: list[tuple[str, str]]  # file and reason of each rejected image
+    thinned: bool = False  # whether rows of the shards were left out
 
     def without(self, dropped: Mapping[tuple[str, int], str]) -> PreparedParts:
         """Leave out rows, given as (split, row) → reason, and list them as rejected."""

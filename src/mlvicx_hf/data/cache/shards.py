@@ -39,21 +39,13 @@ CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.
 
 @dataclass(frozen=True)
 class Making:
-    """How the images of a cache are made.
+    """How the images of a cache are made."""
 
-    Attributes:
-        schema: columns of the Arrow files, with or without `mask` and `boxes`.
-        source: prefix of the column `source`.
-        size: side of the squares in pixels.
-        fit: "pad", "squash" or "crop".
-        mask_names: see `Listing`.
-    """
-
-    schema: pa.Schema
-    source: str
-    size: int
-    fit: str
-    mask_names: tuple[str, ...] = ()
+    schema: pa.Schema  # columns of the Arrow files, with or without `mask` and `boxes`
+    source: str  # prefix of the column `source`
+    size: int  # side of the squares in pixels
+    fit: str  # "pad", "squash" or "crop"
+    mask_names: tuple[str, ...] = ()  # see `Listing`
 
 
 @dataclass(frozen=True)

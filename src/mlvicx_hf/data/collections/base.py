@@ -25,33 +25,20 @@ UNKNOWN_VIEWS = ("", "UNKNOWN")
 
 
 class Box(NamedTuple):
-    """The place of a finding, in pixels of the record's `frame`. The lower right corner is exclusive.
+    """The place of a finding, in pixels of the record's `frame`. The lower right corner is exclusive."""
 
-    Attributes:
-        label: name of the finding, as the collection spells its labels.
-        x_min: left edge.
-        y_min: upper edge.
-        x_max: right edge.
-        y_max: lower edge.
-    """
-
-    label: str
-    x_min: float
-    y_min: float
-    x_max: float
-    y_max: float
+    label: str  # name of the finding, as the collection spells its labels
+    x_min: float  # left edge
+    y_min: float  # upper edge
+    x_max: float  # right edge
+    y_max: float  # lower edge
 
 
 class Drawing(NamedTuple):
-    """A drawn radiograph.
+    """A drawn radiograph."""
 
-    Attributes:
-        pixels: uint8 [H, W].
-        mask: values [H, W] as in a mask file; None if it is unknown.
-    """
-
-    pixels: np.ndarray
-    mask: np.ndarray | None = None
+    pixels: np.ndarray  # uint8 [H, W]
+    mask: np.ndarray | None = None  # values [H, W] as in a mask file; None if it is unknown
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,19 +32,13 @@ SHARDS = 240  # pieces of a dataset on the disk, a number that many numbers of p
 
 @dataclass(frozen=True)
 class Opened:
-    """A dataset whose pixels are not read yet.
+    """A dataset whose pixels are not read yet."""
 
-    Attributes:
-        splits: split → `datasets.Dataset`, or `IterableDataset` of a stream.
-        files: split → paths, or addresses with the commit.
-        counts: split → number of rows; None if only reading everything would tell.
-        local: whether all files are on this machine.
-    """
-
-    splits: dict[str, Any]
-    files: dict[str, list[str]]
+    splits: dict[str, Any]  # split → `datasets.Dataset`, or `IterableDataset` of a stream
+    files: dict[str, list[str]]  # split → paths, or addresses with the commit
+    # Split → number of rows; None if only reading everything would tell
     counts: dict[str, int | None] = field(default_factory=dict)
-    local: bool = True
+    local: bool = True  # whether all files are on this machine
 
 
 def open_dataset(

@@ -23,15 +23,10 @@ Value = TypeVar("Value")
 
 
 class CellType(NamedTuple):
-    """What the cells of a column hold.
+    """What the cells of a column hold."""
 
-    Attributes:
-        read: gives the value of a cell. Raises ValueError or KeyError for a text that does not fit.
-        expected: what the error message says was expected.
-    """
-
-    read: Callable[[str], Any]
-    expected: str
+    read: Callable[[str], Any]  # gives the value of a cell. Raises ValueError or KeyError for a text that does not fit
+    expected: str  # what the error message says was expected
 
 
 def one_of(values: Mapping[str, Any] | Iterable[str]) -> CellType:

@@ -35,33 +35,19 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Part:
-    """What an audit reads of one split with N images.
+    """What an audit reads of one split with N images."""
 
-    Attributes:
-        cache: path of the cache.
-        split: name of the split.
-        patients: patient of each image.
-        sources: source of each image.
-        sha256: hash of each file.
-        phash: perceptual hash of each square.
-        square: gives the image of a row.
-        numbered_by: the collection that numbers the patients; None if patients are not known.
-        labels: 1, 0 or NaN, [N, L].
-        label_names: names of the L labels.
-        views: view of each image.
-    """
-
-    cache: str
-    split: str
-    patients: Sequence[str]
-    sources: Sequence[str]
-    sha256: Sequence[str]
-    phash: Sequence[str]
-    square: Callable[[int], Image.Image]
-    numbered_by: str | None
-    labels: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
-    label_names: Sequence[str] = ()
-    views: Sequence[str] = ()
+    cache: str  # path of the cache
+    split: str  # name of the split
+    patients: Sequence[str]  # patient of each image
+    sources: Sequence[str]  # source of each image
+    sha256: Sequence[str]  # hash of each file
+    phash: Sequence[str]  # perceptual hash of each square
+    square: Callable[[int], Image.Image]  # gives the image of a row
+    numbered_by: str | None  # the collection that numbers the patients; None if patients are not known
+    labels: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))  # 1, 0 or NaN, [N, L]
+    label_names: Sequence[str] = ()  # names of the L labels
+    views: Sequence[str] = ()  # view of each image
 
 
 def audit_caches(

@@ -17,27 +17,16 @@ _WORDS = {"identical": "identical to", "near": "nearly identical to"}
 
 
 class Duplicate(NamedTuple):
-    """Two images that are copies. If one of them is dropped, the first is kept.
+    """Two images that are copies. If one of them is dropped, the first is kept."""
 
-    Attributes:
-        kind: "identical" for equal files, or "near" for images that `duplicates.confirm` takes for copies.
-        split: split of the first image.
-        source: source of the first image.
-        patient_id: patient of the first image.
-        other_split: split of the second image.
-        other_source: source of the second image.
-        other_patient_id: patient of the second image.
-        distance: number of bits in which their perceptual hashes differ.
-    """
-
-    kind: str
-    split: str
-    source: str
-    patient_id: str
-    other_split: str
-    other_source: str
-    other_patient_id: str
-    distance: int
+    kind: str  # "identical" for equal files, or "near" for images that `duplicates.confirm` takes for copies
+    split: str  # split of the first image
+    source: str  # source of the first image
+    patient_id: str  # patient of the first image
+    other_split: str  # split of the second image
+    other_source: str  # source of the second image
+    other_patient_id: str  # patient of the second image
+    distance: int  # number of bits in which their perceptual hashes differ
 
 
 class _Place(NamedTuple):

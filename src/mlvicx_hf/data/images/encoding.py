@@ -23,27 +23,16 @@ from .pixels import decode_gray, fit_square_gray, read_content
 
 @dataclass(frozen=True)
 class Picture:
-    """The prepared form of a record, or the reason why there is none.
+    """The prepared form of a record, or the reason why there is none."""
 
-    Attributes:
-        png: 8-bit grey square.
-        sha256: hash of the original file, or of the drawn pixels.
-        phash: perceptual hash of the square.
-        width: width of the original, upright.
-        height: height of the original, upright.
-        mask: None if it is unknown.
-        boxes: in pixels of the square; None if they are unknown.
-        reason: why there is no picture; empty if there is one.
-    """
-
-    png: bytes = b""
-    sha256: str = ""
-    phash: str = ""
-    width: int = 0
-    height: int = 0
-    mask: Mask | None = None
-    boxes: tuple[Box, ...] | None = None
-    reason: str = ""
+    png: bytes = b""  # 8-bit grey square
+    sha256: str = ""  # hash of the original file, or of the drawn pixels
+    phash: str = ""  # perceptual hash of the square
+    width: int = 0  # width of the original, upright
+    height: int = 0  # height of the original, upright
+    mask: Mask | None = None  # None if it is unknown
+    boxes: tuple[Box, ...] | None = None  # in pixels of the square; None if they are unknown
+    reason: str = ""  # why there is no picture; empty if there is one
 
 
 def make_picture(

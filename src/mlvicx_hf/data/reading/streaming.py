@@ -67,40 +67,24 @@ class StreamRow(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """N samples from a worker.
+    """N samples from a worker."""
 
-    Attributes:
-        numbers: numbers of the samples, int64 [N].
-        squares: uint8 [N, 1, S, S]; None for samples that a resumed run has seen before.
-        unreadable: numbers of unreadable samples, and the reasons.
-    """
-
-    numbers: Tensor
-    squares: Tensor | None
-    unreadable: list[tuple[int, str]]
+    numbers: Tensor  # numbers of the samples, int64 [N]
+    squares: Tensor | None  # uint8 [N, 1, S, S]; None for samples that a resumed run has seen before
+    unreadable: list[tuple[int, str]]  # numbers of unreadable samples, and the reasons
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The data of a pretraining run.
+    """The data of a pretraining run."""
 
-    Attributes:
-        rows: `datasets.IterableDataset` of `StreamRow` fields.
-        num_images: number of images in an epoch.
-        left_out: number of lateral images that are left out; None if they were not counted.
-        size: side of the squares in pixels.
-        fit: what happens to an image that is not square.
-        manifest: content of `cache.json`, or the same facts of other data.
-        folder: folder of files that rows name by their path.
-    """
-
-    rows: Any
-    num_images: int
-    left_out: int | None
-    size: int
-    fit: str
-    manifest: dict[str, Any]
-    folder: str | None = None
+    rows: Any  # `datasets.IterableDataset` of `StreamRow` fields
+    num_images: int  # number of images in an epoch
+    left_out: int | None  # number of lateral images that are left out; None if they were not counted
+    size: int  # side of the squares in pixels
+    fit: str  # what happens to an image that is not square
+    manifest: dict[str, Any]  # content of `cache.json`, or the same facts of other data
+    folder: str | None = None  # folder of files that rows name by their path
 
 
 def open_stream(
