@@ -46,18 +46,13 @@ class PreparedParts:
             return self
         parts, masks, rejected = {}, {}, list(self.rejected)
         for split, part in self.parts.items():
-            sources = column(part, "source")
             rows = [row for row in range(len(part)) if (split, row) not in dropped]
-            rejected += [
-                (_file(sources[row]), dropped[split, row]) for row in sorted(set(range(len(part))) - set(rows))
-            ]
+            for row, source in enumerate(column(part, "source")):
+                if (split, row) in dropped:
+                    rejected.append((source.partition(":")[2], dropped[split, row]))
             if rows:
                 parts[split], masks[split] = part.select(rows), [self.masks[split][row] for row in rows]
         return PreparedParts(parts, masks, rejected, thinned=True)
-
-
-def _file(source: str) -> str:
-    return source.partition(":")[2]
 
 
 def read_shards(shards: Sequence[Shard]) -> PreparedParts:
@@ -164,8 +159,10 @@ def assemble(
     moved = [shard.path for shard in shards if read_note(shard)["masks"]]  # other shards have no rows
     for split, part in images.parts.items():
         files = [path for path in moved if path.parent.name == split]
-        if images.thinned:
-            files = _save_rows(part, folder / split, len(files))
+        if images.thinned:  # copy the remaining rows
+            with no_datasets_bars():
+                part.save_to_disk(folder / split, num_shards=min(len(files), len(part)))
+            files = sorted((folder / split).glob("*.arrow"))
         what = (split, *(manifest.get(key) for key in ("split_hash", "data_hash", "size", "fit", "mask_names")))
         _describe_files(folder / split, files, hashlib.sha256(repr(what).encode()).hexdigest()[:16], info)
     if not images.thinned:
@@ -188,13 +185,6 @@ def _describe_files(folder: Path, files: Sequence[Path], fingerprint: str, info:
         "_split": folder.name,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2))
-
-
-def _save_rows(part: datasets.Dataset, folder: Path, num_shards: int) -> list[Path]:
-    """Copy the remaining rows of a data set into new files."""
-    with no_datasets_bars():
-        part.save_to_disk(folder, num_shards=min(num_shards, len(part)))
-    return sorted(folder.glob("*.arrow"))
 
 
 def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -21,6 +21,7 @@ from mlvicx_hf.common.text import some
 
 from ..collections.base import SPLITS, Collection, Listing, Record
 from ..copies.deduplication import DROPS, choose_dropped, find_duplicates
+from ..options import check_choice, check_least
 from ..split_files import read_split_file
 from ..splits import check_no_patient_overlap, patient_hash, split_by_patient
 from .assembly import assemble, count_duplicates, describe_cache, read_shards
@@ -80,7 +81,10 @@ def prepare(
         UserError: an argument or a table does not fit, or all images were rejected.
         OSError: files are missing or in the way.
     """
-    _check_arguments(size, fit, drop_duplicates, max_images, num_workers)
+    check_choice("fit", fit, CACHE_FITS)
+    check_choice("drop_duplicates", drop_duplicates, DROPS)
+    check_least(1, size=size, max_images=max_images)
+    check_least(0, num_workers=num_workers)
     output = Path(output).resolve()
     check_cache_output(output, overwrite)
     listing = _spelled_out(collection.read())
@@ -104,33 +108,17 @@ def prepare(
     return {**manifest, "notes": [*notes, *resumed, *lacking]}
 
 
-def _check_arguments(size: int, fit: str, drop: str, max_images: int | None, num_workers: int | None) -> None:
-    if size < 1 or fit not in CACHE_FITS or drop not in DROPS:
-        raise UserError(
-            f"size={size}, fit={fit!r}, drop_duplicates={drop!r} found; expected size of 1 or more, fit one of "
-            f"{', '.join(CACHE_FITS)}, drop_duplicates one of {', '.join(DROPS)}"
-        )
-    if (max_images is not None and max_images < 1) or (num_workers is not None and num_workers < 0):
-        raise UserError(
-            f"max_images={max_images}, num_workers={num_workers} found; expected 1 or more images, 0 or more workers"
-        )
-
-
 def check_cache_output(output: Path, overwrite: bool) -> None:
     """Refuse an output that is neither absent nor an empty folder nor, with `overwrite`, a cache."""
     if output.is_file():
         raise FileExistsError(f"{output}: a file found; expected a folder to write, absent or empty")
     _put_right(output.resolve())
-    if _is_free(output):
+    if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
         raise FileExistsError(f"{output}: exists and is not empty; --overwrite replaces a cache")
     if not (output / MANIFEST).is_file():
         raise FileExistsError(f"{output}: holds no {MANIFEST}, so it is no cache and is not overwritten")
-
-
-def _is_free(output: Path) -> bool:
-    return not output.is_dir() or not any(output.iterdir())
 
 
 def partial_folder(output: Path) -> Path:

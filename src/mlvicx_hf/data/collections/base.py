@@ -168,13 +168,6 @@ class ReleasedCollection(Collection):
         return replace(listing, records=records, missing=missing)
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
-    """Refuse a value of an option that is none of its choices."""
-    if value not in choices:
-        raise UserError(f"{name}={value!r} found; expected one of {', '.join(choices)}")
-    return value
-
-
 def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ...]]:
     """Keep the records whose image, and mask if any, are on the disk. Also return the names of the others.
 

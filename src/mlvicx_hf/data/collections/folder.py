@@ -115,7 +115,8 @@ class FolderCollection(Collection):
         mask_column = self._choose_mask_column(table, columns)
         names = columns[file_column]
         masks = [""] * len(names) if mask_column is None else columns[mask_column]
-        _check_files(table, file_column, names)
+        read_cells(table, file_column, names, FILLED)
+        check_unique(table, [os.path.normpath(name) for name in names])
         rows, known = read_records(table, columns, names, self.patient_column, notes)
         skip = (file_column, self.patient_column, mask_column)
         labels = read_labels(table, columns, self.label_columns, skip, self.uncertain)
@@ -175,8 +176,3 @@ def _usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> 
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
-
-
-def _check_files(table: Path, column: str, names: list[str]) -> None:
-    read_cells(table, column, names, FILLED)
-    check_unique(table, [os.path.normpath(name) for name in names])

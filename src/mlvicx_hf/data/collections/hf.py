@@ -114,7 +114,9 @@ class HFCollection(Collection):
             text["split"] = [splits[split] or "" for split, count in counts.items() for _ in range(count)]
         rows, known = read_records(Path(self.path), text, names, self.patient_column, notes)
         labels = self._labels(features, columns, text, len(names))
-        loaders = [None] * len(names) if self.streaming else self._loaders(opened, counts, image)
+        folder = folder_of(self.path)
+        files = [] if self.streaming else self._rows(opened, counts)
+        loaders: list[Any] = [partial(load_row, file, image, row, folder) for file, row in files] or [None] * len(names)
         masks = self._masks(opened, counts, self.mask_column) if self.mask_column else [None] * len(names)
         records = [
             replace(row, labels=label, load=load, draw_mask=draw)
@@ -205,10 +207,6 @@ class HFCollection(Collection):
         for split in counts:
             for file in (entry["filename"] for entry in opened.splits[split].cache_files):
                 yield from ((file, row) for row in range(len(datasets.Dataset.from_file(file))))
-
-    def _loaders(self, opened: Opened, counts: Mapping[str, int], image: str) -> list[Any]:
-        folder = folder_of(self.path)
-        return [partial(load_row, file, image, row, folder) for file, row in self._rows(opened, counts)]
 
     def _masks(self, opened: Opened, counts: Mapping[str, int], column: str) -> list[Any]:
         """What reads each mask; None where there is none."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
-from .base import check_choice
+from ..options import check_choice
 from .tables import CellType, Columns, read_cells, require_columns
 
 FILE_COLUMNS = ("file_name", "file", "image", "path")

@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
-from mlvicx_hf.common.errors import UserError
-
+from ..options import check_choice, check_least
 from ..synthetic.phantom import FINDINGS, MASKS, draw_phantom, phantom_labels
-from .base import Collection, Drawing, Listing, Record, check_choice
+from .base import Collection, Drawing, Listing, Record
 
 _SMALLEST = 32  # pixels; what `draw_phantom` can draw
 
@@ -41,11 +40,7 @@ class PhantomCollection(Collection):
     mask: str | None = None
 
     def __post_init__(self) -> None:
-        if self.num_patients < 1 or self.images_per_patient < 1:
-            raise UserError(
-                f"num_patients={self.num_patients}, images_per_patient={self.images_per_patient} found; expected 1 or "
-                "more"
-            )
+        check_least(1, num_patients=self.num_patients, images_per_patient=self.images_per_patient)
         if self.mask is not None:
             check_choice("mask", self.mask, MASKS)
 

@@ -14,7 +14,8 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..images.pixels import DICOM_SUFFIXES
-from .base import Box, Record, check_choice
+from ..options import check_choice
+from .base import Box, Record
 from .tables import FILLED, PLAIN_NAME, CellType
 
 NO_FINDING_CLASS = "No finding"

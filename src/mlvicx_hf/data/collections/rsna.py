@@ -12,7 +12,8 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..images.pixels import image_files
-from .base import Box, Listing, Record, ReleasedCollection, check_choice, files_by_name
+from ..options import check_choice
+from .base import Box, Listing, Record, ReleasedCollection, files_by_name
 from .boxes import FRAME, PIXELS, add_box
 from .people import AGE, SEX, believe_ages
 from .tables import FILLED, TEXT, VIEW, ZERO_OR_ONE, CellType, find_table, one_of, read_table

@@ -14,7 +14,8 @@ from mlvicx_hf.common.errors import UserError
 
 from ..images.errors import UnreadableImageError
 from ..images.pixels import image_files
-from .base import Listing, Record, ReleasedCollection, check_choice, files_by_name
+from ..options import check_choice
+from .base import Listing, Record, ReleasedCollection, files_by_name
 from .tables import FILLED, find_table, read_table
 
 _TABLES = ("stage_2_train.csv", "train-rle.csv")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from mlvicx_hf.common.errors import UserError
 
-from ..collections.base import check_choice
+from ..options import check_choice
 
 VIEW_CHOICES = ("frontal", "all")  # for pretraining; "frontal" leaves out images known to be lateral
 LATERAL = "LATERAL"

@@ -35,7 +35,7 @@ from mlvicx_hf.common.signals import leave_signals_to_the_main_process
 from mlvicx_hf.common.text import some
 
 from ..cache.cache import MANIFEST, load_cache
-from ..collections.base import check_choice, normalize_view
+from ..collections.base import normalize_view
 from ..collections.opening import (
     IMAGE_ROWS,
     TABLE_ROWS,
@@ -47,6 +47,7 @@ from ..collections.opening import (
 )
 from ..images.errors import UnreadableImageError
 from ..images.pixels import decode_gray, fit_square_gray
+from ..options import check_choice, check_least
 from .sampling import LATERAL, VIEW_CHOICES, GlobalBatches, choose_views
 
 logger = logging.getLogger(__name__)
@@ -111,9 +112,7 @@ def open_stream(
         UserError: an option does not fit the data, or the number of images is not known.
     """
     check_choice("views", views, VIEW_CHOICES)
-    for name, value in (("num_images", num_images), ("cache_size", size)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} found; expected 1 or more")
+    check_least(1, num_images=num_images, cache_size=size)
     if (Path(path) / MANIFEST).is_file():
         return _open_cache(path, split, views, num_images)
     opened = open_dataset(path, streaming=True)
@@ -297,8 +296,7 @@ class StreamBatches(GlobalBatches):
         shuffle_buffer: int = 4096,
     ) -> None:
         super().__init__(stream.num_images, batch_size, seed, rank, num_processes)
-        if shuffle_buffer < 1:
-            raise UserError(f"shuffle_buffer={shuffle_buffer} found; expected 1 or more")
+        check_least(1, shuffle_buffer=shuffle_buffer)
         self.stream = stream
         shards = split_dataset_by_node(stream.rows, rank, num_processes).num_shards
         self.num_workers = min(num_workers, shards)

@@ -565,11 +565,8 @@ def expose(canvas: Canvas, attenuation: np.ndarray, exposure: Exposure, rng: np.
     sigma = exposure.blur * canvas.size / 256
     signal = ndimage.gaussian_filter(signal + noise, sigma, mode="nearest", truncate=3)
     depth = -np.log(np.maximum(signal, 1e-4))
-    return _display(depth, attenuation > 1, exposure)
-
-
-def _display(depth: np.ndarray, body: np.ndarray, exposure: Exposure) -> np.ndarray:
-    low, high = np.percentile(depth[::2, ::2][body[::2, ::2]], (2, 99))
+    body = attenuation[::2, ::2] > 1
+    low, high = np.percentile(depth[::2, ::2][body], (2, 99))
     span = high - low
     low, high = low - exposure.black * span, high + exposure.white * span
     grey = np.clip((depth - low) / (high - low), 0, 1) ** np.float32(exposure.gamma)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from mlvicx_hf.common.errors import UserError
-
+from ..options import check_least
 from .drawing import (
     FINDINGS,
     SIDES,
@@ -70,9 +69,8 @@ def draw_phantom(patient: int, image: int = 0, *, size: int = 256, seed: int = 0
     Raises:
         UserError: a number is too small.
     """
-    for name, value, least in (("patient", patient, 0), ("image", image, 0), ("size", size, 32), ("seed", seed, 0)):
-        if value < least:
-            raise UserError(f"{name}={value} found; expected at least {least}")
+    check_least(0, patient=patient, image=image, seed=seed)
+    check_least(32, size=size)
     anatomy = _sample_patient(patient, seed)
     rng = np.random.default_rng([seed, patient, image + 1])
     visit = _sample_visit(rng)

@@ -1,0 +1,22 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Refuse options that do not fit, with the name and the value in the message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mlvicx_hf.common.errors import UserError
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """Return the value of an option if it is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{name}={value!r} found; expected one of {', '.join(choices)}")
+    return value
+
+
+def check_least(least: int, **options: int | None) -> None:
+    """Refuse numbers that are too small. None stands for an option that is not given."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise UserError(f"{name}={value} found; expected {least} or more")
