@@ -42,19 +42,14 @@ class CheXpertCollection(ReleasedCollection):
     With `test.csv` the parts are those of the release. Without it `valid.csv` is the test part, as in most papers, and
     validation is a tenth of the patients of `train.csv`, the same for any `uncertain`. A blank label is unknown and
     never 0, so 0 means that a report denies the finding. No Finding is no label and turns no blank into 0.
-
-    Args:
-        root: the folder that holds `train.csv`.
-        uncertain: what a label of -1 becomes: "ignore" (unknown), "ones" or "zeros".
-        seed: seed for the choice of the validation patients.
     """
 
     name = "chexpert"
     source = "chexpert"
 
     _: KW_ONLY
-    uncertain: str = "ignore"
-    seed: int = 0
+    uncertain: str = "ignore"  # what a label of -1 becomes: "ignore" (unknown), "ones" or "zeros"
+    seed: int = 0  # for the choice of the validation patients
 
     def __post_init__(self) -> None:
         super().__post_init__()

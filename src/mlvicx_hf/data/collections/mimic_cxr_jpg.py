@@ -30,17 +30,13 @@ class MIMICCXRJPGCollection(ReleasedCollection):
     The labels are those of the CheXpert labeller; the radiologists' labels of the 2.1.0 test part are not read. A
     blank label is unknown and never 0. All labels of studies that the table lacks are unknown. Sex and age are in
     another release and unknown here.
-
-    Args:
-        root: folder of the release.
-        uncertain: what a label of -1 becomes: "ignore" (unknown), "ones" or "zeros".
     """
 
     name = "mimic_cxr_jpg"
     source = "mimic_cxr_jpg"
 
     _: KW_ONLY
-    uncertain: str = "ignore"
+    uncertain: str = "ignore"  # what a label of -1 becomes: "ignore" (unknown), "ones" or "zeros"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -55,20 +55,15 @@ class NIH14Collection(ReleasedCollection):
 
     Test is the official list. Validation is a tenth of the patients of `train_val_list.txt`, drawn from the whole list
     whatever part of the images is on the disk.
-
-    Args:
-        root: folder of the release.
-        metadata: the table; by default the 2020 version, else the 2017 one.
-        seed: seed for the choice of the validation patients.
     """
 
     name = "nih14"
     source = "nih14"
     layout = "images/ or images_001/images/ and so on"
 
-    metadata: str | Path | None = None
+    metadata: str | Path | None = None  # the table; by default the 2020 version, else the 2017 one
     _: KW_ONLY
-    seed: int = 0
+    seed: int = 0  # for the choice of the validation patients
 
     def list_all(self) -> Listing:
         """List the images of the table."""

@@ -15,18 +15,7 @@ _SMALLEST = 32  # pixels; what `draw_phantom` can draw
 
 @dataclass
 class PhantomCollection(Collection):
-    """Drawn radiographs of invented patients.
-
-    Args:
-        num_patients: number of patients.
-        images_per_patient: number of images of each patient.
-        size: side of the drawing in pixels.
-        seed: another seed gives other patients.
-        mask: "lungs", "heart" or a finding, to draw its masks as well.
-
-    Raises:
-        UserError: there are no patients or images, or the mask is none of these.
-    """
+    """Drawn radiographs of invented patients."""
 
     name = "phantom"
     source = "phantom (synthetic)"
@@ -35,9 +24,9 @@ class PhantomCollection(Collection):
     num_patients: int = 400
     images_per_patient: int = 3
     _: KW_ONLY
-    size: int = 256
-    seed: int = 0
-    mask: str | None = None
+    size: int = 256  # side of the drawing in pixels
+    seed: int = 0  # another seed gives other patients
+    mask: str | None = None  # "lungs", "heart" or a finding, to draw its masks as well
 
     def __post_init__(self) -> None:
         check_least(1, num_patients=self.num_patients, images_per_patient=self.images_per_patient)

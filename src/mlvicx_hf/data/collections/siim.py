@@ -30,18 +30,10 @@ Codes = tuple[tuple[int, str], ...]  # row of the table, run-length code
 
 @dataclass
 class SIIMCollection(ReleasedCollection):
-    """The release's folder: its table, and the images `<ImageId>.dcm` (or .png, .jpg) in any folders below.
+    """The folder of the release or a mirror: its table, and images `<ImageId>.dcm` (or .png, .jpg) in any folders below.
 
     The mask of an image is the union of its rows, or empty if the table says -1. Files below a folder `masks` are
     masks. There is no official split.
-
-    Args:
-        root: folder of the release, or of a mirror with converted images.
-        masks: "table" draws them from the run lengths; "files" takes `masks/<ImageId>.png`, anywhere below the root.
-            An image with -1 needs no file.
-
-    Raises:
-        UserError: `masks` has another value.
     """
 
     name = "siim"
@@ -49,6 +41,8 @@ class SIIMCollection(ReleasedCollection):
     layout = "<ImageId>.dcm or .png in any folders below, and its mask if masks are files"
 
     _: KW_ONLY
+    # "table" draws them from the run lengths. "files" takes `masks/<ImageId>.png`, anywhere below the root; an image
+    # with -1 needs no file.
     masks: str = "table"
 
     def __post_init__(self) -> None:

@@ -45,17 +45,14 @@ class VinBigDataCollection(ReleasedCollection):
     The images are frontal (PA) and have no patients. The 3,000 test images have no labels and are not read. Boxes are
     in pixels of the original images. If the files on the disk are not DICOM, the original sizes come from the columns
     `width` and `height` of `train.csv`, or from `train_meta.csv` (`image_id, dim0, dim1`: height and width).
-
-    Args:
-        root: the folder.
-        readers: "any" counts a finding that one reader saw; "majority" counts one that two of the three readers saw.
-            Boxes are those of all readers, of the findings that count.
     """
 
     name = "vinbigdata"
     source = "vinbigdata"
 
     _: KW_ONLY
+    # "any" counts a finding that one reader saw; "majority" counts one that two of the three readers saw. Boxes are
+    # those of all readers, of the findings that count.
     readers: str = "any"
 
     def __post_init__(self) -> None:

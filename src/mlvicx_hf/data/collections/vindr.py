@@ -62,20 +62,16 @@ class VinDrCollection(ReleasedCollection):
 
     Test is the official part, read by a consensus of five. Validation is a tenth of the training images, the same for
     any `readers` and any part of the images on the disk. The images are frontal (PA) and have no patients.
-
-    Args:
-        root: folder of the release.
-        readers: "any" counts a finding of a training image that one reader saw; "majority" counts one that two of the
-            three readers saw. Boxes are those of all readers, of the findings that count.
-        seed: seed for the choice of the validation images.
     """
 
     name = "vindr"
     source = "vindr"
 
     _: KW_ONLY
+    # "any" counts a finding of a training image that one reader saw; "majority" counts one that two of the three saw.
+    # Boxes are those of all readers, of the findings that count.
     readers: str = "any"
-    seed: int = 0
+    seed: int = 0  # for the choice of the validation images
 
     def __post_init__(self) -> None:
         super().__post_init__()
