@@ -30,7 +30,7 @@ Codes = tuple[tuple[int, str], ...]  # row of the table, run-length code
 
 @dataclass
 class SIIMCollection(ReleasedCollection):
-    """The folder of the release or a mirror: its table, and images `<ImageId>.dcm` (or .png, .jpg) in any folders below.
+    """The folder of the release or a mirror: its table, and images `<ImageId>.dcm` (.png, .jpg) in any folders below.
 
     The mask of an image is the union of its rows, or empty if the table says -1. Files below a folder `masks` are
     masks. There is no official split.
