@@ -76,11 +76,11 @@ class NIH14Collection(ReleasedCollection):
         folders = [self.folder / "images", *(folder / "images" for folder in sorted(self.folder.glob("images_*")))]
         files = {file.name: file for folder in folders for file in image_files(folder)}
         boxes = self._read_boxes()
-        columns = zip(names, patients, views, labels, splits, map(files.get, names), strict=True)
-        records = [
-            Record(*row, boxes=boxes.get(row[0]), frame=FRAME, sex=sex, age=age)
-            for row, sex, age in zip(columns, sexes, ages, strict=True)
-        ]
+        records = []
+        for index, name in enumerate(names):
+            row = (name, patients[index], views[index], labels[index], splits[index], files.get(name))
+            known = boxes.get(name)
+            records.append(Record(*row, boxes=known, frame=FRAME, sex=sexes[index], age=ages[index]))
         strays = len(boxes.keys() - set(names))
         if strays:
             notes.append(f"{BOXES} lists {strays} image(s) that {table.name} does not: their boxes are left out")
