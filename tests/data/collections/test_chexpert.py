@@ -190,7 +190,7 @@ FIRST = "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg,Female,
         (FIRST, FIRST.replace("patient", "p"), ["row 1, column Path: 'CheXpert-v1.0-small/train/p00001"]),
         (FIRST, FIRST.replace("CheXpert-v1.0-small", "/tmp"), ["row 1, column Path: '/tmp/train"]),
         (FIRST, FIRST.replace("Female", "Woman?"), ["row 1, column Sex: 'Woman?' found; expected F, M or nothing"]),
-        (FIRST, FIRST.replace("41", "old"), ["row 1, column Age: 'old' found; expected an age such as 57"]),
+        (FIRST, FIRST.replace("41", "old"), ["row 1, column Age: 'old' found; expected years"]),
         (
             FIRST,
             FIRST.replace("Frontal", "Lateral"),

@@ -2,10 +2,10 @@
 """Collections of radiographs, one module each.
 
 To add one, write a module here with a subclass of `Collection`, or of `ReleasedCollection` where tables list the
-images. Give it a `name` (that of the module), a `source`, a constructor whose parameters become options of
-`mlvicx prepare`, and `read` (or `list_all`), which returns a `Listing`. Then add it to `KINDS`. `tables`, `labels`,
-`people`, `boxes` and `readers` hold what several collections parse. Findings that other collections have as well
-belong in `data.vocabulary`.
+images. Give it a `name` (that of the module), a `source`, parameters that become options of `mlvicx prepare`, and
+`read` (or `list_all`), which returns a `Listing`. Then add it to `KINDS`. `tables` reads tables whose columns a
+collection declares; `labels`, `people`, `boxes`, `readers` and `metadata` hold what several collections need. Findings
+that other collections have as well belong in `data.vocabulary`.
 
 Importing this package imports none of the collections, so that commands start quickly.
 """

@@ -13,7 +13,7 @@ from ..splits import check_no_patient_overlap, split_by_patient
 from ..vocabulary import release_labels
 from .base import Listing, Record, ReleasedCollection
 from .labels import label_cells
-from .people import AGE, SEX
+from .people import SEX, parse_age
 from .tables import TEXT, VIEW, CellType, check_unique, find_table, read_table
 
 CHEXPERT_FINDINGS = release_labels("chexpert")
@@ -31,8 +31,16 @@ def _split_path(text: str) -> tuple[str, str, str]:
     return found[1], found[2], found[3]
 
 
+def _age(text: str) -> float:
+    """Read years. 0 stands for unknown: all others are 18 or more."""
+    age = parse_age(text)
+    if age is None:
+        raise ValueError(text)
+    return age or math.nan
+
+
 _PATH = CellType(_split_path, "a file such as CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg")
-_PERSON = {"Sex": SEX, "Age": AGE, "Frontal/Lateral": TEXT, "AP/PA": VIEW}
+_PERSON = {"Sex": SEX, "Age": CellType(_age, "years, 120 at most"), "Frontal/Lateral": TEXT, "AP/PA": VIEW}
 
 
 @dataclass
@@ -99,6 +107,5 @@ class CheXpertCollection(ReleasedCollection):
                 )
             if side == "lateral" or view == "LATERAL":  # some frontal images have LL or RL as their view
                 view = "LATERAL" if side == "lateral" else "UNKNOWN"
-            age = age or math.nan  # an age of 0 stands for unknown: all others are 18 or more
             records.append(Record(file, patient, view, labels, part, self.folder / file, sex=sex, age=age))
         return records
