@@ -237,6 +237,9 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     config_class = MLVICXConfig
     base_model_prefix = "mlvicx"
     main_input_name = "pixel_values"
+    # Every loss is a mean already. Else the Trainer, which sees `**kwargs`, multiplies it by the number of accumulation
+    # steps and of processes.
+    accepts_loss_kwargs = False
     # Weights of another class's head: expanders and aggregation of pretraining, a classifier, a decoder.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."
