@@ -2,7 +2,7 @@
 """Invariance, variance and covariance of a batch of embeddings: Eqs. 3-8 of MLVICX (arXiv 2403.11504).
 
 Functions of [batch, dimension] tensors, computed in float32 or more, also under autocast. `variance_covariance_loss`
-weights and adds the terms. `segmentation_loss` is the loss of the segmentation head.
+weights and adds the terms. `multi_label_loss`, `single_label_loss` and `segmentation_loss` are those of the heads.
 
 This file travels to the Hub beside the model, so it imports nothing from the package.
 """
@@ -227,7 +227,103 @@ def gather_batch(local: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+def values_are_readable(*tensors: Tensor) -> bool:
+    """Say whether code may look at the values of tensors: not while a compiler, a tracer or torch.func runs it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()  # what autograd itself asks; there is no public way
+        or any(tensor.is_meta for tensor in tensors)
+    )
+
+
+def _is_to_check(labels: Tensor, check: bool | None) -> bool:
+    """Say whether to look at the labels. On a GPU that waits for the device, which must not happen in every step."""
+    if not values_are_readable(labels):
+        return False
+    return labels.device.type == "cpu" or not torch.is_grad_enabled() if check is None else check
+
+
+def _refuse(wrong: Tensor, labels: Tensor, expected: str) -> None:
+    """Raise ValueError if any label is wrong."""
+    if bool(wrong.any()):
+        found = labels[wrong].unique().tolist()
+        more = ", …" if len(found) > 5 else ""
+        values = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in found[:5])
+        raise ValueError(f"labels with the values [{values}{more}] found; expected {expected}")
+
+
+def _check_class_indices(labels: Tensor, shape: tuple[int, ...], hint: str) -> None:
+    if labels.shape != shape:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} found; expected {tuple(shape)}, {hint}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels of type {labels.dtype} found; expected an integer type, {hint}")
+
+
+def multi_label_loss(
+    logits: Tensor, labels: Tensor, positive_weights: list[float] | None = None, check: bool | None = None
+) -> Tensor:
+    """Compute the binary cross-entropy over the known labels.
+
+    Args:
+        logits: [B, L].
+        labels: [B, L], from 0 to 1, or NaN for unknown labels, which do not count.
+        positive_weights: L weights of the positives, None for 1.
+        check: whether to look at the labels' values. None: always on the CPU; on a GPU only without gradients, because
+            looking waits for the device. A wrong value that is not looked at makes the loss and its gradients NaN.
+
+    Returns:
+        Mean over the known labels; 0, with gradients of 0, if no label is known.
+
+    Raises:
+        ValueError: labels of another shape than the logits, or a value outside of 0 to 1.
+    """
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} found; expected {tuple(logits.shape)}, as the logits "
+            "(class indices need problem_type='single_label_classification')"
+        )
+    known = ~labels.isnan()
+    wrong = known & ~((labels >= 0) & (labels <= 1))
+    if _is_to_check(labels, check):
+        _refuse(wrong, labels, "0 for absent, 1 for present (or a probability between them), NaN for unknown")
+    labels = labels.to(logits.dtype)
+    weight = None if positive_weights is None else logits.new_tensor(positive_weights)
+    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(0.0), pos_weight=weight, reduction="none")
+    losses = losses * torch.where(wrong, torch.nan, 1.0).to(losses.dtype)
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+def single_label_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100, check: bool | None = None) -> Tensor:
+    """Compute the cross-entropy of exclusive classes over the images whose class is known.
+
+    Args:
+        logits: [B, L].
+        labels: [B], class indices 0 to L-1, or `ignore_index` for images that do not count.
+        ignore_index: by default what transformers takes.
+        check: see `multi_label_loss`.
+
+    Returns:
+        Mean over the images that count.
+
+    Raises:
+        ValueError: labels of another shape or type, a value out of range, or no image that counts.
+    """
+    hint = "class indices (of one-hot labels: `labels.argmax(1)`)"
+    _check_class_indices(labels, (logits.shape[0],), hint)
+    labels = labels.long()
+    known = labels != ignore_index
+    wrong = known & ((labels < 0) | (labels >= logits.shape[1]))
+    if _is_to_check(labels, check):
+        expected = f"class indices from 0 to {logits.shape[1] - 1}, or {ignore_index} for images that do not count"
+        _refuse(wrong, labels, expected)
+        _refuse(~known.any(), labels[:1], f"{expected}, and at least one image that counts")
+    # A GPU stops for good at an index out of range. NaN shows, too, and says nothing else.
+    loss = F.cross_entropy(logits, labels.masked_fill(wrong, ignore_index), ignore_index=ignore_index)
+    return loss * torch.where(wrong.any(), torch.nan, 1.0)
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255, check: bool | None = None) -> Tensor:
     """Compute cross-entropy plus soft Dice loss, for one structure or several classes.
 
     With one logit a pixel: binary cross-entropy and the Dice loss of the structure. With K logits: cross-entropy over
@@ -238,25 +334,25 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
         logits: [B, K, H, W]; K of 1 for a binary mask.
         labels: [B, H, W], 0 to K-1 (binary: 0 or 1), or `ignore_index`.
         ignore_index: value of pixels that do not count.
+        check: see `multi_label_loss`.
 
     Returns:
         Scalar; 0, with gradients of 0, if no pixel counts.
 
     Raises:
-        ValueError: labels of another shape, or a value out of range.
+        ValueError: labels of another shape or type, or a value out of range.
     """
-    if labels.shape != (logits.shape[0], *logits.shape[2:]):
-        expected = (logits.shape[0], *logits.shape[2:])
-        raise ValueError(f"labels of shape {tuple(labels.shape)} found; expected {expected}, a class index a pixel")
-    classes = max(2, logits.shape[1])
+    _check_class_indices(labels, (logits.shape[0], *logits.shape[2:]), "a class index a pixel")
+    labels, classes = labels.long(), max(2, logits.shape[1])
     known = labels != ignore_index
-    if not torch.compiler.is_compiling() and bool(((labels < 0) | (labels >= classes))[known].any()):
-        found = labels[known].unique().tolist()
-        raise ValueError(f"labels with the values {found} found; expected 0 to {classes - 1}, or {ignore_index}")
+    wrong = known & ((labels < 0) | (labels >= classes))
+    if _is_to_check(labels, check):
+        _refuse(wrong, labels, f"0 to {classes - 1}, or {ignore_index}")
     with torch.autocast(logits.device.type, enabled=False):
         logits = _at_least_float32(logits)
-        truth = torch.where(known, labels, 0).long()
-        target = F.one_hot(truth, classes).movedim(-1, 1).to(logits.dtype)[:, 1:]  # [B, K-1, H, W]
+        truth = labels.masked_fill(~known | wrong, 0)
+        foreground = torch.arange(1, classes, device=labels.device)[:, None, None]
+        target = (truth[:, None] == foreground).to(logits.dtype)  # [B, K-1, H, W]
         if logits.shape[1] == 1:
             entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").squeeze(1)
             probability = logits.sigmoid()
@@ -268,4 +364,4 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -
         overlap = (probability * target * weight).sum((0, 2, 3))  # [K-1]
         total = ((probability + target) * weight).sum((0, 2, 3))
         dice = (2 * overlap + 1) / (total + 1)  # + 1, because a batch without the structure would divide by 0
-        return mean + (1 - dice).mean()
+        return (mean + (1 - dice).mean()) * torch.where(wrong.any(), torch.nan, 1.0)

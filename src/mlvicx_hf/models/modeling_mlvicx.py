@@ -33,7 +33,14 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mlvicx import MLVICXConfig
 from .hub_mlvicx import AUTO_MAP, check_download
-from .loss_mlvicx import LossTerms, segmentation_loss, variance_covariance_loss
+from .loss_mlvicx import (
+    LossTerms,
+    multi_label_loss,
+    segmentation_loss,
+    single_label_loss,
+    values_are_readable,
+    variance_covariance_loss,
+)
 
 
 class GateConv2d(nn.Conv2d):
@@ -246,6 +253,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     ]
 
     _backbone_frozen = False
+    _labels_seen = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -293,6 +301,13 @@ class MLVICXPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
             super()._init_weights(module)
+
+    def _check_labels(self, labels: Tensor) -> bool | None:
+        """Say whether to look at the labels' values: of the first batch in any case, then where it costs nothing."""
+        if self._labels_seen or not values_are_readable(labels):
+            return None
+        self._labels_seen = True
+        return True
 
     def freeze_backbone(self) -> None:
         """Switch off the backbone's gradients, and keep it in evaluation mode through every call of `train()`."""
@@ -516,32 +531,6 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         )
 
 
-def multi_label_loss(logits: Tensor, labels: Tensor, positive_weights: list[float] | None = None) -> Tensor:
-    """Compute the binary cross-entropy over the known labels.
-
-    Args:
-        logits: [B, L].
-        labels: [B, L], 1, 0, or NaN for unknown labels, which do not count.
-        positive_weights: L weights of the positives, None for 1.
-
-    Returns:
-        Mean over the known labels; 0, with gradients of 0, if no label is known.
-
-    Raises:
-        ValueError: labels of another shape than the logits.
-    """
-    if labels.shape != logits.shape:
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} found; expected {tuple(logits.shape)}, as the logits "
-            "(class indices need problem_type='single_label_classification')"
-        )
-    labels = labels.to(logits.dtype)
-    known = ~labels.isnan()
-    weight = None if positive_weights is None else logits.new_tensor(positive_weights)
-    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(0.0), pos_weight=weight, reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
-
-
 class MLVICXForImageClassification(MLVICXPreTrainedModel):
     """The encoder with one linear layer on its pooled output (section IV-B of the paper).
 
@@ -573,7 +562,7 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
 
         Args:
             pixel_values: [B, num_channels, H, W], from `MLVICXImageProcessor`.
-            labels: multi-label [B, L] of 1, 0 and NaN (unknown); single-label [B] of class indices.
+            labels: multi-label [B, L] of 1, 0 and NaN (unknown); single-label [B] of class indices, -100 for unknown.
             output_hidden_states: also return the refined maps of all levels.
             kwargs: `return_dict=False` gives a plain tuple.
 
@@ -588,11 +577,21 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Compute the loss of the configuration's problem type, in float32 or more: masked BCE, or cross-entropy."""
+        """Compute the loss of the configuration's problem type, in float32 or more: masked BCE, or cross-entropy.
+
+        Args:
+            logits: [B, L].
+            labels: see `multi_label_loss` and `single_label_loss`.
+
+        Raises:
+            ValueError: labels that do not fit. On a GPU only the first batch and those without gradients are looked at;
+                a later one makes the loss NaN.
+        """
         logits = logits.float() if logits.dtype != torch.float64 else logits
+        labels, check = labels.to(logits.device), self._check_labels(labels)
         if self.config.problem_type == "single_label_classification":
-            return F.cross_entropy(logits, labels.long())
-        return multi_label_loss(logits, labels, self.config.positive_weights)
+            return single_label_loss(logits, labels, check=check)
+        return multi_label_loss(logits, labels, self.config.positive_weights, check)
 
 
 class DecoderBlock(nn.Sequential):
@@ -689,7 +688,8 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
         logits = self.decoder(maps, pixel_values)
         loss = None
         if labels is not None:
-            loss = segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index)
+            labels, check = labels.to(logits.device), self._check_labels(labels)
+            loss = segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index, check)
         return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None)
 
 
