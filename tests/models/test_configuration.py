@@ -1,13 +1,16 @@
 """What a configuration holds, refuses and saves."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import tiny_config
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForImageClassification
 
-from mlvicx_hf import MLVICXConfig
+from mlvicx_hf import MLVICXConfig, MLVICXForImageClassification
 
 
 def test_defaults_are_the_table_of_differences():
@@ -107,3 +110,111 @@ def test_segmentation_fields_are_checked():
             MLVICXConfig(decoder_hidden_sizes=sizes)
     with pytest.raises(StrictDataclassError, match="semantic_loss_ignore_index"):
         MLVICXConfig(semantic_loss_ignore_index="255")
+
+
+# -- values that are set after the configuration is made ---------------------------------------------------------------
+
+WRONG = [
+    ({"problem_type": "regression"}, "problem_type='regression' found"),
+    ({"num_labels": 1, "problem_type": "single_label_classification"}, "requires `num_labels > 1`"),
+    ({"pooled_levels": "All"}, "pooled_levels='All' found; expected 'last' or 'all'"),
+    ({"image_size": -3}, "image_size=-3 found; expected 1 or more"),
+    ({"image_size": "large"}, "image_size"),
+    ({"variance_weight": float("nan")}, "variance_weight=nan found; expected 0 or more"),
+    ({"variance_target": -1.0}, "variance_target=-1.0 found; expected 0 or more"),
+    ({"context_gain": float("inf")}, "context_gain=inf found; expected a positive number"),
+    ({"positive_weights": [1.0, -2.0]}, r"positive_weights=\[1.0, -2.0\] found; expected weights of 0 or more"),
+    ({"global_weight": 0, "multi_level_weight": 0}, "expected at least one above 0"),
+    ({"aggregation_levels": []}, "expected None for all levels"),
+    ({"out_features": ["stage9"]}, "out_features must be a subset of stage_names"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    MLVICXForImageClassification(tiny_config(num_labels=2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG)
+def test_values_given_while_loading_are_checked(saved: Path, values: dict[str, Any], message: str):
+    for load in (
+        MLVICXConfig.from_pretrained,
+        AutoConfig.from_pretrained,
+        MLVICXForImageClassification.from_pretrained,
+        AutoModelForImageClassification.from_pretrained,
+    ):
+        with pytest.raises((ValueError, StrictDataclassError), match=message):
+            load(saved, **values)
+
+
+def _make_with(config: MLVICXConfig, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)  # a level's name is checked here
+    MLVICXForImageClassification(config)
+
+
+@pytest.mark.parametrize(("values", "message"), [row for row in WRONG if "large" not in row[0].values()])
+def test_values_set_later_are_checked_before_a_model_is_made_or_saved(
+    tmp_path: Path, values: dict[str, Any], message: str
+):
+    model = MLVICXForImageClassification(tiny_config(num_labels=2))
+    config = copy.deepcopy(model.config)
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        _make_with(config, values)
+    if "out_features" not in values:
+        for name, value in values.items():
+            setattr(model.config, name, value)
+        for save in (config.save_pretrained, model.save_pretrained):
+            with pytest.raises((ValueError, StrictDataclassError), match=message):
+                save(tmp_path / "model")
+        assert not list(tmp_path.rglob("config.json"))
+
+
+def test_values_that_fit_are_taken_while_loading(saved: Path):
+    model = MLVICXForImageClassification.from_pretrained(
+        saved,
+        num_labels=3,
+        problem_type="single_label_classification",
+        pooled_levels="all",
+        ignore_mismatched_sizes=True,
+    )
+    assert model.config.problem_type == "single_label_classification"
+    assert model.classifier.in_features == 400
+    config, rest = MLVICXConfig.from_pretrained(saved, image_size=64, nonsense=3, return_unused_kwargs=True)
+    assert config.image_size == 64
+    assert rest == {"nonsense": 3}
+
+
+# -- what other code asks of a backbone's configuration ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sizes", "depths"),
+    [
+        ("resnet18", [64, 128, 256, 512], [2, 2, 2, 2]),
+        ("resnet50", [256, 512, 1024, 2048], [3, 4, 6, 3]),
+        ("densenet121", [256, 512, 1024, 1024], [6, 12, 24, 16]),
+        ("regnety_008", [64, 128, 320, 768], [1, 3, 8, 2]),
+        ("convnext_atto", [40, 80, 160, 320], [2, 2, 6, 2]),
+    ],
+)
+def test_widths_and_depths_of_the_stages(backbone: str, sizes: list[int], depths: list[int]):
+    config = MLVICXConfig(backbone=backbone)
+    assert config.hidden_sizes == sizes
+    assert config.hidden_size == sizes[-1]
+    assert config.depths == depths
+    assert not {"hidden_sizes", "hidden_size", "depths"} & set(config.to_dict())
+
+
+def test_the_last_stage_is_the_default_of_a_backbone(tmp_path: Path):
+    config = MLVICXConfig()
+    assert (config.out_features, config.out_indices) == (["stage4"], [4])
+    config.out_features = None
+    assert (config.out_features, config.out_indices) == (["stage4"], [4])
+    config.out_indices = (0, 2)
+    assert (config.out_features, config.out_indices) == (["stem", "stage2"], [0, 2])
+    config.save_pretrained(tmp_path)
+    loaded = MLVICXConfig.from_pretrained(tmp_path)
+    assert (loaded.out_features, loaded.out_indices) == (["stem", "stage2"], [0, 2])

@@ -5,8 +5,9 @@ This file travels to the Hub beside the model, so it imports nothing from the pa
 """
 
 import functools
+import math
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -17,14 +18,41 @@ from transformers.configuration_utils import PreTrainedConfig
 from .hub_mlvicx import AUTO_MAP, save_code
 
 
+class Levels(NamedTuple):
+    """What a backbone says of its levels, finest first.
+
+    Attributes:
+        names: "stem" if one has half the resolution, then "stage1", "stage2", ….
+        channels: of every level's map.
+        depths: blocks of every level; 0 of a stem without blocks.
+    """
+
+    names: tuple[str, ...]
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+
+
 @functools.cache
-def backbone_stages(backbone: str) -> tuple[str, ...]:
-    """Name a timm backbone's levels: "stem" if one has half the resolution, then "stage1", "stage2", …."""
+def backbone_levels(backbone: str) -> Levels:
+    """Describe the levels of a timm backbone."""
     with torch.device("meta"):
         network: Any = timm.create_model(backbone, features_only=True)
     reductions = network.feature_info.reduction()
     stem = ["stem"] if reductions[0] == 2 else []
-    return (*stem, *(f"stage{i + 1}" for i in range(len(reductions) - len(stem))))
+    names = (*stem, *(f"stage{i + 1}" for i in range(len(reductions) - len(stem))))
+    depths, deepest = [], 0
+    for name, layer in network.named_children():
+        blocks = dict(layer.named_children()).get("blocks", layer)
+        deepest = max(deepest, sum(any(True for _ in block.children()) for block in blocks.children()))
+        if name in getattr(network, "return_layers", ()):  # which no other form than `FeatureListNet` has
+            depths.append(deepest)
+            deepest = 0
+    return Levels(names, tuple(network.feature_info.channels()), tuple(depths))
+
+
+def backbone_stages(backbone: str) -> tuple[str, ...]:
+    """Name a timm backbone's levels: "stem" if one has half the resolution, then "stage1", "stage2", …."""
+    return backbone_levels(backbone).names
 
 
 @strict
@@ -121,16 +149,61 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         """Names of the backbone's levels, finest first."""
         return list(backbone_stages(self.backbone))
 
+    @property
+    def hidden_sizes(self) -> list[int]:
+        """Channels of the stages' maps, finest first, without a stem."""
+        levels = backbone_levels(self.backbone)
+        return [size for name, size in zip(levels.names, levels.channels, strict=True) if name != "stem"]
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last map, `last_hidden_state`."""
+        return self.hidden_sizes[-1]
+
+    @property
+    def depths(self) -> list[int]:
+        """Blocks of the stages, finest first, without a stem."""
+        levels = backbone_levels(self.backbone)
+        return [depth for name, depth in zip(levels.names, levels.depths, strict=True) if name != "stem"]
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the levels that `MLVICXBackbone` returns; by default the last."""
+        return self.stage_names[-1:] if self._out_features is None else self._out_features
+
+    @out_features.setter
+    def out_features(self, names: list[str] | None) -> None:
+        self.set_output_features_output_indices(names, None)
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Numbers of the levels that `MLVICXBackbone` returns; by default the last."""
+        return [len(self.stage_names) - 1] if self._out_indices is None else self._out_indices
+
+    @out_indices.setter
+    def out_indices(self, numbers: list[int] | tuple[int, ...] | None) -> None:
+        self.set_output_features_output_indices(None, None if numbers is None else list(numbers))
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of the base class, but a configuration of another model is an error, not a warning."""
+        """As of the base class, but a configuration of another model is an error, not a warning.
+
+        The whole is validated after `kwargs` have replaced values of the dictionary.
+        """
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(f"configuration of a {found!r} model found; expected one of {cls.model_type!r}")
-        return super().from_dict(config_dict, **kwargs)
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config.validate()
+        return made
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As of the base class. A configuration that names its code, in `auto_map`, is saved with the code."""
+        """As of the base class. A configuration that names its code, in `auto_map`, is saved with the code.
+
+        One that could not be loaded again is not saved.
+        """
+        self.validate()  # type: ignore[attr-defined]  # which `strict` makes
         if getattr(self, "auto_map", None):  # which transformers sets without declaring it
             self.auto_map = dict(AUTO_MAP)
             save_code(save_directory)
@@ -153,23 +226,33 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.aggregation_levels is not None and not self.aggregation_levels:
             raise ValueError("aggregation_levels=[] found; expected None for all levels, or at least one level")
         weights = ("invariance_weight", "variance_weight", "covariance_weight", "global_weight", "multi_level_weight")
-        for name in weights:
-            if getattr(self, name) < 0:
+        for name in (*weights, "variance_target"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} found; expected 0 or more")
         if self.global_weight == 0 and self.multi_level_weight == 0:
             raise ValueError("global_weight=0 and multi_level_weight=0 found; expected at least one above 0")
         for name in ("variance_epsilon", "context_gain", "context_init_scale"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} found; expected a positive number")
+        self._validate_labels()
         if self.pooled_levels not in ("last", "all"):
             raise ValueError(f"pooled_levels={self.pooled_levels!r} found; expected 'last' or 'all'")
         if self.invariance_reduction not in ("mean", "sum"):
             raise ValueError(f"invariance_reduction={self.invariance_reduction!r} found; expected 'mean' or 'sum'")
+
+    def _validate_labels(self) -> None:
         if self.problem_type not in ("multi_label_classification", "single_label_classification"):
             raise ValueError(
                 f"problem_type={self.problem_type!r} found; expected 'multi_label_classification' or "
                 "'single_label_classification'"
             )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type='single_label_classification' with num_labels=1 found; it requires `num_labels > 1`: "
+                "two classes are num_labels=2, one finding is 'multi_label_classification'"
+            )
+        if self.positive_weights is not None and not all(0 <= weight < math.inf for weight in self.positive_weights):
+            raise ValueError(f"positive_weights={self.positive_weights} found; expected weights of 0 or more")
 
 
 __all__ = ["MLVICXConfig"]
