@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from safetensors import SafetensorError
 from timm.layers import Format
 from timm.models import FeatureListNet
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor  # of `is_grads_batched`; there is no public way
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import (
@@ -44,10 +50,10 @@ from .loss_mlvicx import (
 
 
 class GateConv2d(nn.Conv2d):
-    """Convolution of a gate, without bias. `config.context_init_scale` scales its initial weights."""
+    """Convolution of a gate. `config.context_init_scale` scales its initial weights.
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, bias=False, **kwargs)
+    It keeps the constructor of its base class: adapters such as LoRA make layers of the type that they find.
+    """
 
 
 class ContextBottleneck(nn.Module):
@@ -64,19 +70,27 @@ class ContextBottleneck(nn.Module):
         self.gain = gain
         self.channel: nn.Module
         if reduction is None:
-            self.channel = GateConv2d(channels, channels, 1)
+            self.channel = GateConv2d(channels, channels, 1, bias=False)
         else:
             hidden = max(1, channels // reduction)
-            self.channel = nn.Sequential(GateConv2d(channels, hidden, 1), nn.ReLU(), GateConv2d(hidden, channels, 1))
-        self.spatial = GateConv2d(2, 1, 7, padding=3)
+            layers = (GateConv2d(channels, hidden, 1, bias=False), GateConv2d(hidden, channels, 1, bias=False))
+            self.channel = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+        self.spatial = GateConv2d(2, 1, 7, padding=3, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H, W]."""
-        trained = torch.is_grad_enabled() and all(tensor.requires_grad for tensor in (x, *self.parameters()))
-        if trained and not torch.compiler.is_compiling():  # a compiler fuses the operations below by itself
+    def forward(self, x: Tensor, fused: bool = True) -> Tensor:
+        """[B, C, H, W] to [B, C, H, W]; `fused` is the way of plain training, wherever it is possible."""
+        if fused and self._can_fuse(x):
             return _Refinement.apply(x, self, *self.parameters())
         x = x * self.channel_gate(x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
         return x * self.spatial_gate(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1))
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """Say whether everything is trained and nothing but autograd watches.
+
+        A compiler fuses the plain operations by itself. Tracers, torch.func and forward gradients need to see them.
+        """
+        trained = torch.is_grad_enabled() and all(tensor.requires_grad for tensor in (x, *self.parameters()))
+        return trained and values_are_readable(x) and forward_ad.unpack_dual(x).tangent is None
 
     def channel_gate(self, average: Tensor, maximum: Tensor) -> Tensor:
         """Compute the gates of Eq. 1, [B, C, 1, 1], from the two pooled maps, [B, C, 1, 1] each."""
@@ -85,6 +99,17 @@ class ContextBottleneck(nn.Module):
     def spatial_gate(self, planes: Tensor) -> Tensor:
         """Compute the gates of Eq. 2, [B, 1, H, W], from mean and maximum over the channels, [B, 2, H, W]."""
         return self.gain * torch.sigmoid(self.spatial(planes))
+
+
+@contextmanager
+def _small_graph() -> Iterator[None]:
+    """Record operations of a few values. Gradient checkpointing must not forget them: it would repeat all for each."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Refinement(torch.autograd.Function):
@@ -100,21 +125,23 @@ class _Refinement(torch.autograd.Function):
         average = x.mean((2, 3), keepdim=True)
         maximum, place = F.adaptive_max_pool2d(x, 1, return_indices=True)
         ctx.pooled = (average.requires_grad_(), maximum.requires_grad_())
-        with torch.enable_grad():
+        with _small_graph():
             ctx.channel_gate = block.channel_gate(*(leaf.view_as(leaf) for leaf in ctx.pooled))  # see the class
         y = x * ctx.channel_gate.detach()
         maximum, channel = y.max(1, keepdim=True)
         ctx.planes = torch.cat([y.mean(1, keepdim=True), maximum], 1).requires_grad_()
-        with torch.enable_grad():
+        with _small_graph():
             ctx.spatial_gate = block.spatial_gate(ctx.planes.view_as(ctx.planes))
+        ctx.block = block
         ctx.channel_weights, ctx.spatial_weights = list(block.channel.parameters()), list(block.spatial.parameters())
         ctx.save_for_backward(x, place, channel)
         return y.mul_(ctx.spatial_gate.detach())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, place, channel = ctx.saved_tensors
+        if torch.is_grad_enabled() or not values_are_readable(gradient) or is_legacy_batchedtensor(gradient):
+            return _Refinement._plain_backward(ctx, x, gradient)
         maps, slopes = x.flatten(2), gradient.flatten(2)  # [B, C, N] of N pixels, in either memory format
         gate = ctx.channel_gate.detach().flatten(2).to(x.dtype)  # [B, C, 1]; autocast may have made it half
         at_spatial_gate = (gate.mT @ (slopes * maps)).view_as(ctx.spatial_gate)
@@ -133,6 +160,17 @@ class _Refinement(torch.autograd.Function):
         at_x += at_average.flatten(2) / maps.shape[2]
         at_x.scatter_add_(2, place.flatten(2), at_maximum.flatten(2))
         return at_x.view_as(x), None, *channels, *spatial
+
+    @staticmethod
+    def _plain_backward(ctx: Any, x: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute gradients that are differentiated in their turn, or many at once by torch.func.vmap."""
+        weights = [*ctx.channel_weights, *ctx.spatial_weights]
+        named = {name: weight for (name, _), weight in zip(ctx.block.named_parameters(), weights, strict=True)}
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            refined = torch.func.functional_call(ctx.block, named, (x,), {"fused": False})
+            at_x, *rest = torch.autograd.grad(refined, [x, *weights], gradient, create_graph=differentiable)
+        return at_x, None, *rest
 
 
 class MultiLevelAggregator(nn.Module):
@@ -247,6 +285,10 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     # Every loss is a mean already. Else the Trainer, which sees `**kwargs`, multiplies it by the number of accumulation
     # steps and of processes.
     accepts_loss_kwargs = False
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # They join maps, which must lie on one device; `MLVICXModel` adds the blocks of its backbone.
+    _no_split_modules = ["ContextBottleneck", "MultiLevelAggregator", "UNetDecoder"]  # noqa: RUF012
     # Weights of another class's head: expanders and aggregation of pretraining, a classifier, a decoder.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."
@@ -254,6 +296,10 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
     _backbone_frozen = False
     _labels_seen = False
+
+    def __init__(self, config: MLVICXConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate()  # type: ignore[attr-defined]  # which `strict` makes; values may have been set since
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -291,7 +337,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise our own layers as torch does. A backbone keeps timm's initial values (see `MLVICXModel`)."""
+        """Initialise our own layers as torch does, and the backbone as timm does (see `MLVICXModel`)."""
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             bound = 1 / math.sqrt(module.weight[0].numel())
             if isinstance(module, GateConv2d):
@@ -323,6 +369,34 @@ class MLVICXPreTrainedModel(PreTrainedModel):
         return self
 
 
+@contextmanager
+def _running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
+    """Normalise by the batch at hand without a trace in the running statistics: this forward pass is a repetition.
+
+    Copies take the traces. Without statistics, the repetition would save fewer tensors, and checkpoints compare that.
+    """
+    norms = [part for module in modules for part in module.modules() if isinstance(part, _BatchNorm)]
+    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
+
+
+def _block_types(module: nn.Module) -> set[str]:
+    """Names of the types that a backbone runs as one. A plain `nn.Sequential` runs its parts one after another."""
+    types = set()
+    for child in module.children():
+        if type(child) is nn.Sequential:
+            types |= _block_types(child)
+        elif any(True for _ in child.children()):
+            types.add(type(child).__name__)
+    return types
+
+
 class MLVICXModel(MLVICXPreTrainedModel):
     """The encoder f: a timm backbone whose every level is refined by a context bottleneck.
 
@@ -339,10 +413,36 @@ class MLVICXModel(MLVICXPreTrainedModel):
             for c in self.channels
         )
         self.pooled_features = self.channels[-1] if config.pooled_levels == "last" else sum(self.channels)
+        self.gradient_checkpointing = False  # transformers sets it here
+        self._no_split_modules = [*(self._no_split_modules or []), *_block_types(self.backbone)]
         for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
             if not tensor.is_meta:  # from_pretrained builds on the meta device, and fills in missing weights later
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise a backbone's missing weights by timm's rules: draw a whole one, and take from it what is missing.
+
+        As in a new model, where timm has initialised them before.
+        """
+        if all(module is not part for part in self.backbone.modules()):
+            super()._init_weights(module)
+            return
+        names = ("parameters", "buffers")
+        missing = {
+            name: tensor
+            for kind in names
+            for name, tensor in getattr(self.backbone, f"named_{kind}")()
+            if not getattr(tensor, "_is_hf_initialized", False)  # transformers' mark, as in its own functions
+        }
+        if missing:
+            with torch.device("cpu"):
+                drawn = create_backbone(self.config)
+            values = dict(drawn.named_parameters()) | dict(drawn.named_buffers())
+            for name, tensor in missing.items():
+                init.copy_(tensor, values[name].to(tensor))
+                tensor._is_hf_initialized = True
 
     def refined_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Compute the refined map of every level, finest first, each [B, C_p, H_p, W_p].
@@ -359,13 +459,38 @@ class MLVICXModel(MLVICXPreTrainedModel):
                 f"with {expected} channel(s), as num_channels={expected} says"
             )
         maps: list[Tensor] = []
-        x = pixel_values
+        x, stage = pixel_values, []
         for name, layer in self.backbone.items():
-            x = layer(x)
+            stage.append(layer)
             if name in self.backbone.return_layers:
-                x = self.context[len(maps)](x)
+                stage.append(self.context[len(maps)])
+                x = self._run(stage, x)
                 maps.append(x)
+                stage = []
         return tuple(maps)
+
+    def _run(self, stage: list[nn.Module], x: Tensor) -> Tensor:
+        """Apply the layers of a stage one after another; with gradient checkpointing, forget what is between them."""
+        again = False
+
+        def apply(x: Tensor) -> Tensor:
+            nonlocal again
+            with _running_statistics_kept(stage if again else []):
+                again = True
+                for layer in stage:
+                    x = layer(x)
+            return x
+
+        if not (self.training and torch.is_grad_enabled()):
+            return apply(x)
+        if self.gradient_checkpointing:
+            function: Any = self._gradient_checkpointing_func
+            # Reentrant checkpoints lose the gradients of a stage whose input has none.
+            reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+            return apply(x) if reentrant and not x.requires_grad else function(apply, x)
+        if self.backbone.grad_checkpointing:  # timm's own switch
+            return checkpoint(apply, x, use_reentrant=False)
+        return apply(x)
 
     def pool(self, maps: tuple[Tensor, ...], levels: str | None = None) -> Tensor:
         """Pool the refined maps of all levels.
@@ -376,10 +501,16 @@ class MLVICXModel(MLVICXPreTrainedModel):
 
         Returns:
             Features [B, C]; C is `pooled_features` when `levels` is None.
+
+        Raises:
+            ValueError: another value of `levels`.
         """
-        if (levels or self.config.pooled_levels) == "last":
+        levels = levels or self.config.pooled_levels
+        if levels == "last":
             return maps[-1].mean((2, 3))
-        return torch.cat([level.mean((2, 3)) for level in maps], 1)
+        if levels != "all":
+            raise ValueError(f"levels={levels!r} found; expected 'last' or 'all'")
+        return torch.cat([level.mean((2, 3)).to(maps[-1].device) for level in maps], 1)
 
     @can_return_tuple
     def forward(
@@ -428,6 +559,7 @@ class MLVICXForPreTrainingOutput(ModelOutput):
         multi_level_covariance: sum over the views.
         global_embeddings: z and z', [B, r] each, of this process's samples.
         multi_level_embeddings: m and m', [B, r] each.
+        hidden_states: refined maps of view 1, finest first, then those of view 2.
     """
 
     loss: Tensor | None = None
@@ -441,6 +573,7 @@ class MLVICXForPreTrainingOutput(ModelOutput):
     multi_level_covariance: Tensor | None = None
     global_embeddings: tuple[Tensor, Tensor] | None = None
     multi_level_embeddings: tuple[Tensor, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class MLVICXForPreTraining(MLVICXPreTrainedModel):
@@ -466,14 +599,23 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
 
     def embed(self, pixel_values: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Compute the global embedding z and the multi-level embedding m of one view, [B, r] each."""
-        maps = self.mlvicx.refined_maps(pixel_values)
+        return self._expand(self.mlvicx.refined_maps(pixel_values))
+
+    def _expand(self, maps: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Refined maps of one view to z and m."""
         z = self.global_expander(maps[-1].mean((2, 3))) if self.config.global_weight > 0 else None
         m = self.multi_level_expander(self.aggregator(maps).flatten(1)) if self.config.multi_level_weight > 0 else None
         return z, m
 
+    @can_return_tuple
     def forward(
-        self, view_1: Tensor, view_2: Tensor, return_loss: bool = True, **kwargs: Any
-    ) -> MLVICXForPreTrainingOutput:
+        self,
+        view_1: Tensor,
+        view_2: Tensor,
+        return_loss: bool | None = True,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> MLVICXForPreTrainingOutput | tuple[Any, ...]:
         """Compute the loss of two views of the same images; under torch.distributed, the loss of the global batch.
 
         Each view has its own forward pass, hence its own batch normalisation statistics.
@@ -481,41 +623,62 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         Args:
             view_1: [B, num_channels, H, W].
             view_2: [B, num_channels, H, W].
-            return_loss: false gives only the embeddings; `add_losses` computes the rest.
-            kwargs: ignored.
+            return_loss: false gives only the embeddings; `add_losses` computes the rest. None is the configuration's
+                `return_loss`, or true.
+            output_hidden_states: also return the refined maps of all levels.
+            kwargs: `return_dict=False` gives a plain tuple.
+
+        Returns:
+            `MLVICXForPreTrainingOutput`; the loss is its first value.
 
         Raises:
-            ValueError: a batch of one, or views of different shapes.
+            ValueError: views of different shapes, or the loss of one image.
         """
+        if return_loss is None:
+            return_loss = getattr(self.config, "return_loss", True)  # which transformers sets without declaring it
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if view_1.shape != view_2.shape:
             raise ValueError(
                 f"views of shapes {tuple(view_1.shape)} and {tuple(view_2.shape)} found; expected equal shapes"
             )
-        if view_1.shape[0] < 2:
+        if return_loss and view_1.shape[0] < 2:
             raise ValueError(f"a batch of {view_1.shape[0]} found; variance and covariance need at least 2 images")
-        (z_1, m_1), (z_2, m_2) = self.embed(view_1), self.embed(view_2)
-        output = MLVICXForPreTrainingOutput()
-        if z_1 is not None and z_2 is not None:
-            output.global_embeddings = (z_1, z_2)
-        if m_1 is not None and m_2 is not None:
-            output.multi_level_embeddings = (m_1, m_2)
+        maps_1 = self.mlvicx.refined_maps(view_1)
+        z_1, m_1 = self._expand(maps_1)
+        maps_2 = self.mlvicx.refined_maps(view_2)
+        z_2, m_2 = self._expand(maps_2)
+        output = MLVICXForPreTrainingOutput(
+            global_embeddings=None if z_1 is None or z_2 is None else (z_1, z_2),
+            multi_level_embeddings=None if m_1 is None or m_2 is None else (m_1, m_2),
+            hidden_states=(*maps_1, *maps_2) if output_hidden_states else None,
+        )
         return self.add_losses(output) if return_loss else output
 
     def add_losses(self, output: MLVICXForPreTrainingOutput) -> MLVICXForPreTrainingOutput:
-        """Fill in the loss and its terms from the embeddings of a batch."""
-        total = []
-        if output.global_embeddings is not None:
-            terms = self._loss(*output.global_embeddings)
-            output.global_loss, *rest = terms
-            output.global_invariance, output.global_variance, output.global_covariance = rest
-            total.append(self.config.global_weight * terms.loss)
-        if output.multi_level_embeddings is not None:
-            terms = self._loss(*output.multi_level_embeddings)
-            output.multi_level_loss, *rest = terms
-            output.multi_level_invariance, output.multi_level_variance, output.multi_level_covariance = rest
-            total.append(self.config.multi_level_weight * terms.loss)
-        output.loss = torch.stack(total).sum()
-        return output
+        """Compute the loss and its terms from the embeddings of a batch, and return all of it.
+
+        The output is made in one call, because the order in which fields are set is that of its keys, and exporters
+        name their results by it.
+        """
+        branches = (
+            ("global", output.global_embeddings, self.config.global_weight),
+            ("multi_level", output.multi_level_embeddings, self.config.multi_level_weight),
+        )
+        fields: dict[str, Tensor] = {}
+        total: list[Tensor] = []
+        for name, embeddings, weight in branches:
+            if embeddings is not None:
+                terms = self._loss(*embeddings)
+                fields |= {f"{name}_{term}": value for term, value in terms._asdict().items()}
+                total.append(weight * terms.loss)
+        return MLVICXForPreTrainingOutput(
+            loss=torch.stack([part.to(total[0].device) for part in total]).sum(),
+            **fields,  # type: ignore[arg-type]  # none of the embeddings
+            global_embeddings=output.global_embeddings,
+            multi_level_embeddings=output.multi_level_embeddings,
+            hidden_states=output.hidden_states,
+        )
 
     def _loss(self, z_1: Tensor, z_2: Tensor) -> LossTerms:
         config = self.config
@@ -536,7 +699,9 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
 
     Args:
         config: `num_labels` or `id2label`, `problem_type` ("multi_label_classification" unless set otherwise) and
-            `positive_weights` matter here.
+            `positive_weights` matter here. Without labels (`num_labels=0`) the logits are the pooled features.
+
+    Another head may take the place of `classifier`: any module that turns [B, C] into [B, L].
     """
 
     def __init__(self, config: MLVICXConfig) -> None:
@@ -547,7 +712,8 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
             )
         self.num_labels = int(config.num_labels or 0)
         self.mlvicx = MLVICXModel(config)
-        self.classifier = nn.Linear(self.mlvicx.pooled_features, self.num_labels)
+        features, labels = self.mlvicx.pooled_features, self.num_labels
+        self.classifier: nn.Module = nn.Linear(features, labels) if labels else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -570,11 +736,16 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
             `loss` (when labels are given), `logits` [B, L], `hidden_states`.
         """
         encoded = self.mlvicx(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        # Use the layer's own precision under autocast, too: rounded to bfloat16, many scores would be equal.
+        # Use the head's own precision under autocast, too: rounded to bfloat16, many scores would be equal.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            logits = self.classifier(encoded.pooler_output.to(self.classifier.weight.dtype))
+            logits = self.classifier(encoded.pooler_output.to(self._head_dtype()))
         loss = None if labels is None else self.compute_loss(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+
+    def _head_dtype(self) -> torch.dtype:
+        """Type of the head's weights; of one without float weights, such as a quantised one, that of the model's."""
+        weights = (weight.dtype for weight in self.classifier.parameters() if weight.is_floating_point())
+        return next(weights, self.dtype)
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss of the configuration's problem type, in float32 or more: masked BCE, or cross-entropy.
@@ -589,8 +760,15 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         """
         logits = logits.float() if logits.dtype != torch.float64 else logits
         labels, check = labels.to(logits.device), self._check_labels(labels)
-        if self.config.problem_type == "single_label_classification":
+        kind = self.config.problem_type
+        if not self.num_labels:
+            raise ValueError("labels found; expected none, since the model was made with num_labels=0")
+        if kind == "single_label_classification":
             return single_label_loss(logits, labels, check=check)
+        if kind != "multi_label_classification":
+            raise ValueError(
+                f"problem_type={kind!r} found; expected 'multi_label_classification' or 'single_label_classification'"
+            )
         return multi_label_loss(logits, labels, self.config.positive_weights, check)
 
 
@@ -655,6 +833,8 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
     def __init__(self, config: MLVICXConfig) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
+        if not self.num_labels:
+            raise ValueError("num_labels=0 found; expected 1 for binary masks, or the number of classes")
         self.mlvicx = MLVICXModel(config)
         self.decoder = UNetDecoder(config, self.mlvicx.channels)
         self.post_init()
@@ -704,11 +884,28 @@ class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
     has_attentions = False
 
     def __init__(self, config: MLVICXConfig) -> None:
-        config.set_output_features_output_indices(config.out_features, config.out_indices)
         super().__init__(config)
         self.mlvicx = MLVICXModel(config)
         self.num_features = self.mlvicx.channels
         self.post_init()
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the levels that are returned, as the configuration has them."""
+        return self.config.out_features
+
+    @out_features.setter
+    def out_features(self, names: list[str]) -> None:
+        self.config.out_features = names
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Numbers of the levels that are returned, as the configuration has them."""
+        return self.config.out_indices
+
+    @out_indices.setter
+    def out_indices(self, numbers: list[int]) -> None:
+        self.config.out_indices = numbers
 
     @can_return_tuple
     def forward(
