@@ -1,6 +1,8 @@
 """Pictures of every kind to model input."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoImageProcessor, pipeline
+from transformers.image_utils import ChannelDimension
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from mlvicx_hf import MLVICXConfig, MLVICXForImageClassification, MLVICXImageProcessor
 from mlvicx_hf.data.images.pixels import read_gray
@@ -276,3 +280,211 @@ def test_in_the_pipeline(classifier: Path, kind: str, tmp_path: Path):
     assert found == pytest.approx(
         dict(zip(("Edema", "Mass", "Nodule"), logits.sigmoid().tolist(), strict=True)), abs=1e-6
     )
+
+
+# -- keywords ----------------------------------------------------------------------------------------------------------
+
+PICTURE = np.random.default_rng(5).integers(0, 256, (30, 40), np.uint8)
+
+
+def values(processor: MLVICXImageProcessor, **keywords: Any) -> torch.Tensor:
+    return processor(PICTURE, **keywords)["pixel_values"]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "same_as"),
+    [
+        ({"size": {"height": 24, "width": 24}}, {"image_size": 24}),
+        ({"size": 24}, {"image_size": 24}),
+        ({"size": [24, 24]}, {"image_size": 24}),
+        ({"image_size": 24}, {"image_size": 24}),
+        ({"fit": "crop"}, {"fit": "crop"}),
+        ({"num_channels": 3}, {"num_channels": 3}),
+        ({"image_mean": 0.25, "image_std": 1}, {"image_mean": 0.25, "image_std": 1}),
+        ({"image_mean": [0.25], "image_std": [1.0]}, {"image_mean": 0.25, "image_std": 1.0}),
+        ({"image_mean": (0.25,) * 3, "image_std": np.ones(3)}, {"image_mean": 0.25, "image_std": 1.0}),
+        ({"resample": 3}, {"resample": Image.Resampling.BICUBIC}),
+        ({"resample": Image.Resampling.NEAREST}, {"resample": 0}),
+        ({"do_resize": False}, {"do_resize": False}),
+        ({"do_normalize": False}, {"image_mean": 0, "image_std": 1}),
+        ({"do_rescale": False}, {"rescale_factor": 1.0}),
+        ({"rescale_factor": 1 / 255}, {}),
+        ({"do_convert_rgb": True}, {}),
+        ({"do_convert_rgb": False, "do_center_crop": False, "do_pad": None, "crop_size": None}, {}),
+        ({"size": None, "image_mean": None, "do_resize": None}, {}),
+        ({"disable_grouping": True, "device": "cpu", "default_to_square": True}, {}),
+    ],
+)
+def test_keywords_of_a_call_of_the_constructor_and_of_loading_do_the_same(
+    tmp_path: Path, keywords: dict[str, Any], same_as: dict[str, Any]
+):
+    plain = MLVICXImageProcessor(image_size=16)
+    plain.save_pretrained(tmp_path)
+    expected = values(MLVICXImageProcessor(**({"image_size": 16} | same_as)))
+    found = values(plain, **keywords)
+    torch.testing.assert_close(found, expected)
+    assert plain.to_dict() == MLVICXImageProcessor(image_size=16).to_dict()  # a call changes nothing
+    settings = {k: v for k, v in keywords.items() if k not in ("device", "disable_grouping") and v is not None}
+    for loaded in (
+        MLVICXImageProcessor.from_pretrained(tmp_path, **settings),
+        AutoImageProcessor.from_pretrained(tmp_path, **settings),
+        MLVICXImageProcessor(**({} if {"size", "image_size"} & set(settings) else {"image_size": 16}), **settings),
+    ):
+        torch.testing.assert_close(values(loaded), expected)
+        loaded.save_pretrained(tmp_path / "again")
+        again = AutoImageProcessor.from_pretrained(tmp_path / "again")
+        assert again.to_dict() == loaded.to_dict()
+        torch.testing.assert_close(values(again), expected)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"nonsense": 3}, TypeError, "keyword 'nonsense' found; expected one of image_size, size"),
+        ({"imagesize": 3}, TypeError, "keyword 'imagesize' found; expected image_size"),
+        ({"do_normalise": False}, TypeError, "keyword 'do_normalise' found; expected do_normalize"),
+        (
+            {"size": {"height": 16, "width": 24}},
+            ValueError,
+            r"size=\{'height': 16, 'width': 24\} found; expected a square",
+        ),
+        ({"size": {"shortest_edge": 16}}, ValueError, "found; expected a square"),
+        ({"size": 0}, ValueError, "image_size=0 found; expected 1 or more pixels"),
+        ({"image_size": -3}, ValueError, "image_size=-3 found; expected 1 or more pixels"),
+        ({"image_size": 16.5}, ValueError, "image_size=16.5 found"),
+        ({"size": 24, "image_size": 16}, ValueError, "size=24 and image_size=16 found; expected one of them"),
+        ({"fit": "bogus"}, ValueError, "fit='bogus' found; expected one of pad, squash, crop"),
+        ({"num_channels": 0}, ValueError, "num_channels=0 found; expected 1, or 3"),
+        ({"resample": 1}, ValueError, r"resample=1 found; expected one of 0 \(NEAREST\), 2 \(BILINEAR\)"),
+        (
+            {"image_mean": [0.1, 0.2]},
+            ValueError,
+            r"image_mean=\[0.1, 0.2\] found; expected a number, or 1, one a channel",
+        ),
+        ({"image_std": 0}, ValueError, "image_std=0 found; expected more than 0"),
+        ({"image_mean": float("nan")}, ValueError, "image_mean=nan found; expected a number"),
+        ({"do_resize": "no"}, ValueError, "do_resize='no' found; expected true or false"),
+        ({"rescale_factor": "1/255"}, ValueError, "rescale_factor='1/255' found; expected a number"),
+        ({"do_center_crop": True}, ValueError, "do_center_crop=True found; this image processor has size, fit"),
+        ({"do_pad": True}, ValueError, "do_pad=True found"),
+        ({"crop_size": 16}, ValueError, "crop_size=16 found"),
+        ({"data_format": "last"}, ValueError, "data_format='last' found"),
+    ],
+)
+def test_keywords_that_it_cannot_follow_are_refused_by_name(
+    tmp_path: Path, keywords: dict[str, Any], error: type[Exception], message: str
+):
+    plain = MLVICXImageProcessor()
+    plain.save_pretrained(tmp_path)
+    for ask in (
+        lambda: plain(PICTURE, **keywords),
+        lambda: plain.preprocess([PICTURE], **keywords),
+        lambda: MLVICXImageProcessor(**keywords),
+        lambda: MLVICXImageProcessor.from_dict(dict(keywords)),
+        lambda: MLVICXImageProcessor.from_pretrained(tmp_path, **keywords),
+        lambda: AutoImageProcessor.from_pretrained(tmp_path, **keywords),
+    ):
+        with pytest.raises(error, match=message):
+            ask()
+
+
+def test_keywords_that_are_not_for_it_can_be_handed_back(tmp_path: Path):
+    MLVICXImageProcessor().save_pretrained(tmp_path)
+    processor, rest = MLVICXImageProcessor.from_pretrained(tmp_path, foo=1, size=8, return_unused_kwargs=True)
+    assert processor.image_size == 8
+    assert rest["foo"] == 1
+
+
+@pytest.mark.parametrize("nothing", ["film.png", Path("film.png"), b"\x89PNG", None, {"bytes": b"", "path": "a.png"}])
+def test_what_is_no_opened_image_says_what_is_expected(nothing: Any):
+    for images in (nothing, [nothing], [PICTURE, nothing]):
+        with pytest.raises(ValueError, match=r"found; expected an image: a PIL image .*, an array or a tensor"):
+            MLVICXImageProcessor()(images)
+
+
+def test_channels_of_their_own_constants():
+    processor = MLVICXImageProcessor(image_size=8, num_channels=3, image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 4])
+    unit = MLVICXImageProcessor(image_size=8, do_normalize=False)(PICTURE)["pixel_values"]
+    expected = torch.cat([(unit - mean) / std for mean, std in ((0.1, 1), (0.2, 2), (0.3, 4))], 1)
+    torch.testing.assert_close(processor(PICTURE)["pixel_values"], expected)
+
+
+def test_layouts_of_arrays_and_of_the_result():
+    processor = MLVICXImageProcessor(image_size=16, num_channels=3)
+    first = np.random.default_rng(6).integers(0, 256, (3, 20, 3), np.uint8)  # rows or channels?
+    last = np.moveaxis(first, 0, -1)
+    expected = processor(np.pad(last, ((0, 0), (0, 1), (0, 0)))[:, :3])["pixel_values"]
+    torch.testing.assert_close(processor(first, input_data_format="channels_first")["pixel_values"], expected)
+    torch.testing.assert_close(processor(last, input_data_format=ChannelDimension.LAST)["pixel_values"], expected)
+    with pytest.raises(ValueError, match=r"\(20, 24, 3\) found; expected \[H, W\], \[C, H, W\]"):
+        processor(np.zeros((20, 24, 3), np.uint8), input_data_format="channels_first")
+    turned = processor(first, input_data_format="channels_first", data_format="channels_last")["pixel_values"]
+    assert torch.equal(turned, expected.permute(0, 2, 3, 1))
+
+
+def test_images_that_keep_their_sizes():
+    processor = MLVICXImageProcessor(do_resize=False)
+    assert values(processor).shape == (1, 1, 30, 40)
+    made = processor([PICTURE, PICTURE], [PICTURE > 9, PICTURE > 99])
+    assert made["pixel_values"].shape == (2, 1, 30, 40)
+    assert torch.equal(made["labels"][1], torch.from_numpy(PICTURE > 99).long())
+    other = np.zeros((8, 9), np.uint8)
+    with pytest.raises(ValueError, match=r"images of the sizes .* found with do_resize=False; expected one size"):
+        processor([PICTURE, other])
+    assert [tuple(v.shape) for v in processor([PICTURE, other], return_tensors=None)["pixel_values"]] == [
+        (1, 30, 40),
+        (1, 8, 9),
+    ]
+
+
+def test_lists_of_lists_are_one_batch():
+    processor = MLVICXImageProcessor(image_size=16)
+    nested = processor([[PICTURE, PICTURE], [PICTURE]])["pixel_values"]
+    assert torch.equal(nested, processor([PICTURE] * 3)["pixel_values"])
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("fit", ["pad", "squash", "crop"])
+def test_scores_of_a_segmentation(fit: str, labels: int):
+    processor = MLVICXImageProcessor(image_size=16, fit=fit)
+    outputs = SemanticSegmenterOutput(logits=torch.randn(2, labels, 16, 16))
+    for sizes in (None, [(20, 30), (5, 4)]):
+        classes = processor.post_process_semantic_segmentation(outputs, sizes)
+        scored = processor.post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
+        for found, both in zip(classes, scored, strict=True):
+            assert torch.equal(both.segmentation, found)
+            assert both.segmentation_scores.shape == (labels, *found.shape)
+            best = both.segmentation_scores.argmax(0) if labels > 1 else (both.segmentation_scores[0] > 0).long()
+            assert torch.equal(best, found)
+
+
+def test_the_pipelines_own_keywords_reach_it(classifier: Path):
+    features = pipeline("image-feature-extraction", model=str(classifier), image_processor_kwargs={"size": 64})
+    found = torch.tensor(features(Image.fromarray(PICTURE)))
+    encoder = MLVICXForImageClassification.from_pretrained(classifier).mlvicx
+    with torch.no_grad():
+        expected = encoder(values(MLVICXImageProcessor(image_size=64))).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_attributes_that_other_code_reads():
+    processor = MLVICXImageProcessor()
+    assert processor.size == {"height": 224, "width": 224}
+    assert (processor.do_resize, processor.do_rescale, processor.do_normalize, processor.resample) == (
+        True,
+        True,
+        True,
+        2,
+    )
+    processor.image_size = 64
+    assert processor.size == {"height": 64, "width": 64}
+    one, other = MLVICXImageProcessor(image_mean=[0.5]), MLVICXImageProcessor(image_mean=[0.5])
+    one.size["height"], one.image_mean[0] = 1, 9
+    assert (other.image_size, other.image_mean) == (224, [0.5])
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path):
+    old = {"fit": "crop", "image_mean": 0.41, "image_processor_type": "MLVICXImageProcessor", "image_size": 48}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old | {"image_std": 0.19, "num_channels": 3}))
+    expected = MLVICXImageProcessor(image_size=48, num_channels=3, image_mean=0.41, image_std=0.19, fit="crop")
+    assert MLVICXImageProcessor.from_pretrained(tmp_path).to_dict() == expected.to_dict()

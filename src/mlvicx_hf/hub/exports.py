@@ -104,8 +104,8 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
         cfg.pop(name, None)
     data = {
         "input_size": (config.num_channels, processor.image_size, processor.image_size),
-        "mean": (processor.image_mean,) * config.num_channels,
-        "std": (processor.image_std,) * config.num_channels,
+        "mean": _of_channels(processor.image_mean, config.num_channels),
+        "std": _of_channels(processor.image_std, config.num_channels),
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "crop_mode": TIMM_CROP_MODES[processor.fit],
@@ -165,6 +165,12 @@ def export_torchvision(source: str | Path, output: str | Path) -> Path:
         write_json(folder / PREPROCESSING_NAME, preprocessing(processor) | {"num_channels": 3})
         (folder / "README.md").write_text(note, encoding="utf-8")
     return output
+
+
+def _of_channels(value: float | list[float], channels: int) -> tuple[float, ...]:
+    """A constant of every channel; the image processor may have one number for all."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(values) if len(values) == channels else (values[0],) * channels
 
 
 def preprocessing(processor: MLVICXImageProcessor) -> dict[str, Any]:
