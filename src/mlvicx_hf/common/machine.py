@@ -50,6 +50,35 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
+def refuse_other_launches() -> None:
+    """Refuse what `accelerate launch` can ask for besides data parallel processes. Call it before Accelerate starts.
+
+    The loss joins the embeddings of all processes, and checkpoints hold whole weights: each process needs a whole
+    model. Accelerate would also divide every gradient by the accumulation steps that it was given.
+
+    Raises:
+        UserError: names what was asked for, and what to use.
+    """
+    sharding = {
+        "ACCELERATE_USE_FSDP": "FSDP",
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+    }
+    for variable, name in sharding.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+            raise UserError(
+                f"{name} found in the configuration of `accelerate launch` ({variable}); expected data parallel "
+                "processes: distributed_type MULTI_GPU or MULTI_CPU, or `accelerate launch --multi_gpu`"
+            )
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto"):
+        raise UserError(
+            f"gradient_accumulation_steps={steps} found in the configuration of `accelerate launch`; expected 1 there, "
+            "and --gradient_accumulation_steps of this command instead"
+        )
+
+
 def describe_hardware(device: Any, processes: int = 1) -> dict[str, Any]:
     """Describe what a run of so many processes computed on, for its result files.
 

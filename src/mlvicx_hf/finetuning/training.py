@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from mlvicx_hf.common.errors import user_input
+from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.files import check_output, write_json
-from mlvicx_hf.common.machine import keep_freed_memory, use_cpu_threads
+from mlvicx_hf.common.machine import keep_freed_memory, refuse_other_launches, use_cpu_threads
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.data.cache.cache import Cache
 from mlvicx_hf.data.collections.base import SPLITS
@@ -134,8 +134,15 @@ def trainer_settings(arguments: FinetuningArguments, learning_rate: float, folde
     """Make the arguments of the Trainer; `learning_rate` is for a user who gives none, `folder` for checkpoints.
 
     Raises:
-        UserError: arguments that the Trainer refuses.
+        UserError: arguments that the Trainer refuses, or a launch or arguments that split the weights.
     """
+    refuse_other_launches()
+    for name in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"):
+        if arguments.trainer_options.get(name):
+            raise UserError(
+                f"{name}={arguments.trainer_options[name]!r} found; expected data parallel processes, as "
+                "`accelerate launch --multi_gpu` starts them: every process saves and tests whole weights"
+            )
     own = {each.name: getattr(arguments, each.name) for each in fields(arguments)}
     del own["patience"], own["trainer_options"]
     own["learning_rate"] = learning_rate if arguments.learning_rate is None else arguments.learning_rate

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from mlvicx_hf.common.errors import UserError, user_input
-from mlvicx_hf.common.machine import describe_hardware, keep_freed_memory, use_cpu_threads
+from mlvicx_hf.common.machine import describe_hardware, keep_freed_memory, refuse_other_launches, use_cpu_threads
 from mlvicx_hf.common.signals import leave_signals_to_the_main_process
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages, choose_views
@@ -130,6 +130,7 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
 
 
 def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
+    refuse_other_launches()
     if arguments.deterministic:
         use_deterministic_algorithms()
     accelerator = Accelerator(
