@@ -107,6 +107,9 @@ class PretrainingArguments:
         "method, except that batch normalisation works on micro-batches.",
         False,
     )
+    gradient_checkpointing: bool = option(
+        "Compute the maps inside a stage again instead of keeping them: less memory, the same gradients.", False
+    )
     probe_steps: int = option("Steps between probes; one more comes at the end.", 1000)
     logging_steps: int = option("Steps between lines of metrics.jsonl.", 10)
     report_to: str = option("Tracker: none, tensorboard, wandb, trackio, all.", "none")

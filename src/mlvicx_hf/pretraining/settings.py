@@ -13,7 +13,7 @@ from .arguments import DataArguments, ModelArguments, PretrainingArguments
 
 # Settings that may change when a run is resumed.
 _FREE = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps", "save_total_limit", "dataset"}
-_FREE |= {"cpu_threads", "torch_compile", "probe_dataset", "probe_steps", "find_batch_size"}
+_FREE |= {"cpu_threads", "torch_compile", "probe_dataset", "probe_steps", "find_batch_size", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)

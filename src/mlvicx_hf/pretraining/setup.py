@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -78,13 +79,14 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         return make_views(images, np.arange(count), 0)
 
+    objective.encoder.backbone.set_grad_checkpointing(arguments.gradient_checkpointing)
     steps = arguments.epochs * len(data.batches) - (0 if checkpoint is None else checkpoint.step)
     notes: list[str] = []
     if steps:
         trial = Trial(accelerator, objective, views_of_noise, data.batches.share)
         settings, notes = _fit(trial, settings, steps, resumed=checkpoint is not None)
     if accelerator.num_processes > 1 and device.type == "cuda":
-        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+        objective = synchronise_norms(objective)
     optimizer = create_optimizer(objective, arguments)
     if arguments.torch_compile:
         objective.compile()  # in place: the keys of the state stay as they are
@@ -124,6 +126,8 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
     for name, smallest in (least | {"seed": 0, "warmup_epochs": 0}).items():
         if getattr(arguments, name) < smallest:
             raise UserError(f"{name}={getattr(arguments, name)} found; expected {smallest} or more")
+    if arguments.gradient_checkpointing and arguments.torch_compile:
+        raise UserError("gradient_checkpointing and torch_compile found; expected one of them at most")
     for name in ("crop_area", "blur", "solarize"):
         if len(getattr(data, name)) != 2:
             raise UserError(f"{name}={getattr(data, name)} found; expected two values")
@@ -146,6 +150,28 @@ def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
         use_cpu_threads(arguments.cpu_threads)
         keep_freed_memory()
     return accelerator
+
+
+def synchronise_norms(objective: Objective) -> Objective:
+    """Take batch statistics over all processes.
+
+    The shifts of an expander's last norm are buffers, for which torch's conversion has no place: they are parameters
+    while it runs.
+    """
+    norms = {
+        n: m for n, m in objective.named_modules() if isinstance(m, _BatchNorm) and "bias" in dict(m.named_buffers())
+    }
+    for norm in norms.values():
+        shift = norm.bias
+        del norm.bias
+        norm.bias = nn.Parameter(shift, requires_grad=False)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    for name in norms:
+        norm = synchronised.get_submodule(name)
+        shift = norm.bias.detach()
+        del norm.bias
+        norm.register_buffer("bias", shift)
+    return synchronised
 
 
 def use_deterministic_algorithms() -> None:
