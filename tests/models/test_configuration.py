@@ -36,7 +36,7 @@ def test_the_problem_type_is_never_left_open(num_labels: int):
 def test_the_problem_type_of_exclusive_classes():
     single = MLVICXConfig(num_labels=3, problem_type="single_label_classification")
     assert single.problem_type == "single_label_classification"
-    with pytest.raises(ValueError, match="requires `num_labels > 1`"):
+    with pytest.raises(ValueError, match="num_labels"):
         MLVICXConfig(num_labels=1, problem_type="single_label_classification")
 
 
@@ -81,7 +81,7 @@ def test_saved_and_loaded_unchanged(tmp_path: Path):
         ({"pooled_levels": "first"}, "pooled_levels='first' found; expected 'last' or 'all'"),
         ({"invariance_reduction": "max"}, "'max' found; expected 'mean' or 'sum'"),
         ({"problem_type": "regression"}, "'regression' found; expected 'multi_label_classification'"),
-        ({"problem_type": "multilabel"}, "'multilabel' found; expected 'multi_label_classification'"),
+        ({"problem_type": "multilabel"}, "multilabel"),
     ],
 )
 def test_values_outside_their_range_are_refused(values: dict[str, Any], message: str):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -148,6 +147,7 @@ def test_tracing_outside_of_no_grad(training: bool):
 @pytest.mark.filterwarnings("ignore")
 def test_the_older_onnx_exporter_outside_of_no_grad(tmp_path: Path):
     model = classifier(return_dict=False).eval()
+    onnxruntime = pytest.importorskip("onnxruntime", reason="of the extra onnx")
     torch.onnx.export(model, (pixels(),), tmp_path / "model.onnx", dynamo=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: pixels().numpy()})

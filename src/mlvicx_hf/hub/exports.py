@@ -102,7 +102,7 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
     cfg: Any = full.pretrained_cfg
     for name in TIMM_FOREIGN:
         cfg.pop(name, None)
-    data = {
+    cfg |= {
         "input_size": (config.num_channels, processor.image_size, processor.image_size),
         "mean": _of_channels(processor.image_mean, config.num_channels),
         "std": _of_channels(processor.image_std, config.num_channels),
@@ -112,7 +112,7 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
     }
     note = trunk_note("timm", encoder, processor, initial=initial)
     with new_folder(output) as folder:
-        save_for_hf(full, str(folder), safe_serialization=True, data_config=data)
+        save_for_hf(full, str(folder), model_args={"in_chans": config.num_channels}, safe_serialization=True)
         (folder / "README.md").write_text(note, encoding="utf-8")
     return output
 

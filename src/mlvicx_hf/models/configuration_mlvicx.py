@@ -32,11 +32,20 @@ class Levels(NamedTuple):
     depths: tuple[int, ...]
 
 
+def create_features(backbone: str, **options: Any) -> Any:
+    """Make a timm backbone that gives the maps of its levels, on the meta device as well."""
+    try:
+        return timm.create_model(backbone, features_only=True, **options)
+    except NotImplementedError:  # before timm 1.0.30 RegNets find their widths with tensors, which need values
+        with torch.device("cpu"):
+            return timm.create_model(backbone, features_only=True, **options).to("meta")
+
+
 @functools.cache
 def backbone_levels(backbone: str) -> Levels:
     """Describe the levels of a timm backbone."""
     with torch.device("meta"):
-        network: Any = timm.create_model(backbone, features_only=True)
+        network = create_features(backbone)
     reductions = network.feature_info.reduction()
     stem = ["stem"] if reductions[0] == 2 else []
     names = (*stem, *(f"stage{i + 1}" for i in range(len(reductions) - len(stem))))

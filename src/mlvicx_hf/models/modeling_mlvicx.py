@@ -37,7 +37,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_mlvicx import MLVICXConfig
+from .configuration_mlvicx import MLVICXConfig, create_features
 from .hub_mlvicx import AUTO_MAP, check_download
 from .loss_mlvicx import (
     LossTerms,
@@ -266,7 +266,7 @@ def create_backbone(config: MLVICXConfig) -> FeatureListNet:
         similar = ", ".join(difflib.get_close_matches(config.backbone, timm.list_models(), 5)) or works
         raise ValueError(f"backbone={config.backbone!r} found; expected a timm model such as {similar}")
     try:
-        backbone = timm.create_model(config.backbone, features_only=True, in_chans=config.num_channels)
+        backbone = create_features(config.backbone, in_chans=config.num_channels)
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
         raise ValueError(f"backbone={config.backbone!r} has no features_only form; {works} work") from error
     layout = getattr(backbone, "output_fmt", None)
@@ -473,24 +473,27 @@ class MLVICXModel(MLVICXPreTrainedModel):
         """Apply the layers of a stage one after another; with gradient checkpointing, forget what is between them."""
         again = False
 
+        def once(x: Tensor) -> Tensor:
+            for layer in stage:
+                x = layer(x)
+            return x
+
         def apply(x: Tensor) -> Tensor:
             nonlocal again
             with _running_statistics_kept(stage if again else []):
                 again = True
-                for layer in stage:
-                    x = layer(x)
-            return x
+                return once(x)
 
         if not (self.training and torch.is_grad_enabled()):
-            return apply(x)
+            return once(x)
         if self.gradient_checkpointing:
             function: Any = self._gradient_checkpointing_func
             # Reentrant checkpoints lose the gradients of a stage whose input has none.
             reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
-            return apply(x) if reentrant and not x.requires_grad else function(apply, x)
+            return once(x) if reentrant and not x.requires_grad else function(apply, x)
         if self.backbone.grad_checkpointing:  # timm's own switch
             return checkpoint(apply, x, use_reentrant=False)
-        return apply(x)
+        return once(x)
 
     def pool(self, maps: tuple[Tensor, ...], levels: str | None = None) -> Tensor:
         """Pool the refined maps of all levels.
