@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mlvicx_hf.data.images.errors import UnreadableImageError
-from mlvicx_hf.data.images.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES, _unit_integer, fit_square_gray, read_gray
+from mlvicx_hf.data.images.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES, _unit, fit_square_gray, read_gray
 from mlvicx_hf.models.image_processing_mlvicx import FITS, fit_square, to_unit_gray
 
 HEIGHT, WIDTH = 24, 40
@@ -42,14 +42,22 @@ def colour_png_16(values: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-def test_16_bit_files_are_rescaled_by_their_depth_and_never_saturate(tmp_path: Path, suffix: str, bits: int):
-    values = ramp(2**bits - 1, np.uint16)
-    gray = np.asarray(read_gray(save(tmp_path / f"ramp{suffix}", values)))
-    assert gray.dtype == np.uint8
-    assert np.array_equal(gray, np.round(values / (2**bits - 1) * 255))
-    assert (np.diff(gray.ravel().astype(int)) >= 0).all()
-    assert (gray == 255).sum() <= 4  # a saturated ramp is white nearly everywhere
+@pytest.mark.parametrize(("low", "high"), [(0, 1023), (0, 4095), (30000, 32000), (33069, 36863), (0, 65535)])
+def test_16_bit_files_fill_the_grey_range_whatever_part_they_use(tmp_path: Path, suffix: str, low: int, high: int):
+    values = low + ramp(high - low, np.uint16)
+    gray = np.asarray(read_gray(save(tmp_path / f"ramp{suffix}", values.astype(np.uint16)))).astype(int)
+    assert (np.diff(gray.ravel()) >= 0).all()
+    assert np.abs(gray - (values - low) / (high - low) * 255).max() <= 3  # half a percent at each end is clipped
+    assert len(np.unique(gray)) > 200
+
+
+def test_a_marker_does_not_darken_a_16_bit_film(tmp_path: Path):
+    values = ramp(4095, np.uint16)
+    plain = np.asarray(read_gray(save(tmp_path / "plain.png", values))).astype(int)
+    values[5:8, 5:9] = 65535
+    marked = np.asarray(read_gray(save(tmp_path / "marked.png", values))).astype(int)
+    elsewhere = values < 65535
+    assert np.abs(plain - marked)[elsewhere].max() <= 2
 
 
 def test_a_file_and_the_image_processor_agree_on_16_bits(tmp_path: Path):
@@ -62,7 +70,7 @@ def test_a_file_and_the_image_processor_agree_on_16_bits(tmp_path: Path):
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 def test_every_integer_is_scaled_as_the_image_processor_scales_it(bits: int):
     values = np.arange(2**bits, dtype=np.uint16).reshape(-1, 4)
-    assert np.array_equal(_unit_integer(values), to_unit_gray(values)[0].numpy())
+    assert np.abs(_unit(values) - to_unit_gray(values)[0].numpy()).max() < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
@@ -94,18 +102,17 @@ def test_float_tiff_in_unit_range_is_taken_as_it_is(tmp_path: Path):
     assert np.abs(gray - values * 255).max() <= 0.5 + 1e-4
 
 
-def test_other_float_tiff_goes_from_minimum_to_maximum(tmp_path: Path):
+def test_other_float_tiff_is_stretched(tmp_path: Path):
     values = ramp(255).astype(np.float32) * 10 - 1000
     gray = np.asarray(read_gray(save(tmp_path / "float.tif", values)))
-    assert np.abs(gray.astype(int) - ramp(255)).max() <= 1
+    assert np.abs(gray.astype(int) - ramp(255)).max() <= 2
 
 
-def test_32_bit_integers_that_fit_into_16_are_read_and_others_refused(tmp_path: Path):
-    gray = np.asarray(read_gray(save(tmp_path / "small.tif", ramp(4095, np.int32))))
-    assert gray.max() == 255
-    assert abs(int(gray[HEIGHT // 2, 0]) - 128) < 5
-    with pytest.raises(UnreadableImageError, match=r"large\.tif: pixel value 70000 found; expected at most 16 bits"):
-        read_gray(save(tmp_path / "large.tif", ramp(70000, np.int32)))
+@pytest.mark.parametrize(("low", "high"), [(0, 4095), (0, 70000), (-1024, 3071), (2**30, 2**30 + 4000)])
+def test_32_bit_integers_are_read(tmp_path: Path, low: int, high: int):
+    values = low + ramp(4095, np.int32).astype(np.int64) * (high - low) // 4095
+    gray = np.asarray(read_gray(save(tmp_path / "deep.tif", values.astype(np.int32)))).astype(int)
+    assert np.abs(gray - ramp(255)).max() <= 3
 
 
 def test_16_bit_tiff_with_white_at_zero_is_inverted(tmp_path: Path):
@@ -113,7 +120,7 @@ def test_16_bit_tiff_with_white_at_zero_is_inverted(tmp_path: Path):
     with Image.open(path) as image:
         assert image.tag_v2[262] == 0
         assert np.asarray(image)[0, 0] == 0  # Pillow leaves 16 bits as they are stored
-    assert np.abs(np.asarray(read_gray(path)).astype(int) - (255 - ramp(255))).max() <= 1
+    assert np.abs(np.asarray(read_gray(path)).astype(int) - (255 - ramp(255))).max() <= 3
 
 
 def test_16_bit_colour_keeps_its_high_bits_or_is_refused(tmp_path: Path):

@@ -25,7 +25,7 @@ from .hub_mlvicx import IMAGE_PROCESSOR_AUTO_MAP, save_code
 
 FITS = ("pad", "squash", "crop")
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, what PIL's mode "L" uses
-BIT_DEPTHS = (8, 10, 12, 14, 16)
+TAIL = 0.005  # of the pixels at each end may be clipped
 RESAMPLING = {  # of PIL, as transformers numbers it; torchvision has no other for tensors
     Image.Resampling.NEAREST: InterpolationMode.NEAREST_EXACT,
     Image.Resampling.BILINEAR: InterpolationMode.BILINEAR,
@@ -33,18 +33,22 @@ RESAMPLING = {  # of PIL, as transformers numbers it; torchvision has no other f
 }
 
 
-def full_scale(maximum: int) -> int:
-    """Find the largest value of the smallest usual bit depth (8, 10, 12, 14, 16) that holds `maximum`.
+def robust_range(pixels: np.ndarray) -> tuple[float, float]:
+    """Find the values that become black and white: the 0.5th and 99.5th percentile of the pixels off the border.
 
-    A 16-bit file rarely says how many of its bits are used, and radiographs of 12 bits in 16 are common.
-
-    Raises:
-        ValueError: `maximum` does not fit into 16 bits.
+    Border pixels are those of the least and of the greatest value: collimation, padding, direct exposure, markers.
+    Where nothing or one value alone is left without them, they count as well. A 16-bit image rarely says which part of
+    its range the film fills, and one marker or dead pixel must not darken the film.
     """
-    for bits in BIT_DEPTHS:
-        if maximum < 2**bits:
-            return 2**bits - 1
-    raise ValueError(f"pixel value {maximum} found; expected at most 16 bits (65535)")
+    values, counts = np.unique(pixels, return_counts=True)
+    for kept in (slice(1, -1), slice(None)):
+        inner, reached = values[kept], np.cumsum(counts[kept])
+        if len(inner):
+            ends = np.searchsorted(reached, (TAIL * reached[-1], (1 - TAIL) * reached[-1]))
+            low, high = (float(value) for value in inner[np.minimum(ends, len(inner) - 1)])
+            if low < high:
+                return low, high
+    return float(values[0]), float(values[-1])
 
 
 def _pil_to_array(image: Image.Image) -> np.ndarray:
@@ -111,8 +115,9 @@ def _to_gray(array: np.ndarray, scale: float) -> torch.Tensor:
 def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor, layout: str | None = None) -> torch.Tensor:
     """Convert one picture of any mode and bit depth to grey values in [0, 1].
 
-    Divide integers by the full scale of their bit depth (see `full_scale`; no value is saturated). Floats must already
-    lie in [0, 1]. Booleans become 0 and 1.
+    Whole numbers from 0 to 255 are grey levels of 8 bits, and are divided by 255. All other whole numbers are stretched
+    from black to white of `robust_range`, after colours became luminance. Floats must already lie in [0, 1]. Booleans
+    become 0 and 1.
 
     Args:
         image: PIL image of any mode, or array or tensor [H, W], [H, W, C] or [C, H, W].
@@ -126,10 +131,14 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor, layout: str | N
     """
     array = _to_array(image, layout)
     kind, low, high = array.dtype.kind, array.min(), array.max()
-    if low < 0 or (kind == "f" and high > 1):
-        expected = "[0, 1] for floats" if kind == "f" else "0 or more for integers"
-        raise ValueError(f"image with values from {low} to {high} found; expected {expected}")
-    return _to_gray(array, 255 if array.dtype == np.uint8 else full_scale(int(high)) if kind in "iu" else 1)
+    if kind == "f" and (low < 0 or high > 1):
+        raise ValueError(f"image with values from {low} to {high} found; expected [0, 1] for floats")
+    if kind not in "iu" or 0 <= low <= high <= 255:
+        return _to_gray(array, 255 if kind in "iu" else 1)
+    gray = np.tensordot(LUMINANCE, array.astype(np.float64), 1)[None] if len(array) == 3 else array.astype(np.float64)
+    black, white = robust_range(gray)
+    unit = ((gray - black) / max(white - black, np.finfo(np.float32).tiny)).clip(0, 1)
+    return torch.from_numpy(unit.astype(np.float32))
 
 
 def _padded(height: int, width: int, size: int) -> tuple[int, int, int, int]:

@@ -26,6 +26,7 @@ from PIL import Image
 from mlvicx_hf.common.errors import MissingExtraError, UserError
 
 from .errors import DAMAGED, UnreadableImageError
+from .ranges import is_eight_bit, robust_range
 
 try:
     from pydicom.dataset import Dataset
@@ -65,7 +66,7 @@ _TAGS = tuple(
         *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
         *("PixelPaddingValue", "PixelPaddingRangeLimit"),
         *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
-        *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+        *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
         *(f"{colour}PaletteColorLookupTable{part}" for colour in COLOURS for part in ("Descriptor", "Data")),
         "PixelData",
     )
@@ -90,6 +91,8 @@ _PHOTOMETRIC = {
 }
 MAX_INFLATED = 256 * 2**20  # bytes of a deflated file: 1.5 times the largest 16-bit image that Pillow accepts
 J2K_START = b"\xff\x4f\xff\x51"  # markers SOC and SIZ
+MAX_CLIPPED = 0.95  # of the pixels that are not padding: a grey scale that clips more does not belong to them
+MIN_LEVELS = 16  # a grey scale that leaves fewer does not belong to them either
 _BLOCK = 2**16  # pixels to look up at a time, so that they fit into the processor's cache
 # What pydicom and its plug-ins raise for damaged content, as well as Pillow's.
 DAMAGED_DICOM = (
@@ -140,14 +143,16 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
     RLE, with 1, 8 or 16 bits allocated. Where preamble, meta information or transfer syntax are missing, the first
     bytes tell little from big endian. Old ACR-NEMA files lack attributes: one unsigned sample, MONOCHROME2 is assumed.
 
-    Grey values pass through these steps (PS3.3 C.11): the modality LUT or the rescale; the first VOI LUT, or else the
-    first window (LINEAR, LINEAR_EXACT, SIGMOID); the inversion of MONOCHROME1. The output range of the window, or the
-    range of the entries of the VOI LUT, becomes 0 to 255. Without either, the range of the image's own values does.
+    Grey values pass through these steps (PS3.3 C.11): the modality LUT or the rescale; a grey scale; the inversion of
+    MONOCHROME1, or of any image whose PresentationLUTShape is INVERSE. The grey scale is the first that fits of these:
+    each VOI LUT, each window (LINEAR, LINEAR_EXACT, SIGMOID), and last the range of the image's own values (for more
+    than 8 bits `pixels.robust_range`, as of PNG and TIFF files). The output range of a window, or the range of the
+    entries of a VOI LUT, becomes 0 to 255.
 
-    A window or VOI LUT is ignored if it is damaged, if its width is not a number or is too small (below 1 for LINEAR,
-    0 or less for the others), or if it leaves one grey value of an image that has several. A rescale is ignored if it
-    holds no numbers or leaves one value. Pixels of the padding value or range become black, and the range of the
-    image's values does not include them. Colours become luminance.
+    A VOI LUT or window does not fit if it is damaged, if its width is not a number or is too small (below 1 for
+    LINEAR, 0 or less for the others), or if, of the pixels that are not padding, it makes 95 % or more black or white,
+    or leaves fewer than 16 grey levels of an image that has more. A rescale is ignored if it holds no numbers or leaves
+    one value. Pixels of the padding value or range become black. Colours become luminance.
 
     The grid of the file stays as it is, also where pixels are not square, since boxes and masks refer to that grid.
     Overlays are not drawn. A file with several frames is refused.
@@ -157,7 +162,7 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
         file: name to use in errors.
 
     Returns:
-        Picture of mode "L", Columns × Rows.
+        Picture of mode "L", Columns × Rows. Where a grey scale of the file does not fit, `info["note"]` says why.
 
     Raises:
         UnreadableImageError: the file holds no image or several frames, or is damaged, suspiciously large, or of a
@@ -165,7 +170,10 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
     """
     with _silence():
         try:
-            return Image.fromarray(_decode(data))
+            gray, note = _decode(data)
+            image = Image.fromarray(gray)
+            image.info |= {"note": note} if note else {}
+            return image
         except _RefusedError as refusal:
             reason = str(refusal)
         except DAMAGED_DICOM as damage:  # its message may quote the file
@@ -187,7 +195,8 @@ def _silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _decode(data: bytes) -> np.ndarray:
+def _decode(data: bytes) -> tuple[np.ndarray, str]:
+    """Grey of the pixels, uint8 [H, W], and a note on it, mostly empty."""
     dataset, syntax = _read(data)
     if "PixelData" not in dataset:
         raise _RefusedError("no PixelData found; expected an image")
@@ -201,10 +210,10 @@ def _decode(data: bytes) -> np.ndarray:
     else:
         pixels, photometric = _uncompressed(dataset, header, syntax)
     if header.samples == 3:
-        return _luminance(pixels, photometric, header.stored)
+        return _luminance(pixels, photometric, header.stored), ""
     words = pixels.view(f"{pixels.dtype.byteorder}u{pixels.dtype.itemsize}")
     if photometric == "PALETTE COLOR":
-        return _look_up(_palette(dataset, header), words)
+        return _look_up(_palette(dataset, header), words), ""
     return _monochrome(dataset, header, words)
 
 
@@ -471,24 +480,86 @@ def _palette(dataset: Dataset, header: _Header) -> np.ndarray:
     return _luminance(colours.astype(np.uint8), "RGB", 8)[0]
 
 
-def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> np.ndarray:
-    """Convert bit patterns [H, W] to grey. Compute a table of all values, which is short, then look pixels up."""
+def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> tuple[np.ndarray, str]:
+    """Convert bit patterns [H, W] to grey. Compute a table of all values, which is short, then look pixels up.
+
+    Returns:
+        The grey, uint8 [H, W], and why grey scales of the file were passed over: empty if none was.
+    """
     values = header.stored_values()
     padding = _padding(dataset, values)
     outputs = _modality(dataset, values)
-    invert = header.photometric == "MONOCHROME1"
-    for scale in (_voi_lut, _window):
-        unit = scale(dataset, outputs)
-        if unit is not None:
-            gray = _look_up(_table(unit, padding, invert), words)
-            if gray.min() < gray.max():
-                return gray
-    present = np.zeros(len(values), bool)
+    shape = str(dataset.get("PresentationLUTShape") or "").strip().upper()
+    invert = header.photometric == "MONOCHROME1" or shape == "INVERSE"
+    counts = np.zeros(len(values), np.intp)
     for block in _blocks(words):
-        present[block] = True
-    inside = outputs[present & ~padding] if (present & ~padding).any() else outputs[present]
-    unit = _to_unit(outputs, inside.min(), inside.max())
-    return _look_up(_table(unit, padding, invert), words)
+        counts += np.bincount(block, minlength=len(values))
+    inside: np.ndarray = np.where(padding, 0, counts) if counts[~padding].any() else counts
+    passed_over: list[str] = []
+    for name, unit in _scales(dataset, outputs):
+        table = _table(unit, padding, invert)
+        reason = _misfit(table, values, inside)
+        if reason is None:
+            return _look_up(table, words), "; ".join(passed_over)
+        passed_over.append(f"{name} {reason}")
+    unit = _to_unit(outputs, *_own_range(values, outputs, inside, header.stored))
+    passed_over[-1:] = [f"{reason}: the range of the pixels was used" for reason in passed_over[-1:]]
+    return _look_up(_table(unit, padding, invert), words), "; ".join(passed_over)
+
+
+def _scales(dataset: Dataset, outputs: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Name every VOI LUT and every window of the file that is not damaged, with what it makes of `outputs`."""
+    for number in range(_length(dataset, "VOILUTSequence")):
+        unit = _voi_lut(dataset, outputs, number)
+        if unit is not None:
+            yield f"VOI LUT {number + 1}", unit
+    for number in range(_length(dataset, "WindowCenter")):
+        unit = _window(dataset, outputs, number)
+        if unit is not None:
+            yield f"window {number + 1}", unit
+
+
+def _length(dataset: Dataset, keyword: str) -> int:
+    """How many values an attribute has. 0 where it is absent or damaged."""
+    try:
+        element = dataset[keyword]
+        return element.VM if element.VR != "SQ" else len(element.value)
+    except (KeyError, *DAMAGED_DICOM):
+        return 0
+
+
+def _misfit(table: np.ndarray, values: np.ndarray, counts: np.ndarray) -> str | None:
+    """Say why a grey scale does not fit the pixels, None if it does.
+
+    Args:
+        table: grey of each value, uint8 [N].
+        values: stored values, [N].
+        counts: how many pixels have each value, padding left out: [N].
+    """
+    present = np.flatnonzero(counts)
+    if len(present) > 2:  # the least and the greatest value may be a border without padding's mark
+        counts = counts.copy()
+        counts[present[[values[present].argmin(), values[present].argmax()]]] = 0
+    levels = np.bincount(table, weights=counts, minlength=256)
+    clipped = (levels[0] + levels[255]) / levels.sum()
+    if clipped >= MAX_CLIPPED:
+        return f"makes {100 * clipped:.1f} % of the pixels black or white"
+    left = np.count_nonzero(levels)
+    if left < min(MIN_LEVELS, np.count_nonzero(counts)):
+        return f"leaves {left} grey levels"
+    return None
+
+
+def _own_range(values: np.ndarray, outputs: np.ndarray, counts: np.ndarray, bits: int) -> tuple[float, float]:
+    """The outputs that become black and white where no grey scale of the file fits."""
+    present = np.flatnonzero(counts)
+    if bits > 8:
+        ends = float(values[present].min()), float(values[present].max())
+        if is_eight_bit(*ends) and np.array_equal(values, outputs):
+            return 0, 255
+        distinct, places = np.unique(outputs[present], return_inverse=True)
+        return robust_range(distinct, np.bincount(places, weights=counts[present]))
+    return outputs[present].min(), outputs[present].max()
 
 
 def _blocks(words: np.ndarray) -> Iterator[np.ndarray]:
@@ -537,8 +608,8 @@ def _modality(dataset: Dataset, values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64)
 
 
-def _lut(dataset: Dataset, keyword: str) -> tuple[int, np.ndarray] | None:
-    """Read the lookup table in a sequence, see `_entries`; None where there is no table.
+def _lut(dataset: Dataset, keyword: str, number: int = 0) -> tuple[int, np.ndarray] | None:
+    """Read a lookup table of a sequence, see `_entries`; None where there is no table.
 
     Raises:
         _RefusedError: the table is damaged.
@@ -547,7 +618,7 @@ def _lut(dataset: Dataset, keyword: str) -> tuple[int, np.ndarray] | None:
         sequence = dataset.get(keyword)
         if not sequence:
             return None
-        return _entries(sequence[0], "LUTDescriptor", "LUTData", dataset)
+        return _entries(sequence[number], "LUTDescriptor", "LUTData", dataset)
     except DAMAGED_DICOM:
         raise _RefusedError(f"{keyword} is damaged") from None
 
@@ -579,20 +650,20 @@ def _signed(number: int, values: np.ndarray) -> int:
     return number - 2**16 if number >= 2**15 and values.min() < 0 else number
 
 
-def _number(dataset: Dataset, keyword: str) -> float | None:
-    """The first value of a decimal string; None where it is absent or not finite."""
+def _number(dataset: Dataset, keyword: str, index: int = 0) -> float | None:
+    """One value of a decimal string; None where it is absent or not finite."""
     try:
         value = dataset.get(keyword)
-        number = float(value[0] if isinstance(value, MultiValue) else value)
+        number = float(value[index] if isinstance(value, MultiValue) else value)
     except DAMAGED_DICOM:
         return None
     return number if math.isfinite(number) else None
 
 
-def _voi_lut(dataset: Dataset, values: np.ndarray) -> np.ndarray | None:
-    """Apply the first VOI LUT; its least and greatest entries become 0 and 1 (PS3.3 C.11.2.1.1)."""
+def _voi_lut(dataset: Dataset, values: np.ndarray, number: int) -> np.ndarray | None:
+    """Apply a VOI LUT, None if it is damaged; its least and greatest entries become 0 and 1 (PS3.3 C.11.2.1.1)."""
     try:
-        lut = _lut(dataset, "VOILUTSequence")
+        lut = _lut(dataset, "VOILUTSequence", number)
     except _RefusedError:
         return None
     if lut is None or lut[1].min() == lut[1].max():
@@ -600,9 +671,9 @@ def _voi_lut(dataset: Dataset, values: np.ndarray) -> np.ndarray | None:
     return _to_unit(_apply_lut(values, *lut), lut[1].min(), lut[1].max())
 
 
-def _window(dataset: Dataset, values: np.ndarray) -> np.ndarray | None:
-    """Apply the first window; its output range becomes 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
-    center, width = _number(dataset, "WindowCenter"), _number(dataset, "WindowWidth")
+def _window(dataset: Dataset, values: np.ndarray, index: int) -> np.ndarray | None:
+    """Apply a window, None if it is damaged; its output range becomes 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    center, width = _number(dataset, "WindowCenter", index), _number(dataset, "WindowWidth", index)
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
     if center is None or width is None or width <= 0 or (function == "LINEAR" and width < 1):
         return None

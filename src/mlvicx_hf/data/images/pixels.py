@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from mlvicx_hf.common.errors import UserError
 
 from .errors import DAMAGED, UnreadableImageError
+from .ranges import count_values, is_eight_bit, robust_range
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", *DICOM_SUFFIXES)
@@ -28,8 +29,6 @@ FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 
 CACHE_MARK = "cache.json"  # a folder with this file is a prepared cache
 MAX_BYTES = 2**30  # of a file: three times the size of the largest uncompressed image that Pillow accepts
-_BIT_DEPTHS = (8, 10, 12, 14, 16)  # as of the image processor
-_BLOCK = 64  # rows to convert at a time, because float64 values of a whole image need much memory
 _PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
 
 
@@ -55,10 +54,9 @@ def image_files(folder: Path, onerror: Callable[[OSError], None] | None = None) 
 def read_gray(path: str | Path) -> Image.Image:
     """Read a PNG, JPEG, TIFF, WebP, BMP, JPEG 2000 or DICOM file of any mode as 8-bit grey.
 
-    The content decides which format it is, not the file's name. Divide 16-bit values by the full scale of their bit
-    depth, so that none is saturated. Keep float values within [0, 1]; stretch others from their minimum to their
-    maximum. Apply the EXIF orientation, drop transparency, and read the first of several frames. For DICOM files see
-    `dicom.decode_dicom`.
+    The content decides which format it is, not the file's name. Keep whole numbers from 0 to 255 and floats from 0 to
+    1 as they are; stretch all others to the range of `ranges.robust_range`. Apply the EXIF orientation, drop
+    transparency, and read the first of several frames. For DICOM files see `dicom.decode_dicom`.
 
     Returns:
         Picture of mode "L".
@@ -168,41 +166,32 @@ def _gray(image: Image.Image) -> Image.Image:
         return image.getchannel(0)
     if not (image.mode.startswith("I") or image.mode == "F"):
         return image.convert("RGB").convert("L")  # 1, palette, RGB, RGBA, CMYK, YCbCr, LAB
-    unit = _unit_float(np.asarray(image)) if image.mode == "F" else _unit_integer(np.asarray(image))
+    unit = _unit(np.asarray(image))
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
         unit = 1 - unit  # Pillow does this for 8 bits only
     unit *= 255  # in place: such an image may take 350 MB
     return Image.fromarray(np.round(unit, out=unit).astype(np.uint8))
 
 
-def _unit_integer(array: np.ndarray) -> np.ndarray:
-    """Divide integers by the largest value of the smallest usual bit depth that holds them; float32 in [0, 1].
+def _unit(array: np.ndarray) -> np.ndarray:
+    """Convert pixels of more than 8 bits to float32 in [0, 1].
 
-    `to_unit_gray` of the image processor does the same; a test holds the two together.
+    Whole numbers from 0 to 255 and floats from 0 to 1 are grey levels already. Stretch all others from black to white
+    of `robust_range`. `to_unit_gray` of the image processor does the same; a test holds the two together.
     """
-    low, high = int(array.min()), int(array.max())
-    if low < 0:
-        raise UserError(f"image with values from {low} to {high} found; expected 0 or more for integers")
-    scales = [2**bits - 1 for bits in _BIT_DEPTHS if high < 2**bits]
-    if not scales:
-        raise UserError(f"pixel value {high} found; expected at most 16 bits (65535)")
-    unit = array.astype(np.float32)
-    unit /= scales[0]
-    return unit
-
-
-def _unit_float(array: np.ndarray) -> np.ndarray:
-    """Copy float values that lie in [0, 1], and stretch others from their minimum to their maximum."""
-    low, high = array.min(), array.max()
+    low, high = float(array.min()), float(array.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise UserError("image with NaN or infinite pixels found; expected finite values")
-    if low >= 0 and high <= 1:
-        return array.copy()
-    span = float(high) - float(low)
-    unit = np.zeros_like(array)
-    for top in range(0, len(array) if span > 0 else 0, _BLOCK):
-        unit[top : top + _BLOCK] = (array[top : top + _BLOCK] - np.float64(low)) / span
-    return unit
+    whole = array.dtype.kind in "iu"
+    if is_eight_bit(low, high) if whole else low >= 0 and high <= 1:
+        low, high = 0.0, 255.0 if whole else 1.0
+    else:
+        low, high = robust_range(*count_values(array))
+    wide = array.dtype.itemsize > 2 and whole  # float32 holds no difference of large numbers
+    unit: np.ndarray = array.astype(np.float64 if wide else np.float32)
+    unit -= low
+    unit /= max(high - low, np.finfo(np.float32).tiny)
+    return unit.clip(0, 1, out=unit).astype(np.float32, copy=False)
 
 
 def fit_square_gray(

@@ -1,0 +1,44 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Choose the values that become black and white where a file does not say so: one rule for DICOM, PNG and TIFF."""
+
+from __future__ import annotations
+
+import numpy as np
+
+TAIL = 0.005  # of the pixels at each end may be clipped: a marker or a dead pixel must not darken the film
+
+
+def is_eight_bit(low: float, high: float) -> bool:
+    """Whether whole numbers from `low` to `high` are grey levels of 8 bits already."""
+    return low >= 0 and high <= 255
+
+
+def count_values(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values that occur in an array, ascending, and how often each does."""
+    if array.dtype.kind in "iu" and array.min() >= 0 and array.max() < 2**16:  # counts faster than sorting
+        counts = np.bincount(array.reshape(-1))
+        values = np.flatnonzero(counts)
+        return values, counts[values]
+    return np.unique(array, return_counts=True)
+
+
+def robust_range(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Find the values that become black and white: the 0.5th and 99.5th percentile of the pixels off the border.
+
+    Border pixels are those of the least and of the greatest value: collimation, padding, direct exposure, markers.
+    Where nothing or one value alone is left without them, they count as well.
+
+    `robust_range` of the image processor does the same; a test holds the two together.
+
+    Args:
+        values: each value that occurs, ascending: [N].
+        counts: how many pixels have it: [N].
+    """
+    for kept in (slice(1, -1), slice(None)):
+        inner, reached = values[kept], np.cumsum(counts[kept])
+        if len(inner):
+            ends = np.searchsorted(reached, (TAIL * reached[-1], (1 - TAIL) * reached[-1]))
+            low, high = (float(value) for value in inner[np.minimum(ends, len(inner) - 1)])
+            if low < high:
+                return low, high
+    return float(values[0]), float(values[-1])
