@@ -544,8 +544,8 @@ def _misfit(table: np.ndarray, values: np.ndarray, counts: np.ndarray) -> str | 
     clipped = (levels[0] + levels[255]) / levels.sum()
     if clipped >= MAX_CLIPPED:
         return f"makes {100 * clipped:.1f} % of the pixels black or white"
-    left = np.count_nonzero(levels)
-    if left < min(MIN_LEVELS, np.count_nonzero(counts)):
+    left = int(np.count_nonzero(levels))
+    if left < min(MIN_LEVELS, int(np.count_nonzero(counts))):
         return f"leaves {left} grey levels"
     return None
 
