@@ -37,7 +37,11 @@ ABSENT = {
     "utils/fetch_hub_objects_for_ci.py": "def url_to_local_path(url):\n    return url\n",
 }
 # Tests that fail by design, as "Class.test" or "test" of every class, with the reason.
-BY_DESIGN: dict[str, str] = {}
+BY_DESIGN = {
+    "test_can_init_all_missing_weights": "timm draws the backbone of a new model, with other random numbers than "
+    "transformers' seeds; the rules are the same, and a test of ours compares them (transformers excepts timm, too)",
+    "PretrainingTest.test_batching_equivalence": "the loss is one of the whole batch: a single row has none",
+}
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPoolingAndNoAttention,
@@ -386,6 +387,30 @@ def _running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
             setattr(norm, name, buffer)
 
 
+class Stage(GradientCheckpointingLayer):
+    """What runs between two levels. It has no weights: the layers stay where a checkpoint's names have them."""
+
+    def forward(self, x: Tensor, layers: list[nn.Module], runs: list[None] | None = None) -> Tensor:
+        """Apply layers one after another.
+
+        Args:
+            x: [B, C, H, W].
+            layers: of the backbone, and a context bottleneck.
+            runs: of gradient checkpointing, an empty list; a repetition in a backward pass finds a run in it.
+        """
+        if runs is None:
+            return _apply(layers, x)
+        with _running_statistics_kept(layers if runs else []):
+            runs.append(None)
+            return _apply(layers, x)
+
+
+def _apply(layers: list[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 def _block_types(module: nn.Module) -> set[str]:
     """Names of the types that a backbone runs as one. A plain `nn.Sequential` runs its parts one after another."""
     types = set()
@@ -413,7 +438,7 @@ class MLVICXModel(MLVICXPreTrainedModel):
             for c in self.channels
         )
         self.pooled_features = self.channels[-1] if config.pooled_levels == "last" else sum(self.channels)
-        self.gradient_checkpointing = False  # transformers sets it here
+        self.stages = nn.ModuleList(Stage() for _ in self.channels)
         self._no_split_modules = [*(self._no_split_modules or []), *_block_types(self.backbone)]
         for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
             if not tensor.is_meta:  # from_pretrained builds on the meta device, and fills in missing weights later
@@ -459,41 +484,28 @@ class MLVICXModel(MLVICXPreTrainedModel):
                 f"with {expected} channel(s), as num_channels={expected} says"
             )
         maps: list[Tensor] = []
-        x, stage = pixel_values, []
+        x, layers = pixel_values, []
         for name, layer in self.backbone.items():
-            stage.append(layer)
+            layers.append(layer)
             if name in self.backbone.return_layers:
-                stage.append(self.context[len(maps)])
-                x = self._run(stage, x)
+                level = len(maps)
+                x = self._run(self.stages[level], [*layers, self.context[level]], x)
                 maps.append(x)
-                stage = []
+                layers = []
         return tuple(maps)
 
-    def _run(self, stage: list[nn.Module], x: Tensor) -> Tensor:
-        """Apply the layers of a stage one after another; with gradient checkpointing, forget what is between them."""
-        again = False
-
-        def once(x: Tensor) -> Tensor:
-            for layer in stage:
-                x = layer(x)
-            return x
-
-        def apply(x: Tensor) -> Tensor:
-            nonlocal again
-            with _running_statistics_kept(stage if again else []):
-                again = True
-                return once(x)
-
-        if not (self.training and torch.is_grad_enabled()):
-            return once(x)
-        if self.gradient_checkpointing:
-            function: Any = self._gradient_checkpointing_func
-            # Reentrant checkpoints lose the gradients of a stage whose input has none.
-            reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
-            return once(x) if reentrant and not x.requires_grad else function(apply, x)
-        if self.backbone.grad_checkpointing:  # timm's own switch
-            return checkpoint(apply, x, use_reentrant=False)
-        return once(x)
+    def _run(self, stage: Stage, layers: list[nn.Module], x: Tensor) -> Tensor:
+        """Apply the layers of a stage, with gradient checkpointing if transformers' or timm's switch is on."""
+        timm_saves = self.backbone.grad_checkpointing
+        if not (self.training and torch.is_grad_enabled() and (stage.gradient_checkpointing or timm_saves)):
+            return stage(x, layers=layers)
+        if not stage.gradient_checkpointing:
+            return checkpoint(stage, x, layers=layers, runs=[], use_reentrant=False)
+        if not x.requires_grad:
+            # Reentrant checkpoints would lose the gradients of a stage whose input has none.
+            function: Any = stage._gradient_checkpointing_func
+            x = x.detach().requires_grad_(getattr(function, "keywords", {}).get("use_reentrant") is not False)
+        return stage(x, layers=layers, runs=[])
 
     def pool(self, maps: tuple[Tensor, ...], levels: str | None = None) -> Tensor:
         """Pool the refined maps of all levels.
