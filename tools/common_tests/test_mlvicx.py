@@ -44,7 +44,7 @@ class Tester:
             expander_dims=[32, 32],
             aggregation_channels=16,
             aggregation_size=2,
-            num_labels=LABELS,
+            id2label={i: f"LABEL_{i}" for i in range(LABELS)},
             decoder_hidden_sizes=[32, 16, 8, 8, 8],
         )
 

@@ -4,6 +4,7 @@
 This file travels to the Hub beside the model, so it imports nothing from the package.
 """
 
+import difflib
 import functools
 import math
 from os import PathLike
@@ -32,6 +33,20 @@ class Levels(NamedTuple):
     depths: tuple[int, ...]
 
 
+WORKING_BACKBONES = "resnet18, resnet34, resnet50, densenet121 or regnety_008"
+
+
+def check_backbone(backbone: str) -> None:
+    """Refuse a name that timm does not have.
+
+    Raises:
+        ValueError: names similar ones.
+    """
+    if not timm.is_model(backbone):
+        similar = ", ".join(difflib.get_close_matches(backbone, timm.list_models(), 5)) or WORKING_BACKBONES
+        raise ValueError(f"backbone={backbone!r} found; expected a timm model such as {similar}")
+
+
 def create_features(backbone: str, **options: Any) -> Any:
     """Make a timm backbone that gives the maps of its levels, on the meta device as well."""
     try:
@@ -43,7 +58,12 @@ def create_features(backbone: str, **options: Any) -> Any:
 
 @functools.cache
 def backbone_levels(backbone: str) -> Levels:
-    """Describe the levels of a timm backbone."""
+    """Describe the levels of a timm backbone.
+
+    Raises:
+        ValueError: a name that timm does not have.
+    """
+    check_backbone(backbone)
     with torch.device("meta"):
         network = create_features(backbone)
     reductions = network.feature_info.reduction()
@@ -212,7 +232,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
 
         One that could not be loaded again is not saved.
         """
-        self.validate()  # type: ignore[attr-defined]  # which `strict` makes
+        self.validate()  # which `strict` makes
         if getattr(self, "auto_map", None):  # which transformers sets without declaring it
             self.auto_map = dict(AUTO_MAP)
             save_code(save_directory)

@@ -291,8 +291,10 @@ class MLVICXImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]  # noqa: RUF012 - the base class's own way
     valid_kwargs = MLVICXImageProcessorKwargs
     backend = "torchvision"
-    rescale_factor = None
-    do_resize = do_rescale = do_normalize = True  # transformers keeps None only beside such a default
+    rescale_factor: float | None = None  # type: ignore[assignment]  # by the bit depth
+    do_resize: bool | None = True  # transformers keeps None only beside such a default
+    do_rescale: bool | None = True
+    do_normalize: bool | None = True
 
     def __init__(
         self,
@@ -425,7 +427,9 @@ class MLVICXImageProcessor(BaseImageProcessor):
             data["labels"] = _stack([own._fit(mask, nearest=True)[0] for mask in masks], return_tensors)
         features = BatchFeature(data, tensor_type=return_tensors)
         device = at_call.get("device")
-        return features if device is None else features.to(device)
+        if device is not None:
+            features.to(device)
+        return features
 
     def post_process_semantic_segmentation(
         self,
@@ -484,8 +488,9 @@ class MLVICXImageProcessor(BaseImageProcessor):
         for name in ("do_resize", "do_rescale", "do_normalize"):
             if getattr(self, name) not in (True, False, None):
                 raise ValueError(f"{name}={getattr(self, name)!r} found; expected true or false")
-        if self.rescale_factor is not None and not _is_number(self.rescale_factor):
-            raise ValueError(f"rescale_factor={self.rescale_factor!r} found; expected a number, or None")
+        factor = self.rescale_factor
+        if factor is not None and not (_is_number(factor) and factor > 0):
+            raise ValueError(f"rescale_factor={factor!r} found; expected a number above 0, or None")
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
             values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -499,12 +504,15 @@ class MLVICXImageProcessor(BaseImageProcessor):
         """One picture to grey values [1, H, W], by its bit depth, by `rescale_factor`, or as they are."""
         if self.do_rescale and self.rescale_factor is None:
             return to_unit_gray(image, layout)
-        return _to_gray(_to_array(image, layout), 1 / self.rescale_factor if self.do_rescale else 1)
+        factor = self.rescale_factor if self.do_rescale else None
+        return _to_gray(_to_array(image, layout), 1 if factor is None else 1 / factor)
 
     def _fit(self, image: torch.Tensor, nearest: bool = False) -> torch.Tensor:
         if not self.do_resize:
             return image
-        return fit_square(image, self.image_size, self.fit, nearest=nearest, mode=RESAMPLING[self.resample])
+        return fit_square(
+            image, self.image_size, self.fit, nearest=nearest, mode=RESAMPLING[Image.Resampling(self.resample)]
+        )
 
     def _unfit(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Bring logits [K, h, w] to an image of this size; what `fit` cut off becomes -inf."""

@@ -6,7 +6,6 @@ This file travels to the Hub, so it imports nothing from the package but its fla
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from huggingface_hub.errors import HTTPError  # of the HTTP library that the client uses
 from safetensors import SafetensorError
@@ -38,7 +36,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_mlvicx import MLVICXConfig, create_features
+from .configuration_mlvicx import WORKING_BACKBONES, MLVICXConfig, check_backbone, create_features
 from .hub_mlvicx import AUTO_MAP, check_download
 from .loss_mlvicx import (
     LossTerms,
@@ -262,10 +260,8 @@ def create_backbone(config: MLVICXConfig) -> FeatureListNet:
     Raises:
         ValueError: an unknown name, or a model that timm cannot make as an NCHW `FeatureListNet`.
     """
-    works = "resnet18, resnet34, resnet50, densenet121 or regnety_008"
-    if not timm.is_model(config.backbone):
-        similar = ", ".join(difflib.get_close_matches(config.backbone, timm.list_models(), 5)) or works
-        raise ValueError(f"backbone={config.backbone!r} found; expected a timm model such as {similar}")
+    works = WORKING_BACKBONES
+    check_backbone(config.backbone)
     try:
         backbone = create_features(config.backbone, in_chans=config.num_channels)
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
@@ -286,7 +282,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     # Every loss is a mean already. Else the Trainer, which sees `**kwargs`, multiplies it by the number of accumulation
     # steps and of processes.
     accepts_loss_kwargs = False
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # as transformers' own models have it
     supports_gradient_checkpointing = True
     # They join maps, which must lie on one device; `MLVICXModel` adds the blocks of its backbone.
     _no_split_modules = ["ContextBottleneck", "MultiLevelAggregator", "UNetDecoder"]  # noqa: RUF012
@@ -299,7 +295,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     _labels_seen = False
 
     def __init__(self, config: MLVICXConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate()  # type: ignore[attr-defined]  # which `strict` makes; values may have been set since
+        config.validate()  # which `strict` makes; values may have been set since
         super().__init__(config, *args, **kwargs)
 
     @classmethod
@@ -463,7 +459,8 @@ class MLVICXModel(MLVICXPreTrainedModel):
         }
         if missing:
             with torch.device("cpu"):
-                drawn = create_backbone(self.config)
+                config: Any = self.config
+                drawn = create_backbone(config)
             values = dict(drawn.named_parameters()) | dict(drawn.named_buffers())
             for name, tensor in missing.items():
                 init.copy_(tensor, values[name].to(tensor))
@@ -494,7 +491,7 @@ class MLVICXModel(MLVICXPreTrainedModel):
                 layers = []
         return tuple(maps)
 
-    def _run(self, stage: Stage, layers: list[nn.Module], x: Tensor) -> Tensor:
+    def _run(self, stage: Any, layers: list[nn.Module], x: Tensor) -> Tensor:
         """Apply the layers of a stage, with gradient checkpointing if transformers' or timm's switch is on."""
         timm_saves = self.backbone.grad_checkpointing
         if not (self.training and torch.is_grad_enabled() and (stage.gradient_checkpointing or timm_saves)):
@@ -689,7 +686,7 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
                 total.append(weight * terms.loss)
         return MLVICXForPreTrainingOutput(
             loss=torch.stack([part.to(total[0].device) for part in total]).sum(),
-            **fields,  # type: ignore[arg-type]  # none of the embeddings
+            **fields,
             global_embeddings=output.global_embeddings,
             multi_level_embeddings=output.multi_level_embeddings,
             hidden_states=output.hidden_states,
@@ -728,7 +725,7 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         self.num_labels = int(config.num_labels or 0)
         self.mlvicx = MLVICXModel(config)
         features, labels = self.mlvicx.pooled_features, self.num_labels
-        self.classifier: nn.Module = nn.Linear(features, labels) if labels else nn.Identity()
+        self.classifier: Any = nn.Linear(features, labels) if labels else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -919,7 +916,7 @@ class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
         return self.config.out_indices
 
     @out_indices.setter
-    def out_indices(self, numbers: list[int]) -> None:
+    def out_indices(self, numbers: tuple[int] | list[int]) -> None:
         self.config.out_indices = numbers
 
     @can_return_tuple
@@ -944,8 +941,9 @@ class MLVICXBackbone(BackboneMixin, MLVICXPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         maps = self.mlvicx.refined_maps(pixel_values)
+        chosen: Any = tuple(maps[level] for level in self.out_indices)
         return BackboneOutput(
-            feature_maps=tuple(maps[level] for level in self.out_indices),
+            feature_maps=chosen,
             hidden_states=maps if output_hidden_states else None,
         )
 
