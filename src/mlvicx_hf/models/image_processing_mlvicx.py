@@ -137,7 +137,7 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor, layout: str | N
         return _to_gray(array, 255 if kind in "iu" else 1)
     gray = np.tensordot(LUMINANCE, array.astype(np.float64), 1)[None] if len(array) == 3 else array.astype(np.float64)
     black, white = robust_range(gray)
-    unit = ((gray - black) / max(white - black, np.finfo(np.float32).tiny)).clip(0, 1)
+    unit = ((gray - black) / max(float(white - black), float(np.finfo(np.float32).tiny))).clip(0, 1)
     return torch.from_numpy(unit.astype(np.float32))
 
 
