@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from mlvicx_hf import MLVICXConfig, MLVICXForImageClassification, MLVICXImageProcessor
 from mlvicx_hf.data.images.pixels import read_gray
-from mlvicx_hf.models.image_processing_mlvicx import fit_square, robust_range, to_unit_gray
+from mlvicx_hf.models.image_processing_mlvicx import _robust_range, fit_square, to_unit_gray
 
 GRAY = np.random.default_rng(0).integers(0, 256, (24, 20), np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (24, 20, 3), np.uint8)
@@ -133,7 +133,7 @@ def test_the_part_of_the_range_that_a_film_uses_does_not_matter(low: int, high: 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(-70000, 70000), min_size=1, max_size=40))
 def test_the_robust_range_lies_within_the_values(values: list[int]):
-    low, high = robust_range(np.array(values))
+    low, high = _robust_range(np.array(values))
     assert min(values) <= low <= high <= max(values)
     assert low < high or len(set(values)) == 1
 

@@ -25,7 +25,7 @@ from .hub_mlvicx import IMAGE_PROCESSOR_AUTO_MAP, save_code
 
 FITS = ("pad", "squash", "crop")
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, what PIL's mode "L" uses
-TAIL = 0.005  # of the pixels at each end may be clipped
+_TAIL = 0.005  # of the pixels at each end may be clipped
 RESAMPLING = {  # of PIL, as transformers numbers it; torchvision has no other for tensors
     Image.Resampling.NEAREST: InterpolationMode.NEAREST_EXACT,
     Image.Resampling.BILINEAR: InterpolationMode.BILINEAR,
@@ -33,7 +33,7 @@ RESAMPLING = {  # of PIL, as transformers numbers it; torchvision has no other f
 }
 
 
-def robust_range(pixels: np.ndarray) -> tuple[float, float]:
+def _robust_range(pixels: np.ndarray) -> tuple[float, float]:
     """Find the values that become black and white: the 0.5th and 99.5th percentile of the pixels off the border.
 
     Border pixels are those of the least and of the greatest value: collimation, padding, direct exposure, markers.
@@ -44,7 +44,7 @@ def robust_range(pixels: np.ndarray) -> tuple[float, float]:
     for kept in (slice(1, -1), slice(None)):
         inner, reached = values[kept], np.cumsum(counts[kept])
         if len(inner):
-            ends = np.searchsorted(reached, (TAIL * reached[-1], (1 - TAIL) * reached[-1]))
+            ends = np.searchsorted(reached, (_TAIL * reached[-1], (1 - _TAIL) * reached[-1]))
             low, high = (float(value) for value in inner[np.minimum(ends, len(inner) - 1)])
             if low < high:
                 return low, high
@@ -116,7 +116,7 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor, layout: str | N
     """Convert one picture of any mode and bit depth to grey values in [0, 1].
 
     Whole numbers from 0 to 255 are grey levels of 8 bits, and are divided by 255. All other whole numbers are stretched
-    from black to white of `robust_range`, after colours became luminance. Floats must already lie in [0, 1]. Booleans
+    from black to white of `_robust_range`, after colours became luminance. Floats must already lie in [0, 1]. Booleans
     become 0 and 1.
 
     Args:
@@ -136,7 +136,7 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor, layout: str | N
     if kind not in "iu" or 0 <= low <= high <= 255:
         return _to_gray(array, 255 if kind in "iu" else 1)
     gray = np.tensordot(LUMINANCE, array.astype(np.float64), 1)[None] if len(array) == 3 else array.astype(np.float64)
-    black, white = robust_range(gray)
+    black, white = _robust_range(gray)
     unit = ((gray - black) / max(float(white - black), float(np.finfo(np.float32).tiny))).clip(0, 1)
     return torch.from_numpy(unit.astype(np.float32))
 

@@ -28,7 +28,7 @@ def robust_range(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     Border pixels are those of the least and of the greatest value: collimation, padding, direct exposure, markers.
     Where nothing or one value alone is left without them, they count as well.
 
-    `robust_range` of the image processor does the same; a test holds the two together.
+    The image processor has the same rule, since it travels without this package; a test holds the two together.
 
     Args:
         values: each value that occurs, ascending: [N].
