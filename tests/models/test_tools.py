@@ -296,7 +296,7 @@ def test_timms_own_switch_works():
 def test_no_block_is_split_between_devices(model_class: Any, backbone: str):
     with torch.device("meta"):
         model = model_class(tiny_config(backbone=backbone, num_labels=3))
-        blocks = {type(b).__name__ for b in timm.create_model(backbone, features_only=True).modules()}
+    blocks = {type(b).__name__ for b in timm.create_model(backbone, features_only=True).modules()}
     blocks &= {"BasicBlock", "DenseBlock", "RegStage", "ConvNeXtStage"}
     assert blocks
     assert {*blocks, "ContextBottleneck", "MultiLevelAggregator", "UNetDecoder"} <= set(model._no_split_modules)

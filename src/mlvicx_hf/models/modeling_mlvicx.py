@@ -682,7 +682,7 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         for name, embeddings, weight in branches:
             if embeddings is not None:
                 terms = self._loss(*embeddings)
-                fields |= {f"{name}_{term}": value for term, value in terms._asdict().items()}
+                fields |= {f"{name}_{term}": value for term, value in zip(terms._fields, terms, strict=True)}
                 total.append(weight * terms.loss)
         return MLVICXForPreTrainingOutput(
             loss=torch.stack([part.to(total[0].device) for part in total]).sum(),
