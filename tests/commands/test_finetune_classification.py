@@ -19,6 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.lowest
 @pytest.mark.slow
 def test_the_command(model: Path, tmp_path: Path):
     rows = [

@@ -19,6 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.lowest
 @pytest.mark.slow
 def test_phantom_pneumothorax(model: Path, tmp_path: Path):
     words = ("--collection", "phantom", "--mask_names", "Pneumothorax", "--num_patients", 40, "--size", 32)

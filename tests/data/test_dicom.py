@@ -192,6 +192,7 @@ def test_every_compressed_transfer_syntax_is_decoded(syntax: uid.UID, kind: str)
     assert_same(read(content), expected, 6 if syntax in LOSSY else 1)
 
 
+@pytest.mark.lowest
 def test_12_bit_jpeg_is_decoded():
     pixels = shade(0, 4095)
     content = by_gdcm(dicom(pixels, BitsStored=12), gdcm.TransferSyntax.JPEGExtendedProcess2_4)
@@ -199,6 +200,7 @@ def test_12_bit_jpeg_is_decoded():
     assert_same(read(content), stretched(pixels), 3)
 
 
+@pytest.mark.lowest
 def test_frames_in_several_fragments_and_in_jp2_boxes_are_decoded():
     pixels, buffer = shade(0, 255, np.uint8), io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG2000")
@@ -454,6 +456,7 @@ def test_colours_become_luminance(syntax: uid.UID, photometric: str):
     assert_same(read(content), expected)
 
 
+@pytest.mark.lowest
 def test_colours_in_planes_subsampled_or_of_16_bits_become_luminance():
     planes = np.ascontiguousarray(colours().transpose(2, 0, 1)).reshape(HEIGHT, WIDTH, 3)
     assert_same(read(dicom(planes, PlanarConfiguration=1)), colours() @ LUMINANCE)
@@ -465,6 +468,7 @@ def test_colours_in_planes_subsampled_or_of_16_bits_become_luminance():
     assert_same(read(written(made)), even, 0)
 
 
+@pytest.mark.lowest
 def test_1_bit_is_black_and_white():
     bits = (LINE + COLUMN) % 3 == 0
     made = dataset(bits.astype(np.uint8), BitsAllocated=1, BitsStored=1)
@@ -472,6 +476,7 @@ def test_1_bit_is_black_and_white():
     assert_same(read(written(made)), bits * 255, 0)
 
 
+@pytest.mark.lowest
 def test_overlays_change_nothing():
     made = dataset(shade(0, 4095) | 0x8000, BitsStored=12, WindowCenter=2000, WindowWidth=3000)
     plain = read(written(made))

@@ -61,6 +61,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+@pytest.mark.lowest
 def test_cache_holds_the_images_with_what_is_known_of_them(root: Path, tmp_path: Path):
     make(root, tmp_path / "cache")
     cache = load_cache(tmp_path / "cache")
@@ -256,6 +257,7 @@ def mask_of(pixels: np.ndarray, classes: int = 2) -> np.ndarray:
     return (pixels.astype(int) * classes // 256).astype(np.uint8)
 
 
+@pytest.mark.lowest
 def test_cache_holds_masks_that_lie_on_their_images(root: Path, tmp_path: Path):
     add_masks(root, unknown=("2_0", "2_1", "9_0"), classes=3)
     names = ("background", "middle", "bright")

@@ -96,6 +96,7 @@ def place(image: int) -> int:
 # -- numbers and order -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lowest
 def test_an_epoch_is_every_image_once_under_its_own_number(stream: Stream):
     assert stream.num_images == 100
     found = run(StreamBatches(stream, 10, seed=3, shuffle_buffer=16))

@@ -88,6 +88,7 @@ def test_a_grid_is_run_once(parts: dict[str, Any], tmp_path: Path):
             assert (again / cell.path / name).read_bytes() == (output / cell.path / name).read_bytes()
 
 
+@pytest.mark.lowest
 def test_a_cell_that_another_process_runs_is_left_to_it(small: dict[str, Any], tmp_path: Path):
     cells = read_suite(write(tmp_path, small)).cells
     lock = tmp_path / "out" / cells[1].lock_path

@@ -236,6 +236,7 @@ print("done")
 """
 
 
+@pytest.mark.lowest
 def test_the_same_bits_with_the_package_and_without(folders: dict[str, Path], tmp_path: Path):
     images = torch.randint(0, 256, (4, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     save_file({"images": images}, tmp_path / "inputs.safetensors")

@@ -54,6 +54,7 @@ def test_outputs_of_the_encoder():
     assert MLVICXModel(tiny_config(output_hidden_states=True))(pixels()).hidden_states is not None
 
 
+@pytest.mark.lowest
 def test_all_levels_are_pooled_on_request(tmp_path: Path):
     torch.manual_seed(0)
     model = MLVICXForImageClassification(tiny_config(pooled_levels="all", num_labels=3)).eval()
@@ -549,6 +550,7 @@ def test_heads_that_a_checkpoint_lacks_are_initialised(tmp_path: Path, dims: lis
     assert classifier.classifier.bias.abs().max() <= 96**-0.5
 
 
+@pytest.mark.lowest
 def test_context_that_a_checkpoint_lacks_is_initialised_and_reported(tmp_path: Path):
     MLVICXModel(tiny_config(use_context=False)).save_pretrained(tmp_path)
     model, report = MLVICXModel.from_pretrained(tmp_path, config=tiny_config(), output_loading_info=True)

@@ -289,6 +289,7 @@ def test_an_encoder_without_context_does_not_fit_one_with(tmp_path: Path):
 # -- a run and its files -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lowest
 def test_a_run_ends_with_a_model_that_loads(finished: Path):
     names = {file.name for file in finished.iterdir()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "run.json", "metrics.jsonl"} <= names
@@ -476,7 +477,7 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_the_run_goes_on(
 # -- resume ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [2, 5, 9])
+@pytest.mark.parametrize("step", [2, pytest.param(5, marks=pytest.mark.lowest), 9])
 def test_resumed_is_the_same_run(finished: Path, cache: Path, tmp_path: Path, step: int):
     """Inside and between epochs: no line of metrics comes twice, none is lost."""
     output = interrupted(finished, tmp_path / "run", step)
