@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,11 @@ import pytest
 # Threads of torch wait for each other in loops, unless told before it is imported: where several processes share the
 # cores, as tests and their scripts do, one of them would wait for whole time slices, and steps take five times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Compiled modules are kept, also where the environment asks for none, as containers do: without them each fresh process
+# compiles torch and transformers anew, which takes two thirds of its start.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +21,9 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("MLVICX_REAL_DATA is not set")
     return Path(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, so that no process is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

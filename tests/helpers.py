@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.multiprocessing as mp
+from forks import run_forked
 from PIL import Image, ImageDraw
 from transformers.utils import logging
 
@@ -56,6 +57,11 @@ def run_python(*words: object, timeout: float = 240, **more: str) -> subprocess.
     )
 
 
+def run_code(code: str, *words: object, timeout: float = 240, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that has imported PyTorch, but neither transformers nor the package."""
+    return run_forked(code, *map(str, words), environment=environment(**more), folder=ROOT, timeout=timeout)
+
+
 def mlvicx(*words: object) -> subprocess.CompletedProcess[str]:
     """Run a command of `mlvicx` in this process, which leaves nothing of it behind."""
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -77,9 +83,9 @@ print(json.dumps([[each.args, each.returncode, each.stdout, each.stderr] for eac
 
 
 def mlvicx_elsewhere(*commands: Sequence[object], **more: str) -> list[subprocess.CompletedProcess[str]]:
-    """Run commands of `mlvicx` one after another in one fresh process with these variables."""
+    """Run commands of `mlvicx` one after another in one process of their own with these variables."""
     words = json.dumps([list(map(str, command)) for command in commands])
-    done = run_python("-c", SERIES, words, PYTHONPATH=str(ROOT / "tests"), **more)
+    done = run_code(SERIES, words, PYTHONPATH=str(ROOT / "tests"), **more)
     assert done.returncode == 0, done.stderr
     return [subprocess.CompletedProcess(*each) for each in json.loads(done.stdout.splitlines()[-1])]
 

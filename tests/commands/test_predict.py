@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_users_error, draw, environment, mlvicx, run_python, tiny_config
+from helpers import assert_users_error, draw, mlvicx, run_code, tiny_config
 from loopback_hub import LoopbackHub, Repository, StoredFile
 
+from kills import KILLED, Forks
 from mlvicx_hf import MLVICXForImageClassification, MLVICXImageProcessor
 from mlvicx_hf.prediction.prediction import predict
 
@@ -76,7 +74,7 @@ def test_weights_that_do_not_fit_are_a_users_error(model: Path, images: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_kill_leaves_no_half_written_results(model: Path, tmp_path: Path):
+def test_a_kill_leaves_no_half_written_results(forks: Forks, model: Path, tmp_path: Path):
     folder = tmp_path / "in"
     folder.mkdir()
     large = draw({"disc": True}, seed=0, size=1500)
@@ -84,13 +82,12 @@ def test_a_kill_leaves_no_half_written_results(model: Path, tmp_path: Path):
     for number in range(1, 200):
         (folder / f"{number}.png").hardlink_to(folder / "0.png")
     words = ("--model", model, "--input", folder, "--output", tmp_path / "out.csv", "--batch_size", 1)
-    command = [sys.executable, str(ROOT / "scripts" / "predict.py"), *map(str, words), "--num_workers", "0"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    process = forks.start("predict", *words, "--num_workers", 0)
     deadline = time.monotonic() + 240
     while not (tmp_path / ".out.csv.tmp").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(10) == -signal.SIGKILL
+    process.kill()
+    assert process.wait(10) == KILLED
     assert {path.name for path in tmp_path.iterdir()} == {"in", ".out.csv.tmp"}
     record = predict(str(model), folder / "0.png", tmp_path / "out.csv", num_workers=0, device="cpu", progress=False)
     assert record["images"] == 1  # what is left over is in nobody's way
@@ -114,7 +111,7 @@ predict("org/model", revision="v1", **options)
         repository.tags["v1"] = repository.commit("main", "first", files).sha
         changed = {"modeling_mlvicx.py": StoredFile(b"raise SystemExit(7)", is_lfs=False)}
         repository.commit("main", "second", files | changed)
-        done = run_python("-c", code, images / "0.png", tmp_path / "out.csv", **hub.environment(tmp_path / "cache"))
+        done = run_code(code, images / "0.png", tmp_path / "out.csv", **hub.environment(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "org/absent: not found here, nor on the Hub" in done.stdout
     record = json.loads((tmp_path / "out.json").read_text())

@@ -1,20 +1,17 @@
 """`scripts/pretrain.py` as it is run: killed and resumed, launched by accelerate, in two processes, and its errors."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, assert_users_error, environment, mlvicx, run_python, run_script, unlabelled_cache
+from helpers import ROOT, assert_users_error, mlvicx, run_python, run_script, unlabelled_cache
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from kills import KILLED, Forked, Forks
 from mlvicx_hf.commands.pretrain import parse_pretraining
 from mlvicx_hf.pretraining.setup import set_up
 
@@ -36,7 +33,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for(path: Path, process: subprocess.Popen[Any], seconds: float = 120) -> None:
+def wait_for(path: Path, process: Forked, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, "the run ended before it could be killed"
@@ -64,19 +61,16 @@ def test_launched_by_accelerate(whole: Path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_ends_in_the_same_bits(whole: Path, cache: Path, tmp_path: Path):
+def test_killed_and_resumed_ends_in_the_same_bits(forks: Forks, whole: Path, cache: Path, tmp_path: Path):
     killed = tmp_path / "killed"
-    command = [sys.executable, str(SCRIPT), *flags(cache, killed, *SCHEDULE)]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = forks.start("pretrain", *flags(cache, killed, *SCHEDULE))
     try:
         wait_for(killed / "checkpoint-15", process)  # the second epoch's third step
         time.sleep(0.1)  # some steps more, which are lost
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # with the workers that decode images
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        process.kill()  # with the workers that decode images
+        code = process.wait()
+    assert code == KILLED
     assert not (killed / "model.safetensors").exists()
     newest = max(int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*"))
     assert newest % 12, "killed inside an epoch"

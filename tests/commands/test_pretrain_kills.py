@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,6 @@ from helpers import ROOT, environment, unlabelled_cache
 from kill_test import kill_often
 from kills import Forked, Forks, differences
 from mlvicx_hf.pretraining.checkpoints import Checkpoints
-
-KILLS = int(os.environ.get("MLVICX_KILLS", "3"))
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
 
 
 def test_the_comparison_sees_every_difference(tmp_path: Path):
@@ -125,13 +117,13 @@ def test_a_signal_to_one_of_two_processes_stops_both_behind_the_same_step(cache:
 
 
 @pytest.mark.slow
-def test_kills_end_in_the_same_bits(forks: Forks, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Three of them; MLVICX_KILLS sets another number."""
-    faults = kill_often(forks, tmp_path, KILLS, random.Random(5))
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.thorough)])
+def test_kills_end_in_the_same_bits(forks: Forks, tmp_path: Path, capsys: pytest.CaptureFixture[str], kills: int):
+    faults = kill_often(forks, tmp_path, kills, random.Random(5))
     output = capsys.readouterr().out
     assert not faults, output
     found = [line for line in output.splitlines() if line.startswith("kill ")]
-    assert len(found) == KILLS
+    assert len(found) == kills
     assert all(re.search(r"step \d+, .* killed (after|before) .* -> (resumed at|killed again)", line) for line in found)
     assert any("killed before" in line and "checkpoint-" in line for line in found)
     assert re.search(r"run-\d ended: the same bits", output)

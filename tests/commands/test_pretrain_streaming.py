@@ -1,10 +1,7 @@
-"""`scripts/pretrain.py --streaming` as it is run: killed in the middle of an epoch and resumed, and its errors."""
+"""`mlvicx pretrain --streaming` as it is run: killed in the middle of an epoch and resumed, and its errors."""
 
 import io
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,10 +11,10 @@ import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Value
-from helpers import ROOT, environment, run_script
 from PIL import Image
 from transformers import AutoModel
 
+from kills import KILLED, Forked, Forks
 from mlvicx_hf.commands.pretrain import main
 from mlvicx_hf.common.errors import run
 
@@ -51,7 +48,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for(path: Path, process: subprocess.Popen[Any], seconds: float = 120) -> None:
+def wait_for(path: Path, process: Forked, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, "the run ended before it could be killed"
@@ -60,32 +57,29 @@ def wait_for(path: Path, process: subprocess.Popen[Any], seconds: float = 120) -
 
 
 @pytest.mark.slow
-def test_killed_in_an_epoch_and_resumed_ends_in_the_same_bits(shards: Path, tmp_path: Path):
+def test_killed_in_an_epoch_and_resumed_ends_in_the_same_bits(forks: Forks, shards: Path, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run_script("pretrain.py", *flags(shards, whole, *SCHEDULE))
-    assert done.returncode == 0, done.stderr
-    assert "8 lateral images are left out (--views all takes them)" in done.stdout
-    assert done.stderr.count("left out row 31 of shard 3: content is none of") == 1
+    done = forks.run("pretrain", *flags(shards, whole, *SCHEDULE))
+    assert done.code == 0, done.output
+    assert "8 lateral images are left out (--views all takes them)" in done.output
+    assert done.output.count("left out row 31 of shard 3: content is none of") == 1
     assert AutoModel.from_pretrained(whole).config.backbone == "test_resnet"
     assert [row["step"] for row in lines(whole)] == list(range(1, 41))
 
-    command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *flags(shards, killed, *SCHEDULE)]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = forks.start("pretrain", *flags(shards, killed, *SCHEDULE))
     try:
         wait_for(killed / "checkpoint-27", process)  # the second epoch's seventh step
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # with the workers that decode images
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        process.kill()  # with the workers that decode images
+        code = process.wait()
+    assert code == KILLED
     assert not (killed / "model.safetensors").exists()
     newest = max(int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*"))
     assert newest % 20, "killed inside an epoch"
 
-    again = run_script("pretrain.py", *flags(shards, killed, *SCHEDULE, "--resume"))
-    assert again.returncode == 0, again.stderr
-    assert f"resuming {killed}/checkpoint-{newest} at step {newest} of 40" in again.stdout
+    again = forks.run("pretrain", *flags(shards, killed, *SCHEDULE, "--resume"))
+    assert again.code == 0, again.output
+    assert f"resuming {killed}/checkpoint-{newest} at step {newest} of 40" in again.output
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     assert lines(killed) == lines(whole)
 

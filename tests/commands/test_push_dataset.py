@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import assert_users_error, make_cache, mlvicx, mlvicx_elsewhere, run_python
+from helpers import assert_users_error, make_cache, mlvicx, mlvicx_elsewhere, run_code
 from loopback_hub import LoopbackHub
 
 from mlvicx_hf.data.cache.cache import load_cache
@@ -58,7 +58,7 @@ def test_a_cache_is_published_fetched_and_loaded(cache: Path, hub: LoopbackHub, 
     for name, file in stored.items():
         assert name == ".gitattributes" or file.content == (cache / name).read_bytes()
 
-    loaded = run_python("-c", FETCH + LOAD, **environment)
+    loaded = run_code(FETCH + LOAD, **environment)
     assert loaded.returncode == 0, loaded.stderr
     fetched, *lines = loaded.stdout.splitlines()
     assert fetched.split() == [load_cache(cache).manifest["split_hash"], "28", "4", "8"]
@@ -66,7 +66,7 @@ def test_a_cache_is_published_fetched_and_loaded(cache: Path, hub: LoopbackHub, 
     assert "(32, 32) folder:" in lines[0]
     assert lines[3] == "8"
 
-    nobody = run_python("-c", FETCH, **hub.environment(tmp_path / "other", token=""))
+    nobody = run_code(FETCH, **hub.environment(tmp_path / "other", token=""))
     assert nobody.returncode != 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_users_error, mlvicx, mlvicx_elsewhere, run_python, tiny_config
+from helpers import assert_users_error, mlvicx, mlvicx_elsewhere, run_code, run_python, tiny_config
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 
@@ -102,7 +102,7 @@ def push(folder: Path, name: str, *words: str) -> tuple[object, ...]:
 def load(
     hub: LoopbackHub, cache: Path, name: str = NAME, revision: str = "main", output: object = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    return run_python("-c", LOAD, name, revision, output, **(hub.environment(cache) | environment))
+    return run_code(LOAD, name, revision, output, **(hub.environment(cache) | environment))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,8 @@ def test_every_auto_class_by_name_with_the_package_and_without(hub: LoopbackHub,
     outputs = []
     for mode in ("package", "remote"):
         output = tmp_path / f"{mode}.safetensors"
-        done = run_python("-c", CHILD, mode, output, **hub.environment(tmp_path / mode))
+        words, variables = (CHILD, mode, output), hub.environment(tmp_path / mode)
+        done = run_code(*words, **variables) if mode == "package" else run_python("-c", *words, **variables)
         assert done.returncode == 0, done.stderr
         outputs.append(output.read_bytes())
     assert len(load_file(output)) == 6

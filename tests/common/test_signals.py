@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import run_python, unlabelled_cache
+from helpers import run_code, unlabelled_cache
 from runs import pretrain, start
 
 from mlvicx_hf.common import signals as stopping
@@ -117,5 +117,5 @@ sys.kept = (loader, iterator)  # so that nobody tells the workers to end
 
 
 def test_a_process_ends_although_its_image_workers_are_kept():
-    done = run_python("-c", KEPT, timeout=90)
+    done = run_code(KEPT, timeout=90)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run_python, tiny_config
+from helpers import run_code, tiny_config
 from torch import nn
 from transformers import (
     AutoBackbone,
@@ -128,7 +128,7 @@ def test_a_pretraining_checkpoint_becomes_a_segmenter(tmp_path: Path):
         "d = sys.argv[1]; m = A.from_pretrained(d + '/segmenter').eval(); "
         "torch.save(m(torch.load(d + '/pixels.pt')).logits.detach(), d + '/logits.pt')"
     )
-    done = run_python("-c", code, tmp_path)
+    done = run_code(code, tmp_path)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 

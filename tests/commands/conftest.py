@@ -1,0 +1,12 @@
+from collections.abc import Iterator
+
+import pytest
+
+from kills import Forks
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts commands in a moment, as processes that can be killed."""
+    with Forks() as forks:
+        yield forks
