@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: sets up .venv, then lint, format, types and tests.
 #   scripts/test.sh          the tests of every change
-#   scripts/test.sh --all    also what is slow by nature: the notebooks and the documentation site
+#   scripts/test.sh --all    also what is slow by nature: the notebooks, the documentation site and thirty kills
 #   scripts/test.sh --lowest the tests marked so, with the lowest version of every dependency that pyproject.toml allows
 # Tests on real radiographs run when MLVICX_REAL_DATA names their folder. Further arguments go to pytest.
 set -euo pipefail
@@ -24,4 +24,5 @@ else
   .venv/bin/mypy
 fi
 echo "== pytest"
-"$environment/bin/python" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@"
+"$environment/bin/python" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+  ${chosen[@]+"${chosen[@]}"} "$@"
