@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # importing the collections takes seconds, which --help does 
 
 NAMES = tuple(KINDS)
 OF_CACHE = (
-    *("size", "fit", "splits", "seed", "drop_duplicates"),
+    *("size", "fit", "splits", "seed", "drop_duplicates", "drop_flat"),
     *("allow_missing", "max_images", "num_workers", "overwrite"),
 )
 # Parameters of a constructor that are called otherwise on the command line, where `prepare` has these names itself.
@@ -58,6 +58,7 @@ def parser() -> CommandParser:
     add("--splits", default="auto", metavar="auto|none|FILE", help=text)
     text = "leave out copies of an image: none, identical or near (default none)"
     add("--drop_duplicates", choices=("none", "identical", "near"), default="none", metavar="KIND", help=text)
+    add("--drop_flat", action="store_true", help="leave out images without contrast or texture")
     add("--overwrite", action="store_true", help="replace a cache once the new one is complete")
     add("--quiet", action="store_true", help="show no progress bar")
     add = made.advanced.add_argument
@@ -181,13 +182,15 @@ def _print_split(split: str, counts: dict[str, Any], label_names: Sequence[str])
 
 def _print_losses(summary: dict[str, Any], output: Path, images: int) -> None:
     """Print what was rejected, missing or there twice."""
-    from mlvicx_hf.data.cache.assembly import REJECTED
+    from mlvicx_hf.data.cache.assembly import NOTED, REJECTED
     from mlvicx_hf.data.cache.cache import DUPLICATES
 
     copies = summary["duplicates"]
-    unreadable = summary["rejected"] - copies["dropped"]
+    unreadable = summary["rejected"] - copies["dropped"] - (summary["flat"] if summary["drop_flat"] else 0)
     print(f"rejected: {unreadable}{f' (see {output / REJECTED})' if unreadable else ''}")
     print(f"missing: {summary['missing']}")
+    if summary["noted"] or summary["flat"]:
+        print(f"noted: {summary['noted']} grey scales, {summary['flat']} flat images (see {output / NOTED})")
     print(
         f"copies: {copies['identical']} identical, {copies['near']} nearly identical"
         + (f" (see {output / DUPLICATES})" if copies["identical"] or copies["near"] else "")

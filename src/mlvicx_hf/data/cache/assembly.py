@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from .shards import Shard, read_note
 from .summary import column, count_split, original_sizes, write_card, write_pictures
 
 REJECTED = "rejected.csv"
+NOTED = "notes.csv"
+FLAT = "no contrast or texture: never taken for a copy of another image"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class PreparedParts:
     # Split → hash and values of the mask of each row; None if it is unknown
     masks: dict[str, list[dict[str, Any] | None]]
     rejected: list[tuple[str, str]]  # file and reason of each rejected image
+    noted: list[tuple[str, str]]  # file and note of each image whose grey scale the user should know of
+    flat: list[str]  # files of the images without contrast or texture
     thinned: bool = False  # whether rows of the shards were left out
 
     def without(self, dropped: Mapping[tuple[str, int], str]) -> PreparedParts:
@@ -52,7 +56,19 @@ class PreparedParts:
                     rejected.append((source.partition(":")[2], dropped[split, row]))
             if rows:
                 parts[split], masks[split] = part.select(rows), [self.masks[split][row] for row in rows]
-        return PreparedParts(parts, masks, rejected, thinned=True)
+        if not parts:
+            raise UserError(f"all {len(rejected)} images were left out, such as {rejected[-1][0]} ({rejected[-1][1]})")
+        return replace(self, parts=parts, masks=masks, rejected=rejected, thinned=True)
+
+    def where_flat(self) -> dict[tuple[str, int], str]:
+        """Find the images without contrast or texture: (split, row) → reason to leave them out."""
+        flat = set(self.flat)
+        return {
+            (split, row): "no contrast or texture"
+            for split, part in self.parts.items()
+            for row, source in enumerate(column(part, "source"))
+            if flat and source.partition(":")[2] in flat
+        }
 
 
 def read_shards(shards: Sequence[Shard]) -> PreparedParts:
@@ -64,9 +80,13 @@ def read_shards(shards: Sequence[Shard]) -> PreparedParts:
     parts: dict[str, list[datasets.Dataset]] = {}
     masks: dict[str, list[dict[str, Any] | None]] = {}
     rejected: list[tuple[str, str]] = []
+    noted: list[tuple[str, str]] = []
+    flat: list[str] = []
     for shard in shards:
         note, split = read_note(shard), shard.path.parent.name
         rejected += [(name, reason) for name, reason in note["rejected"]]
+        noted += [(name, text) for name, text in note["noted"]]
+        flat += note["flat"]
         if note["masks"]:
             parts.setdefault(split, []).append(datasets.Dataset.from_file(str(shard.path)))
             masks.setdefault(split, []).extend(note["masks"])
@@ -74,7 +94,7 @@ def read_shards(shards: Sequence[Shard]) -> PreparedParts:
         listed = some((f"{file} ({reason})" for file, reason in rejected), 3)
         raise UserError(f"all {len(rejected)} images were rejected: {listed}; nothing is written")
     return PreparedParts(
-        {split: datasets.concatenate_datasets(found) for split, found in parts.items()}, masks, rejected
+        {split: datasets.concatenate_datasets(found) for split, found in parts.items()}, masks, rejected, noted, flat
     )
 
 
@@ -82,6 +102,18 @@ def count_duplicates(duplicates: Sequence[Duplicate], images: PreparedParts, dro
     """Count the pairs of each kind, the pairs that are left in two splits, and the images that were left out."""
     counts = {kind: sum(pair.kind == kind for pair in duplicates) for kind in ("identical", "near")}
     return counts | {"across_splits": count_across(duplicates, images.parts), "dropped": dropped}
+
+
+def note_images(images: PreparedParts, drop_flat: bool) -> list[str]:
+    """Tell the user of images whose own grey scale does not fit, and of flat images."""
+    notes = []
+    if images.noted:
+        file, text = images.noted[0]
+        notes.append(f"images whose grey scale does not fit their pixels: {len(images.noted)}, such as {file}: {text}")
+    if images.flat:
+        done = "left out" if drop_flat else "kept (--drop_flat leaves them out)"
+        notes.append(f"images without contrast or texture: {len(images.flat)}, such as {images.flat[0]}; {done}")
+    return notes
 
 
 def describe_cache(
@@ -106,6 +138,8 @@ def describe_cache(
         "original_sizes": original_sizes(images.parts),
         "rejected": len(images.rejected),
         "missing": len(listing.missing),
+        "noted": len(images.noted),
+        "flat": len(images.flat),
         "split_hash": hashlib.sha256(_split_file(images.parts).encode()).hexdigest(),
         "data_hash": _data_hash(images),
         "version": __version__,
@@ -149,6 +183,8 @@ def assemble(
     folder.mkdir()
     (folder / SPLIT_FILE).write_text(_split_file(images.parts), encoding="utf-8", newline="")
     _write_table(folder / REJECTED, ("file", "reason"), sorted(images.rejected))
+    flat = [(name, FLAT) for name in images.flat]
+    _write_table(folder / NOTED, ("file", "note"), sorted([*images.noted, *flat]))
     _write_table(folder / DUPLICATES, Duplicate._fields, duplicates)
     lacking = write_pictures(folder, images.parts)
     write_card(folder, manifest, notes)

@@ -24,7 +24,7 @@ from ..copies.deduplication import DROPS, choose_dropped, find_duplicates
 from ..options import check_choice, check_least
 from ..split_files import read_split_file
 from ..splits import check_no_patient_overlap, patient_hash, split_by_patient
-from .assembly import assemble, count_duplicates, describe_cache, read_shards
+from .assembly import assemble, count_duplicates, describe_cache, note_images, read_shards
 from .cache import MANIFEST, cache_features
 from .shards import Making, Shard, is_made, plan_shards, write_in_order, write_shards
 
@@ -43,6 +43,7 @@ def prepare(
     splits: str | Path = "auto",
     seed: int = 0,
     drop_duplicates: str = "none",
+    drop_flat: bool = False,
     allow_missing: bool = False,
     max_images: int | None = None,
     num_workers: int | None = None,
@@ -54,7 +55,8 @@ def prepare(
     The content depends on the arguments alone, not on the number of workers. Write everything beside `output` and
     rename it at the end, so that a cache is complete or absent. After a kill, the same call continues with the shards
     that were not finished. `rejected.csv` lists images that cannot be read or whose mask does not fit;
-    `duplicates.csv` lists identical and nearly identical images.
+    `duplicates.csv` lists identical and nearly identical images; `notes.csv` lists images whose own grey scale does not fit
+    their pixels, and flat images, which have no contrast or texture.
 
     Args:
         collection: the collection to read.
@@ -68,6 +70,7 @@ def prepare(
         seed: seed of that division.
         drop_duplicates: "identical" keeps one of several identical files; "near" also keeps one of several nearly
             identical images. An image of the test split is kept first, then one of validation, then one of train.
+        drop_flat: leave out flat images. They are never copies of one another.
         allow_missing: continue without files that the collection lists and the disk lacks.
         max_images: prepare at most so many images, patient by patient, for a trial.
         num_workers: number of processes; by default one per core, or none for a small collection. 0 uses this process.
@@ -93,15 +96,16 @@ def prepare(
         records = _first_patients(records, max_images, seed)
     features = cache_features(bool(listing.mask_names), any(record.boxes is not None for record in records))
     making = Making(features.arrow_schema, collection.source, size, fit, listing.mask_names)
-    options = {"size": size, "fit": fit, "seed": seed, "max_images": max_images}
+    options = {"size": size, "fit": fit, "seed": seed, "max_images": max_images, "drop_flat": drop_flat}
     with _replacing(output) as folder:
         shards = plan_shards(folder / "shards", records, SPLITS)
         _take_back(folder, shards)
         resumed = _write_shards(shards, making, listing, num_workers, progress)
-        whole = read_shards(shards)
+        read = read_shards(shards)
+        whole = read.without(read.where_flat()) if drop_flat else read
         duplicates = find_duplicates(whole.parts, progress=progress)
         images = whole.without(choose_dropped(whole.parts, duplicates, drop_duplicates))
-        notes = [*listing.notes, *notes]
+        notes = [*listing.notes, *notes, *note_images(images, drop_flat)]
         manifest = describe_cache(collection, listing, options, images)
         manifest["duplicates"] = count_duplicates(duplicates, images, len(images.rejected) - len(whole.rejected))
         lacking = assemble(folder / "cache", shards, images, duplicates, manifest, notes, features)

@@ -32,6 +32,7 @@ from ..images.encoding import Picture, make_picture
 ROWS_PER_BATCH = 100  # images that a worker holds in memory before it writes them
 IMAGES_PER_SHARD = 128  # at least
 SHARDS_PER_SPLIT = 256  # at most: a reader of the cache keeps every shard open
+LAYOUT = 2  # of the notes; another version makes its shards anew
 DIED = "a worker process died (out of memory?); fewer --num_workers may help"
 # Signals of a decoder that crashed on a damaged file. SIGKILL comes from a system short of memory, or from a user.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
@@ -57,7 +58,7 @@ class Shard:
 
     @property
     def note(self) -> Path:
-        """JSON file beside the shard: identity, rejections, masks."""
+        """JSON file beside the shard: identity, rejections, masks, notes on single images, flat images."""
         return self.path.with_suffix(".json")
 
     @property
@@ -80,7 +81,9 @@ def plan_shards(folder: Path, records: Sequence[Record], splits: Sequence[str]) 
 
 def identity(shard: Shard, making: Making) -> str:
     """Hash what a shard depends on: records, sizes and times of their files, options, version."""
-    digest = hashlib.sha256(repr((__version__, making.source, making.size, making.fit, making.mask_names)).encode())
+    digest = hashlib.sha256(
+        repr((__version__, LAYOUT, making.source, making.size, making.fit, making.mask_names)).encode()
+    )
     for record in shard.records:
         files = (record.path, record.mask_path)
         plain = (record.name, record.patient_id, record.view, record.labels, record.sex, record.age)
@@ -118,6 +121,8 @@ class ShardWriter:
         self.rows: list[dict[str, Any]] = []
         self.rejected: list[tuple[str, str]] = []
         self.masks: list[dict[str, Any] | None] = []
+        self.noted: list[tuple[str, str]] = []
+        self.flat: list[str] = []
         shard.path.parent.mkdir(parents=True, exist_ok=True)
         shard.note.unlink(missing_ok=True)  # of an earlier file
         self.file = shard.path.open("wb")
@@ -128,6 +133,10 @@ class ShardWriter:
         if picture.reason:
             self.rejected.append((record.name, picture.reason))
             return
+        if picture.note:
+            self.noted.append((record.name, picture.note))
+        if picture.flat:
+            self.flat.append(record.name)
         mask = picture.mask
         row = {
             "image": {"bytes": picture.png, "path": None},
@@ -161,6 +170,7 @@ class ShardWriter:
         self.file.close()
         sync(self.shard.path)
         note = {"identity": self.identity, "rejected": self.rejected, "masks": self.masks}
+        note |= {"noted": self.noted, "flat": self.flat}
         write_json(self.shard.note, note)
 
 

@@ -160,7 +160,8 @@ def _card_text(manifest: Mapping[str, Any], notes: Sequence[str]) -> str:
         f"Split hash `{manifest['split_hash']}` (SHA-256 of `splits.csv`), data hash `{manifest['data_hash']}`.",
         f"Rejected: {manifest['rejected']} (`rejected.csv`). Missing: {manifest['missing']}. Copies: "
         f"{manifest['duplicates']['identical']} identical, {manifest['duplicates']['near']} nearly identical, "
-        f"{manifest['duplicates']['dropped']} left out (`duplicates.csv`).",
+        f"{manifest['duplicates']['dropped']} left out (`duplicates.csv`). Grey scale replaced: {manifest['noted']}; "
+        f"without contrast or texture: {manifest['flat']} (`notes.csv`).",
         "",
         *(f"- {note}" for note in notes),
         "",

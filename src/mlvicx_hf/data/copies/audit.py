@@ -3,7 +3,7 @@
 
 A leak is anything that two splits of one cache share, and anything that the train split of one cache shares with the
 validation or test split of another. The report also names other things that caches share, and copies inside a split;
-these are no leaks.
+these are no leaks. Images without contrast or texture are never copies of one another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mlvicx_hf.common.errors import UserError
 
 from ..cache.cache import Cache
 from ..vocabulary import COLLECTIONS
-from .duplicates import BITS, NEAR, SAME, group_copies
+from .duplicates import BITS, NEAR, SAME, group_copies, is_flat
 
 _COLUMNS = ("patient_id", "source", "view", "labels", "sha256", "phash")
 _FACTS = ("collection", "patients_known", "patient_source", "size", "fit")
@@ -150,11 +150,12 @@ def compare(
 ) -> dict[str, Any]:
     """Find what splits share, and which of it is a leak: "splits", "pairs" and "leaks" of `audit_caches`."""
     copies = copies_of_parts(parts, near, progress)
+    flat = _flat_files(parts)
     pairs = []
     for one, other in combinations(range(len(parts)), 2):
         shared = {
             "patients": _shared_patients(parts[one], parts[other], examples),
-            "identical": _shared_files(parts[one], parts[other], examples),
+            "identical": _shared_files(parts[one], parts[other], flat, examples),
             "near": _summarize(copies[one, other], parts[one], parts[other], examples),
         }
         pair = {
@@ -164,7 +165,7 @@ def compare(
         leaks = [kind for kind in _KINDS if shared[kind]["count"]] if may_leak(parts[one], parts[other]) else []
         pairs.append(pair | shared | {"leaks": leaks})
     return {
-        "splits": [_within(part, copies[number, number], examples) for number, part in enumerate(parts)],
+        "splits": [_within(part, copies[number, number], flat, examples) for number, part in enumerate(parts)],
         "pairs": pairs,
         "leaks": [_leak(pair, kind) for pair in pairs for kind in pair["leaks"]],
     }
@@ -192,10 +193,17 @@ def _shared_patients(one: Part, other: Part, examples: int) -> dict[str, Any]:
     return {"count": len(shared), "examples": shared[:examples]}
 
 
-def _shared_files(one: Part, other: Part, examples: int) -> dict[str, Any]:
-    """Count the images of two splits that have an identical file in the other split."""
+def _flat_files(parts: Sequence[Part]) -> set[str]:
+    """Find the files without contrast or texture among those that occur more than once. They are never copies."""
+    times = Counter(content for part in parts for content in part.sha256)
+    first = {content: (part, row) for part in parts for row, content in enumerate(part.sha256) if times[content] > 1}
+    return {content for content, (part, row) in first.items() if is_flat(part.square(row))}
+
+
+def _shared_files(one: Part, other: Part, flat: set[str], examples: int) -> dict[str, Any]:
+    """Count the images of two splits that have an identical file in the other split, without flat ones."""
     rows = [_rows_by(part.sha256) for part in (one, other)]
-    shared = [content for content in rows[0] if content in rows[1]]
+    shared = [content for content in rows[0] if content in rows[1] and content not in flat]
     images = [sum(len(found[content]) for content in shared) for found in rows]
     named = [[one.sources[rows[0][content][0]], other.sources[rows[1][content][0]]] for content in shared[:examples]]
     return {"count": max(images), "images": images, "examples": named}
@@ -241,9 +249,9 @@ def _summarize(pairs: Sequence[tuple[int, int, int]], one: Part, other: Part, ex
     return {"count": max(images), "images": images, "examples": named}
 
 
-def _within(part: Part, copies: Sequence[tuple[int, int, int]], examples: int) -> dict[str, Any]:
+def _within(part: Part, copies: Sequence[tuple[int, int, int]], flat: set[str], examples: int) -> dict[str, Any]:
     """Count the images of a split that have a copy in the same split."""
-    groups = [rows for rows in _rows_by(part.sha256).values() if len(rows) > 1]
+    groups = [rows for content, rows in _rows_by(part.sha256).items() if len(rows) > 1 and content not in flat]
     named = [[part.sources[rows[0]], part.sources[rows[1]]] for rows in groups[:examples]]
     near = _summarize(copies, part, part, examples)
     return {

@@ -4,6 +4,7 @@
 This finds copies that were saved again, scaled, windowed or marked. It does not find copies that were flipped,
 inverted, turned by 3 degrees, or cropped or framed by 2 % on every side, nor copies whose squares were made in another
 way (one padded, one squashed). Chest radiographs look alike: hashes alone would take different patients for copies.
+An image without contrast or texture is no copy of anything: such images look alike, whatever film they are of.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ THUMBNAIL = 64  # side in pixels of the thumbnails that are hashed and compared
 NEAR = 56  # compare the pixels of two images if at most so many of the 256 bits differ
 SAME = 0.75  # two images are copies if their details agree at least so much
 SHIFT = 2  # a copy may be displaced by so many pixels of the thumbnail
+# An image is flat if its 5th and 95th percentile are closer than CONTRAST, or if fewer than TEXTURE of its pixels differ
+# by a grey level from the mean of their neighbours. 1,800 chest radiographs have at least 52, and 37 % of the pixels. A
+# white film, padded or collimated, has 16 % at most.
+CONTRAST = 10  # grey levels of 255
+TEXTURE = 0.2
 _BLOCK = 2048  # hashes to compare at a time: a table of 16 MB
 HELD = 16_384  # thumbnails to keep for the next pairs: 128 MB
 MANY = 20_000  # show a progress bar for so many hashes or more
@@ -109,13 +115,18 @@ def confirm(
     *,
     least: float = SAME,
 ) -> list[Pair]:
-    """Keep the pairs whose details agree at least so much that they are copies.
+    """Keep the pairs whose details agree at least so much that they are copies. Flat images are never copies.
 
     `square` and `other` give the images of the first and the second index; without `other`, `square` gives both.
     """
-    first = lru_cache(HELD)(lambda index: _detail(square(index)))
-    second = lru_cache(HELD)(lambda index: _detail(other(index))) if other is not None else first
-    return [(one, two, distance) for one, two, distance in pairs if _agree(first(one), second(two)) >= least]
+    first = lru_cache(HELD)(lambda index: _detail_of_film(square(index)))
+    second = lru_cache(HELD)(lambda index: _detail_of_film(other(index))) if other is not None else first
+    found = []
+    for one, two, distance in pairs:
+        details = first(one), second(two)
+        if details[0] is not None and details[1] is not None and _agree(details[0], details[1]) >= least:
+            found.append((one, two, distance))
+    return found
 
 
 def find_copies(
@@ -152,7 +163,8 @@ def group_copies(
         progress: see `near_pairs`.
 
     Returns:
-        The indices of each group, and pairs of groups of other files: (number, number, distance).
+        The indices of each group, and pairs of groups of other files: (number, number, distance). A flat image is a
+        group of its own, even where another file has the same content.
     """
     groups_of: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, content in enumerate(contents):
@@ -165,6 +177,10 @@ def group_copies(
         skip=lambda one, other: found[one][0] == found[other][0],
         progress=progress,
     )
+    for number, group in enumerate(members[:]):
+        if len(group) > 1 and is_flat(square(group[0])):
+            members[number] = group[:1]
+            members += [[index] for index in group[1:]]
     return members, pairs
 
 
@@ -175,6 +191,24 @@ def agreement(one: Image.Image, other: Image.Image) -> float:
     between dark lungs, which all chests share, does not, and neither does the exposure. A flat image gives 0.
     """
     return _agree(_detail(one), _detail(other))
+
+
+def is_flat(gray: Image.Image) -> bool:
+    """Check whether a square is without contrast or texture, such as a film that a wrong window turned white.
+
+    Padding, a collimated border and a marker do not count as texture.
+    """
+    # A thumbnail of means: other filters would swing beside an edge and look like texture.
+    pixels = np.asarray(gray.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)).astype(np.float32)
+    low, high = np.percentile(pixels, (5, 95))
+    if high - low < CONTRAST:
+        return True
+    neighbours = pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:]
+    return bool((np.abs(pixels[1:-1, 1:-1] - neighbours / 4) >= 1).mean() < TEXTURE)
+
+
+def _detail_of_film(gray: Image.Image) -> npt.NDArray[np.float16] | None:
+    return None if is_flat(gray) else _detail(gray)
 
 
 def _detail(gray: Image.Image) -> npt.NDArray[np.float16]:

@@ -15,7 +15,7 @@ from PIL import Image
 from mlvicx_hf.common.errors import UserError
 
 from ..collections.base import Box, Record
-from ..copies.duplicates import perceptual_hash
+from ..copies.duplicates import is_flat, perceptual_hash
 from ..masks import Mask, class_indices, decode_mask, encode_mask
 from .errors import UnreadableImageError
 from .pixels import decode_gray, fit_square_gray, read_content
@@ -33,6 +33,8 @@ class Picture:
     mask: Mask | None = None  # None if it is unknown
     boxes: tuple[Box, ...] | None = None  # in pixels of the square; None if they are unknown
     reason: str = ""  # why there is no picture; empty if there is one
+    note: str = ""  # what to know of its grey scale; mostly empty
+    flat: bool = False  # whether the square is without contrast or texture
 
 
 def make_picture(
@@ -67,7 +69,16 @@ def make_picture(
         fitted = (fit_box(box, record.frame or gray.size, size, fit) for box in record.boxes)
         boxes = tuple(box for box in fitted if box is not None)
     digest = hashlib.sha256(content).hexdigest()
-    return Picture(buffer.getvalue(), digest, perceptual_hash(square), *gray.size, mask, boxes)
+    return Picture(
+        buffer.getvalue(),
+        digest,
+        perceptual_hash(square),
+        *gray.size,
+        mask,
+        boxes,
+        note=gray.info.get("note", ""),
+        flat=is_flat(square),
+    )
 
 
 def _read(record: Record) -> bytes:
