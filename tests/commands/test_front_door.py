@@ -14,7 +14,7 @@ from mlvicx_hf.commands import COMMANDS, __version__, prepare
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.data.cache.prepare import CACHE_FITS
 from mlvicx_hf.data.collections import KINDS
-from mlvicx_hf.data.collections.labels import UNCERTAIN
+from mlvicx_hf.data.collections.cells import UNCERTAIN
 from mlvicx_hf.data.copies.deduplication import DROPS
 from mlvicx_hf.data.copies.duplicates import NEAR
 

@@ -28,7 +28,7 @@ PARAMETERS = {
     "hf": {"root": "path", "config_name": "name", "split_names": "splits"},
     "phantom": {"mask_names": "mask"},
 }
-LISTS = ("label_columns", "mask_names")  # joined by commas
+LISTS = ("label_columns", "label_names", "mask_names")  # joined by commas
 
 
 def parser() -> CommandParser:
@@ -79,6 +79,8 @@ def _add_collections(made: CommandParser) -> None:
     add("--image_column", metavar="NAME", help="hf: column of the image (default the only one)")
     add("--patient_column", metavar="NAME", help="folder, hf: column of the patient (default patient_id)")
     add("--label_columns", metavar="NAMES", help="folder, hf: columns of the labels, joined by commas")
+    text = "folder, hf: names of the findings, in the order of lists of 0 and 1 in a column labels, joined by commas"
+    add("--label_names", metavar="NAMES", help=text)
     add("--mask_column", metavar="NAME", help="folder, hf: column of the mask (folder: default mask_file_name)")
     text = (
         "folder, hf: the structure of binary masks, or the classes by pixel value, background first, joined by commas"
@@ -171,8 +173,10 @@ def _print_split(split: str, counts: dict[str, Any], label_names: Sequence[str])
     for name in label_names:
         known = counts["images"] - counts["unknown"][name]
         share = f"{counts['positives'][name] / known:.1%}" if known else "-"
-        unknown = f", {counts['unknown'][name]} unknown" if counts["unknown"][name] else ""
-        print(f"    {name}: {counts['positives'][name]} positive of {known} ({share}){unknown}")
+        positive = counts["positives"][name]
+        print(
+            f"    {name}: {positive} positive ({share}), {known - positive} negative, {counts['unknown'][name]} unknown"
+        )
     if "masks" in counts:
         found = ", ".join(f"{name} in {number}" for name, number in counts["masks"]["images_with"].items())
         print(f"    masks: {counts['masks']['known']} known of {counts['images']}; {found}")

@@ -10,8 +10,9 @@ import pytest
 from miniatures_more import released, write_chexpert
 
 from mlvicx_hf.data.collections.base import Listing, Record
+from mlvicx_hf.data.collections.cells import label_cells
 from mlvicx_hf.data.collections.chexpert import CHEXPERT_FINDINGS, CheXpertCollection
-from mlvicx_hf.data.collections.labels import binary_labels, label_cells
+from mlvicx_hf.data.collections.labels import binary_labels
 from mlvicx_hf.data.collections.tables import read_columns
 
 

@@ -12,7 +12,7 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import KINDS
 from mlvicx_hf.data.collections.base import Listing, Record, ReleasedCollection, file_below
-from mlvicx_hf.data.collections.labels import label_cells
+from mlvicx_hf.data.collections.cells import label_cells
 from mlvicx_hf.data.collections.tables import FILLED, find_table, read_table
 
 DOCS = Path(__file__).parents[3] / "docs"

@@ -55,8 +55,8 @@ def prepare(
     The content depends on the arguments alone, not on the number of workers. Write everything beside `output` and
     rename it at the end, so that a cache is complete or absent. After a kill, the same call continues with the shards
     that were not finished. `rejected.csv` lists images that cannot be read or whose mask does not fit;
-    `duplicates.csv` lists identical and nearly identical images; `notes.csv` lists images whose own grey scale does not fit
-    their pixels, and flat images, which have no contrast or texture.
+    `duplicates.csv` lists identical and nearly identical images; `notes.csv` lists images whose own grey scale does not
+    fit their pixels, and flat images, which have no contrast or texture.
 
     Args:
         collection: the collection to read.

@@ -223,6 +223,7 @@ def file_below(root: Path, name: str, where: str = "") -> Path:
 
 
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
+SPLIT_NAMES |= {"training": "train", "testing": "test"}
 
 
 def files_by_name(files: Iterable[Path], names: Iterable[str]) -> dict[str, Path]:

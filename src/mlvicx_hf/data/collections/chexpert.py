@@ -12,7 +12,7 @@ from mlvicx_hf.common.errors import UserError
 from ..splits import check_no_patient_overlap, split_by_patient
 from ..vocabulary import release_labels
 from .base import Listing, Record, ReleasedCollection
-from .labels import label_cells
+from .cells import label_cells
 from .people import SEX, parse_age
 from .tables import TEXT, VIEW, CellType, check_unique, find_table, read_table
 

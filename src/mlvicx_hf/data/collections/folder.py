@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -15,12 +13,12 @@ from mlvicx_hf.common.text import some
 
 from ..images.pixels import IMAGE_SUFFIXES, image_files
 from .base import Collection, Listing, Record, file_below, keep_present
-from .labels import FILE_COLUMNS, RESERVED_COLUMNS, label_cells, read_labels
-from .metadata import read_records
+from .cells import label_cells
+from .labels import FILE_COLUMNS, read_labels
+from .metadata import MASK_COLUMN, read_records, usual_names
 from .tables import FILLED, Columns, check_unique, find_table, read_cells, read_columns
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-MASK_COLUMN = "mask_file_name"
 
 
 @dataclass
@@ -29,8 +27,9 @@ class FolderCollection(Collection):
 
     Without metadata every image found counts. With metadata (`metadata.csv`, `.jsonl` or `.parquet` in the folder, or
     the given file) the listed images count. Labels are the first of these: the columns of `label_columns` (0, 1, or
-    empty for unknown); a column `label` with one class name per row; a column `labels` with names joined by `|`
-    (`No Finding` for none, empty for unknown); all other columns that hold mostly 0, 1 and empty cells. Columns `sex`
+    empty for unknown); a column `label` with one class name per row; a column `labels` with findings (names joined by
+    `|`, lists, objects; `No Finding` for none, empty for unknown); all other columns of 0, 1 and empty cells, unless
+    their names are of no finding. `cells` says what a cell may hold. Columns `sex`
     (F, M, female, male and the like) and `age` (years) are read if they exist.
 
     Args:
@@ -39,6 +38,7 @@ class FolderCollection(Collection):
         file_column: column of the file, relative to the root; by default the first of `FILE_COLUMNS`.
         patient_column: column of the patient; by default `patient_id`.
         label_columns: columns that are labels.
+        label_names: names of the findings, in the order of lists of 0 and 1 in a column `labels`.
         mask_column: column of the mask's file, relative to the root, empty if the mask is unknown; by default
             `mask_file_name` if it exists.
         mask_names: one structure (masks of 0 and 1, or 0 and 255), or the classes by pixel value, the background first.
@@ -54,6 +54,7 @@ class FolderCollection(Collection):
     file_column: str | None = None
     patient_column: str | None = None
     label_columns: Sequence[str] | None = None
+    label_names: Sequence[str] | None = None
     mask_column: str | None = None
     mask_names: Sequence[str] | None = None
     uncertain: str | None = None
@@ -72,8 +73,8 @@ class FolderCollection(Collection):
         expected = None
         if self.mask_column is not None or self.mask_names is not None:
             expected = f"a table with the masks in column {self.mask_column or MASK_COLUMN}"
-        elif self.uncertain is not None:
-            expected = "a table with labels, for --uncertain"
+        elif self.uncertain is not None or self.label_names is not None:
+            expected = f"a table with labels, for --{'uncertain' if self.uncertain is not None else 'label_names'}"
         if expected is not None:
             raise FileNotFoundError(f"{self.folder}: none of {', '.join(METADATA_NAMES)} found; expected {expected}")
         return self._scan()
@@ -110,7 +111,7 @@ class FolderCollection(Collection):
 
     def _read_table(self, table: Path) -> Listing:
         given = (self.file_column, self.patient_column, self.mask_column, *(self.label_columns or ()))
-        columns, notes = _usual_names(table, read_columns(table), given)
+        columns, notes = usual_names(table, read_columns(table), given)
         file_column = self._choose_file_column(table, columns)
         mask_column = self._choose_mask_column(table, columns)
         names = columns[file_column]
@@ -119,7 +120,7 @@ class FolderCollection(Collection):
         check_unique(table, [os.path.normpath(name) for name in names])
         rows, known = read_records(table, columns, names, self.patient_column, notes)
         skip = (file_column, self.patient_column, mask_column)
-        labels = read_labels(table, columns, self.label_columns, skip, self.uncertain)
+        labels = read_labels(table, columns, self.label_columns, skip, self.uncertain, self.label_names)
         records = []
         for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
             where = f"{table}: row {number + 1}: "
@@ -157,22 +158,3 @@ class FolderCollection(Collection):
         raise UserError(
             f"{table}: columns {some(columns, 30)} found; expected the mask in {column} (--mask_column names another)"
         )
-
-
-def _usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> tuple[Columns, list[str]]:
-    """Rename `Patient ID` to `patient_id` and so on: otherwise a patient could silently be in two splits.
-
-    Names that the user gave stay as they are. Return the columns, and notes of renamed ones.
-    """
-    usual = {_plain(name): name for name in (*RESERVED_COLUMNS, MASK_COLUMN)}
-    new = {name: name if name in given else usual.get(_plain(name), name) for name in columns}
-    twice = [name for name, count in Counter(new.values()).items() if count > 1]
-    if twice:
-        listed = some((name for name in columns if new[name] == twice[0]), 9)
-        raise UserError(f"{table}: columns {listed} found; expected one of them as {twice[0]}")
-    notes = [f"column {old!r} is taken for {name}" for old, name in new.items() if old != name]
-    return {new[name]: cells for name, cells in columns.items()}, notes
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name).lower()

@@ -20,8 +20,9 @@ from mlvicx_hf.common.text import some
 from ..images.errors import UnreadableImageError
 from ..masks import decode_mask
 from .base import SPLIT_NAMES, Collection, Listing
-from .labels import NO_FINDING, RESERVED_COLUMNS, LabelTable, note_ignored, read_labels
-from .metadata import read_records
+from .cells import NO_FINDING
+from .labels import LONE_COLUMNS, RESERVED_COLUMNS, LabelTable, note_ignored, read_labels
+from .metadata import read_records, usual_names
 from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, folder_of, kind, open_dataset, read_cell
 from .tables import Columns, as_text
 
@@ -58,6 +59,7 @@ class HFCollection(Collection):
         image_column: by default the only Image column.
         patient_column: by default `patient_id`.
         label_columns: columns that are labels.
+        label_names: names of the findings, in the order of lists of 0 and 1 in a column `labels`.
         mask_column: Image column of masks, empty if they are unknown.
         mask_names: one structure, or the classes by pixel value, the background first.
         uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
@@ -77,6 +79,7 @@ class HFCollection(Collection):
         image_column: str | None = None,
         patient_column: str | None = None,
         label_columns: Sequence[str] | None = None,
+        label_names: Sequence[str] | None = None,
         mask_column: str | None = None,
         mask_names: Sequence[str] | None = None,
         uncertain: str | None = None,
@@ -88,6 +91,7 @@ class HFCollection(Collection):
         self.image_column = image_column
         self.patient_column = patient_column
         self.label_columns = label_columns
+        self.label_names = label_names
         self.mask_column = mask_column
         self.mask_names = mask_names
         self.uncertain = uncertain
@@ -104,13 +108,18 @@ class HFCollection(Collection):
         features = next(iter(opened.splits.values())).features
         self._check_mask_column(features)
         image = find_image_column(self.path, features, self.image_column, self.mask_column)
-        table = [name for name, feature in features.items() if _is_text(feature)]
+        table = [name for name, feature in features.items() if _is_text(name, feature)]
         columns, counts = self._read_table(opened, splits, table, image)
         names = [f"{split}/{row}" for split, count in counts.items() for row in range(count)]
         others = {name: feature for name, feature in features.items() if name not in (*table, image, self.mask_column)}
         notes = [*note_ignored(f"{name} ({kind(feature)})" for name, feature in others.items())]
         text = {column: _as_text(features[column], values) for column, values in columns.items()}
+        given = (self.patient_column, image, self.mask_column, *(self.label_columns or ()))
+        text, renamed = usual_names(Path(self.path), text, given)
+        notes += renamed
         if any(splits.values()):
+            if "split" in text:
+                notes.append("a column of splits is not used: the dataset has splits of its own")
             text["split"] = [splits[split] or "" for split, count in counts.items() for _ in range(count)]
         rows, known = read_records(Path(self.path), text, names, self.patient_column, notes)
         labels = self._labels(features, columns, text, len(names))
@@ -194,13 +203,13 @@ class HFCollection(Collection):
                 raise UserError(f"{self.path}: column {chosen[0]} holds classes; --uncertain does not fit")
             rest = [n for n in columns if n not in (chosen[0], *RESERVED_COLUMNS, *skip)]
             notes = note_ignored(rest) if self.label_columns is None else ()
-            return _typed_labels(features[chosen[0]], columns[chosen[0]], notes)
+            return _typed_labels(self.path, features[chosen[0]], columns[chosen[0]], notes)
         if len(chosen) > 1 and self.label_columns is None:
             raise UserError(f"{self.path}: columns of classes {some(chosen)} found; expected --label_columns to choose")
         if not text:
             return LabelTable([()] * count)
         numbers = {name: [as_text(value) for value in columns[name]] for name in chosen}  # 0 and 1 instead of names
-        return read_labels(Path(self.path), text | numbers, self.label_columns, skip, self.uncertain)
+        return read_labels(Path(self.path), text | numbers, self.label_columns, skip, self.uncertain, self.label_names)
 
     def _rows(self, opened: Opened, counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
         """Yield the Arrow file and the row in it of every record."""
@@ -248,8 +257,13 @@ def _class_names(feature: Any) -> list[str]:
     return list(inner.names) if isinstance(inner, datasets.ClassLabel) else []
 
 
-def _is_text(feature: Any) -> bool:
-    """Check whether a column belongs to the table: numbers, text, classes, lists of text or classes, no vectors."""
+def _is_text(name: str, feature: Any) -> bool:
+    """Check whether a column belongs to the table: numbers, text, classes, lists of text or classes, no vectors.
+
+    A column of labels may also hold lists of numbers, or objects.
+    """
+    if name.lower() in LONE_COLUMNS and isinstance(feature, (dict, datasets.List, datasets.LargeList)):
+        return True
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         inner = feature.feature
         return isinstance(inner, datasets.ClassLabel) or (isinstance(inner, datasets.Value) and inner.dtype == "string")
@@ -267,10 +281,10 @@ def _as_text(feature: Any, values: list[Any]) -> list[str]:
     def name(value: Any) -> str:
         return "" if value is None or value < 0 else names[value]
 
-    return ["|".join(map(name, value)) if isinstance(value, list) else name(value) for value in values]
+    return [as_text([*map(name, value)]) if isinstance(value, list) else name(value) for value in values]
 
 
-def _typed_labels(feature: Any, values: list[Any], notes: tuple[str, ...]) -> LabelTable:
+def _typed_labels(where: str, feature: Any, values: list[Any], notes: tuple[str, ...]) -> LabelTable:
     """Read the labels of a column of classes, or of lists of classes. -1 and empty cells are unknown."""
     names = _class_names(feature)
     if isinstance(feature, datasets.ClassLabel):
@@ -280,6 +294,9 @@ def _typed_labels(feature: Any, values: list[Any], notes: tuple[str, ...]) -> La
             for value in values
         ]
         return LabelTable(rows, tuple(names), exclusive=True, notes=notes)
+    strange = [row for row, value in enumerate(values, start=1) if value and min(value) < 0]
+    if strange:
+        raise UserError(f"{where}: row {strange[0]}: class -1 in a list found; expected the number of a class")
     kept = [i for i, name in enumerate(names) if name.lower() != NO_FINDING]
     rows = [tuple(math.nan if value is None else float(i in value) for i in kept) for value in values]
     return LabelTable(rows, tuple(names[i] for i in kept), notes=notes)

@@ -1,10 +1,11 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Read the labels of a table: columns of 0 and 1, class names, or lists of findings."""
+"""Read the labels of a table: columns of 0 and 1, class names, or findings. `cells` reads each cell."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,40 @@ from pathlib import Path
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
-from ..options import check_choice
+from .cells import (
+    BINARY,
+    MINUS_ONE,
+    NO_FINDING,
+    SEPARATORS,
+    UNCERTAIN,
+    FindingsReader,
+    is_literal,
+    is_number,
+    is_unknown,
+    label_cells,
+    one_spelling,
+    same_name,
+)
 from .tables import CellType, Columns, read_cells, require_columns
 
 FILE_COLUMNS = ("file_name", "file", "image", "path")
 RESERVED_COLUMNS = (*FILE_COLUMNS, "patient_id", "view", "split", "sex", "age", "source")
-NO_FINDING = "no finding"
-BINARY = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": math.nan}
-MINUS_ONE = ("-1", "-1.0")  # text of an uncertain label
+LONE_COLUMNS = ("label", "labels")  # a column that holds all labels of an image
 _WHOLE = re.compile(r"[+-]?\d+")
-UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # policy → value of an uncertain label
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+# A column of 0 and 1 with one of these words in its name describes the image or the patient, and is no finding.
+NOT_FINDINGS = re.compile(
+    "patients?|subject|person|sex|gender|male|female|age|study|series|images?|file|folder|index|idx|ids?|unnamed|rows?|"
+    "folds?|splits?|subset|set|partition|phase|number|view|projection|position|orientation|frontal|lateral|portable|"
+    "supine|erect|width|height|date|time|year|device|scanner|vendor|manufacturer|model|site|hospital|cent(er|re)|"
+    "institution|source|sample|weight|quality|selected|include|exclude",
+    re.IGNORECASE,
+)
+EXPECTED_FINDINGS = (
+    "names joined by |, or No Finding alone, or a list of names such as ['Edema', 'Mass'], or an object such as "
+    '{"Edema": 1, "Mass": 0}, or nothing for unknown. Numbers are no names; --label_names gives the names of lists of '
+    "0 and 1"
+)
 
 
 @dataclass(frozen=True)
@@ -34,49 +59,52 @@ class LabelTable:
     notes: tuple[str, ...] = ()
 
 
-def label_cells(uncertain: str | None, hint: str = "") -> CellType:
-    """Make the type of cells that hold labels: 0, 1, empty for unknown, and -1 for uncertain.
-
-    Args:
-        uncertain: what -1 becomes: "ignore" (unknown), "ones" or "zeros". With None it is no label.
-        hint: end of the error message.
-
-    Raises:
-        UserError: `uncertain` has another value.
-    """
-    if uncertain is None:
-        return CellType(BINARY.__getitem__, f"0, 1, or empty for unknown{hint}")
-    value = UNCERTAIN[check_choice("uncertain", uncertain, UNCERTAIN)]
-    return CellType((BINARY | dict.fromkeys(MINUS_ONE, value)).__getitem__, f"0, 1, -1, or empty for unknown{hint}")
-
-
 def read_labels(
     table: Path,
     columns: Columns,
     explicit: Sequence[str] | None = None,
     skip: Sequence[str | None] = (),
     uncertain: str | None = None,
+    label_names: Sequence[str] | None = None,
 ) -> LabelTable:
     """Read the labels of a table. `FolderCollection` says which columns are labels.
+
+    Args:
+        table: the table, for messages.
+        columns: its columns.
+        explicit: columns that are labels, chosen by the user.
+        skip: columns that are no labels.
+        uncertain: see `cells.label_cells`.
+        label_names: names of the findings in the order of lists of 0 and 1.
 
     Raises:
         UserError: a column or value does not fit. The message names file, row, column and value.
     """
     hint = "" if uncertain else f" (--uncertain {'|'.join(UNCERTAIN)} says what -1 means)"
     cell_type = label_cells(uncertain, f"{hint}; --label_columns names the label columns if this is none")
+    lone = _lone_column(table, columns, explicit)
+    rest = [name for name in columns if name not in (*RESERVED_COLUMNS, *skip) and not name.endswith("_file_name")]
+    if label_names is not None and lone is None:
+        raise UserError(f"{table}: columns {some(columns, 30)} found; expected label or labels, for --label_names")
+    if lone is not None:
+        ignored = note_ignored(name for name in rest if name != lone) if explicit is None else ()
+        return _lone_labels(table, lone, columns[lone], FindingsReader("|", label_names, uncertain), ignored)
     if explicit is not None:
         require_columns(table, columns, explicit)
         return LabelTable(binary_labels(table, columns, explicit, cell_type), tuple(explicit))
-    if "label" in columns and "labels" in columns:
-        raise UserError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
-    rest = [name for name in columns if name not in (*RESERVED_COLUMNS, *skip) and not name.endswith("_file_name")]
-    for lone, reader in (("label", _class_labels), ("labels", _joined_labels)):
-        if lone in columns:
-            if uncertain is not None:
-                raise UserError(f"{table}: column {lone} holds names, where no -1 can be; --uncertain does not fit")
-            return reader(table, columns[lone], note_ignored(name for name in rest if name != lone))
-    chosen, notes = _label_columns(columns, rest)
+    chosen, notes = _label_columns(table, columns, rest)
     return LabelTable(binary_labels(table, columns, chosen, cell_type), tuple(chosen), notes=notes)
+
+
+def _lone_column(table: Path, columns: Columns, explicit: Sequence[str] | None) -> str | None:
+    """Find the column that holds all labels, if there is one."""
+    if explicit is not None:
+        lone = explicit[0] if len(explicit) == 1 and explicit[0] in LONE_COLUMNS else ""
+        binary = all(cell.lower() in BINARY or cell in MINUS_ONE for cell in columns.get(lone, []))
+        return None if binary else lone
+    if all(name in columns for name in LONE_COLUMNS):
+        raise UserError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
+    return next((name for name in LONE_COLUMNS if name in columns), None)
 
 
 def note_ignored(columns: Iterable[str]) -> tuple[str, ...]:
@@ -85,17 +113,34 @@ def note_ignored(columns: Iterable[str]) -> tuple[str, ...]:
     return (f"columns ignored: {listed}",) if listed else ()
 
 
-def _label_columns(columns: Columns, candidates: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Find the columns that hold mostly labels, and note the others."""
-    ignored, chosen = [], []
+def _label_columns(table: Path, columns: Columns, candidates: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Find the columns that hold labels, and note the others."""
+    ignored, chosen, described = [], [], []
     for name in candidates:
-        strange = [value for value in columns[name] if value not in BINARY and value not in MINUS_ONE]
-        # Keep a column with mostly labels: report its few other values as mistakes later, do not lose the column.
-        if any(columns[name]) and 2 * len(strange) < sum(map(bool, columns[name])):
-            chosen.append(name)
-        else:
+        known = [value for value in columns[name] if not is_unknown(value)]
+        strange = [value for value in known if value.lower() not in BINARY and value not in MINUS_ONE]
+        words = [value for value in strange if not is_number(value)]
+        # A column with labels and words: report the words as mistakes later, do not lose the column. A column of other
+        # numbers holds measurements, unless most of them are labels.
+        if not known or (len(known) <= 2 * len(strange) and (not words or len(strange) == len(known))):
             ignored.append(f"{name} ({f'holds {strange[0][:40]!r}' if strange else 'empty'})")
-    return chosen, note_ignored(ignored)
+        elif not name or any(map(NOT_FINDINGS.fullmatch, _WORDS.findall(name))):
+            described.append(name or "the first, without a name")
+        else:
+            chosen.append(name)
+    _check_spellings(table, chosen)
+    listed = f"columns of 0 and 1 whose names are of no finding: {some(described, 30)} (--label_columns takes them)"
+    return chosen, (*note_ignored(ignored), *([listed] if described else []))
+
+
+def _check_spellings(table: Path, names: Sequence[str]) -> None:
+    """Refuse two columns for one finding, which differ in case or blanks alone."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[same_name(name)].append(name)
+    twice = [found for found in alike.values() if len(found) > 1]
+    if twice:
+        raise UserError(f"{table}: columns {some(twice[0])} found for one finding; expected one, or --label_columns")
 
 
 def binary_labels(table: Path, columns: Columns, names: Sequence[str], cell_type: CellType) -> list[tuple[float, ...]]:
@@ -105,47 +150,88 @@ def binary_labels(table: Path, columns: Columns, names: Sequence[str], cell_type
     return list(zip(*(read_cells(table, name, columns[name], cell_type) for name in names), strict=True))
 
 
-def _class_labels(table: Path, values: list[str], notes: tuple[str, ...]) -> LabelTable:
+def _lone_labels(
+    table: Path, column: str, values: list[str], reader: FindingsReader, notes: tuple[str, ...]
+) -> LabelTable:
+    """Read a column that holds all labels of an image."""
+    if all(map(is_unknown, values)):
+        return LabelTable([()] * len(values), notes=(*notes, f"column {column} is empty: no labels"))
+    lists = any(map(is_literal, values))
+    if reader.uncertain is not None and not lists:
+        raise UserError(f"{table}: column {column} holds names, where no -1 can be; --uncertain does not fit")
+    if column == "labels" or lists or reader.names is not None or any("|" in value for value in values):
+        return _findings(table, column, values, reader, notes)
+    return _class_labels(table, column, values, notes)
+
+
+def _class_labels(table: Path, column: str, values: list[str], notes: tuple[str, ...]) -> LabelTable:
     """Read one class name per row. Sort whole numbers as numbers, names alphabetically."""
-    values = read_cells(table, "label", values, CellType(_class_name, "a class name or whole number"))
-    names = set(values) - {""}
-    if not names:
-        return LabelTable([()] * len(values), notes=(*notes, "column label is empty: no labels"))
+    flags = all(value.lower() in ("true", "false", "0", "1", "0.0", "1.0") or is_unknown(value) for value in values)
+    kind = CellType(lambda text: _class_name(text, flags), "a class name or whole number")
+    read = read_cells(table, column, values, kind)
+    spelling = one_spelling(name for name in read if name)
+    classes = [spelling.get(name, "") for name in read]
+    for row, name in enumerate(classes, start=1):
+        parts = {spelling.get(part.strip()) for part in re.split(r"[;,]", name)}
+        if len(parts) > 1 and parts & set(classes):
+            raise UserError(
+                f"{table}: row {row}, column {column}: {name!r} found, and a part of it alone in other rows; "
+                " expected one class in each (a column of several findings must be called labels)"
+            )
+    names = set(classes) - {""}
     whole = all(_WHOLE.fullmatch(name) for name in names)
     ordered = sorted(names, key=lambda name: (int(name) if whole else 0, name))
-    rows = [tuple(float(value == name) if value else math.nan for name in ordered) for value in values]
-    return LabelTable(rows, tuple(ordered), exclusive=True, notes=notes)
+    rows = [tuple(float(value == name) if value else math.nan for name in ordered) for value in classes]
+    return LabelTable(rows, tuple(ordered), exclusive=True, notes=(*notes, *_note_spellings(spelling)))
 
 
-def _class_name(text: str) -> str:
-    """Refuse numbers that are not whole: a score is no class."""
+def _class_name(text: str, flags: bool) -> str:
+    """Refuse numbers that are not whole: a score is no class. `flags`: all cells are true or false."""
+    if is_unknown(text):
+        return ""
+    if flags:
+        return str(int(BINARY[text.lower()]))
     try:
-        float(text)
+        number = float(text)
     except ValueError:
+        return text.strip()
+    if _WHOLE.fullmatch(text):
         return text
-    if not _WHOLE.fullmatch(text):
+    if not number.is_integer():
         raise ValueError(text)
-    return text
+    return str(int(number))
 
 
-def _joined_labels(table: Path, values: list[str], notes: tuple[str, ...]) -> LabelTable:
-    """Read names joined by `|`; `No Finding` means none of them, empty means unknown."""
-    findings = read_cells(table, "labels", values, CellType(split_findings, "names joined by |, or No Finding alone"))
-    names = sorted(set().union(*(found for found in findings if found is not None)))
-    rows = [tuple(math.nan if found is None else float(name in found) for name in names) for found in findings]
-    return LabelTable(rows, tuple(names), notes=notes)
+def _findings(
+    table: Path, column: str, values: list[str], reader: FindingsReader, notes: tuple[str, ...]
+) -> LabelTable:
+    """Read the findings of each row."""
+    held = [mark for mark in SEPARATORS if any(mark in value for value in values if not is_literal(value))]
+    if len(held) > 1:
+        raise UserError(
+            f"{table}: column {column} with {' and '.join(map(repr, held))} between names found; expected one of them, "
+            "or lists such as ['Edema', 'Mass']"
+        )
+    reader = FindingsReader(*held[:1] or ["|"], reader.names, reader.uncertain)
+    findings = read_cells(table, column, values, CellType(reader.read, EXPECTED_FINDINGS))
+    spelling = one_spelling(name for found in findings for name in found.values)
+    names = tuple(reader.names or sorted({spelling[name] for name in spelling if same_name(name) != NO_FINDING}))
+    rows = []
+    for row, found in enumerate(findings, start=1):
+        merged: dict[str, float] = {}
+        for name, value in found.values.items():
+            if merged.setdefault(spelling[name], value) != value and not math.isnan(value):
+                raise UserError(f"{table}: row {row}, column {column}: {name} found twice with two values")
+        rows.append(tuple(merged.get(name, found.others) for name in names))
+    return LabelTable(rows, names, notes=(*notes, *_note_spellings(spelling)))
 
 
-def split_findings(text: str) -> set[str] | None:
-    """Split `Edema|Mass` into its names. `No Finding` gives no names, an empty text gives None (unknown).
-
-    Raises:
-        ValueError: a name is empty, or `No Finding` is not alone.
-    """
-    if not text:
-        return None
-    parts = {part.strip() for part in text.split("|")}
-    normal = {part for part in parts if part.lower() == NO_FINDING}
-    if "" in parts or (normal and len(parts) > 1):
-        raise ValueError(text)
-    return parts - normal
+def _note_spellings(spelling: dict[str, str]) -> list[str]:
+    """Note the labels that are written in several ways."""
+    others = Counter(chosen for name, chosen in spelling.items() if name != chosen)
+    if not others:
+        return []
+    listed = some(
+        f"{chosen} ({some(n for n in spelling if spelling[n] == chosen and n != chosen)})" for chosen in others
+    )
+    return [f"labels written in several ways are one: {listed}"]

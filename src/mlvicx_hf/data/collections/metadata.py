@@ -4,14 +4,58 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
-from .base import Record
+from .base import SPLIT_NAMES, Record
+from .labels import LONE_COLUMNS, RESERVED_COLUMNS
 from .people import parse_age, parse_sex
 from .tables import Columns, parse_known, read_splits, read_views
+
+MASK_COLUMN = "mask_file_name"
+# Names of columns that tell an official division into splits, without case, blanks, `_` and `-`.
+SPLIT_LIKE = re.compile(
+    "subsets?|k?folds?|cvfold|set|partition|phase|usage|data(sub)?sets?|(data(set)?|official|original)split|splits|"
+    "splitname|train(val)?test(split)?"
+)
+
+
+def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> tuple[Columns, list[str]]:
+    """Rename `Patient ID` to `patient_id` and so on: otherwise a patient could silently be in two splits.
+
+    A column that tells an official division, such as `subset`, becomes `split` if it holds the names of splits alone.
+    Names that the user gave stay as they are. Return the columns, and notes of renamed or ignored ones.
+
+    Raises:
+        UserError: two columns would have the same name.
+    """
+    usual = {_plain(name): name for name in (*RESERVED_COLUMNS, *LONE_COLUMNS, MASK_COLUMN)}
+    new = {name: name if name in given else usual.get(_plain(name), name) for name in columns}
+    twice = [name for name, count in Counter(new.values()).items() if count > 1]
+    if twice:
+        listed = some((name for name in columns if new[name] == twice[0]), 9)
+        raise UserError(f"{table}: columns {listed} found; expected one of them as {twice[0]}")
+    unused = []
+    for name in (name for name in columns if SPLIT_LIKE.fullmatch(_plain(name)) and name not in given):
+        if "split" not in new.values() and all(cell.lower() in SPLIT_NAMES for cell in columns[name]):
+            new[name] = "split"
+        elif any(columns[name]):
+            values = some(sorted(set(columns[name]) - {""}), 8)
+            unused.append(
+                f"column {name} looks like an official division ({values}) and is not used"
+                + ("" if "split" in new.values() else "; images are split anew unless --splits FILE says how")
+            )
+    notes = [f"column {old!r} is taken for {name}" for old, name in new.items() if old != name]
+    return {new[name]: cells for name, cells in columns.items()}, [*notes, *unused]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def read_records(

@@ -11,8 +11,8 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from .base import Listing, Record, ReleasedCollection
+from .cells import label_cells
 from .chexpert import CHEXPERT_FINDINGS, REPORT_NOTE
-from .labels import label_cells
 from .tables import DIGITS, PLAIN_NAME, TEXT, one_of, read_table, read_views
 
 _STUDY = {"subject_id": DIGITS, "study_id": DIGITS}

@@ -14,7 +14,7 @@ from ..splits import check_no_patient_overlap, split_by_patient
 from ..vocabulary import release_labels
 from .base import Box, Listing, Record, ReleasedCollection
 from .boxes import FRAME, PIXELS, add_box
-from .labels import split_findings
+from .cells import split_findings
 from .people import AGE, SEX, believe_ages
 from .tables import DIGITS, FILLED, TEXT, VIEW, CellType, find_table, one_of, read_table
 

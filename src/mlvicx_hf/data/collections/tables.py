@@ -204,13 +204,13 @@ def _read_parquet(table: Path) -> Columns:
 
 
 def as_text(value: Any) -> str:
-    """Write a cell of a typed table as in a CSV file."""
+    """Write a cell of a typed table as in a CSV file, and a list or an object as JSON."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
-    if isinstance(value, list):
-        return "|".join(as_text(item) for item in value)
+    if isinstance(value, (list, tuple, dict)):
+        return json.dumps(value, ensure_ascii=False, default=str)
     return str(value).strip()
 
 

@@ -35,9 +35,9 @@ THUMBNAIL = 64  # side in pixels of the thumbnails that are hashed and compared
 NEAR = 56  # compare the pixels of two images if at most so many of the 256 bits differ
 SAME = 0.75  # two images are copies if their details agree at least so much
 SHIFT = 2  # a copy may be displaced by so many pixels of the thumbnail
-# An image is flat if its 5th and 95th percentile are closer than CONTRAST, or if fewer than TEXTURE of its pixels differ
-# by a grey level from the mean of their neighbours. 1,800 chest radiographs have at least 52, and 37 % of the pixels. A
-# white film, padded or collimated, has 16 % at most.
+# An image is flat if its 5th and 95th percentile are closer than CONTRAST, or if fewer than TEXTURE of its pixels
+# differ by a grey level from the mean of their neighbours. 1,800 chest radiographs have at least 52, and 37 % of the
+# pixels. A white film, padded or collimated, has 16 % at most.
 CONTRAST = 10  # grey levels of 255
 TEXTURE = 0.2
 _BLOCK = 2048  # hashes to compare at a time: a table of 16 MB

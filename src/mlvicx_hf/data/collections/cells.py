@@ -1,0 +1,200 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Read one cell of labels: a number, a class name, names, a list or an object. The same for every kind of table.
+
+Tables give text. Lists and objects of typed tables come as JSON, which `tables.as_text` writes.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import re
+import tokenize
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from ..options import check_choice
+from .tables import CellType
+
+NO_FINDING = "no finding"
+UNKNOWN = ("", "nan", "na", "n/a", "#n/a", "<na>", "none", "null")  # in any case
+_YES = ("1", "1.0", "true", "yes", "positive", "present")
+_NO = ("0", "0.0", "false", "no", "negative", "absent")
+BINARY = dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(UNKNOWN, math.nan)  # in any case
+MINUS_ONE = ("-1", "-1.0")  # text of an uncertain label
+UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # policy → value of an uncertain label
+SEPARATORS = ("|", ";", ",")  # of names, the first that a column holds
+_NUMERIC = re.compile(r"[\s\d.eE+-]*\d[\s\d.eE+-]*")  # 1, 0.5, 1e-3, and 0 1 0 as well
+
+
+def label_cells(uncertain: str | None, hint: str = "") -> CellType:
+    """Make the type of cells that hold labels: 1 or 0, also as words, nothing for unknown, and -1 for uncertain.
+
+    Args:
+        uncertain: what -1 becomes: "ignore" (unknown), "ones" or "zeros". With None it is no label.
+        hint: end of the error message.
+
+    Raises:
+        UserError: `uncertain` has another value.
+    """
+    values = binary_values(uncertain)
+    also = "" if uncertain is None else ", -1"
+    return CellType(lambda text: values[text.lower()], f"0, 1{also}, or empty for unknown{hint}")
+
+
+def binary_values(uncertain: str | None) -> Mapping[str, float]:
+    """Map the texts of a binary label, in lower case, to 1, 0 or NaN."""
+    if uncertain is None:
+        return BINARY
+    return BINARY | dict.fromkeys(MINUS_ONE, UNCERTAIN[check_choice("uncertain", uncertain, UNCERTAIN)])
+
+
+def is_unknown(text: str) -> bool:
+    """Whether a cell stands for a label that is not known."""
+    return text.lower() in UNKNOWN
+
+
+def is_literal(text: str) -> bool:
+    """Whether a cell holds a list or an object."""
+    return text[:1] in ("[", "(", "{") and text[-1:] in ("]", ")", "}")
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is made of numbers, which are no names."""
+    return _NUMERIC.fullmatch(text) is not None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a cell says of the findings: 1, 0 or NaN for some, and one value for all that it does not name."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    others: float = 0.0
+
+    def get(self, name: str) -> float:
+        """Value of a finding."""
+        return self.values.get(name, self.others)
+
+
+NOTHING_KNOWN = Findings(others=math.nan)
+
+
+@dataclass(frozen=True)
+class FindingsReader:
+    """Reads the cells of a column of findings.
+
+    Attributes:
+        separator: what stands between names outside a list.
+        names: the findings in the order of lists of numbers. Without them such a list is refused.
+        uncertain: what -1 means, as for `label_cells`.
+    """
+
+    separator: str = "|"
+    names: Sequence[str] | None = None
+    uncertain: str | None = None
+
+    def read(self, text: str) -> Findings:
+        """Read a cell.
+
+        Raises:
+            ValueError: the cell is none of what the documentation names.
+        """
+        if is_unknown(text):
+            return NOTHING_KNOWN
+        content: Any = _literal(text) if is_literal(text) else [part.strip() for part in text.split(self.separator)]
+        if isinstance(content, dict):
+            values = {self._name(name): self._value(value) for name, value in content.items()}
+            return Findings(values, math.nan)
+        if content and all(isinstance(item, (bool, int, float)) or item is None for item in content):
+            return self._numbers(content)
+        if content and self.names is not None and all(isinstance(item, str) and is_number(item) for item in content):
+            return self._numbers(content)
+        found = {self._name(item) for item in content}
+        normal = {name for name in found if same_name(name) == NO_FINDING}
+        if normal and len(found) > 1:
+            raise ValueError(text)
+        return Findings(dict.fromkeys(found - normal, 1.0))
+
+    def _name(self, item: object) -> str:
+        if not isinstance(item, str) or is_unknown(item.strip()) or is_number(item) or set(item) & set('[]{}"'):
+            raise ValueError(item)
+        if item.strip()[0] == "'" or item.strip()[-1] == "'":  # a broken list, not Hodgkin's disease
+            raise ValueError(item)
+        name = " ".join(item.split())
+        if self.names is not None and same_name(name) != NO_FINDING:
+            known = {same_name(known): known for known in self.names}
+            if same_name(name) not in known:
+                raise ValueError(name)
+            return known[same_name(name)]
+        return name
+
+    def _value(self, value: object) -> float:
+        if isinstance(value, bool) or value is None:
+            return math.nan if value is None else float(value)
+        text = "" if isinstance(value, float) and math.isnan(value) else str(value)
+        try:
+            return binary_values(self.uncertain)[text.lower()]
+        except KeyError:
+            raise ValueError(text) from None
+
+    def _numbers(self, items: Sequence[Any]) -> Findings:
+        if self.names is None or len(items) != len(self.names):
+            raise ValueError(items)
+        return Findings({name: self._value(item) for name, item in zip(self.names, items, strict=True)})
+
+
+def _literal(text: str) -> Any:
+    """Read a list or an object in the spelling of JSON or of Python."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = _python_literal(text)
+    if not isinstance(found, (list, tuple, set, dict)):
+        raise ValueError(text)
+    return found
+
+
+def _python_literal(text: str) -> Any:
+    try:
+        tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+        # NumPy writes ['a' 'b'] without a comma, which Python would read as the one text 'ab'.
+        solid = [kind for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE)]
+        if any(pair == (tokenize.STRING, tokenize.STRING) for pair in pairwise(solid)):
+            raise ValueError(text)
+        return ast.literal_eval(text)
+    except (SyntaxError, tokenize.TokenError, MemoryError, RecursionError, TypeError) as error:
+        raise ValueError(text) from error
+
+
+def same_name(name: str) -> str:
+    """Write a finding so that case, blanks, `_` and `-` make no difference."""
+    return " ".join(re.sub(r"[\s_-]+", " ", name).lower().split())
+
+
+def one_spelling(names: Iterable[str]) -> dict[str, str]:
+    """Map each spelling of a finding to the most frequent one, or else to the first in the alphabet."""
+    chosen: dict[str, str] = {}
+    counts = Counter(names)
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        chosen.setdefault(same_name(name), name)
+    return {name: chosen[same_name(name)] for name in counts}
+
+
+def split_findings(text: str) -> set[str] | None:
+    """Split `Edema|Mass` into its names. `No Finding` gives no names, an empty text gives None (unknown).
+
+    Raises:
+        ValueError: a name is empty, or `No Finding` is not alone.
+    """
+    if not text:
+        return None
+    parts = {part.strip() for part in text.split("|")}
+    normal = {part for part in parts if part.lower() == NO_FINDING}
+    if "" in parts or (normal and len(parts) > 1):
+        raise ValueError(text)
+    return parts - normal

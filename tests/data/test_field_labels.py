@@ -1,0 +1,248 @@
+"""Label cells as real tables hold them: read as they are meant, or refused with file, row and value."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers import mlvicx
+from PIL import Image
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.collections.base import Listing
+from mlvicx_hf.data.collections.folder import FolderCollection
+from mlvicx_hf.data.collections.hf import HFCollection
+from mlvicx_hf.data.collections.labels import read_labels
+
+NAN = math.nan
+Cells = list[Any]
+
+
+def read_csv(cells: Cells, column: str = "labels", **options: Any) -> tuple[tuple[str, ...], list[tuple[float, ...]]]:
+    """Names and rows of a column, whose cells are the text of a CSV file."""
+    found = read_labels(Path("m.csv"), {"file_name": [""] * len(cells), column: cells}, **options)
+    return found.names, found.rows
+
+
+def write_images(root: Path, count: int) -> list[str]:
+    names = [f"a{number}.png" for number in range(count)]
+    for number, name in enumerate(names):
+        Image.fromarray(np.full((4, 4), number, np.uint8)).save(root / name)
+    return names
+
+
+def read_typed(tmp_path: Path, kind: str, cells: Cells, column: str = "labels", **options: Any) -> Listing:
+    names = write_images(tmp_path, len(cells))
+    rows = [{"file_name": name, column: cell} for name, cell in zip(names, cells, strict=True)]
+    if kind == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return FolderCollection(tmp_path, **options).read()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+        return FolderCollection(tmp_path, **options).read()
+    content = [{"image": (tmp_path / name).read_bytes(), column: cell} for name, cell in zip(names, cells, strict=True)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), tmp_path / "x.parquet")
+    return HFCollection(tmp_path / "x.parquet", **options).read()
+
+
+def assert_rows(found: list[tuple[float, ...]], expected: list[tuple[float, ...]]) -> None:
+    assert np.array_equal(np.array(found, float), np.array(expected, float), equal_nan=True), found
+
+
+FORMS = {
+    "python": ["['Pleural effusion', 'Mass']", "['Mass']", "[]", ""],
+    "json": ['["Pleural effusion", "Mass"]', '["Mass"]', "[]", "null"],
+    "tuple and set": ["('Pleural effusion', 'Mass')", "{'Mass'}", "()", "None"],
+    "bars": ["Pleural effusion|Mass", "Mass", "No Finding", "NaN"],
+    "commas": ["Pleural effusion, Mass", "Mass", "no finding", "NA"],
+    "semicolons": ["Pleural effusion;Mass", " Mass ", "No_Finding", "n/a"],
+    "spellings": ["Pleural effusion|MASS", "Mass", "NO FINDING", ""],
+    "objects": ['{"Pleural effusion": 1, "Mass": true}', "{'Mass': 1, 'Pleural effusion': 0}"]
+    + ['{"Mass": 0, "Pleural effusion": "no"}', '{"Mass": null}'],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_findings_in_every_spelling_mean_the_same(form: str):
+    names, rows = read_csv(FORMS[form])
+    assert tuple(sorted(name.lower() for name in names)) == ("mass", "pleural effusion")
+    assert_rows(
+        [row if names[0].lower() == "mass" else row[::-1] for row in rows], [(1, 1), (1, 0), (0, 0), (NAN, NAN)]
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
+def test_an_empty_list_is_negative_and_null_is_unknown(tmp_path: Path, kind: str):
+    listing = read_typed(tmp_path, kind, [["Edema"], [], ["Mass", "Edema"], None])
+    assert listing.label_names == ("Edema", "Mass")
+    assert_rows([record.labels for record in listing.records], [(1, 0), (0, 0), (1, 1), (NAN, NAN)])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
+def test_lists_of_zeros_and_ones_need_the_names(tmp_path: Path, kind: str):
+    cells = [[0, 1], [1, 1], [0, 0], None]
+    with pytest.raises(UserError, match=r"row 1, column labels: '\[0, 1\]' found; .*--label_names"):
+        read_typed(tmp_path, kind, cells)
+    listing = read_typed(tmp_path, kind, cells, label_names=["Mass", "Edema"])
+    assert listing.label_names == ("Mass", "Edema")
+    assert_rows([record.labels for record in listing.records], [(0, 1), (1, 1), (0, 0), (NAN, NAN)])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
+def test_objects_and_names_with_bars_of_typed_tables(tmp_path: Path, kind: str):
+    listing = read_typed(tmp_path, kind, [{"Edema": 1, "Mass": 0}, {"Edema": 0, "Mass": None}])
+    assert listing.label_names == ("Edema", "Mass")
+    assert_rows([record.labels for record in listing.records], [(1, 0), (0, NAN)])
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "[0, 1]",
+        "0|1|0",
+        "0 1 0",
+        "[0 1 0]",
+        "['a' 'b']",
+        "['a', 1]",
+        "[['a']]",
+        "['a', None]",
+        "['']",
+        "['a'",
+        "a|",
+        "1",
+    ]
+    + ['{"a": 2}', '{"a": "maybe"}', "['No Finding', 'a']", "array(['a'])", "['1']", "[-1]"],
+)
+def test_cells_that_could_be_misread_are_refused_with_their_place(cell: str):
+    with pytest.raises(UserError, match=r"m\.csv: row 2, column labels: .* found; expected names"):
+        read_csv(["['Edema']", cell])
+
+
+def test_more_numbers_than_names_and_names_of_no_finding_are_refused():
+    with pytest.raises(UserError, match="row 1, column labels"):
+        read_csv(["[0, 1, 1]"], label_names=["a", "b"])
+    with pytest.raises(UserError, match="row 2, column labels: 'c' found"):
+        read_csv(["a", "c"], label_names=["a", "b"])
+    names, rows = read_csv(["[0, -1]", "[1, 0]", "B"], label_names=["a", "b"], uncertain="ones")
+    assert (names, rows) == (("a", "b"), [(0, 1), (1, 0), (0, 1)])
+    with pytest.raises(UserError, match="expected label or labels, for --label_names"):
+        read_csv(["1"], column="Edema", label_names=["a"])
+
+
+def test_two_separators_are_refused():
+    with pytest.raises(UserError, match=r"column labels with '\|' and ',' between names"):
+        read_csv(["Edema|Mass", "Edema, Mass"])
+
+
+def test_classes_with_unknowns_spellings_and_floats():
+    names, rows = read_csv(["Edema", "None", "Mass", "edema", "NA", " Edema "], column="label")
+    assert names == ("Edema", "Mass")
+    assert_rows(rows, [(1, 0), (NAN, NAN), (0, 1), (1, 0), (NAN, NAN), (1, 0)])
+    assert read_csv(["1.0", "0", "", "10"], column="label")[0] == ("0", "1", "10")
+    assert read_csv(["True", "false", "nan"], column="label")[0] == ("0", "1")
+
+
+def test_a_label_with_several_findings_is_read_as_such():
+    names, rows = read_csv(["Edema|Mass", "Mass", "No Finding"], column="label")
+    assert (names, rows) == (("Edema", "Mass"), [(1, 1), (0, 1), (0, 0)])
+    with pytest.raises(UserError, match=r"row 2, column label: 'Edema, Mass' found, and a part of it alone"):
+        read_csv(["Edema", "Edema, Mass"], column="label")
+    assert read_csv(["pneumonia, viral", "normal"], column="label")[0] == ("normal", "pneumonia, viral")
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["True", "False", "true", ""], [1, 0, 1, NAN]),
+        (["1", "NA", "NA", "NA"], [1, NAN, NAN, NAN]),
+        (["nan", "None", "null", "0"], [NAN, NAN, NAN, 0]),
+        (["yes", "no", "1", "0.0"], [1, 0, 1, 0]),
+        (["Positive", "negative", "absent", "N/A"], [1, 0, 0, NAN]),
+    ],
+)
+def test_columns_of_a_finding(cells: Cells, expected: list[float]):
+    names, rows = read_csv(cells, column="Edema")
+    assert names == ("Edema",)
+    assert_rows(rows, [(value,) for value in expected])
+
+
+@pytest.mark.parametrize("cells", [["1", "maybe", "perhaps", "?"], ["0", "1", "2", "1"], ["unclear", "0", "mild", "x"]])
+def test_a_column_with_labels_and_other_cells_is_an_error_not_lost(cells: Cells):
+    with pytest.raises(UserError, match=r"m\.csv: row \d, column Edema: .* found; expected 0, 1, or empty"):
+        read_csv(cells, column="Edema")
+
+
+def test_columns_of_one_finding_twice_are_refused():
+    with pytest.raises(UserError, match="columns Edema, edema found for one finding"):
+        read_labels(Path("m.csv"), {"Edema": ["1"], "edema": ["0"]})
+
+
+def test_columns_of_0_and_1_that_are_no_findings_are_told_apart_and_named():
+    columns = {"": ["0", "1"], "PatientSex_M": ["0", "1"], "portable": ["1", "0"], "study_number": ["1", "1"]}
+    columns |= {"fold": ["0", "1"], "is_frontal": ["1", "1"], "Edema": ["1", "0"], "Support Devices": ["0", "1"]}
+    found = read_labels(Path("m.csv"), columns)
+    assert found.names == ("Edema", "Support Devices")
+    (note,) = found.notes
+    assert all(name in note for name in ("PatientSex_M", "portable", "study_number", "fold", "is_frontal"))
+    assert read_labels(Path("m.csv"), columns, ["portable"]).names == ("portable",)
+
+
+@pytest.mark.parametrize("column", ["subset", "Set", "fold", "data_split", "Partition", "Split"])
+def test_an_official_division_under_another_name_counts(tmp_path: Path, column: str):
+    names = write_images(tmp_path, 3)
+    rows = [f"{name},{split}" for name, split in zip(names, ("Train", "val", "TEST"), strict=True)]
+    (tmp_path / "metadata.csv").write_text("\n".join([f"file_name,{column}", *rows]))
+    listing = FolderCollection(tmp_path).read()
+    assert [record.split for record in listing.records] == ["train", "validation", "test"]
+    assert f"column {column!r} is taken for split" in listing.notes
+
+
+def test_a_division_that_is_not_understood_is_named(tmp_path: Path):
+    names = write_images(tmp_path, 2)
+    (tmp_path / "metadata.csv").write_text(f"file_name,fold,Edema\n{names[0]},0,1\n{names[1]},1,0\n")
+    listing = FolderCollection(tmp_path).read()
+    assert listing.label_names == ("Edema",)
+    assert any("fold looks like an official division (0, 1) and is not used" in note for note in listing.notes)
+
+
+def test_the_dataset_path_names_them_too(tmp_path: Path):
+    names = write_images(tmp_path, 2)
+    rows = {
+        "image": [(tmp_path / name).read_bytes() for name in names],
+        "PatientID": [7, 8],
+        "subset": ["train", "test"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "x.parquet")
+    listing = HFCollection(tmp_path / "x.parquet").read()
+    assert [(record.patient_id, record.split) for record in listing.records] == [("7", "train"), ("8", "test")]
+
+
+def test_a_class_of_minus_one_in_a_list_is_refused(tmp_path: Path):
+    feature = datasets.List(datasets.ClassLabel(names=["Edema", "Mass"]))
+    write_images(tmp_path, 2)
+    pixels = [{"bytes": (tmp_path / f"a{number}.png").read_bytes(), "path": None} for number in range(2)]
+    features = datasets.Features({"image": datasets.Image(), "labels": feature})
+    made = datasets.Dataset.from_dict({"image": pixels, "labels": [[0], [-1, 1]]}, features=features)
+    made.to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="row 2: class -1 in a list"):
+        HFCollection(tmp_path / "x.parquet").read()
+
+
+def test_the_command_says_positives_negatives_and_unknown(tmp_path: Path):
+    root = tmp_path / "films"
+    root.mkdir()
+    names = write_images(root, 4)
+    rows = [
+        f"{name},p{n},{cell}" for n, (name, cell) in enumerate(zip(names, ('"[1, 0]"', '"[0, 0]"', "", '"[1, 1]"')))
+    ]
+    (root / "metadata.csv").write_text("\n".join(["file_name,patient_id,labels", *rows]))
+    words = ("--root", root, "--output", tmp_path / "cache", "--size", 8, "--splits", "none", "--num_workers", 0)
+    done = mlvicx("prepare", "--collection", "folder", *words, "--label_names", "Mass, Edema", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "Mass: 2 positive (66.7%), 1 negative, 1 unknown" in done.stdout
+    assert "Edema: 1 positive (33.3%), 2 negative, 1 unknown" in done.stdout
