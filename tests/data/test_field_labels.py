@@ -62,8 +62,10 @@ FORMS = {
     "commas": ["Pleural effusion, Mass", "Mass", "no finding", "NA"],
     "semicolons": ["Pleural effusion;Mass", " Mass ", "No_Finding", "n/a"],
     "spellings": ["Pleural effusion|MASS", "Mass", "NO FINDING", ""],
-    "objects": ['{"Pleural effusion": 1, "Mass": true}', "{'Mass': 1, 'Pleural effusion': 0}"]
-    + ['{"Mass": 0, "Pleural effusion": "no"}', '{"Mass": null}'],
+    "objects": [
+        *('{"Pleural effusion": 1, "Mass": true}', "{'Mass': 1, 'Pleural effusion': 0}"),
+        *('{"Mass": 0, "Pleural effusion": "no"}', '{"Mass": null}'),
+    ],
 }
 
 
@@ -103,20 +105,9 @@ def test_objects_and_names_with_bars_of_typed_tables(tmp_path: Path, kind: str):
 @pytest.mark.parametrize(
     "cell",
     [
-        "[0, 1]",
-        "0|1|0",
-        "0 1 0",
-        "[0 1 0]",
-        "['a' 'b']",
-        "['a', 1]",
-        "[['a']]",
-        "['a', None]",
-        "['']",
-        "['a'",
-        "a|",
-        "1",
-    ]
-    + ['{"a": 2}', '{"a": "maybe"}', "['No Finding', 'a']", "array(['a'])", "['1']", "[-1]"],
+        *("[0, 1]", "0|1|0", "0 1 0", "[0 1 0]", "['a' 'b']", "['a', 1]", "[['a']]", "['a', None]", "['']", "['a'"),
+        *("a|", "1", '{"a": 2}', '{"a": "maybe"}', "['No Finding', 'a']", "array(['a'])", "['1']", "[-1]"),
+    ],
 )
 def test_cells_that_could_be_misread_are_refused_with_their_place(cell: str):
     with pytest.raises(UserError, match=r"m\.csv: row 2, column labels: .* found; expected names"):
@@ -237,9 +228,8 @@ def test_the_command_says_positives_negatives_and_unknown(tmp_path: Path):
     root = tmp_path / "films"
     root.mkdir()
     names = write_images(root, 4)
-    rows = [
-        f"{name},p{n},{cell}" for n, (name, cell) in enumerate(zip(names, ('"[1, 0]"', '"[0, 0]"', "", '"[1, 1]"')))
-    ]
+    cells = ('"[1, 0]"', '"[0, 0]"', "", '"[1, 1]"')
+    rows = [f"{name},p{name},{cell}" for name, cell in zip(names, cells, strict=True)]
     (root / "metadata.csv").write_text("\n".join(["file_name,patient_id,labels", *rows]))
     words = ("--root", root, "--output", tmp_path / "cache", "--size", 8, "--splits", "none", "--num_workers", 0)
     done = mlvicx("prepare", "--collection", "folder", *words, "--label_names", "Mass, Edema", "--quiet")

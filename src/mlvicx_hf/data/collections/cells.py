@@ -22,10 +22,10 @@ from ..options import check_choice
 from .tables import CellType
 
 NO_FINDING = "no finding"
-UNKNOWN = ("", "nan", "na", "n/a", "#n/a", "<na>", "none", "null")  # in any case
+UNKNOWN_LABELS = ("", "nan", "na", "n/a", "#n/a", "<na>", "none", "null")  # in any case
 _YES = ("1", "1.0", "true", "yes", "positive", "present")
 _NO = ("0", "0.0", "false", "no", "negative", "absent")
-BINARY = dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(UNKNOWN, math.nan)  # in any case
+BINARY = dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(UNKNOWN_LABELS, math.nan)  # in any case
 MINUS_ONE = ("-1", "-1.0")  # text of an uncertain label
 UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # policy → value of an uncertain label
 SEPARATORS = ("|", ";", ",")  # of names, the first that a column holds
@@ -56,7 +56,7 @@ def binary_values(uncertain: str | None) -> Mapping[str, float]:
 
 def is_unknown(text: str) -> bool:
     """Whether a cell stands for a label that is not known."""
-    return text.lower() in UNKNOWN
+    return text.lower() in UNKNOWN_LABELS
 
 
 def is_literal(text: str) -> bool:
