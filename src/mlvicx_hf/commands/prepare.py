@@ -78,6 +78,8 @@ def _add_collections(made: CommandParser) -> None:
     add("--file_column", metavar="NAME", help="folder: column of the file (default file_name, file, image or path)")
     add("--image_column", metavar="NAME", help="hf: column of the image (default the only one)")
     add("--patient_column", metavar="NAME", help="folder, hf: column of the patient (default patient_id)")
+    text = "folder, hf: patients that differ in zeros, .0, case or blanks are others (exact) or the same (normalised)"
+    add("--patient_ids", choices=("exact", "normalised"), help=text)
     add("--label_columns", metavar="NAMES", help="folder, hf: columns of the labels, joined by commas")
     text = "folder, hf: names of the findings, in the order of lists of 0 and 1 in a column labels, joined by commas"
     add("--label_names", metavar="NAMES", help=text)

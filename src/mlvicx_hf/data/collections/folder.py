@@ -15,7 +15,7 @@ from ..images.pixels import IMAGE_SUFFIXES, image_files
 from .base import Collection, Listing, Record, file_below, keep_present
 from .cells import label_cells
 from .labels import FILE_COLUMNS, read_labels
-from .metadata import MASK_COLUMN, read_records, usual_names
+from .metadata import MASK_COLUMN, chosen_policy, read_records, usual_names
 from .tables import FILLED, Columns, check_unique, find_table, read_cells, read_columns
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -37,6 +37,8 @@ class FolderCollection(Collection):
         metadata: table, found from the working directory or else from the root.
         file_column: column of the file, relative to the root; by default the first of `FILE_COLUMNS`.
         patient_column: column of the patient; by default `patient_id`.
+        patient_ids: what patients mean whose ids differ in zeros, `.0`, case or blanks alone: "normalised" (the same)
+            or "exact" (others); by default it is an error.
         label_columns: columns that are labels.
         label_names: names of the findings, in the order of lists of 0 and 1 in a column `labels`.
         mask_column: column of the mask's file, relative to the root, empty if the mask is unknown; by default
@@ -53,6 +55,7 @@ class FolderCollection(Collection):
     _: KW_ONLY
     file_column: str | None = None
     patient_column: str | None = None
+    patient_ids: str | None = None
     label_columns: Sequence[str] | None = None
     label_names: Sequence[str] | None = None
     mask_column: str | None = None
@@ -118,7 +121,7 @@ class FolderCollection(Collection):
         masks = [""] * len(names) if mask_column is None else columns[mask_column]
         read_cells(table, file_column, names, FILLED)
         check_unique(table, [os.path.normpath(name) for name in names])
-        rows, known = read_records(table, columns, names, self.patient_column, notes)
+        rows, known = read_records(table, columns, names, self.patient_column, notes, self.patient_ids)
         skip = (file_column, self.patient_column, mask_column)
         labels = read_labels(table, columns, self.label_columns, skip, self.uncertain, self.label_names)
         records = []
@@ -135,7 +138,7 @@ class FolderCollection(Collection):
             missing,
             [*notes, *labels.notes],
             mask_names=() if mask_column is None else tuple(self.mask_names or ("mask",)),
-            policy={} if self.uncertain is None else {"uncertain": self.uncertain},
+            policy=chosen_policy(uncertain=self.uncertain, patient_ids=self.patient_ids),
             patients_known=known,
         )
 

@@ -22,7 +22,7 @@ from ..masks import decode_mask
 from .base import SPLIT_NAMES, Collection, Listing
 from .cells import NO_FINDING
 from .labels import LONE_COLUMNS, RESERVED_COLUMNS, LabelTable, note_ignored, read_labels
-from .metadata import read_records, usual_names
+from .metadata import chosen_policy, read_records, usual_names
 from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, folder_of, kind, open_dataset, read_cell
 from .tables import Columns, as_text
 
@@ -58,6 +58,8 @@ class HFCollection(Collection):
         streaming: read the dataset in order, without downloading it first and without masks.
         image_column: by default the only Image column.
         patient_column: by default `patient_id`.
+        patient_ids: what patients mean whose ids differ in zeros, `.0`, case or blanks alone: "normalised" (the same)
+            or "exact" (others); by default it is an error.
         label_columns: columns that are labels.
         label_names: names of the findings, in the order of lists of 0 and 1 in a column `labels`.
         mask_column: Image column of masks, empty if they are unknown.
@@ -78,6 +80,7 @@ class HFCollection(Collection):
         streaming: bool = False,
         image_column: str | None = None,
         patient_column: str | None = None,
+        patient_ids: str | None = None,
         label_columns: Sequence[str] | None = None,
         label_names: Sequence[str] | None = None,
         mask_column: str | None = None,
@@ -90,6 +93,7 @@ class HFCollection(Collection):
         self.streaming = streaming
         self.image_column = image_column
         self.patient_column = patient_column
+        self.patient_ids = patient_ids
         self.label_columns = label_columns
         self.label_names = label_names
         self.mask_column = mask_column
@@ -121,7 +125,7 @@ class HFCollection(Collection):
             if "split" in text:
                 notes.append("a column of splits is not used: the dataset has splits of its own")
             text["split"] = [splits[split] or "" for split, count in counts.items() for _ in range(count)]
-        rows, known = read_records(Path(self.path), text, names, self.patient_column, notes)
+        rows, known = read_records(Path(self.path), text, names, self.patient_column, notes, self.patient_ids)
         labels = self._labels(features, columns, text, len(names))
         folder = folder_of(self.path)
         files = [] if self.streaming else self._rows(opened, counts)
@@ -137,7 +141,7 @@ class HFCollection(Collection):
             labels.exclusive,
             notes=[*notes, *labels.notes],
             mask_names=tuple(self.mask_names or ("mask",)) if self.mask_column else (),
-            policy={} if self.uncertain is None else {"uncertain": self.uncertain},
+            policy=chosen_policy(uncertain=self.uncertain, patient_ids=self.patient_ids),
             patients_known=known,
             contents=partial(self._contents, counts, image) if self.streaming else None,
         )

@@ -14,7 +14,7 @@ from mlvicx_hf.common.text import some
 
 from .base import SPLIT_NAMES, Record
 from .labels import LONE_COLUMNS, RESERVED_COLUMNS
-from .people import parse_age, parse_sex
+from .people import parse_age, parse_sex, read_patients
 from .tables import Columns, parse_known, read_splits, read_views
 
 MASK_COLUMN = "mask_file_name"
@@ -54,12 +54,22 @@ def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> t
     return {new[name]: cells for name, cells in columns.items()}, [*notes, *unused]
 
 
+def chosen_policy(**options: str | None) -> dict[str, str]:
+    """Keep the options that the user gave, as `Listing.policy` names them."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
 
 
 def read_records(
-    table: Path, columns: Columns, names: list[str], patient_column: str | None, notes: list[str]
+    table: Path,
+    columns: Columns,
+    names: list[str],
+    patient_column: str | None,
+    notes: list[str],
+    patient_ids: str | None = None,
 ) -> tuple[list[Record], bool]:
     """Make the records of a table, without labels and files.
 
@@ -69,18 +79,16 @@ def read_records(
         names: name of the image in each row.
         patient_column: column of the patient; by default `patient_id`, if it exists.
         notes: notes for the user, to which this appends.
+        patient_ids: what patients mean that are spelled in two ways, see `people.read_patients`.
 
     Returns:
         The records, and whether their patients are known.
 
     Raises:
-        UserError: the patient's column is absent, a patient is empty, or a split is not understood.
+        UserError: the patient's column is absent, a patient is unknown or spelled in two ways, a split is unknown.
     """
     column = patient_column or "patient_id"
     known = column in columns
-    if known and "" in columns[column]:
-        row = columns[column].index("")
-        raise UserError(f"{table}: row {row + 1} ({names[row]}): empty {column} found; expected a patient")
     if not known and patient_column is not None:
         raise UserError(f"{table}: columns {some(columns, 30)} found; expected the patient in {column}")
     if not known:
@@ -88,12 +96,13 @@ def read_records(
             f"{table.name} has no column patient_id: each image is counted as a patient of its own, so one patient's "
             "images may fall into two splits (--patient_column names the column)"
         )
+    patients = read_patients(table, column, columns[column], names, patient_ids) if known else names
     empty = [""] * len(names)
     views = read_views(columns.get("view", empty), notes)
     splits = read_splits(table, columns.get("split", empty))
     sexes = parse_known("sexes", columns.get("sex", empty), parse_sex, "", notes)
     ages = parse_known("ages", columns.get("age", empty), parse_age, math.nan, notes)
-    rows = zip(names, columns[column] if known else names, views, splits, sexes, ages, strict=True)
+    rows = zip(names, patients, views, splits, sexes, ages, strict=True)
     records = [
         Record(name, patient, view, split=split, sex=sex, age=age) for name, patient, view, split, sex, age in rows
     ]

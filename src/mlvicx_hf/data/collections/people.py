@@ -1,12 +1,19 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Read sex and age as tables spell them."""
+"""Read sex, age and patient as tables spell them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
+from ..options import check_choice
+from .cells import is_unknown
 from .tables import CellType
 
 SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
@@ -51,3 +58,54 @@ def believe_ages(ages: Sequence[float]) -> tuple[list[float], list[str]]:
     count = sum(age > OLDEST for age in ages)
     notes = [f"{count} age(s) above {OLDEST} years are counted as unknown"] if count else []
     return [math.nan if age > OLDEST else age for age in ages], notes
+
+
+PATIENT_IDS = ("exact", "normalised")  # what ids mean that differ in their spelling alone
+_DECIMALS = re.compile(r"(?<=\d)\.0+$")
+_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
+
+
+def plain_patient(patient: str) -> str:
+    """Write a patient without leading zeros, a final `.0`, upper case and blanks: 001, 1.0 and 1 are the same."""
+    return _ZEROS.sub("", _DECIMALS.sub("", "".join(patient.split()).lower()))
+
+
+def spelled_alike(patients: Iterable[str]) -> list[list[str]]:
+    """Group patients that `plain_patient` writes alike. Leave out groups of one."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for patient in dict.fromkeys(patients):
+        groups[plain_patient(patient)].append(patient)
+    return [sorted(group) for group in groups.values() if len(group) > 1]
+
+
+def read_patients(
+    table: Path, column: str, values: Sequence[str], names: Sequence[str], spelling: str | None
+) -> list[str]:
+    """Read the patients of a table.
+
+    Args:
+        table: the table, for messages.
+        column: its column of patients.
+        values: the cells.
+        names: name of the image in each row.
+        spelling: one of `PATIENT_IDS`; None if the user did not say.
+
+    Raises:
+        UserError: a patient is unknown; or two are spelled alike, and `spelling` is None.
+    """
+    if spelling is not None:
+        check_choice("patient_ids", spelling, PATIENT_IDS)
+    for row, value in enumerate(values):
+        if is_unknown(value):
+            found = "empty" if not value else f"{value!r} in"
+            raise UserError(f"{table}: row {row + 1} ({names[row]}): {found} {column} found; expected a patient")
+    if spelling == "normalised":
+        return [plain_patient(value) for value in values]
+    alike = spelled_alike(values) if spelling is None else []
+    if alike:
+        listed = some((" = ".join(group) for group in alike), 3)
+        raise UserError(
+            f"{table}: column {column}: {len(alike)} patient(s) found in several spellings, such as {listed}; expected "
+            "one spelling each, or --patient_ids normalised (they are the same) or exact (they are not)"
+        )
+    return list(values)

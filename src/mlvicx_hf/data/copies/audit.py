@@ -23,13 +23,19 @@ from PIL import Image
 from mlvicx_hf.common.errors import UserError
 
 from ..cache.cache import Cache
+from ..collections.people import plain_patient
 from ..vocabulary import COLLECTIONS
 from .duplicates import BITS, NEAR, SAME, group_copies, is_flat
 
 _COLUMNS = ("patient_id", "source", "view", "labels", "sha256", "phash")
 _FACTS = ("collection", "patients_known", "patient_source", "size", "fit")
 _KINDS = ("patients", "identical", "near")
-WORDS = {"patients": "shared patient(s)", "identical": "identical image(s)", "near": "nearly identical image(s)"}
+WORDS = {
+    "patients": "shared patient(s)",
+    "identical": "identical image(s)",
+    "near": "nearly identical image(s)",
+    "respelled": "patient(s) whose ids differ in zeros, .0, case or blanks alone",
+}
 EXAMPLES = 5
 
 
@@ -48,6 +54,7 @@ class Part:
     labels: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))  # 1, 0 or NaN, [N, L]
     label_names: Sequence[str] = ()  # names of the L labels
     views: Sequence[str] = ()  # view of each image
+    exact: bool = False  # whether the user said that ids which differ in their spelling are others
 
 
 def audit_caches(
@@ -110,6 +117,7 @@ def read_parts(cache: Cache) -> Iterator[Part]:
             labels=np.array(columns["labels"], dtype=float).reshape(len(dataset), len(cache.label_names)),
             label_names=cache.label_names,
             views=columns["view"],
+            exact=cache.manifest.get("policy", {}).get("patient_ids") == "exact",
         )
 
 
@@ -162,7 +170,11 @@ def compare(
             "one": {"cache": parts[one].cache, "split": parts[one].split},
             "other": {"cache": parts[other].cache, "split": parts[other].split},
         }
-        leaks = [kind for kind in _KINDS if shared[kind]["count"]] if may_leak(parts[one], parts[other]) else []
+        respelled = _respelled(parts[one], parts[other])
+        if respelled and shared["patients"]["count"] is not None:
+            shared["respelled"] = {"count": len(respelled), "examples": respelled[:examples]}
+        found = [kind for kind in WORDS if shared.get(kind, {}).get("count")]
+        leaks = found if may_leak(parts[one], parts[other]) else []
         pairs.append(pair | shared | {"leaks": leaks})
     return {
         "splits": [_within(part, copies[number, number], flat, examples) for number, part in enumerate(parts)],
@@ -191,6 +203,15 @@ def _shared_patients(one: Part, other: Part, examples: int) -> dict[str, Any]:
         alike = len(shared) if not unknown and one.numbered_by == other.numbered_by else 0
         return {"count": None, "reason": reason, "alike": alike, "examples": shared[:examples]}
     return {"count": len(shared), "examples": shared[:examples]}
+
+
+def _respelled(one: Part, other: Part) -> list[list[str]]:
+    """List the patients of two splits whose ids differ in their spelling alone, unless the user said what they mean."""
+    if one.exact or other.exact:
+        return []
+    here, there = ({plain_patient(patient): patient for patient in sorted(set(part.patients))} for part in (one, other))
+    exact = {plain_patient(patient) for patient in set(one.patients) & set(other.patients)}
+    return [[here[key], there[key]] for key in here if key in there and key not in exact]
 
 
 def _flat_files(parts: Sequence[Part]) -> set[str]:

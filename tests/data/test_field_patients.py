@@ -1,0 +1,90 @@
+"""Patients that a table writes in two ways: refused, unless the user says what is meant; the audit sees them too."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers import mlvicx
+from PIL import Image
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.collections.folder import FolderCollection
+from mlvicx_hf.data.collections.hf import HFCollection
+from mlvicx_hf.data.collections.people import plain_patient
+
+SIDE = 16
+
+
+def write(root: Path, patients: list[str], splits: list[str] | None = None) -> Path:
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["file_name,patient_id" + (",split" if splits else "")]
+    for number, patient in enumerate(patients):
+        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE), np.uint8)).save(root / f"a{number}.png")
+        lines.append(",".join([f"a{number}.png", f'"{patient}"', *(splits[number : number + 1] if splits else [])]))
+    (root / "metadata.csv").write_text("\n".join(lines))
+    return root
+
+
+PAIRS = [("1", "1.0"), ("1", "001"), ("P6", "p6"), ("P 6", "P6"), ("1.0", "01"), ("P006", "p6"), ("7.00", "7")]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_ids_that_differ_in_spelling_alone_stop_the_run(tmp_path: Path, one: str, other: str):
+    root = write(tmp_path / "a", [one, "9", other])
+    message = r"1 patient\(s\) found in several spellings, such as .*--patient_ids normalised"
+    with pytest.raises(UserError, match=message):
+        FolderCollection(root).read()
+    exact = FolderCollection(root, patient_ids="exact").read()
+    assert [record.patient_id for record in exact.records] == [one, "9", other]
+    same = FolderCollection(root, patient_ids="normalised").read()
+    assert same.records[0].patient_id == same.records[2].patient_id
+    assert (exact.policy, same.policy) == ({"patient_ids": "exact"}, {"patient_ids": "normalised"})
+
+
+@pytest.mark.parametrize(("one", "other"), [("1", "10"), ("1.5", "15"), ("P60", "P6"), ("100", "1"), ("1.01", "1.1")])
+def test_other_patients_stay_others(one: str, other: str):
+    assert plain_patient(one) != plain_patient(other)
+
+
+def test_zero_is_a_patient():
+    assert (plain_patient("0"), plain_patient("000"), plain_patient("0.0")) == ("0", "0", "0")
+
+
+@pytest.mark.parametrize("unknown", ["nan", "NaN", "None", "NA", "null", "<NA>"])
+def test_an_unknown_patient_is_no_patient(tmp_path: Path, unknown: str):
+    root = write(tmp_path / "a", ["1", unknown])
+    for patient_ids in (None, "exact", "normalised"):
+        with pytest.raises(UserError, match=rf"row 2 \(a1\.png\): '{unknown}' in patient_id found; expected a patient"):
+            FolderCollection(root, patient_ids=patient_ids).read()
+
+
+def test_datasets_follow_the_same_rule(tmp_path: Path):
+    root = write(tmp_path / "a", ["1", "1"])
+    pixels = [(root / f"a{number}.png").read_bytes() for number in range(2)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": pixels, "patient_id": ["P6", "p6"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="such as P6 = p6"):
+        HFCollection(tmp_path / "x.parquet").read()
+    listing = HFCollection(tmp_path / "x.parquet", patient_ids="normalised").read()
+    assert {record.patient_id for record in listing.records} == {"p6"}
+
+
+def prepare(root: Path, cache: Path, *words: object) -> None:
+    options = ("--size", SIDE, "--num_workers", 0, "--quiet")
+    done = mlvicx("prepare", "--collection", "folder", "--root", root, "--output", cache, *options, *words)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_audit_finds_them_in_a_cache_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = write(tmp_path / "a", ["1", "2", "001", "3"], ["train", "train", "test", "test"])
+    with monkeypatch.context() as old:  # as before the rule
+        old.setattr("mlvicx_hf.data.collections.people.spelled_alike", lambda patients: [])
+        prepare(root, tmp_path / "old")
+    audit = mlvicx("audit", tmp_path / "old", "--quiet")
+    assert audit.returncode == 1
+    assert "1 patient(s) whose ids differ in zeros, .0, case or blanks alone in" in audit.stdout
+    assert "such as 1 = 001" in audit.stdout
+    prepare(root, tmp_path / "exact", "--patient_ids", "exact")
+    assert mlvicx("audit", tmp_path / "exact", "--quiet").returncode == 0
