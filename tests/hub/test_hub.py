@@ -1,12 +1,13 @@
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_python, tiny_config
+from helpers import ROOT, run_code, run_python, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -242,8 +243,8 @@ def test_the_same_bits_with_the_package_and_without(folders: dict[str, Path], tm
     save_file({"images": images}, tmp_path / "inputs.safetensors")
     names = ("run", "encoder", "classifier", "segmenter", "backbone")
     for mode in ("package", "remote"):
-        done = run_python(
-            "-c",
+        start = run_code if mode == "package" else partial(run_python, "-c")
+        done = start(
             CHILD,
             mode,
             tmp_path / "inputs.safetensors",

@@ -30,6 +30,7 @@ from mlvicx_hf.commands.pretrain import parse_pretraining
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
 from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
+from mlvicx_hf.pretraining.curves import plot_curves
 from mlvicx_hf.pretraining.loop import train
 from mlvicx_hf.pretraining.optimizer import create_optimizer, learning_rate, set_learning_rate
 from mlvicx_hf.pretraining.setup import create_objective
@@ -537,7 +538,10 @@ def test_resume_from_a_moved_cache_goes_on(finished: Path, cache: Path, tmp_path
 # -- watching, and micro-batches ---------------------------------------------------------------------------------------
 
 
-def test_a_run_is_watched_and_the_best_checkpoint_kept(cache: Path, finished: Path, tmp_path: Path):
+def test_a_run_is_watched_and_the_best_checkpoint_kept(
+    cache: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mlvicx_hf.pretraining.reporting.plot_curves", plot_curves)
     rows = [
         {
             "patient_id": f"p{i}",

@@ -208,11 +208,12 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
             case, folder = CASES[name], tmp_path_factory.mktemp("case")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf-cache")
-                patch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed: drawing takes a second
+                patch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed: drawing takes seconds
                 root = () if case.write is None else (case.write(folder / "root"),)
                 collection = collection_class(case.kind)(*root, **case.options)
                 prepare(collection, folder / "cache", size=SIZE, num_workers=0, progress=False)
-            pretrain(folder / "cache", folder / "run")
+                patch.setattr("mlvicx_hf.pretraining.reporting.plot_curves", lambda *_: None)
+                pretrain(folder / "cache", folder / "run")
             made[name] = Prepared(case, load_cache(folder / "cache"), folder / "run")
         return made[name]
 
