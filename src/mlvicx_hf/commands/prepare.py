@@ -83,6 +83,8 @@ def _add_collections(made: CommandParser) -> None:
     add("--label_columns", metavar="NAMES", help="folder, hf: columns of the labels, joined by commas")
     text = "folder, hf: names of the findings, in the order of lists of 0 and 1 in a column labels, joined by commas"
     add("--label_names", metavar="NAMES", help=text)
+    text = "folder: what folders such as train/NORMAL mean (default read: splits and classes)"
+    add("--folders", choices=("read", "classes", "ignore"), help=text)
     add("--mask_column", metavar="NAME", help="folder, hf: column of the mask (folder: default mask_file_name)")
     text = (
         "folder, hf: the structure of binary masks, or the classes by pixel value, background first, joined by commas"

@@ -202,6 +202,11 @@ def _load_data(data: DataArguments, arguments: PretrainingArguments, accelerator
         options = {"num_workers": data.num_workers, "shuffle_buffer": data.shuffle_buffer}
         reader = StreamBatches(stream, arguments.batch_size, *place, **options)
         found = _Data(reader, reader, stream.manifest, stream.size)
+        if accelerator.is_main_process:
+            print(
+                f"a stream leaves out up to {reader.most_unreadable} unreadable images a process; more end the run",
+                flush=True,
+            )
     else:
         images, manifest, left_out = _load_images(data)
         patients = images["patient_id"][:] if data.patient_balanced else None
@@ -215,10 +220,19 @@ def _load_data(data: DataArguments, arguments: PretrainingArguments, accelerator
             pin_memory=accelerator.device.type == "cuda",
         )
         found = _Data(batches, loader, manifest, manifest["size"])
+        if data.views == "frontal" and accelerator.is_main_process:
+            _count_unknown_views(images)
     if left_out != 0 and accelerator.is_main_process:
         number = "lateral images are" if left_out is None else f"{left_out} lateral images are"
         print(f"{number} left out (--views all takes them)", flush=True)
     return found
+
+
+def _count_unknown_views(images: Any) -> None:
+    """Say that images of unknown view count as frontal, and how many there are."""
+    unknown = sum(view == "UNKNOWN" for view in images["view"][:])
+    if unknown:
+        print(f"{unknown} images of unknown view count as frontal (the column view tells them apart)", flush=True)
 
 
 def _load_images(data: DataArguments) -> tuple[Any, dict[str, Any], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -20,8 +21,19 @@ from mlvicx_hf.common.errors import UserError
 from ..masks import check_mask_names
 
 SPLITS = ("train", "validation", "test")
-_VIEWS = {"PA": "PA", "AP": "AP", "L": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL"}
-UNKNOWN_VIEWS = ("", "UNKNOWN")
+UNKNOWN_VIEWS = ("", "UNKNOWN", "NAN", "NA", "N/A", "<NA>", "NONE", "NULL")
+_LATERAL = re.compile(r"[LR]?LAT|\w*LATERAL")  # a word of a view
+_SIDES = ("L", "LL", "RL")  # the first word of a lateral view
+_FRONTAL = {
+    "PA": "PA",
+    "POSTEROANTERIOR": "PA",
+    "POSTERIORANTERIOR": "PA",
+    "AP": "AP",
+    "ANTEROPOSTERIOR": "AP",
+    "ANTERIORPOSTERIOR": "AP",
+    "FRONTAL": "FRONTAL",
+    "FRONT": "FRONTAL",
+}
 
 
 class Box(NamedTuple):
@@ -48,7 +60,7 @@ class Record:
     Attributes:
         name: name in the collection, usually the file relative to the root.
         patient_id: the patient. No patient is ever in two splits.
-        view: PA, AP, LATERAL or UNKNOWN.
+        view: PA, AP, FRONTAL (one of the two), LATERAL or UNKNOWN.
         labels: 1, 0 or NaN (unknown) in the order of the collection's label names; empty without labels.
         split: train, validation or test if the collection has splits.
         path: file to read.
@@ -194,11 +206,19 @@ def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ..
 
 
 def normalize_view(view: str) -> str | None:
-    """Turn a view into PA, AP, LATERAL or UNKNOWN, or None if it is not understood. `AP Supine` counts as AP."""
-    word = view.strip().upper()
-    if word in UNKNOWN_VIEWS:
+    """Turn a view into PA, AP, FRONTAL (one of these two), LATERAL or UNKNOWN, or None if it is not understood.
+
+    `_`, `-`, `/` and the like count as blanks. Any view with a word such as LAT or lateral is lateral. Otherwise the
+    first word that is known decides: `AP_horizontal` and `Chest AP supine` are AP.
+    """
+    text = view.strip().upper()
+    if text in UNKNOWN_VIEWS:
         return "UNKNOWN"
-    return _VIEWS.get(word) or _VIEWS.get(word.split()[0])
+    joined = re.sub(r"(POSTERO|POSTERIOR|ANTERO|ANTERIOR)[\s_-]+(?=ANTERIOR|POSTERIOR)", r"\1", text.replace(".", ""))
+    words = re.split(r"[\W_]+", joined)
+    if words[0] in _SIDES or any(word != "BILATERAL" and _LATERAL.fullmatch(word) for word in words):
+        return "LATERAL"
+    return next((_FRONTAL[word] for word in words if word in _FRONTAL), None)
 
 
 @cache

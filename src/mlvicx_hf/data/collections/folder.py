@@ -12,9 +12,11 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..images.pixels import IMAGE_SUFFIXES, image_files
+from ..options import check_choice
 from .base import Collection, Listing, Record, file_below, keep_present
 from .cells import label_cells
 from .labels import FILE_COLUMNS, read_labels
+from .layout import FOLDERS, describe_layout, read_layout
 from .metadata import MASK_COLUMN, chosen_policy, read_records, usual_names
 from .tables import FILLED, Columns, check_unique, find_table, read_cells, read_columns
 
@@ -45,6 +47,7 @@ class FolderCollection(Collection):
             `mask_file_name` if it exists.
         mask_names: one structure (masks of 0 and 1, or 0 and 255), or the classes by pixel value, the background first.
         uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
+        folders: what folders such as `train/PNEUMONIA` mean without metadata, see `layout.read_layout`.
     """
 
     name = "folder"
@@ -61,9 +64,12 @@ class FolderCollection(Collection):
     mask_column: str | None = None
     mask_names: Sequence[str] | None = None
     uncertain: str | None = None
+    folders: str | None = None
 
     def __post_init__(self) -> None:
         label_cells(self.uncertain)  # refuse an unknown policy before anything is read
+        if self.folders is not None:
+            check_choice("folders", self.folders, FOLDERS)
         self.folder = Path(self.root)
 
     def read(self) -> Listing:
@@ -109,8 +115,16 @@ class FolderCollection(Collection):
         notes = ["no metadata, so no patients are known: each image is counted as a patient of its own"]
         if outside:
             notes.append(f"{outside} links that lead out of {self.folder} were skipped")
-        records = [Record(name, patient_id=name, path=self.folder / name) for name in names]
-        return Listing(records, notes=notes, patients_known=False)
+        layout = read_layout(self.folder, names, self.folders)
+        notes += describe_layout(layout)
+        splits = layout.splits or [None] * len(names)
+        classes = sorted(set(layout.classes or ()))
+        labels = [tuple(float(name == own) for name in classes) for own in layout.classes or names]
+        records = [
+            Record(name, name, labels=label, split=split, path=self.folder / name)
+            for name, label, split in zip(names, labels, splits, strict=True)
+        ]
+        return Listing(records, tuple(classes), bool(classes), notes=notes, patients_known=False)
 
     def _read_table(self, table: Path) -> Listing:
         given = (self.file_column, self.patient_column, self.mask_column, *(self.label_columns or ()))
@@ -130,6 +144,11 @@ class FolderCollection(Collection):
             path = file_below(self.folder, row.name, where)
             mask_path = file_below(self.folder, mask, where) if mask else None
             records.append(replace(row, labels=labels.rows[number], path=path, mask_path=mask_path))
+        if all(row.split is None for row in records):  # the table does not say, but the folders may
+            layout = read_layout(self.folder, names, self.folders)
+            notes += describe_layout(replace(layout, classes=None))
+            splits = layout.splits or [None] * len(names)
+            records = [replace(row, split=split) for row, split in zip(records, splits, strict=True)]
         records, missing = keep_present(records)
         return Listing(
             records,

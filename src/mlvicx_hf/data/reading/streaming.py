@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 32  # number of images that a worker decodes and sends at a time
 MAX_UNREADABLE = 0.01  # largest share of unreadable images
+FEW_UNREADABLE = 3  # so many are never too many
 ROW_BITS = 32  # bits of a sample's number for the row within its shard
 PLACE_BITS = 56  # bits for the row and the shard
 MAX_READINGS = 100  # of a stream in one epoch
@@ -302,6 +303,8 @@ class StreamBatches(GlobalBatches):
         self.num_workers = min(num_workers, shards)
         self.shuffle_buffer = max(1, shuffle_buffer // max(1, self.num_workers))
         self.unreadable: set[int] = set()  # numbers of samples
+        # Unreadable images that a process leaves out before it gives up
+        self.most_unreadable = max(FEW_UNREADABLE, int(MAX_UNREADABLE * (stream.num_images // num_processes)))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images, uint8 [B, 1, S, S], and the numbers of the samples, int64 [B]."""
@@ -354,8 +357,8 @@ class StreamBatches(GlobalBatches):
                 self.unreadable.add(number)
                 logger.warning("left out %s", reason)
         images = self.num_images // self.num_processes
-        if len(self.unreadable) > MAX_UNREADABLE * images or 0 < len(unreadable) == count:
+        if len(self.unreadable) > self.most_unreadable or 0 < len(unreadable) == count:
             raise UserError(
                 f"{len(self.unreadable)} images of {images} cannot be read, such as "
-                f"{some((reason for _, reason in unreadable), 3)}; expected at most {MAX_UNREADABLE:.0%}"
+                f"{some((reason for _, reason in unreadable), 3)}; expected at most {self.most_unreadable}"
             )

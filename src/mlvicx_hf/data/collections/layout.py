@@ -1,0 +1,111 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""Read splits and classes from the folders in which images lie, such as `train/PNEUMONIA/a.png`."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
+
+from .base import SPLIT_NAMES
+
+FOLDERS = ("read", "classes", "ignore")  # what the folders mean
+MAX_CLASSES = 50
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the folders say of each of N images: [N] splits and classes, None where they say nothing."""
+
+    splits: list[str] | None = None
+    classes: list[str] | None = None
+
+
+def read_layout(root: Path, names: Sequence[str], folders: str | None = None) -> Layout:
+    """Find a division into splits, and classes inside or around it.
+
+    Each image must lie in one folder that is named like a split, and all splits beside each other. Folders right below
+    the splits, or right above them, are classes if most of them occur in two splits or more: patients would not.
+
+    Args:
+        root: folder of the collection, for messages.
+        names: images relative to the root.
+        folders: "read" and None read splits and classes; "classes" takes folders for classes without splits as well;
+            "ignore" reads nothing.
+
+    Raises:
+        UserError: some images lie in a split and others do not, or there are too many classes.
+    """
+    if folders == "ignore":
+        return Layout()
+    parts = [PurePosixPath(name).parts[:-1] for name in names]
+    levels = [[level for level, part in enumerate(found) if part.lower() in SPLIT_NAMES] for found in parts]
+    splits = {found[level[0]].lower() for found, level in zip(parts, levels, strict=True) if level}
+    if len({SPLIT_NAMES[split] for split in splits}) < 2:  # a lone folder `train` divides nothing
+        if "test" in splits or folders == "classes":
+            return _without_splits(root, names, parts, splits, folders)
+        return Layout()
+    usual = Counter(level[0] for level in levels if len(level) == 1).most_common(1)
+    odd = [name for name, level in zip(names, levels, strict=True) if not usual or level != [usual[0][0]]]
+    if odd:
+        listed = some(odd, 3)
+        raise UserError(
+            f"{root}: folders {some(sorted(splits))} found beside images that lie in none of them, or in two, such as "
+            f"{listed}; expected every image in one of train, validation (val) and test, or --folders ignore"
+        )
+    level = usual[0][0]
+    division = [SPLIT_NAMES[found[level].lower()] for found in parts]
+    for place in (level + 1, level - 1):
+        classes = [found[place] if 0 <= place < len(found) else "" for found in parts]
+        if all(classes) and _are_classes(division, classes):
+            return Layout(division, classes)
+    return Layout(division)
+
+
+def _are_classes(splits: Sequence[str], folders: Sequence[str]) -> bool:
+    """Whether most folders occur in two splits or more, and there are at least two."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for split, folder in zip(splits, folders, strict=True):
+        seen[folder].add(split)
+    return 2 <= len(seen) <= MAX_CLASSES and 2 * sum(len(found) > 1 for found in seen.values()) > len(seen)
+
+
+def _without_splits(
+    root: Path, names: Sequence[str], parts: Sequence[tuple[str, ...]], splits: set[str], folders: str | None
+) -> Layout:
+    """Read classes from the last folder of each image; refuse a test folder beside images without a split."""
+    if "test" in splits and folders != "classes":
+        inside = [any(part.lower() == "test" for part in found) for found in parts]
+        if not all(inside):
+            other = names[inside.index(False)]
+            raise UserError(
+                f"{root}: a folder test found beside images that lie in no split, such as {other}; expected train and "
+                "test, or --folders ignore"
+            )
+        return Layout(["test"] * len(names))
+    classes = [found[-1] if found else "" for found in parts]
+    if not all(classes) or not 2 <= len(set(classes)) <= MAX_CLASSES:
+        raise UserError(
+            f"{root}: {len(set(classes))} folders of images found for --folders classes; expected from 2 to "
+            f"{MAX_CLASSES}, and every image in one of them"
+        )
+    return Layout(None, classes)
+
+
+def describe_layout(layout: Layout) -> list[str]:
+    """Tell the user what the folders were taken for."""
+    notes = []
+    if layout.splits is not None:
+        notes.append(f"folders are splits: {_counted(layout.splits)} (--folders ignore)")
+    if layout.classes is not None:
+        notes.append(f"folders are classes: {_counted(layout.classes)} (--folders ignore)")
+    return notes
+
+
+def _counted(values: Sequence[str]) -> str:
+    counts: Mapping[str, int] = {value: values.count(value) for value in dict.fromkeys(values)}
+    return some((f"{value} {count}" for value, count in counts.items()), MAX_CLASSES)

@@ -1,0 +1,120 @@
+"""Splits and classes that folders tell, and views as tables spell them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import mlvicx
+from PIL import Image
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.collections.base import normalize_view
+from mlvicx_hf.data.collections.folder import FolderCollection
+
+
+def write(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)).save(file)
+    return root
+
+
+def kermany(root: Path, *, above: str = "", val: str = "val") -> Path:
+    splits = ("train", val, "test")
+    return write(root, *(f"{above}{split}/{kind}/a.png" for split in splits for kind in ("NORMAL", "PNEUMONIA")))
+
+
+@pytest.mark.parametrize(("above", "val"), [("", "val"), ("chest_xray/", "Validation"), ("a/b/", "dev")])
+def test_split_and_class_folders_are_splits_and_classes(tmp_path: Path, above: str, val: str):
+    listing = FolderCollection(kermany(tmp_path / "x", above=above, val=val)).read()
+    assert (listing.label_names, listing.exclusive) == (("NORMAL", "PNEUMONIA"), True)
+    assert {record.split for record in listing.records} == {"train", "validation", "test"}
+    for record in listing.records:
+        assert record.labels == (("NORMAL" in record.name), ("PNEUMONIA" in record.name))
+        assert (record.split == "test") == ("test/" in record.name)
+    assert any("folders are classes: NORMAL 3, PNEUMONIA 3" in note for note in listing.notes)
+    without = FolderCollection(tmp_path / "x", folders="ignore").read()
+    assert without.label_names == ()
+    assert {record.split for record in without.records} == {None}
+
+
+def test_classes_above_the_splits(tmp_path: Path):
+    names = (f"{kind}/{split}/a.png" for split in ("train", "test") for kind in ("NORMAL", "PNEUMONIA"))
+    listing = FolderCollection(write(tmp_path, *names)).read()
+    assert listing.label_names == ("NORMAL", "PNEUMONIA")
+
+
+def test_patients_below_splits_are_no_classes(tmp_path: Path):
+    listing = FolderCollection(write(tmp_path, "train/p1/a.png", "train/p2/a.png", "test/p3/a.png")).read()
+    assert listing.label_names == ()
+    assert [record.split for record in listing.records] == ["test", "train", "train"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train/a.png", "test/a.png", "a.png"), ("train/a.png", "x/test/a.png"), ("train/test/a.png", "val/b.png")],
+)
+def test_a_division_that_is_unclear_is_refused_and_the_option_named(tmp_path: Path, names: tuple[str, ...]):
+    with pytest.raises(UserError, match=r"expected every image in one of train, .* or --folders ignore"):
+        FolderCollection(write(tmp_path, *names)).read()
+    assert len(FolderCollection(tmp_path, folders="ignore").read().records) == len(names)
+
+
+def test_a_test_folder_beside_other_images_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"a folder test found beside images that lie in no split, such as a/a\.png"):
+        FolderCollection(write(tmp_path, "a/a.png", "test/a.png")).read()
+
+
+def test_folders_without_splits_are_classes_only_if_the_user_says_so(tmp_path: Path):
+    root = write(tmp_path, "NORMAL/a.png", "NORMAL/b.png", "SICK/a.png", "SICK/b.png")
+    assert FolderCollection(root).read().label_names == ()
+    listing = FolderCollection(root, folders="classes").read()
+    assert (listing.label_names, listing.exclusive) == (("NORMAL", "SICK"), True)
+    assert {record.split for record in listing.records} == {None}
+    with pytest.raises(UserError, match="folders='maybe' found"):
+        FolderCollection(root, folders="maybe")
+
+
+def test_a_lone_train_folder_divides_nothing(tmp_path: Path):
+    assert {record.split for record in FolderCollection(write(tmp_path, "train/a.png")).read().records} == {None}
+
+
+def test_folders_divide_where_the_table_does_not(tmp_path: Path):
+    root = write(tmp_path, "train/a.png", "test/b.png")
+    (root / "metadata.csv").write_text("file_name,patient_id\ntrain/a.png,1\ntest/b.png,2\n")
+    assert [record.split for record in FolderCollection(root).read().records] == ["train", "test"]
+
+
+def test_test_images_are_not_in_train(tmp_path: Path):
+    words = ("--root", kermany(tmp_path / "x"), "--output", tmp_path / "cache", "--size", 8, "--num_workers", 0)
+    done = mlvicx("prepare", "--collection", "folder", *words, "--quiet")
+    assert done.returncode == 0, done.stderr
+    cache = load_cache(tmp_path / "cache")
+    assert all("test/" not in source for source in cache.datasets["train"]["source"])
+    assert len(cache.datasets["test"]) == 2
+
+
+LATERAL = ("LAT", "lat.", "Left lateral", "XTABLE LATERAL", "LATERAL VIEW", "L_LAT", "chest-lateral", "LLAT", "L", "RL")
+AP = ("AP_horizontal", "AP supine", "AP-erect", "Chest AP portable", "A.P.", "Antero-posterior", "anteroposterior")
+PA = ("PA", "pa_erect", "Chest PA", "P.A.", "postero anterior", "PA LLD")
+
+
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [
+        (LATERAL, "LATERAL"),
+        (AP, "AP"),
+        (PA, "PA"),
+        (("Frontal", "frontal view"), "FRONTAL"),
+        (("nan", "NA"), "UNKNOWN"),
+    ],
+)
+def test_views_of_other_tables(views: tuple[str, ...], expected: str):
+    assert {view: normalize_view(view) for view in views} == dict.fromkeys(views, expected)
+
+
+@pytest.mark.parametrize("view", ["Coronal", "oblique", "EXCLUDE", "_", "plate", "bilateral"])
+def test_other_views_are_not_understood(view: str):
+    assert normalize_view(view) is None
