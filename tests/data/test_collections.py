@@ -83,7 +83,7 @@ def test_root_may_be_a_link_itself(root: Path, tmp_path: Path):
 
 def test_empty_and_absent_folders_are_refused(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(ValueError, match=r"no images found; expected files ending in \.png"):
+    with pytest.raises(ValueError, match=r"no images found; expected PNG, JPEG"):
         FolderCollection(tmp_path).read()
     with pytest.raises(FileNotFoundError, match="no such folder"):
         FolderCollection(tmp_path / "none").read()

@@ -496,7 +496,7 @@ def test_what_comes_into_the_mask_folder_meanwhile_stays(
         ({"masks": "masks", "embeddings": "masks/e.parquet"}, "lies in the mask folder"),
         ({"masks": "{images}/masks"}, "lies in the input"),
         ({"inputs": ["absent.png"]}, r"'absent\.png' does not exist"),
-        ({"inputs": ["empty"]}, r"no images found in empty; expected .*\.png"),
+        ({"inputs": ["empty"]}, r"no images found in empty; expected .*PNG, JPEG"),
         ({"inputs": []}, "no images found in no inputs"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),

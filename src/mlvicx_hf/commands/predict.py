@@ -47,11 +47,15 @@ def main(words: Sequence[str] | None = None) -> None:
     given = vars(parser().parse_args(words))
     output, quiet = given.pop("output"), given.pop("quiet")
     start_inference(given["device"])
+    from mlvicx_hf.data.images.pixels import describe_skipped
     from mlvicx_hf.prediction.prediction import predict
 
     record = predict(given.pop("model"), given.pop("input"), output, **given, progress=not quiet)
     total, errors = record["images"], record["errors"]
     print(f"{output}: {total - errors} of {total} images")
+    skipped = describe_skipped(record["skipped"])
+    if skipped:
+        print(f"note: {skipped}")
     if errors:
         text = f"warning: {errors} of {total} images could not be read; column error of {output} says why"
         print(text, file=sys.stderr)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +23,7 @@ from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.images.errors import UnreadableImageError
-from mlvicx_hf.data.images.pixels import IMAGE_SUFFIXES, image_files, read_gray
+from mlvicx_hf.data.images.pixels import image_files, read_gray
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXModel
@@ -46,12 +47,12 @@ class InputImage(NamedTuple):
     place: Path  # below the folder that all inputs share
 
 
-def find_inputs(inputs: Sequence[Path]) -> list[InputImage]:
+def find_inputs(inputs: Sequence[Path], skipped: Counter[str] | None = None) -> list[InputImage]:
     """List the image files in the order of the inputs, each once.
 
     Args:
-        inputs: files, whatever their names; or folders, which are searched recursively and in sorted order for names
-            that end like an image's. Skip hidden files, and do not follow links to folders.
+        inputs: files, whatever their names; or folders, which are searched as `prepare` does, see `image_files`.
+        skipped: counts the files that are no images, by kind.
 
     Raises:
         FileNotFoundError: an input that does not exist.
@@ -62,14 +63,14 @@ def find_inputs(inputs: Sequence[Path]) -> list[InputImage]:
     for item in inputs:
         if not item.exists():
             raise FileNotFoundError(f"input {str(item)!r} does not exist; expected an image or a folder of images")
-        folder, files = (item, list(image_files(item, _fail))) if item.is_dir() else (item.parent, [item])
+        folder, files = (item, list(image_files(item, _fail, skipped))) if item.is_dir() else (item.parent, [item])
         bases.append(folder.resolve())
         for file in files:
             places.setdefault(bases[-1] / file.relative_to(folder), file)
     if not places:
         raise UserError(
             f"no images found in {', '.join(map(str, inputs)) or 'no inputs'}; expected files, or folders with files "
-            f"ending in {', '.join(IMAGE_SUFFIXES)}"
+            "of PNG, JPEG, TIFF, WebP, BMP, JPEG 2000 or DICOM"
         )
     root = os.path.commonpath(bases)
     return [InputImage(file, place.relative_to(root)) for place, file in places.items()]
@@ -216,7 +217,8 @@ def predict(
     given = [Path(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     outputs = Outputs(Path(output), *(None if path is None else Path(path) for path in (embeddings, masks)))
     outputs.check(overwrite)
-    images = find_inputs(given)
+    skipped: Counter[str] = Counter()
+    images = find_inputs(given, skipped)
     if outputs.masks is not None:
         check_mask_places((image.place for image in images), given, outputs.masks)
     loaded = load(model_source, revision, choose_device(device))
@@ -242,6 +244,7 @@ def predict(
         outputs.sidecar.unlink(missing_ok=True)  # the old record does not describe the new results
     record = _describe(loaded, head, given, outputs) | {
         "images": len(images),
+        "skipped": {kind: count for kind, count in skipped.items() if count},
         "errors": len(images) - len(readable),
         "settings": {"batch_size": batch_size, "num_workers": num_workers},
     }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
-from ..images.pixels import IMAGE_SUFFIXES, image_files
+from ..images.pixels import describe_skipped, image_files
 from ..options import check_choice
 from .base import Collection, Listing, Record, file_below, keep_present
 from .cells import label_cells
@@ -98,8 +99,8 @@ class FolderCollection(Collection):
 
     def _scan(self) -> Listing:
         """List every image below the root, sorted. Skip hidden files and links that lead outside."""
-        names, outside = [], 0
-        for file in image_files(self.folder):
+        names, outside, skipped = [], 0, Counter[str]()
+        for file in image_files(self.folder, skipped=skipped):
             name = file.relative_to(self.folder).as_posix()
             try:
                 file_below(self.folder, name)
@@ -107,14 +108,15 @@ class FolderCollection(Collection):
                 outside += 1
                 continue
             names.append(name)
-        skipped = f" ({outside} links that lead outside were skipped)" if outside else ""
+        links = f" ({outside} links that lead outside were skipped)" if outside else ""
         if not names:
             raise UserError(
-                f"{self.folder}: no images found{skipped}; expected files ending in {some(IMAGE_SUFFIXES, 99)}"
+                f"{self.folder}: no images found{links}; expected PNG, JPEG, TIFF, WebP, BMP, JPEG 2000 or DICOM"
             )
         notes = ["no metadata, so no patients are known: each image is counted as a patient of its own"]
         if outside:
             notes.append(f"{outside} links that lead out of {self.folder} were skipped")
+        notes += filter(None, [describe_skipped(skipped)])
         layout = read_layout(self.folder, names, self.folders)
         notes += describe_layout(layout)
         splits = layout.splits or [None] * len(names)
@@ -149,6 +151,7 @@ class FolderCollection(Collection):
             notes += describe_layout(replace(layout, classes=None))
             splits = layout.splits or [None] * len(names)
             records = [replace(row, split=split) for row, split in zip(records, splits, strict=True)]
+        notes += self._note_unlisted(table, [*names, *masks])
         records, missing = keep_present(records)
         return Listing(
             records,
@@ -160,6 +163,15 @@ class FolderCollection(Collection):
             policy=chosen_policy(uncertain=self.uncertain, patient_ids=self.patient_ids),
             patients_known=known,
         )
+
+    def _note_unlisted(self, table: Path, listed: Sequence[str]) -> list[str]:
+        """Note the images below the root that the table does not list."""
+        known = {os.path.normpath(self.folder / name) for name in listed}
+        others = [file for file in image_files(self.folder) if os.path.normpath(file) not in known]
+        if not others:
+            return []
+        such = others[0].relative_to(self.folder)
+        return [f"images below {self.folder} that {table.name} does not list, left out: {len(others)}, such as {such}"]
 
     def _choose_file_column(self, table: Path, columns: Columns) -> str:
         candidates = FILE_COLUMNS if self.file_column is None else (self.file_column,)

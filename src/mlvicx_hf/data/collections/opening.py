@@ -175,13 +175,13 @@ def find_image_column(
     """
     if features is None:
         raise UserError(f"{where}: columns of unknown types found; expected a dataset that declares an Image column")
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and name != mask_column]
+    images = [name for name, feature in features.items() if _holds_images(feature) and name != mask_column]
     listed = some((f"{name}: {kind(feature)}" for name, feature in features.items()), 30)
     raw = wanted or "image"
     if (
         not (wanted is None and images)
         and raw in features
-        and kind(features[raw]) in ("Image", "binary", "large_binary")
+        and kind(features[raw]) in ("Image", "binary", "large_binary", "dict")
     ):
         return raw
     if wanted is not None or not images:
@@ -189,6 +189,11 @@ def find_image_column(
     if len(images) > 1:
         raise UserError(f"{where}: Image columns {some(images)} found; expected one, or --image_column to name it")
     return images[0]
+
+
+def _holds_images(feature: Any) -> bool:
+    """Whether a column is of images: declared so, or objects of `bytes` and `path`, as `datasets` stores images."""
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
 
 def kind(feature: Any) -> str:

@@ -18,6 +18,7 @@ from mlvicx_hf.common.text import some
 
 from .base import SPLIT_NAMES, normalize_view
 
+DELIMITERS = (",", ";", "\t")  # of CSV files, the most frequent in the header line
 Columns = dict[str, list[str]]  # a table by column, all text
 Value = TypeVar("Value")
 
@@ -139,16 +140,24 @@ def require_columns(table: Path, columns: Columns, names: Iterable[str]) -> None
 
 
 def _read_csv(table: Path) -> Columns:
-    """Read comma-separated text without surrounding blanks. Skip empty lines, and empty columns at the end (NIH's)."""
+    """Read text separated by commas, semicolons or tabs without surrounding blanks.
+
+    Skip empty lines, lines of separators alone at the end, and empty columns at the end (NIH's).
+    """
     try:
         opener = gzip.open if table.suffix.lower() == ".gz" else open
         with opener(table, "rt", newline="", encoding="utf-8-sig") as file:
-            rows = [[field.strip() for field in row] for row in csv.reader(file) if row]
+            header_line = file.readline()
+            delimiter = max(DELIMITERS, key=header_line.count)
+            file.seek(0)
+            rows = [[field.strip() for field in row] for row in csv.reader(file, delimiter=delimiter) if row]
     except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{table}: not a readable CSV file in UTF-8: {error}") from error
     if not rows:
         raise UserError(f"{table}: empty file found; expected a header line")
     header, *rows = rows
+    while rows and not any(rows[-1]):  # spreadsheets leave lines of separators at the end
+        rows.pop()
     while header and not header[-1]:
         header.pop()
     width = len(header)
@@ -174,7 +183,7 @@ def _read_json(table: Path) -> Columns:
 
 def _read_jsonl(table: Path) -> Columns:
     rows = []
-    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

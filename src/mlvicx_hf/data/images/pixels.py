@@ -11,13 +11,15 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
 
 from .errors import DAMAGED, UnreadableImageError
 from .ranges import count_values, is_eight_bit, robust_range
@@ -27,28 +29,89 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".
 # Try these formats alone: Pillow also opens formats that start other programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 
+# First bytes of PNG, JPEG, TIFF, BigTIFF, JPEG 2000 and its bare stream
+SIGNATURES = (
+    *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+)
+
 CACHE_MARK = "cache.json"  # a folder with this file is a prepared cache
 MAX_BYTES = 2**30  # of a file: three times the size of the largest uncompressed image that Pillow accepts
 _PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
 
 
-def image_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
-    """Find the files below a folder whose names look like images, in sorted order.
+def image_files(
+    folder: Path, onerror: Callable[[OSError], None] | None = None, skipped: Counter[str] | None = None
+) -> Iterator[Path]:
+    """Find the image files below a folder, in sorted order.
 
-    Skip hidden files and folders, and prepared caches. Do not follow links to folders.
+    A usual suffix, or else the content, makes a file an image. Skip hidden files and folders, prepared caches and
+    `DICOMDIR`. Follow a link to a folder if it leads to a folder below the same root that is not read otherwise; its
+    files come last.
 
     Args:
         folder: where to look.
         onerror: called with the error of a folder that cannot be listed. Without it such a folder is skipped.
+        skipped: counts what is skipped, by kind.
     """
-    for parent, subfolders, files in os.walk(folder, onerror=onerror):
-        if CACHE_MARK in files:  # its pictures are no radiographs
+    skipped = Counter() if skipped is None else skipped
+    root, seen = os.path.realpath(folder), set[str]()
+    links: list[str] = []
+    yield from _images_below(str(folder), onerror, skipped, links, seen)
+    while links:
+        link = links.pop(0)
+        target = os.path.realpath(link)
+        if target in seen:
+            continue
+        if not Path(target).is_relative_to(root):
+            skipped["link to a folder outside"] += 1
+            continue
+        yield from _images_below(link, onerror, skipped, links, seen)
+
+
+def _images_below(
+    top: str, onerror: Callable[[OSError], None] | None, skipped: Counter[str], links: list[str], seen: set[str]
+) -> Iterator[Path]:
+    """Yield the images below a folder. Put links to folders into `links`, and the folders read into `seen`."""
+    for parent, subfolders, files in os.walk(top, onerror=onerror):
+        real = os.path.realpath(parent)
+        if CACHE_MARK in files or real in seen:  # pictures of a cache are no radiographs
+            skipped["prepared cache"] += CACHE_MARK in files
             subfolders.clear()
             continue
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                yield Path(parent) / name
+        seen.add(real)
+        skipped["hidden"] += sum(name.startswith(".") for name in (*subfolders, *files))
+        visible = sorted(name for name in subfolders if not name.startswith("."))
+        links += [path for path in (os.path.join(parent, name) for name in visible) if os.path.islink(path)]
+        subfolders[:] = [name for name in visible if not os.path.islink(os.path.join(parent, name))]
+        for name in sorted(name for name in files if not name.startswith(".")):
+            path = Path(parent) / name
+            if name.lower().endswith(IMAGE_SUFFIXES) or (name.upper() != "DICOMDIR" and _has_signature(path)):
+                yield path
+            else:
+                skipped[path.suffix.lower() or "no suffix"] += 1
+
+
+def describe_skipped(skipped: Mapping[str, int]) -> str:
+    """List what `image_files` skipped, by kind; empty if there is nothing."""
+    found = {kind: count for kind, count in skipped.items() if count}
+    if not found:
+        return ""
+    return f"no images, skipped: {sum(found.values())} ({some((f'{kind} {n}' for kind, n in found.items()), 12)})"
+
+
+def _has_signature(path: Path) -> bool:
+    """Check whether a file begins like an image, whatever its name."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with path.open("rb") as file:
+            head = file.read(132)
+    except OSError:
+        return False
+    webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)  # reserved bytes of BMP
+    return webp or bitmap or head.startswith(SIGNATURES) or is_dicom(head)
 
 
 def read_gray(path: str | Path) -> Image.Image:
