@@ -11,6 +11,7 @@ import pytest
 from data.dicom_files import dicom
 from PIL import Image
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.collections.hf import HFCollection
 from mlvicx_hf.prediction.prediction import find_inputs
@@ -125,3 +126,14 @@ def test_columns_of_bytes_and_path_are_images(tmp_path: Path, streaming: bool):
     contents = list(listing.contents(0)) if streaming else [record.load() for record in listing.records]
     assert contents == [cell["bytes"] for cell in cells]
     assert listing.label_names == ("0", "1")
+
+
+def test_absolute_paths_below_the_root_are_read_and_others_refused(tmp_path: Path):
+    root = tmp_path / "root"
+    write(root / "a0.png", picture("PNG"))
+    (root / "metadata.csv").write_text(f"file_name\n{root / 'a0.png'}\n")
+    assert [record.name for record in FolderCollection(root).read().records] == ["a0.png"]
+    for name in (tmp_path / "b.png", root / ".." / "b.png"):
+        (root / "metadata.csv").write_text(f"file_name\n{name}\n")
+        with pytest.raises(UserError, match="expected a path below the root"):
+            FolderCollection(root).read()

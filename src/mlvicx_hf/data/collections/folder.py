@@ -17,7 +17,7 @@ from ..options import check_choice
 from .base import Collection, Listing, Record, file_below, keep_present
 from .cells import label_cells
 from .labels import FILE_COLUMNS, read_labels
-from .layout import FOLDERS, describe_layout, read_layout
+from .layout import FOLDER_MEANINGS, describe_layout, read_layout
 from .metadata import MASK_COLUMN, chosen_policy, read_records, usual_names
 from .tables import FILLED, Columns, check_unique, find_table, read_cells, read_columns
 
@@ -70,7 +70,7 @@ class FolderCollection(Collection):
     def __post_init__(self) -> None:
         label_cells(self.uncertain)  # refuse an unknown policy before anything is read
         if self.folders is not None:
-            check_choice("folders", self.folders, FOLDERS)
+            check_choice("folders", self.folders, FOLDER_MEANINGS)
         self.folder = Path(self.root)
 
     def read(self) -> Listing:
@@ -119,7 +119,7 @@ class FolderCollection(Collection):
         notes += filter(None, [describe_skipped(skipped)])
         layout = read_layout(self.folder, names, self.folders)
         notes += describe_layout(layout)
-        splits = layout.splits or [None] * len(names)
+        splits: Sequence[str | None] = layout.splits or [None] * len(names)
         classes = sorted(set(layout.classes or ()))
         labels = [tuple(float(name == own) for name in classes) for own in layout.classes or names]
         records = [
@@ -133,8 +133,8 @@ class FolderCollection(Collection):
         columns, notes = usual_names(table, read_columns(table), given)
         file_column = self._choose_file_column(table, columns)
         mask_column = self._choose_mask_column(table, columns)
-        names = columns[file_column]
-        masks = [""] * len(names) if mask_column is None else columns[mask_column]
+        names = self._relative(columns[file_column])
+        masks = [""] * len(names) if mask_column is None else self._relative(columns[mask_column])
         read_cells(table, file_column, names, FILLED)
         check_unique(table, [os.path.normpath(name) for name in names])
         rows, known = read_records(table, columns, names, self.patient_column, notes, self.patient_ids)
@@ -149,8 +149,8 @@ class FolderCollection(Collection):
         if all(row.split is None for row in records):  # the table does not say, but the folders may
             layout = read_layout(self.folder, names, self.folders)
             notes += describe_layout(replace(layout, classes=None))
-            splits = layout.splits or [None] * len(names)
-            records = [replace(row, split=split) for row, split in zip(records, splits, strict=True)]
+            if layout.splits is not None:
+                records = [replace(row, split=split) for row, split in zip(records, layout.splits, strict=True)]
         notes += self._note_unlisted(table, [*names, *masks])
         records, missing = keep_present(records)
         return Listing(
@@ -163,6 +163,15 @@ class FolderCollection(Collection):
             policy=chosen_policy(uncertain=self.uncertain, patient_ids=self.patient_ids),
             patients_known=known,
         )
+
+    def _relative(self, names: Sequence[str]) -> list[str]:
+        """Write absolute paths below the root relative to it. Others stay as they are, and are refused later."""
+        root = Path(os.path.abspath(self.folder))
+        paths = (Path(name) for name in names)
+        return [
+            path.relative_to(root).as_posix() if path.is_absolute() and path.is_relative_to(root) else name
+            for name, path in zip(names, paths, strict=True)
+        ]
 
     def _note_unlisted(self, table: Path, listed: Sequence[str]) -> list[str]:
         """Note the images below the root that the table does not list."""

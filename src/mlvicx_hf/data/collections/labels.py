@@ -212,7 +212,7 @@ def _findings(
             f"{table}: column {column} with {' and '.join(map(repr, held))} between names found; expected one of them, "
             "or lists such as ['Edema', 'Mass']"
         )
-    reader = FindingsReader(*held[:1] or ["|"], reader.names, reader.uncertain)
+    reader = FindingsReader(held[0] if held else "|", reader.names, reader.uncertain)
     findings = read_cells(table, column, values, CellType(reader.read, EXPECTED_FINDINGS))
     spelling = one_spelling(name for found in findings for name in found.values)
     names = tuple(reader.names or sorted({spelling[name] for name in spelling if same_name(name) != NO_FINDING}))

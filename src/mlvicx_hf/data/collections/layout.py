@@ -13,8 +13,8 @@ from mlvicx_hf.common.text import some
 
 from .base import SPLIT_NAMES
 
-FOLDERS = ("read", "classes", "ignore")  # what the folders mean
-MAX_CLASSES = 50
+FOLDER_MEANINGS = ("read", "classes", "ignore")  # what the folders mean
+MOST_CLASSES = 50
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _are_classes(splits: Sequence[str], folders: Sequence[str]) -> bool:
     seen: dict[str, set[str]] = defaultdict(set)
     for split, folder in zip(splits, folders, strict=True):
         seen[folder].add(split)
-    return 2 <= len(seen) <= MAX_CLASSES and 2 * sum(len(found) > 1 for found in seen.values()) > len(seen)
+    return 2 <= len(seen) <= MOST_CLASSES and 2 * sum(len(found) > 1 for found in seen.values()) > len(seen)
 
 
 def _without_splits(
@@ -88,10 +88,10 @@ def _without_splits(
             )
         return Layout(["test"] * len(names))
     classes = [found[-1] if found else "" for found in parts]
-    if not all(classes) or not 2 <= len(set(classes)) <= MAX_CLASSES:
+    if not all(classes) or not 2 <= len(set(classes)) <= MOST_CLASSES:
         raise UserError(
             f"{root}: {len(set(classes))} folders of images found for --folders classes; expected from 2 to "
-            f"{MAX_CLASSES}, and every image in one of them"
+            f"{MOST_CLASSES}, and every image in one of them"
         )
     return Layout(None, classes)
 
@@ -108,4 +108,4 @@ def describe_layout(layout: Layout) -> list[str]:
 
 def _counted(values: Sequence[str]) -> str:
     counts: Mapping[str, int] = {value: values.count(value) for value in dict.fromkeys(values)}
-    return some((f"{value} {count}" for value, count in counts.items()), MAX_CLASSES)
+    return some((f"{value} {count}" for value, count in counts.items()), MOST_CLASSES)
