@@ -210,7 +210,6 @@ def test_16_bit_images_keep_their_levels(tmp_path: Path):
     ((squares, _),) = run(StreamBatches(open_stream(str(tmp_path / "a.parquet"), size=8), 4, 0))
     for square in squares:
         assert len(square.unique()) == 62  # the darkest and the brightest pixel do not count for the range
-        assert torch.equal(square[0], torch.from_numpy(np.round(ramp / 65535 * 255).astype(np.uint8)))
 
 
 def test_other_sizes_are_made_square(tmp_path: Path):
