@@ -5,4 +5,6 @@ from __future__ import annotations
 from .base import Objective
 from .mlvicx import MLVICXObjective
 
-OBJECTIVES: dict[str, type[Objective]] = {"mlvicx": MLVICXObjective}  # by the name that --objective takes
+OBJECTIVES: dict[str, type[Objective]] = {  # by the name that --objective takes
+    "mlvicx": MLVICXObjective,
+}
