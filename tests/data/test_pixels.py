@@ -132,6 +132,52 @@ def test_16_bit_colour_keeps_its_high_bits_or_is_refused(tmp_path: Path):
         read_gray(shallow)
 
 
+def raw_tiff(values: np.ndarray, order: str, *more: tuple[int, int, int]) -> bytes:
+    """An uncompressed TIFF of floats or of 8 bits, as other libraries write it; `more` tags are (tag, type, word)."""
+    data, bits = values.astype(values.dtype.newbyteorder(order)).tobytes(), 8 * values.dtype.itemsize
+    height, width = values.shape
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1)]
+    tags += [(278, 4, height), (279, 4, len(data)), (339, 3, 3 if values.dtype.kind == "f" else 1), *more]
+    listed = struct.pack(f"{order}H", len(tags))
+    for tag, kind, value in sorted(tags):
+        word = struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value)
+        listed += struct.pack(f"{order}HHI", tag, kind, 1) + word
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
+    return start + data + listed + bytes(4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("scale", [1 / 255, 12.5])
+def test_float64_tiff_is_read_as_float32_is(tmp_path: Path, order: str, scale: float):
+    found = []
+    for dtype in (np.float32, np.float64):
+        (tmp_path / "float.tif").write_bytes(raw_tiff(ramp(255).astype(dtype) * dtype(scale), order))
+        found.append(np.asarray(read_gray(tmp_path / "float.tif")).astype(int))
+    assert np.abs(found[0] - found[1]).max() <= 1
+    assert len(np.unique(found[1])) > 200
+
+
+@pytest.mark.parametrize("tag", [282, 700, 33434])  # resolution, XMP, exposure time
+def test_a_damaged_tag_does_not_hinder_the_orientation(tmp_path: Path, tag: int):
+    nan = struct.unpack("<I", struct.pack("<f", float("nan")))[0]
+    (tmp_path / "plain.tif").write_bytes(raw_tiff(ramp(255), "<", (274, 3, 6)))
+    (tmp_path / "nan.tif").write_bytes(raw_tiff(ramp(255), "<", (274, 3, 6), (tag, 11, nan)))
+    plain, damaged = (np.asarray(read_gray(tmp_path / f"{name}.tif")) for name in ("plain", "nan"))
+    assert plain.shape == (WIDTH, HEIGHT)
+    assert np.array_equal(plain, damaged)
+
+
+def test_an_exif_tag_that_is_not_a_number_does_not_hinder_the_orientation(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    block = bytearray(exif.tobytes())
+    at = block.index(struct.pack(">II" if block[6:8] == b"MM" else "<II", 72, 1))
+    block[at : at + 8] = bytes(8)  # 0/0
+    for suffix in ("jpg", "png"):
+        Image.fromarray(ramp(255)).save(tmp_path / f"film.{suffix}", exif=bytes(block))
+        assert read_gray(tmp_path / f"film.{suffix}").size == (HEIGHT, WIDTH)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied(tmp_path: Path, kind: str):
     values = np.zeros((HEIGHT, WIDTH), np.uint8)

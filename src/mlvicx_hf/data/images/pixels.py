@@ -35,6 +35,11 @@ SIGNATURES = (
     *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
 )
 
+# Pillow decodes floats of 64 bits, but does not list them among the TIFF files that it opens.
+for _prefix, _order in ((b"II", ""), (b"MM", "B")):
+    for _white in (0, 1):
+        TiffImagePlugin.OPEN_INFO.setdefault((_prefix, _white, (3,), 1, (64,), ()), ("F", f"F;64{_order}F"))
+
 CACHE_MARK = "cache.json"  # a folder with this file is a prepared cache
 MAX_BYTES = 2**30  # of a file: three times the size of the largest uncompressed image that Pillow accepts
 _PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
@@ -212,6 +217,11 @@ def _load(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=formats)
     deep_colour = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
     image.load()
+    if not isinstance(image.info.get("xmp", b""), bytes):  # a damaged tag
+        del image.info["xmp"]
+    image.getexif()  # holds the orientation; the bytes are dropped, since a damaged tag cannot be written back
+    for name in ("exif", "Raw profile type exif"):
+        image.info.pop(name, None)
     ImageOps.exif_transpose(image, in_place=True)
     if deep_colour and np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max() < 64:
         # Pillow keeps the high byte. If only 14 bits or fewer are used, next to nothing is left in it.
