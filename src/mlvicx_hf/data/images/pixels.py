@@ -216,9 +216,9 @@ def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) ->
 def _load(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=formats)
     deep_colour = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
-    image.load()
     if not isinstance(image.info.get("xmp", b""), bytes):  # a damaged tag
         del image.info["xmp"]
+    image.load()
     image.getexif()  # holds the orientation; the bytes are dropped, since a damaged tag cannot be written back
     for name in ("exif", "Raw profile type exif"):
         image.info.pop(name, None)
