@@ -404,6 +404,9 @@ TAKEN: dict[str, dict[str, tuple[list[str], str, Any]]] = {
         "mask_column": (["mask"], "mask_column", "mask"),
         "mask_names": (["background,left, right"], "mask_names", ["background", "left", "right"]),
         "uncertain": (["ones"], "uncertain", "ones"),
+        "label_names": (["Edema, Mass"], "label_names", ["Edema", "Mass"]),
+        "patient_ids": (["exact"], "patient_ids", "exact"),
+        "folders": (["classes"], "folders", "classes"),
     },
     "hf": {
         "image_column": (["scan"], "image_column", "scan"),
@@ -412,6 +415,8 @@ TAKEN: dict[str, dict[str, tuple[list[str], str, Any]]] = {
         "mask_column": (["mask"], "mask_column", "mask"),
         "mask_names": (["lungs"], "mask_names", ["lungs"]),
         "uncertain": (["zeros"], "uncertain", "zeros"),
+        "label_names": (["Edema"], "label_names", ["Edema"]),
+        "patient_ids": (["normalised"], "patient_ids", "normalised"),
         "config_name": (["small"], "open.args", ("root", "small", None)),
         "revision": (["v1"], "open.args", ("root", None, "v1")),
         "streaming": ([], "streaming", True),
