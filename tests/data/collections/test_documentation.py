@@ -11,33 +11,21 @@ from PIL import Image
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import KINDS
-from mlvicx_hf.data.collections.base import Listing, Record, ReleasedCollection, file_below
-from mlvicx_hf.data.collections.cells import label_cells
-from mlvicx_hf.data.collections.tables import FILLED, find_table, read_table
 
 DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_the_documented_class_is_a_collection(tmp_path: Path):
     page = (DOCS / "develop" / "add_a_collection.md").read_text()
-    (code,) = re.findall(r"```python\n(class .*?)```", page, re.DOTALL)
-    names: dict[str, Any] = {
-        "FINDINGS": ("Edema",),
-        "Path": Path,
-        "Listing": Listing,
-        "Record": Record,
-        "ReleasedCollection": ReleasedCollection,
-        "FILLED": FILLED,
-        "file_below": file_below,
-        "find_table": find_table,
-        "label_cells": label_cells,
-        "read_table": read_table,
-    }
+    (code,) = re.findall(r"```python\n(.*?class .*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "mlvicx_hf.data.collections.mine", "__package__": "mlvicx_hf.data.collections"}
     exec(code, names)
     assert len(code.splitlines()) < 40
     for number in range(3):
         Image.fromarray(np.full((9, 9), 50 * number, np.uint8)).save(tmp_path / f"{number}.png")
-    (tmp_path / "labels.csv").write_text("image,patient,Edema\n0.png,p0,1\n1.png,p1,0\n2.png,p2,\nabsent.png,p3,1\n")
+    (tmp_path / "labels.csv").write_text(
+        "image,patient,Edema,Mass\n0.png,p0,1,0\n1.png,p1,0,1\n2.png,p2,,\nabsent.png,p3,1,0\n"
+    )
     summary = prepare(
         names["MyCollection"](tmp_path), tmp_path / "cache", size=8, splits="none", allow_missing=True, progress=False
     )
