@@ -62,7 +62,7 @@ class _RegisterWithTransformers(MetaPathFinder):
             run(module)
             importlib.import_module(".models", __name__)
 
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]  # a loader of its own would be longer
         return spec
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlvicx_hf import MLVICXForImageClassification, MLVICXForPreTraining, MLVICXImageProcessor, MLVICXModel
-from mlvicx_hf.models.loss_mlvicx import multi_label_loss, variance_covariance_loss
-from mlvicx_hf.models.modeling_mlvicx import (
+from mlvicx_hf.models.layers_mlvicx import (
     ContextBottleneck,
     Expander,
     GateConv2d,
     MultiLevelAggregator,
 )
+from mlvicx_hf.models.loss_mlvicx import multi_label_loss, variance_covariance_loss
 from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
 from mlvicx_hf.pretraining.optimizer import create_optimizer
 from mlvicx_hf.pretraining.setup import create_objective

@@ -21,7 +21,7 @@ from mlvicx_hf import (
     MLVICXModel,
 )
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
-from mlvicx_hf.models.modeling_mlvicx import ContextBottleneck, GateConv2d
+from mlvicx_hf.models.layers_mlvicx import ContextBottleneck, GateConv2d
 
 LABELS = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1]])
 

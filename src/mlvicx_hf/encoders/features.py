@@ -69,7 +69,7 @@ def encode(
     """
     columns: dict[str, list[Tensor]] = {"features": []}
     loader = DataLoader(images, batch_size, generator=torch.Generator())  # else it draws from the global one
-    with evaluating(encoder), progress_bar(len(images), "encoding", "img", show=show) as bar:  # type: ignore[arg-type]
+    with evaluating(encoder), progress_bar(len(images), "encoding", "img", show=show) as bar:  # type: ignore[arg-type]  # it has a length
         for batch in loader:
             pixels = batch.pop("pixel_values")
             # torch chooses kernels by shape. Fill the last batch, so that no last digit depends on how full it is.

@@ -183,18 +183,3 @@ def one_spelling(names: Iterable[str]) -> dict[str, str]:
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         chosen.setdefault(same_name(name), name)
     return {name: chosen[same_name(name)] for name in counts}
-
-
-def split_findings(text: str) -> set[str] | None:
-    """Split `Edema|Mass` into its names. `No Finding` gives no names, an empty text gives None (unknown).
-
-    Raises:
-        ValueError: a name is empty, or `No Finding` is not alone.
-    """
-    if not text:
-        return None
-    parts = {part.strip() for part in text.split("|")}
-    normal = {part for part in parts if part.lower() == NO_FINDING}
-    if "" in parts or (normal and len(parts) > 1):
-        raise ValueError(text)
-    return parts - normal

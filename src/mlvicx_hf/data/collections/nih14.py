@@ -14,7 +14,7 @@ from ..splits import check_no_patient_overlap, split_by_patient
 from ..vocabulary import release_labels
 from .base import Box, Listing, Record, ReleasedCollection
 from .boxes import FRAME, PIXELS, add_box
-from .cells import split_findings
+from .cells import NO_FINDING
 from .people import AGE, SEX, believe_ages
 from .tables import DIGITS, FILLED, TEXT, VIEW, CellType, find_table, one_of, read_table
 
@@ -26,9 +26,11 @@ VALIDATION_SHARE = 0.1  # of the patients of train_val_list.txt; ours, the relea
 
 
 def _labels(text: str) -> tuple[float, ...]:
-    found = split_findings(text)
-    if found is None or not found <= set(NIH_FINDINGS):
-        raise ValueError
+    found = {part.strip() for part in text.split("|")}
+    if [name.lower() for name in found] == [NO_FINDING]:
+        found = set()
+    if not found <= set(NIH_FINDINGS):
+        raise ValueError(text)
     return tuple(float(finding in found) for finding in NIH_FINDINGS)
 
 

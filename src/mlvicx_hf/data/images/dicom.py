@@ -146,7 +146,7 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
     Grey values pass through these steps (PS3.3 C.11): the modality LUT or the rescale; a grey scale; the inversion of
     MONOCHROME1, or of any image whose PresentationLUTShape is INVERSE. The grey scale is the first that fits of these:
     each VOI LUT, each window (LINEAR, LINEAR_EXACT, SIGMOID), and last the range of the image's own values (for more
-    than 8 bits `pixels.robust_range`, as of PNG and TIFF files). The output range of a window, or the range of the
+    than 8 bits `ranges.robust_range`, as of PNG and TIFF files). The output range of a window, or the range of the
     entries of a VOI LUT, becomes 0 to 255.
 
     A VOI LUT or window does not fit if it is damaged, if its width is not a number or is too small (below 1 for
