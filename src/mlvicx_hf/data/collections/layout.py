@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -107,5 +107,4 @@ def describe_layout(layout: Layout) -> list[str]:
 
 
 def _counted(values: Sequence[str]) -> str:
-    counts: Mapping[str, int] = {value: values.count(value) for value in dict.fromkeys(values)}
-    return some((f"{value} {count}" for value, count in counts.items()), MOST_CLASSES)
+    return some((f"{value} {count}" for value, count in Counter(values).items()), MOST_CLASSES)
