@@ -133,11 +133,11 @@ def test_16_bit_colour_keeps_its_high_bits_or_is_refused(tmp_path: Path):
 
 
 def raw_tiff(values: np.ndarray, order: str, *more: tuple[int, int, int]) -> bytes:
-    """An uncompressed TIFF of floats or of 8 bits, as other libraries write it; `more` tags are (tag, type, word)."""
+    """An uncompressed TIFF of any numbers, as other libraries write it; `more` tags are (tag, type, word)."""
     data, bits = values.astype(values.dtype.newbyteorder(order)).tobytes(), 8 * values.dtype.itemsize
     height, width = values.shape
     tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1)]
-    tags += [(278, 4, height), (279, 4, len(data)), (339, 3, 3 if values.dtype.kind == "f" else 1), *more]
+    tags += [(278, 4, height), (279, 4, len(data)), (339, 3, "uif".index(values.dtype.kind) + 1), *more]
     listed = struct.pack(f"{order}H", len(tags))
     for tag, kind, value in sorted(tags):
         word = struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value)
@@ -155,6 +155,20 @@ def test_float64_tiff_is_read_as_float32_is(tmp_path: Path, order: str, scale: f
         found.append(np.asarray(read_gray(tmp_path / "float.tif")).astype(int))
     assert np.abs(found[0] - found[1]).max() <= 1
     assert len(np.unique(found[1])) > 200
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
+def test_tiff_of_numbers_with_a_sign(tmp_path: Path, dtype: type):
+    (tmp_path / "signed.tif").write_bytes(raw_tiff((ramp(255).astype(int) - 128).astype(dtype), "<"))
+    gray = np.asarray(read_gray(tmp_path / "signed.tif")).astype(int)
+    assert np.abs(gray - ramp(255)).max() <= 2
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint64, np.int64])
+def test_tiff_of_a_kind_that_is_not_read_is_named(tmp_path: Path, dtype: type):
+    (tmp_path / "odd.tif").write_bytes(raw_tiff(ramp(255).astype(dtype), "<"))
+    with pytest.raises(UnreadableImageError, match=r"odd\.tif: TIFF of a kind that is not read"):
+        read_gray(tmp_path / "odd.tif")
 
 
 @pytest.mark.parametrize("tag", [282, 700, 33434])  # resolution, XMP, exposure time

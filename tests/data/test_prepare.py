@@ -86,6 +86,17 @@ def test_cache_holds_the_images_with_what_is_known_of_them(root: Path, tmp_path:
     assert seen == 2 * NUM_PATIENTS
 
 
+def test_splits_without_an_image_are_named(tmp_path: Path):
+    files = {f"{patient}.png": 40 * patient + 50 for patient in range(2)}
+    for name, level in files.items():
+        Image.fromarray(np.full((8, 8), level, np.uint8)).save(tmp_path / name)
+    rows = "".join(f"{name},{name[0]},{name[0]}\n" for name in files)
+    (tmp_path / "metadata.csv").write_text(f"file_name,patient_id,Edema\n{rows}")
+    notes = make(tmp_path, tmp_path / "cache")["notes"]
+    assert "no image in the split validation, of 2 patients" in notes
+    assert not any("split train" in note or "split test" in note for note in notes)
+
+
 def test_manifest_counts_what_is_in_the_cache(root: Path, tmp_path: Path):
     (root / "3_0.png").write_bytes(b"")
     summary = make(root, tmp_path / "cache", seed=3)

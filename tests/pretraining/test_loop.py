@@ -356,6 +356,15 @@ def test_images_that_an_epoch_leaves_out_are_counted(cache: Path, tmp_path: Path
     assert "an epoch leaves out" not in capsys.readouterr().out
 
 
+def test_a_warm_up_longer_than_the_run_is_said(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    steps = ["--epochs", 1, "--batch_size", 22]  # two steps
+    pretrain(cache, tmp_path / "long", *steps, "--warmup_epochs", 4)
+    said = "warm-up of 8 steps (warmup_epochs 4), but the run has 2: the rate only rises, to 25% of its peak"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    pretrain(cache, tmp_path / "short", *steps, "--warmup_epochs", 0.5)
+    assert "warm-up of" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["--torch_compile", "--compile"])
 def test_two_names_of_compiling(cache: Path, name: str):
     words = ["--recipe", "smoke", "--dataset", str(cache), "--output_dir", "run"]

@@ -38,7 +38,7 @@ class ModelArguments:
     invariance_reduction: str = option(
         "Mean over the dimensions, or their sum as in Eq. 6.", "mean", choices=("mean", "sum")
     )
-    objective: str = option("Method of pretraining: mlvicx.", "mlvicx")
+    objective: str = option("Method of pretraining: mlvicx, or another name in `mlvicx_hf.objectives`.", "mlvicx")
     init_from: str | None = option(
         "Start from an earlier model (folder or Hub name), from 'imagenet', or from a file of timm weights.",
         None,

@@ -20,7 +20,7 @@ from mlvicx_hf.common.progress import no_datasets_bars
 from mlvicx_hf.common.provenance import git_commit
 from mlvicx_hf.common.text import some
 
-from ..collections.base import Collection, Listing
+from ..collections.base import SPLITS, Collection, Listing, Record
 from ..copies.deduplication import Duplicate, count_across
 from ..split_files import SPLIT_FILE, split_file
 from .cache import DUPLICATES, FORMAT, MANIFEST
@@ -102,6 +102,14 @@ def count_duplicates(duplicates: Sequence[Duplicate], images: PreparedParts, dro
     """Count the pairs of each kind, the pairs that are left in two splits, and the images that were left out."""
     counts = {kind: sum(pair.kind == kind for pair in duplicates) for kind in ("identical", "near")}
     return counts | {"across_splits": count_across(duplicates, images.parts), "dropped": dropped}
+
+
+def note_empty_splits(records: Sequence[Record], images: PreparedParts) -> list[str]:
+    """Tell the user which splits of a divided collection have no image: too few patients, or all images left out."""
+    if {record.split for record in records} == {"train"}:
+        return []
+    patients = len({record.patient_id for record in records})
+    return [f"no image in the split {split}, of {patients} patients" for split in SPLITS if split not in images.parts]
 
 
 def note_images(images: PreparedParts, drop_flat: bool) -> list[str]:

@@ -24,7 +24,7 @@ from ..copies.deduplication import DROPS, choose_dropped, find_duplicates
 from ..options import check_choice, check_least
 from ..split_files import read_split_file
 from ..splits import check_no_patient_overlap, patient_hash, split_by_patient
-from .assembly import assemble, count_duplicates, describe_cache, note_images, read_shards
+from .assembly import assemble, count_duplicates, describe_cache, note_empty_splits, note_images, read_shards
 from .cache import MANIFEST, cache_features
 from .shards import Making, Shard, is_made, plan_shards, write_in_order, write_shards
 
@@ -105,7 +105,7 @@ def prepare(
         whole = read.without(read.where_flat()) if drop_flat else read
         duplicates = find_duplicates(whole.parts, progress=progress)
         images = whole.without(choose_dropped(whole.parts, duplicates, drop_duplicates))
-        notes = [*listing.notes, *notes, *note_images(images, drop_flat)]
+        notes = [*listing.notes, *notes, *note_empty_splits(records, images), *note_images(images, drop_flat)]
         manifest = describe_cache(collection, listing, options, images)
         manifest["duplicates"] = count_duplicates(duplicates, images, len(images.rejected) - len(whole.rejected))
         lacking = assemble(folder / "cache", shards, images, duplicates, manifest, notes, features)

@@ -29,9 +29,10 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".
 # Try these formats alone: Pillow also opens formats that start other programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 
-# First bytes of PNG, JPEG, TIFF, BigTIFF, JPEG 2000 and its bare stream
+# First bytes of TIFF and BigTIFF; of these, PNG, JPEG, JPEG 2000 and its bare stream
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SIGNATURES = (
-    *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", *TIFF_SIGNATURES),
     *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
 )
 
@@ -42,7 +43,9 @@ for _prefix, _order in ((b"II", ""), (b"MM", "B")):
 
 CACHE_MARK = "cache.json"  # a folder with this file is a prepared cache
 MAX_BYTES = 2**30  # of a file: three times the size of the largest uncompressed image that Pillow accepts
-_PHOTOMETRIC = 262  # TIFF tag; 0 means that small values are white
+# Tags of TIFF
+_PHOTOMETRIC = 262  # 0 means that small values are white
+_SAMPLE_FORMAT = 339  # 2 means numbers with a sign
 
 
 def image_files(
@@ -206,6 +209,9 @@ def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) ->
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UnreadableImageError(file, f"suspiciously large (decompression bomb?): {error}") from error
         except UnidentifiedImageError as error:
+            if "TIFF" in formats and data.startswith(TIFF_SIGNATURES):
+                kinds = "such as floats of 16 bits or whole numbers of 64"
+                raise UnreadableImageError(file, f"TIFF of a kind that is not read ({kinds}), or damaged") from error
             raise UnreadableImageError(file, f"content is none of {', '.join(formats)}") from error
         except DAMAGED as error:
             raise UnreadableImageError(file, f"damaged or unsupported: {' '.join(str(error).split())}") from error
@@ -233,14 +239,17 @@ def _load(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 def _gray(image: Image.Image) -> Image.Image:
     """Convert a picture of any mode to mode "L". For more than 8 bits follow the rule of the image processor."""
-    if image.mode == "L":
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    signed = tags.get(_SAMPLE_FORMAT) in (2, (2,))
+    if image.mode == "L" and not signed:
         return image
     if image.mode in ("LA", "La"):
         return image.getchannel(0)
-    if not (image.mode.startswith("I") or image.mode == "F"):
+    if not (image.mode in ("L", "F") or image.mode.startswith("I")):
         return image.convert("RGB").convert("L")  # 1, palette, RGB, RGBA, CMYK, YCbCr, LAB
-    unit = _unit(np.asarray(image))
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
+    array = np.asarray(image)
+    unit = _unit(array.view(np.int8) if image.mode == "L" else array)
+    if tags.get(_PHOTOMETRIC) == 0 and image.mode != "L":
         unit = 1 - unit  # Pillow does this for 8 bits only
     unit *= 255  # in place: such an image may take 350 MB
     return Image.fromarray(np.round(unit, out=unit).astype(np.uint8))
