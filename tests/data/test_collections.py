@@ -216,18 +216,18 @@ def test_missing_files_are_listed_and_the_others_kept(root: Path):
         ("", r"metadata\.csv: empty file found; expected a header line"),
         ("file_name,patient_id\n", r"no rows found; expected one row an image"),
         ("name,patient_id\na.png,1\n", r"columns name, patient_id found; expected the file in file_name or file or"),
-        ("file_name,patient_id\na.png\n", r"row 1 has 1 fields; expected 2"),
+        ("file_name,patient_id\na.png\n", r"row 2 has 1 fields; expected 2"),
         ("file_name,a,a\na.png,1,1\n", r"column\(s\) a found twice"),
-        ("file_name,patient_id\na.png,1\nb.png,\n", r"row 2 \(b\.png\): empty patient_id found"),
-        ("file_name,patient_id\n,1\n", r"row 1, column file_name: '' found"),
+        ("file_name,patient_id\na.png,1\nb.png,\n", r"row 3 \(b\.png\): empty patient_id found"),
+        ("file_name,patient_id\n,1\n", r"row 2, column file_name: '' found"),
         ("file_name,patient_id\na.png,1\n./a.png,1\n", r"1 found in more than one row: a\.png"),
         (
             "file_name,patient_id\na.png,1\n../b.png,1\n",
-            r"row 2: file '\.\./b\.png' found; expected a path below the root",
+            r"row 3: file '\.\./b\.png' found; expected a path below the root",
         ),
-        ("file_name,patient_id\n/etc/a.png,1\n", r"row 1: file '/etc/a\.png' found; expected a path below the root"),
-        ("file_name,split\na.png,train\nb.png,holdout\n", r"row 2, column split: 'holdout' found; expected train, val"),
-        ("file_name,split\na.png,train\nb.png,\n", r"row 2, column split: '' found; expected train"),
+        ("file_name,patient_id\n/etc/a.png,1\n", r"row 2: file '/etc/a\.png' found; expected a path below the root"),
+        ("file_name,split\na.png,train\nb.png,holdout\n", r"row 3, column split: 'holdout' found; expected train, val"),
+        ("file_name,split\na.png,train\nb.png,\n", r"row 3, column split: '' found; expected train"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(root: Path, text: str, message: str):
@@ -287,7 +287,7 @@ def test_columns_of_zeros_and_ones_are_labels_and_the_others_are_named(root: Pat
 
 def test_a_stray_value_among_labels_is_refused_rather_than_the_column_lost(root: Path):
     text = table("patient_id,Edema", "1,0", "2,1", "3,maybe", "4,0")
-    with pytest.raises(ValueError, match=r"row 3, column Edema: 'maybe' found; expected 0, 1, or empty.*label_columns"):
+    with pytest.raises(ValueError, match=r"row 4, column Edema: 'maybe' found; expected 0, 1, or empty.*label_columns"):
         read_table(root, text)
 
 
@@ -301,7 +301,7 @@ def test_explicit_label_columns_keep_their_order(root: Path):
 @pytest.mark.parametrize("value", ["maybe", "2", "0.5"])
 def test_unknown_label_values_are_refused_with_their_place(root: Path, value: str):
     text = table("patient_id,Edema", "1,0", "2,1", f"3,{value}", "4,0")
-    message = rf"metadata\.csv: row 3, column Edema: '{value}' found; expected 0, 1, or empty for unknown"
+    message = rf"metadata\.csv: row 4, column Edema: '{value}' found; expected 0, 1, or empty for unknown"
     with pytest.raises(ValueError, match=message):
         read_table(root, text, label_columns=["Edema"])
 
@@ -309,7 +309,7 @@ def test_unknown_label_values_are_refused_with_their_place(root: Path, value: st
 @pytest.mark.parametrize("options", [{}, {"label_columns": ["Edema"]}])
 def test_uncertain_labels_need_a_policy(root: Path, options: dict[str, list[str]]):
     text = table("patient_id,Edema", "1,0", "2,-1", "3,1", "4,")
-    with pytest.raises(ValueError, match=r"row 2, column Edema: '-1' found; .* \(--uncertain ignore\|ones\|zeros says"):
+    with pytest.raises(ValueError, match=r"row 3, column Edema: '-1' found; .* \(--uncertain ignore\|ones\|zeros says"):
         read_table(root, text, **options)
     for uncertain, value in (("ignore", math.nan), ("ones", 1.0), ("zeros", 0.0)):
         listing = read_table(root, text, uncertain=uncertain, **options)
@@ -322,7 +322,7 @@ def test_uncertain_labels_need_a_policy(root: Path, options: dict[str, list[str]
 def test_a_policy_for_uncertain_labels_does_not_accept_other_values(root: Path):
     text = table("patient_id,Edema", "1,0", "2,-1.0", "3,-2", "4,1")
     with pytest.raises(
-        ValueError, match=r"row 3, column Edema: '-2' found; expected 0, 1, -1, or empty for unknown; --l"
+        ValueError, match=r"row 4, column Edema: '-2' found; expected 0, 1, -1, or empty for unknown; --l"
     ):
         read_table(root, text, label_columns=["Edema"], uncertain="ones")
 
@@ -409,7 +409,7 @@ def test_whole_numbers_are_classes_in_the_order_of_numbers(root: Path):
 
 
 def test_a_label_of_other_numbers_is_no_class(root: Path):
-    with pytest.raises(ValueError, match=r"row 2, column label: '0\.37' found; expected a class name or whole number"):
+    with pytest.raises(ValueError, match=r"row 3, column label: '0\.37' found; expected a class name or whole number"):
         read_table(root, table("patient_id,label", "1,1", "2,0.37", "3,0", "4,1"))
 
 
@@ -430,7 +430,7 @@ def test_lists_of_labels_in_jsonl(root: Path):
 
 @pytest.mark.parametrize("value", ["No Finding|Mass", "Mass|", "Mass||Edema"])
 def test_joined_labels_that_contradict_themselves_are_refused(root: Path, value: str):
-    with pytest.raises(ValueError, match=r"row 1, column labels: .* expected names joined by \|, or No Finding alone"):
+    with pytest.raises(ValueError, match=r"row 2, column labels: .* expected names joined by \|, or No Finding alone"):
         read_table(root, table("patient_id,labels", f"1,{value}", "2,Mass", "3,Mass", "4,Mass"))
 
 
@@ -490,7 +490,7 @@ def test_masks_that_are_asked_for_and_not_listed_are_refused(root: Path, options
 
 def test_masks_stay_below_the_root_and_have_names(root: Path):
     text = table("patient_id,mask_file_name", "1,", "2,../m.png", "3,", "4,")
-    with pytest.raises(ValueError, match=r"row 2: file '\.\./m\.png' found; expected a path below the root"):
+    with pytest.raises(ValueError, match=r"row 3: file '\.\./m\.png' found; expected a path below the root"):
         read_table(root, text)
     with pytest.raises(ValueError, match="mask_names='lung,lung' found; expected one structure, or up to 256 classes"):
         read_table(root, text.replace("../m.png", ""), mask_names=["lung", "lung"])
@@ -583,10 +583,10 @@ def replace(path: Path, old: str, new: str) -> None:
             "View",
             r"v2020\.csv: columns .*, View, .* found; expected View Position as well",
         ),
-        ("No Finding", "Infiltrate", r"row 2, column Finding Labels: 'Infiltrate' found; expected No Finding or"),
-        ("No Finding", "No Finding|Mass", r"row 2, column Finding Labels: 'No Finding\|Mass' found"),
-        ("No Finding,0,1,", "No Finding,0,7,", r"row 2: Patient ID '7' found for '00000001_001\.png'"),
-        (",57,M,", ",57,", r"row 1 has 10 fields; expected 11"),
+        ("No Finding", "Infiltrate", r"row 3, column Finding Labels: 'Infiltrate' found; expected No Finding or"),
+        ("No Finding", "No Finding|Mass", r"row 3, column Finding Labels: 'No Finding\|Mass' found"),
+        ("No Finding,0,1,", "No Finding,0,7,", r"row 3: Patient ID '7' found for '00000001_001\.png'"),
+        (",57,M,", ",57,", r"row 2 has 10 fields; expected 11"),
         ("00000001_001.png", "00000001_000.png", r"1 found in more than one row: 00000001_000\.png"),
     ],
 )

@@ -180,12 +180,12 @@ def test_a_table_that_names_a_file_outside_is_refused_as_a_whole(tmp_path: Path)
         Image.new("L", (9, 9)).save(path)
     words = ("--collection", "folder", "--root", root, "--output", tmp_path / "cache", "--size", 8)
     (root / "metadata.csv").write_text("file_name\na.png\n../outside/secret.png\n")
-    assert_users_error(run_script("prepare_data.py", *words), "row 2: file '../outside/secret.png' found")
+    assert_users_error(run_script("prepare_data.py", *words), "row 3: file '../outside/secret.png' found")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "outside"]
     (root / "link").symlink_to(outside)
     for name in (f"{outside}/secret.png", "sub/../../outside/secret.png", "link/secret.png"):
         (root / "metadata.csv").write_text(f"file_name\na.png\n{name}\n")
-        with pytest.raises(ValueError, match=f"row 2: file '{name}'"):
+        with pytest.raises(ValueError, match=f"row 3: file '{name}'"):
             FolderCollection(root).read()
 
 

@@ -110,14 +110,14 @@ def test_objects_and_names_with_bars_of_typed_tables(tmp_path: Path, kind: str):
     ],
 )
 def test_cells_that_could_be_misread_are_refused_with_their_place(cell: str):
-    with pytest.raises(UserError, match=r"m\.csv: row 2, column labels: .* found; expected names"):
+    with pytest.raises(UserError, match=r"m\.csv: row 3, column labels: .* found; expected names"):
         read_csv(["['Edema']", cell])
 
 
 def test_more_numbers_than_names_and_names_of_no_finding_are_refused():
-    with pytest.raises(UserError, match="row 1, column labels"):
+    with pytest.raises(UserError, match="row 2, column labels"):
         read_csv(["[0, 1, 1]"], label_names=["a", "b"])
-    with pytest.raises(UserError, match="row 2, column labels: 'c' found"):
+    with pytest.raises(UserError, match="row 3, column labels: 'c' found"):
         read_csv(["a", "c"], label_names=["a", "b"])
     names, rows = read_csv(["[0, -1]", "[1, 0]", "B"], label_names=["a", "b"], uncertain="ones")
     assert (names, rows) == (("a", "b"), [(0, 1), (1, 0), (0, 1)])
@@ -141,7 +141,7 @@ def test_classes_with_unknowns_spellings_and_floats():
 def test_a_label_with_several_findings_is_read_as_such():
     names, rows = read_csv(["Edema|Mass", "Mass", "No Finding"], column="label")
     assert (names, rows) == (("Edema", "Mass"), [(1, 1), (0, 1), (0, 0)])
-    with pytest.raises(UserError, match=r"row 2, column label: 'Edema, Mass' found, and a part of it alone"):
+    with pytest.raises(UserError, match=r"row 3, column label: 'Edema, Mass' found, and a part of it alone"):
         read_csv(["Edema", "Edema, Mass"], column="label")
     assert read_csv(["pneumonia, viral", "normal"], column="label")[0] == ("normal", "pneumonia, viral")
 

@@ -31,8 +31,8 @@ def test_a_table_of_files_is_a_split_file(tmp_path: Path):
     [
         ("name,split\na,train\n", r"columns name, split found; expected source \(or file_name\) as well"),
         ("file_name,part\na,train\n", "columns file_name, part found"),
-        ("file_name,split\na,train\nb,holdout\n", "row 2, column split: 'holdout' found; expected train, validation"),
-        ("file_name,split\n,train\n", "row 1, column file_name: '' found"),
+        ("file_name,split\na,train\nb,holdout\n", "row 3, column split: 'holdout' found; expected train, validation"),
+        ("file_name,split\n,train\n", "row 2, column file_name: '' found"),
         ("file_name,split\na,train\na,test\n", "1 found in more than one row: a; expected one row each"),
     ],
 )

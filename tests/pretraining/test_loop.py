@@ -356,6 +356,28 @@ def test_images_that_an_epoch_leaves_out_are_counted(cache: Path, tmp_path: Path
     assert "an epoch leaves out" not in capsys.readouterr().out
 
 
+def test_another_precision_of_the_launcher_is_said(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    said = "mixed_precision is no; the launcher's bf16 is not used"
+    for precision, count in (("no", 1), ("bf16", 0)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words = ["--epochs", 1, "--batch_size", 44, "--mixed_precision", precision]
+        pretrain(cache, tmp_path / precision, *words)
+        assert capsys.readouterr().out.splitlines().count(said) == count
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_recomputed_maps_end_in_the_same_weights(cache: Path, tmp_path: Path):
+    words = ["--epochs", 1, "--gradient_accumulation_steps", 1]
+    files = []
+    for name, more in (("kept", ()), ("recomputed", ("--gradient_checkpointing", "True"))):
+        pretrain(cache, tmp_path / name, *words, *more)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
 def test_a_warm_up_longer_than_the_run_is_said(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     steps = ["--epochs", 1, "--batch_size", 22]  # two steps
     pretrain(cache, tmp_path / "long", *steps, "--warmup_epochs", 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from datetime import timedelta
 from functools import cached_property
@@ -62,6 +63,9 @@ class Reporter:
                 )
             if rest := run.batches.num_images % batch:
                 print(f"an epoch leaves out {rest} of {run.batches.num_images} images, other ones each time")
+            launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` was told
+            if launched not in ("no", arguments.mixed_precision):
+                print(f"mixed_precision is {arguments.mixed_precision}; the launcher's {launched} is not used")
             for note in run.notes:
                 print(note)
         if arguments.report_to != "none":

@@ -137,8 +137,8 @@ def test_ages_of_old_releases(root: Path, age: str, years: float | None):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        (TABLE, ",41,F,", ",old,F,", rf"{TABLE}: row 1, column Patient Age: 'old' found; expected an age such as 57"),
-        (TABLE, ",41,F,", ",41,X,", rf"{TABLE}: row 1, column Patient Gender: 'X' found; expected F, M or nothing"),
+        (TABLE, ",41,F,", ",old,F,", rf"{TABLE}: row 2, column Patient Age: 'old' found; expected an age such as 57"),
+        (TABLE, ",41,F,", ",41,X,", rf"{TABLE}: row 2, column Patient Gender: 'X' found; expected F, M or nothing"),
         (
             BOXES,
             "Finding Label",
@@ -149,7 +149,7 @@ def test_ages_of_old_releases(root: Path, age: str, years: float | None):
             BOXES,
             "Infiltrate",
             "Infiltrates",
-            r"row 1, column Finding Label: 'Infiltrates' found; expected .*Infiltrate",
+            r"row 2, column Finding Label: 'Infiltrates' found; expected .*Infiltrate",
         ),
     ],
 )
@@ -162,14 +162,14 @@ def test_tables_that_do_not_fit_are_refused(root: Path, file: str, old: str, new
 @pytest.mark.parametrize(
     ("corner", "message"),
     [
-        ("1,2,3", r"row 13 has 5 fields; expected 6"),
-        ("1,2,3,4,5", r"row 13 has 7 fields; expected 6"),
-        ("x,2,3,4", r"row 13, column Bbox \[x: 'x' found; expected pixels from 0 to 1024"),
-        ("1,nan,3,4", r"row 13, column y: 'nan' found"),
-        ("1,2,-3,4", r"row 13, column w: '-3' found"),
-        ("1,2,0,4", r"row 13: a box of 0 x 4 pixels at \(1, 2\) found; expected one inside 1024 x 1024, not empty"),
-        ("1,1000,3,25", r"row 13: a box of 3 x 25 pixels at \(1, 1000\) found"),
-        (",".join(map(str, disc_box(12))), r"row 13: a box of Infiltration found for the second time"),
+        ("1,2,3", r"row 14 has 5 fields; expected 6"),
+        ("1,2,3,4,5", r"row 14 has 7 fields; expected 6"),
+        ("x,2,3,4", r"row 14, column Bbox \[x: 'x' found; expected pixels from 0 to 1024"),
+        ("1,nan,3,4", r"row 14, column y: 'nan' found"),
+        ("1,2,-3,4", r"row 14, column w: '-3' found"),
+        ("1,2,0,4", r"row 14: a box of 0 x 4 pixels at \(1, 2\) found; expected one inside 1024 x 1024, not empty"),
+        ("1,1000,3,25", r"row 14: a box of 3 x 25 pixels at \(1, 1000\) found"),
+        (",".join(map(str, disc_box(12))), r"row 14: a box of Infiltration found for the second time"),
     ],
 )
 def test_bad_boxes_are_refused(root: Path, corner: str, message: str):

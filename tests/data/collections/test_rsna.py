@@ -205,7 +205,7 @@ def test_bad_rows_of_labels_are_refused(root: Path, row: str, message: str):
     first = table.read_text().splitlines()[1]
     with table.open("a") as file:
         file.write(row.format(rsna_id(0), rsna_id(1), box=first) + "\n")
-    with pytest.raises(ValueError, match=rf"{LABELS}: row {count}(: |, ){message}"):
+    with pytest.raises(ValueError, match=rf"{LABELS}: row {count + 1}(: |, ){message}"):
         RSNACollection(root).list_all()
 
 
@@ -221,22 +221,22 @@ def test_other_columns_are_refused(root: Path):
         (
             f"{rsna_id(0)},Lung Opacity",
             f"{rsna_id(0)},Opacity",
-            r"row 1, column class: 'Opacity' found; expected one of",
+            r"row 2, column class: 'Opacity' found; expected one of",
         ),
         (
             f"{rsna_id(0)},Lung Opacity",
             f"{rsna_id(0)},Normal",
-            r"row 1, .*'Normal' .* whose Target in .* is 1; expected",
+            r"row 2, .*'Normal' .* whose Target in .* is 1; expected",
         ),
         (
             f"{rsna_id(1)},Normal",
             f"{rsna_id(1)},Lung Opacity",
-            r"row 2, .*'Lung Opacity' .* is 0; expected Lung Opacity",
+            r"row 3, .*'Lung Opacity' .* is 0; expected Lung Opacity",
         ),
         (
             f"{rsna_id(3)},No Lung",
             f"{rsna_id(1)},No Lung",
-            r"row 5, .*Not Normal' found for .*; expected 'Normal' as in",
+            r"row 6, .*Not Normal' found for .*; expected 'Normal' as in",
         ),
         (f"{rsna_id(3)},", "another,", rf"1 image\(s\) of {LABELS} lacking: {rsna_id(3)}; expected all"),
     ],
@@ -266,8 +266,8 @@ def test_mappings_that_do_not_fit_are_refused(root: Path):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("PatientAge", "young", r"row 3, column PatientAge: 'young' found; expected an age"),
-        ("PatientSex", "X", r"row 3, column PatientSex: 'X' found; expected F, M or nothing"),
+        ("PatientAge", "young", r"row 4, column PatientAge: 'young' found; expected an age"),
+        ("PatientSex", "X", r"row 4, column PatientSex: 'X' found; expected F, M or nothing"),
         ("PatientID", rsna_id(0), rf"1 found in more than one row: {rsna_id(0)};"),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_bad_code_rejects_its_image_alone(root: Path):
     first, second = (root / TABLE).read_text().splitlines()[1:3]
     (root / TABLE).write_text(f"ImageId, EncodedPixels\n{first} 1\n{second}\n")
     pictures = [make_picture(record, 64, "pad", ("Pneumothorax",)) for record in SIIMCollection(root).read().records]
-    assert "row 1, column EncodedPixels: " in pictures[0].reason
+    assert "row 2, column EncodedPixels: " in pictures[0].reason
     assert not pictures[1].reason
 
 
@@ -258,7 +258,7 @@ def test_other_columns_are_refused(root: Path):
 def test_bad_rows_are_refused(root: Path, row: str, message: str):
     lines = (root / TABLE).read_text().splitlines()
     (root / TABLE).write_text("\n".join([*lines, row.format(first=lines[1])]))
-    with pytest.raises(ValueError, match=rf"{TABLE}: row {len(lines)}, column {message}"):
+    with pytest.raises(ValueError, match=rf"{TABLE}: row {len(lines) + 1}, column {message}"):
         SIIMCollection(root).list_all()
 
 
@@ -279,7 +279,7 @@ def test_bad_codes_are_refused_when_they_are_drawn(root: Path, code: str, messag
     with (root / TABLE).open("a") as file:
         file.write(f"bad, {code}\n")
     record = SIIMCollection(root).list_all().records[-1]
-    row = len((root / TABLE).read_text().splitlines()) - 1
+    row = len((root / TABLE).read_text().splitlines())
     with pytest.raises(UnreadableImageError, match=rf"{TABLE}: row {row}, column EncodedPixels: {message}"):
         record.draw_mask()
 

@@ -165,14 +165,14 @@ FIRST = f"{vin_id(0)},Cardiomegaly,3,R8,10.0,24.0,44.0,56.5"
     ("old", "new", "parts"),
     [
         ("class_id", "class", ["train.csv: columns image_id, class_name, class,", "expected class_id as well"]),
-        (FIRST, FIRST.replace(",3,", ",4,"), ["row 1, columns class_id, class_name: '4', 'Cardiomegaly' found"]),
-        (FIRST, FIRST.replace("Card", "card"), ["row 1", "'cardiomegaly' found", "3 Cardiomegaly", "14 No finding"]),
-        (FIRST, FIRST.replace("44.0", ""), ["row 1, columns x_min", "24.0, None, 56.5 found for Cardiomegaly"]),
-        (FIRST, FIRST.replace("44.0", "9"), ["row 1, columns x_min", "10.0, 24.0, 9.0, 56.5 found", "min below"]),
-        (FIRST, FIRST.replace("44.0", "nan"), ["row 1, column x_max: 'nan' found; expected pixels"]),
-        (FIRST, FIRST.replace("56.5", "wide"), ["row 1, column y_max: 'wide' found; expected pixels"]),
-        (FIRST, FIRST.replace("R8", ""), ["row 1, column rad_id: '' found; expected a text that is not empty"]),
-        (FIRST, FIRST.replace(vin_id(0), "../a"), ["row 1, column image_id: '../a' found; expected a file's name"]),
+        (FIRST, FIRST.replace(",3,", ",4,"), ["row 2, columns class_id, class_name: '4', 'Cardiomegaly' found"]),
+        (FIRST, FIRST.replace("Card", "card"), ["row 2", "'cardiomegaly' found", "3 Cardiomegaly", "14 No finding"]),
+        (FIRST, FIRST.replace("44.0", ""), ["row 2, columns x_min", "24.0, None, 56.5 found for Cardiomegaly"]),
+        (FIRST, FIRST.replace("44.0", "9"), ["row 2, columns x_min", "10.0, 24.0, 9.0, 56.5 found", "min below"]),
+        (FIRST, FIRST.replace("44.0", "nan"), ["row 2, column x_max: 'nan' found; expected pixels"]),
+        (FIRST, FIRST.replace("56.5", "wide"), ["row 2, column y_max: 'wide' found; expected pixels"]),
+        (FIRST, FIRST.replace("R8", ""), ["row 2, column rad_id: '' found; expected a text that is not empty"]),
+        (FIRST, FIRST.replace(vin_id(0), "../a"), ["row 2, column image_id: '../a' found; expected a file's name"]),
         ("No finding,14,R8,,,,", "No finding,14,R8,1,2,3,4", ["a box found for No finding"]),
         (
             "No finding,14,R8,",
@@ -191,7 +191,7 @@ def test_tables_that_do_not_fit_are_refused(root: Path, old: str, new: str, part
 
 def test_sizes_that_do_not_fit_are_refused(root: Path):
     (root / "train_meta.csv").write_text(f"image_id,dim0,dim1\n{vin_id(0)},64,0\n")
-    with pytest.raises(ValueError, match=r"train_meta\.csv: row 1, column dim1: '0' found; expected pixels"):
+    with pytest.raises(ValueError, match=r"train_meta\.csv: row 2, column dim1: '0' found; expected pixels"):
         VinBigDataCollection(root).read()
     (root / "train_meta.csv").write_text(f"image_id,rows,dim1\n{vin_id(0)},64,56\n")
     with pytest.raises(ValueError, match=r"train_meta\.csv: columns image_id, rows, dim1 found; expected dim0"):

@@ -34,8 +34,8 @@ IMAGES_PER_SHARD = 128  # at least
 SHARDS_PER_SPLIT = 256  # at most: a reader of the cache keeps every shard open
 LAYOUT = 2  # of the notes; another version makes its shards anew
 DIED = (
-    "a worker process died. Out of memory? Fewer --num_workers may help. A Python script that calls prepare needs a file "
-    "of its own, with the call below `if __name__ == '__main__':`; or use num_workers=0"
+    "a worker process died. Out of memory? Fewer --num_workers may help. A Python script that calls prepare needs a "
+    "file of its own, with the call below `if __name__ == '__main__':`; or use num_workers=0"
 )
 # Signals of a decoder that crashed on a damaged file. SIGKILL comes from a system short of memory, or from a user.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}

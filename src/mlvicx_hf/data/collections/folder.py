@@ -19,7 +19,7 @@ from .cells import label_cells
 from .labels import FILE_COLUMNS, read_labels
 from .layout import FOLDER_MEANINGS, describe_layout, read_layout
 from .metadata import MASK_COLUMN, chosen_policy, read_records, usual_names
-from .tables import FILLED, Columns, check_unique, find_table, read_cells, read_columns
+from .tables import FILLED, Columns, check_unique, find_table, number_rows, read_cells, read_columns
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -141,11 +141,11 @@ class FolderCollection(Collection):
         skip = (file_column, self.patient_column, mask_column)
         labels = read_labels(table, columns, self.label_columns, skip, self.uncertain, self.label_names)
         records = []
-        for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-            where = f"{table}: row {number + 1}: "
+        for number, (row, mask, label) in number_rows(table, zip(rows, masks, labels.rows, strict=True)):
+            where = f"{table}: row {number}: "
             path = file_below(self.folder, row.name, where)
             mask_path = file_below(self.folder, mask, where) if mask else None
-            records.append(replace(row, labels=labels.rows[number], path=path, mask_path=mask_path))
+            records.append(replace(row, labels=label, path=path, mask_path=mask_path))
         if all(row.split is None for row in records):  # the table does not say, but the folders may
             layout = read_layout(self.folder, names, self.folders)
             notes += describe_layout(replace(layout, classes=None))

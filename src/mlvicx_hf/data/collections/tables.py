@@ -9,7 +9,7 @@ import json
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -89,7 +89,7 @@ def read_cells(table: Path, column: str, cells: Iterable[str], cell_type: CellTy
         UserError: a cell does not fit. The message names file, row, column and value.
     """
     values = []
-    for row, cell in enumerate(cells, start=1):
+    for row, cell in number_rows(table, cells):
         try:
             values.append(cell_type.read(cell))
         except (ValueError, KeyError):
@@ -97,6 +97,15 @@ def read_cells(table: Path, column: str, cells: Iterable[str], cell_type: CellTy
                 f"{table}: row {row}, column {column}: {cell!r} found; expected {cell_type.expected}"
             ) from None
     return values
+
+
+def number_rows(table: Path, rows: Iterable[Value]) -> Iterator[tuple[int, Value]]:
+    """Give each row of a table its number, as a spreadsheet shows it: in CSV files the header is row 1.
+
+    Empty lines are not counted.
+    """
+    is_csv = table.name.lower().endswith((".csv", ".csv.gz"))
+    return enumerate(rows, start=2 if is_csv else 1)
 
 
 def find_table(root: Path, *names: str, expected: str, given: str | Path | None = None) -> Path:
@@ -161,7 +170,7 @@ def _read_csv(table: Path) -> Columns:
     while header and not header[-1]:
         header.pop()
     width = len(header)
-    for number, row in enumerate(rows, start=1):
+    for number, row in number_rows(table, rows):
         if len(row) < width or any(row[width:]):
             raise UserError(f"{table}: row {number} has {len(row)} fields; expected {width} as in the header")
     repeated = [name for name, count in Counter(header).items() if count > 1]
