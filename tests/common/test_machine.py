@@ -1,9 +1,15 @@
-"""Launches that no command can follow."""
+"""Launches that no command can follow; cores and memory on shared machines."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from mlvicx_hf.common import machine
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.finetuning.arguments import ClassificationArguments
 from mlvicx_hf.finetuning.training import trainer_settings
@@ -39,3 +45,60 @@ def test_arguments_that_split_weights_are_refused_by_name(name: str, value: obje
     arguments.trainer_options[name] = value
     with pytest.raises(UserError, match=f"{name}=.* found; expected data parallel processes"):
         trainer_settings(arguments, 1e-3, tmp_path)
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of this process's control group, two below the root. There are cores and memory without end."""
+    (tmp_path / "cgroup").write_text("4:memory:/old/kind\n0::/slice/job\n")
+    monkeypatch.setattr(machine, "_GROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    folder = tmp_path / "groups" / "slice" / "job"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quota", "outer", "slurm", "cores"),
+    [
+        (None, None, None, 64),
+        ("max 100000", "max 100000", None, 64),
+        ("400000 100000", "max 100000", None, 4),
+        ("max 100000", "250000 100000", None, 2),
+        ("50000 100000", None, None, 1),
+        (None, None, "8", 8),
+        ("400000 100000", None, "8", 4),
+    ],
+)
+def test_cores_of_a_group_and_of_a_batch_job(
+    group: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, outer: str | None, slurm: str | None, cores: int
+):
+    for folder, text in ((group, quota), (group.parent, outer)):
+        if text is not None:
+            (folder / "cpu.max").write_text(f"{text}\n")
+    if slurm is not None:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+    assert machine.available_cores() == cores
+
+
+def test_memory_of_a_group(group: Path):
+    assert machine.available_memory() == 2**40
+    for folder, limit, used in ((group, "max", 2**30), (group.parent, str(2**34), 2**33)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon {2**29}\nfile {2**32}\ninactive_file {2**31}\n")
+    assert machine.available_memory() == 2**34 - 2**33 + 2**31
+    (group / "memory.max").write_text(f"{2**29}\n")
+    (group / "memory.stat").write_text("inactive_file 0\n")
+    assert machine.available_memory() == 0
+
+
+@pytest.mark.parametrize(("chosen", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_wait_passively_unless_the_user_chose(chosen: dict[str, str], found: str):
+    code = "import os, sys, mlvicx_hf.commands.pretrain; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | chosen
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [found, "False"]

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 
 from mlvicx_hf import __version__
 from mlvicx_hf.common.errors import run
+
+# Threads of torch that wait for one another run in loops unless told before torch is imported. Where other processes
+# use the cores as well, one of them would then wait for whole time slices, and a step takes several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = {
     "prepare": "read a collection of radiographs once and write a cache",

@@ -13,12 +13,47 @@ from .errors import UserError
 if TYPE_CHECKING:  # importing torch takes seconds, which --help does not have
     import torch
 
+_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def available_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the cores that this process may use.
+
+    On shared machines these are fewer than there are: by the process's affinity, by the quotas of its control groups
+    (as containers have), or by SLURM's `--cpus-per-task`. More threads than that would wait for one another.
+    """
+    counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for limit, period in (text.split() for text in _group_files("cpu.max")):
+        if limit != "max":
+            counts.append(int(limit) // int(period))
+    if share := os.environ.get("SLURM_CPUS_PER_TASK", ""):
+        counts.append(int(share))
+    return max(1, min(counts))
+
+
+def available_memory() -> int:
+    """Bytes of memory that this machine and the control groups of this process still have for all processes in them."""
+    import psutil
+
+    left = [psutil.virtual_memory().available]
+    files = (_group_files(f"memory.{name}") for name in ("max", "current", "stat"))
+    for limit, used, parts in zip(*files, strict=True):
+        if limit != "max":
+            cached = dict(line.split() for line in parts.splitlines())["inactive_file"]  # given back when needed
+            left.append(int(limit) - int(used) + int(cached))
+    return max(0, min(left))
+
+
+def _group_files(name: str) -> list[str]:
+    """Contents of a file in this process's control group (version 2) and in those around it that have the file."""
+    try:
+        groups = [line.partition("::")[2] for line in _GROUP.read_text().splitlines() if line.startswith("0::")]
+    except OSError:  # not Linux
+        return []
+    folders = [folder for group in groups for folder in (Path(group), *Path(group).parents)]
+    files = [_GROUPS / folder.relative_to("/") / name for folder in folders]
+    return [file.read_text().strip() for file in files if file.is_file()]
 
 
 def use_cpu_threads(threads: int | None = None) -> None:

@@ -20,6 +20,7 @@ from accelerate.utils import find_executable_batch_size, gather_object, release_
 from torch import Tensor
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.machine import available_memory
 from mlvicx_hf.objectives import Objective
 
 FEWEST_IMAGES = 2  # of a micro-batch
@@ -114,8 +115,7 @@ class Trial:
 
         Double the number until they fit; where the images cannot be halved, go to the next divisor. On a GPU, try a
         step. On the CPU the system kills a process that takes too much memory, and no exception can be caught. There,
-        compare `process_memory` with the memory that psutil calls available. psutil does not know the limits of a
-        container or a batch system.
+        compare `process_memory` with `machine.available_memory`.
 
         Raises:
             UserError: in all processes, if even the smallest micro-batches do not fit in one of them.
@@ -175,7 +175,7 @@ class Trial:
     def _attempt(self, size: int) -> None:
         """Raise torch's out-of-memory error if micro-batches of so many images are too large."""
         if self.device.type == "cpu":
-            available = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            available = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             further = self.process_memory(size) - _resident()
             if further > available:
                 raise torch.OutOfMemoryError(f"CPU out of memory. {further} bytes needed, {available} available")
