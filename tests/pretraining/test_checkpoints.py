@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from runs import interrupted, pretrain, start
@@ -393,5 +392,5 @@ def test_memory_layout(cache: Path, tmp_path: Path, value: bool):
     kernel = next(p for p in run.objective.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1)
     assert kernel.is_contiguous(memory_format=torch.channels_last) is value
     assert kernel.is_contiguous() is not value
-    view, _ = run.make_views(torch.zeros(2, 1, 40, 40, dtype=torch.uint8), np.arange(2), 0)
+    view, _ = run.make_views(next(run.remaining_batches()))
     assert view.is_contiguous(memory_format=torch.channels_last if value else torch.contiguous_format)

@@ -34,6 +34,7 @@ class StopSignals:
         self.received = 0  # number of the signal; 0 without one
         self._time = 0.0
         self._before: dict[int, Any] = {}
+        self._group: Any = None  # of processes that agree
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -52,8 +53,13 @@ class StopSignals:
         if accelerator.num_processes == 1:
             return self.received
         import torch
+        from torch import distributed
 
-        return int(accelerator.gather(torch.tensor([self.received], device=accelerator.device)).max())
+        if self._group is None:  # of its own, on the CPU: a GPU would first finish what it was given
+            self._group = distributed.new_group(backend="gloo")
+        received = torch.tensor([self.received])
+        distributed.all_reduce(received, distributed.ReduceOp.MAX, self._group)
+        return int(received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.received:

@@ -14,7 +14,7 @@ from mlvicx_hf.objectives.base import LossOutput
 
 from .accumulation import accumulate
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
-from .optimizer import learning_rate, set_learning_rate
+from .optimizer import set_learning_rate
 from .reporting import Reporter
 from .run import Run
 from .setup import set_up
@@ -40,24 +40,22 @@ def train(run: Run) -> Path:
     score = None
     with StopSignals() as signals:
         with reporter.bar:
-            for epoch, images, samples in run.remaining_batches():
-                rate = learning_rate(
-                    run.step, run.peak_rate, run.warmup_steps, run.total_steps, arguments.final_learning_rate_ratio
-                )
+            for batch in run.remaining_batches():
+                rate = run.learning_rate(run.step)
                 set_learning_rate(optimizer, rate)
-                view_1, view_2 = run.make_views(images, samples, epoch)  # [B, C, S, S] each
+                view_1, view_2 = run.make_views(batch)  # [B, C, S, S] each
                 if arguments.gradient_accumulation_steps == 1:
                     output: LossOutput = objective(view_1, view_2)
                     accelerator.backward(output.loss)
                 else:
                     steps = arguments.gradient_accumulation_steps
                     output = accumulate(accelerator, objective, view_1, view_2, steps)  # runs backward, too
-                run.check_loss(output.loss, rate)
+                run.note_loss(output.loss)
                 optimizer.step()
                 optimizer.zero_grad()
                 run.step += 1
                 run.objective.update(run.step)
-                score = reporter.step_done(output, view_1, rate, epoch)
+                score = reporter.step_done(output, view_1, rate, batch.epoch)
                 if run.step == run.total_steps:  # the last checkpoint belongs to the end of the run
                     continue
                 stopped_by = signals.agreed(accelerator)

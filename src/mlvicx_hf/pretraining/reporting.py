@@ -76,6 +76,8 @@ class Reporter:
         run, arguments = self.run, self.run.arguments
         self.bar.update(arguments.batch_size)
         last = run.step == run.total_steps
+        if last or run.step % arguments.logging_steps == 0 or run.step % arguments.probe_steps == 0:
+            run.check_losses()
         probe = {} if self.watcher is None else self.watcher.probe(run.step, last)
         if probe or last or run.step % arguments.logging_steps == 0:
             scalars = {name: value.item() for name, value in output.terms.items()} | {"loss": output.loss.item()}

@@ -6,18 +6,15 @@ import io
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from mlvicx_hf.common.files import new_folder, sync
 from mlvicx_hf.common.signals import StoppedError
@@ -27,8 +24,10 @@ from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.objectives import Objective
 
 from .arguments import PretrainingArguments
+from .batches import Batch
 from .checkpoints import Checkpoint, Checkpoints
 from .collapse import Watcher
+from .optimizer import learning_rate
 from .settings import RunSettings
 
 METRICS_FILE = "metrics.jsonl"
@@ -45,13 +44,13 @@ class Run:
     optimizer: AcceleratedOptimizer
     processor: MLVICXImageProcessor  # saved beside the model
     batches: EpochBatches | StreamBatches  # which images form the batches of an epoch
-    loader: DataLoader[Any] | StreamBatches  # images, uint8 [B, 1, S, S], and their numbers [B], in the same order
-    # Both views, [B, C, S, S] each, of images, of their numbers and of the epoch.
-    make_views: Callable[[Tensor, np.ndarray, int], tuple[Tensor, Tensor]]
+    loader: Iterable[Batch]  # the same, with their images and what happens to them
+    make_views: Callable[[Batch], tuple[Tensor, Tensor]]  # both views, [B, C, S, S] each
     checkpoints: Checkpoints
     watcher: Watcher | None  # measures the objective; None in all processes but the main one
     notes: list[str]  # lines to print when training begins
     step: int = 0  # steps that are done
+    _first_bad: Tensor | None = None  # step and value of the first loss that is not finite; NaN, NaN before
 
     @property
     def arguments(self) -> PretrainingArguments:
@@ -78,30 +77,42 @@ class Run:
         """The highest learning rate."""
         return self.arguments.base_learning_rate * self.arguments.batch_size / 256
 
-    def remaining_batches(self) -> Iterator[tuple[int, Tensor, np.ndarray]]:
-        """Epoch, images and sample numbers of every batch that is not done yet."""
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        final = self.arguments.final_learning_rate_ratio
+        return learning_rate(step, self.peak_rate, self.warmup_steps, self.total_steps, final)
+
+    def remaining_batches(self) -> Iterator[Batch]:
+        """Every batch that is not done yet."""
         first_epoch, first_step = divmod(self.step, len(self.batches))
         for epoch in range(first_epoch, self.arguments.epochs):
             self.batches.start_at(epoch, first_step if epoch == first_epoch else 0)
-            for images, samples in self.loader:
-                yield epoch, images, samples.numpy()
+            yield from self.loader
 
-    def check_loss(self, loss: Tensor, rate: float) -> None:
-        """Stop the run before a loss that is not finite moves the weights.
+    def note_loss(self, loss: Tensor) -> None:
+        """Remember the first loss that is not finite, on its device: reading it would wait for the device."""
+        if self._first_bad is None:
+            self._first_bad = torch.full((2,), torch.nan, dtype=torch.float64, device=loss.device)
+        found = torch.stack([torch.full_like(loss, self.step, dtype=torch.float64), loss.detach().double()])
+        self._first_bad = torch.where(self._first_bad[0].isnan() & ~loss.isfinite(), found, self._first_bad)
 
-        A checkpoint of this very step gave that loss, so it is set aside.
+    def check_losses(self) -> None:
+        """Stop the run if a loss was not finite. Called before anything is written.
+
+        The weights behind that loss are never written. A checkpoint of that very step gave it, so it is set aside.
 
         Raises:
             FloatingPointError: names step, rate and the newest checkpoint whose weights gave a finite loss.
         """
-        if math.isfinite(loss.item()):
+        if self._first_bad is None or math.isnan(self._first_bad[0].item()):
             return
-        bad = self.checkpoints.path(self.step)
+        step, loss = int(self._first_bad[0].item()), self._first_bad[1].item()
+        bad = self.checkpoints.path(step)
         if self.accelerator.is_main_process and bad.is_dir():
             self.checkpoints.set_aside(bad, "non-finite")
         good = [path for path in self.checkpoints.paths() if path != bad]
         raise FloatingPointError(
-            f"loss {loss.item()} at step {self.step} with learning rate {rate:.3g}; "
+            f"loss {loss} at step {step} with learning rate {self.learning_rate(step):.3g}; "
             f"last good checkpoint: {good[-1] if good else 'none yet'}. "
             "A lower base_learning_rate or a longer warm-up may help"
         )
@@ -123,8 +134,10 @@ class Run:
             score: of a probe at this step; the checkpoint with the highest score is kept.
 
         Raises:
+            FloatingPointError: see `check_losses`.
             OSError: it cannot be written; names the checkpoint that is still good.
         """
+        self.check_losses()
         if self.accelerator.is_main_process:
             metrics = self.output / METRICS_FILE
             if metrics.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.machine import describe_hardware, keep_freed_memory, refuse_other_launches, use_cpu_threads
-from mlvicx_hf.common.signals import leave_signals_to_the_main_process
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages, choose_views
 from mlvicx_hf.data.reading.streaming import Stream, StreamBatches, open_stream
@@ -30,13 +29,14 @@ from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.objectives import OBJECTIVES, Objective
 
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
+from .batches import Batch, Planner, StreamLoader, cache_loader
 from .checkpoints import Checkpoint, Checkpoints
 from .collapse import Watcher
 from .memory import Trial
 from .optimizer import create_optimizer
 from .run import Run
 from .settings import RunSettings
-from .views import TwoViewAugmentation, view_draws
+from .views import TwoViewAugmentation
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,11 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     _check_arguments(data_arguments, arguments)
     accelerator = _create_accelerator(arguments)
     device, on_main = accelerator.device, accelerator.is_main_process
-    data = _load_data(data_arguments, arguments, accelerator)
+    processor = MLVICXImageProcessor(model_arguments.image_size, model_arguments.num_channels)
+    augment = create_augmentation(data_arguments, processor)
+    planner = Planner(augment, arguments.seed)
+    data = _load_data(data_arguments, arguments, accelerator, planner)
+    processor.fit = data.manifest["fit"]
     hardware = describe_hardware(device, accelerator.num_processes)
     settings = RunSettings(
         model_arguments, data_arguments, arguments, data.batches.num_images, data.manifest, device, hardware
@@ -65,19 +69,16 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     objective = create_objective(model_arguments)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     objective.to(device).to(memory_format=layout)
-    processor = MLVICXImageProcessor(model_arguments.image_size, model_arguments.num_channels)
-    processor.fit = data.manifest["fit"]
-    augment = create_augmentation(data_arguments, processor)
 
-    def make_views(images: Tensor, samples: np.ndarray, epoch: int) -> tuple[Tensor, Tensor]:
-        draws = view_draws(arguments.seed, epoch, samples)
-        view_1, view_2 = augment(images.to(device, non_blocking=True), draws)
+    def make_views(batch: Batch) -> tuple[Tensor, Tensor]:
+        moved = send_to_device(batch, device, non_blocking=True)
+        view_1, view_2 = augment.apply(moved.images, moved.plans)
         return view_1.contiguous(memory_format=layout), view_2.contiguous(memory_format=layout)
 
     def views_of_noise(count: int) -> tuple[Tensor, Tensor]:
         shape = (count, 1, data.side, data.side)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        return make_views(images, np.arange(count), 0)
+        return make_views(planner.plan(0, images, np.arange(count)))
 
     objective.encoder.backbone.set_grad_checkpointing(arguments.gradient_checkpointing)
     steps = arguments.epochs * len(data.batches) - (0 if checkpoint is None else checkpoint.step)
@@ -189,19 +190,22 @@ class _Data(NamedTuple):
     """Images to pretrain on; `side` in pixels."""
 
     batches: EpochBatches | StreamBatches
-    loader: DataLoader[Any] | StreamBatches
+    loader: Iterable[Batch]
     manifest: dict[str, Any]
     side: int
 
 
-def _load_data(data: DataArguments, arguments: PretrainingArguments, accelerator: Accelerator) -> _Data:
+def _load_data(
+    data: DataArguments, arguments: PretrainingArguments, accelerator: Accelerator, planner: Planner
+) -> _Data:
+    pin_memory = accelerator.device.type == "cuda"
     place = (arguments.seed, accelerator.process_index, accelerator.num_processes)
     if data.streaming:
         stream = _load_stream(data)
         left_out = stream.left_out
         options = {"num_workers": data.num_workers, "shuffle_buffer": data.shuffle_buffer}
         reader = StreamBatches(stream, arguments.batch_size, *place, **options)
-        found = _Data(reader, reader, stream.manifest, stream.size)
+        found = _Data(reader, StreamLoader(reader, planner, pin_memory), stream.manifest, stream.size)
         if accelerator.is_main_process:
             print(
                 f"a stream leaves out up to {reader.most_unreadable} unreadable images a process; more end the run",
@@ -211,14 +215,8 @@ def _load_data(data: DataArguments, arguments: PretrainingArguments, accelerator
         images, manifest, left_out = _load_images(data)
         patients = images["patient_id"][:] if data.patient_balanced else None
         batches = EpochBatches(len(images), arguments.batch_size, *place, patients)
-        loader = DataLoader(
-            PretrainingImages(images.select_columns("image")),
-            batch_sampler=batches,
-            num_workers=data.num_workers,
-            persistent_workers=data.num_workers > 0,
-            worker_init_fn=leave_signals_to_the_main_process,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+        rows = PretrainingImages(images.select_columns("image"))
+        loader = cache_loader(rows, batches, planner, data.num_workers, pin_memory)
         found = _Data(batches, loader, manifest, manifest["size"])
         if data.views == "frontal" and accelerator.is_main_process:
             _count_unknown_views(images)

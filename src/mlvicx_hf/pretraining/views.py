@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,9 +45,24 @@ def view_draws(seed: int, epoch: int, samples: Sequence[int] | np.ndarray) -> Te
     return torch.from_numpy(draws)
 
 
+class ViewPlan(NamedTuple):
+    """What happens to B images in one of their views.
+
+    It is made on the CPU, perhaps in another process. A device that has it computes the view without asking back: which
+    images are blurred or solarised are numbers of images, not masks whose true values would have to be counted first.
+    """
+
+    warp: Tensor  # affine maps from view to image coordinates, both in [-1, 1]: float32 [B, 2, 3]
+    gain: Tensor  # factor of the grey values, float32 [B]
+    offset: Tensor  # factor of the view's mean, which is added, float32 [B]
+    blurred: Tensor  # numbers of the images to blur, int64 [b]
+    sigma: Tensor  # standard deviation of each of these Gaussians in pixels, float32 [b]
+    solarized: Tensor  # numbers of the images to solarise, int64 [s]
+
+
 @dataclass(frozen=True)
 class TwoViewAugmentation:
-    """The two views, from uint8 to model input.
+    """The two views, from uint8 to model input: `plan` says what happens, `apply` computes it.
 
     Crop, rotation and flip are one bilinear warp. Brightness and contrast are one affine map, clamped once. Pairs of
     probabilities are those of view 1 and of view 2.
@@ -87,7 +103,7 @@ class TwoViewAugmentation:
                 raise UserError(f"{name}={value} found; expected probabilities in [0, 1]")
 
     def __call__(self, images: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Make both views.
+        """Plan both views and make them.
 
         Args:
             images: uint8 [B, 1, S, S], on the device that does the work.
@@ -97,23 +113,49 @@ class TwoViewAugmentation:
             view_1 and view_2, float32 [B, num_channels, image_size, image_size].
 
         Raises:
-            ValueError: images of another type or shape.
+            UserError: images of another type or shape.
         """
+        plan_1, plan_2 = (ViewPlan(*(part.to(images.device) for part in plan)) for plan in self.plan(draws))
+        return self.apply(images, (plan_1, plan_2))
+
+    def plan(self, draws: Tensor) -> tuple[ViewPlan, ViewPlan]:
+        """Decide what happens to B images in view 1 and in view 2, from `view_draws` [B, 2, len(DRAWS)] on the CPU."""
+        plan_1, plan_2 = (self._plan(draws[:, view].double(), view) for view in (0, 1))
+        return plan_1, plan_2
+
+    def apply(self, images: Tensor, plans: tuple[ViewPlan, ViewPlan]) -> tuple[Tensor, Tensor]:
+        """Make the planned views; see `__call__`. All tensors are on the device that does the work."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
             raise UserError(f"images {images.dtype} {tuple(images.shape)} found; expected uint8 [B, 1, S, S]")
         pixels = images.float() / 255
         shrink = images.shape[-1] // self.image_size
         if shrink > 1:  # the bilinear warp alone would alias
             pixels = F.avg_pool2d(pixels, shrink)
-        view_1, view_2 = (self._view(pixels, draws[:, view].double(), view) for view in (0, 1))
+        view_1, view_2 = (self._view(pixels, plan) for plan in plans)
         return view_1, view_2
 
-    def _view(self, pixels: Tensor, draws: Tensor, view: int) -> Tensor:
-        draw = dict(zip(DRAWS, draws.unbind(1), strict=True))  # [B] each
-        x = self._warp(pixels, self.geometry(draw))
-        x = self._jitter(x, draw)
-        x = self._blur(x, draw, self.blur[view])
-        x = self._solarize(x, draw, self.solarize[view])
+    def _plan(self, draws: Tensor, view: int) -> ViewPlan:
+        draw = dict(zip(DRAWS, draws.unbind(1), strict=True))  # float64 [B] each
+        changed = draw["jitter"] < self.jitter
+        brightness = torch.where(changed, 1 + self.brightness * _scale(draw["brightness"], -1, 1), 1.0)
+        contrast = torch.where(changed, 1 + self.contrast * _scale(draw["contrast"], -1, 1), 1.0)
+        blurred = (draw["blur"] < self.blur[view]).nonzero()[:, 0]
+        return ViewPlan(
+            warp=self.geometry(draw).float(),
+            gain=(brightness * contrast).float(),
+            offset=(brightness * (1 - contrast)).float(),
+            blurred=blurred,
+            sigma=_scale(draw["sigma"][blurred], *self.blur_sigma).float(),
+            solarized=(draw["solarize"] < self.solarize[view]).nonzero()[:, 0],
+        )
+
+    def _view(self, pixels: Tensor, plan: ViewPlan) -> Tensor:
+        x = self._warp(pixels, plan.warp)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        gain, offset = plan.gain[:, None, None, None], plan.offset[:, None, None, None]
+        x = x.mul_(gain).add_(offset * mean).clamp_(0, 1)
+        x = self._blur(x, plan.blurred, plan.sigma)
+        x = self._solarize(x, plan.solarized)
         return x.sub_(self.mean).div_(self.std).expand(-1, self.num_channels, -1, -1)
 
     def geometry(self, draw: dict[str, Tensor]) -> Tensor:
@@ -136,38 +178,25 @@ class TwoViewAugmentation:
     def _warp(self, pixels: Tensor, geometry: Tensor) -> Tensor:
         side = self.image_size
         centers = (2 * torch.arange(side, device=pixels.device, dtype=pixels.dtype) + 1) / side - 1  # of the pixels
-        x, y, shift = geometry.to(pixels)[:, None, None].unbind(-1)  # [B, 1, 1, 2] each
+        x, y, shift = geometry[:, None, None].unbind(-1)  # [B, 1, 1, 2] each
         grid = x * centers[:, None] + (y * centers[:, None, None] + shift)  # [B, S, S, 2], as F.affine_grid's
         return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-    def _jitter(self, x: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        applied = draw["jitter"] < self.jitter
-        brightness = torch.where(applied, 1 + self.brightness * _scale(draw["brightness"], -1, 1), 1.0)
-        contrast = torch.where(applied, 1 + self.contrast * _scale(draw["contrast"], -1, 1), 1.0)
-        gain = (brightness * contrast).to(x)[:, None, None, None]
-        offset = (brightness * (1 - contrast)).to(x)[:, None, None, None] * x.mean((1, 2, 3), keepdim=True)
-        return x.mul_(gain).add_(offset).clamp_(0, 1)
-
-    def _blur(self, x: Tensor, draw: dict[str, Tensor], probability: float) -> Tensor:
-        chosen = (draw["blur"] < probability).nonzero()[:, 0]  # on the CPU: no wait for the device
+    def _blur(self, x: Tensor, chosen: Tensor, sigma: Tensor) -> Tensor:
         if len(chosen) == 0:
             return x
-        sigma = _scale(draw["sigma"][chosen], *self.blur_sigma).to(x)[:, None]
         radius = min(math.ceil(4 * self.blur_sigma[1]), self.image_size - 1)
         place = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-        kernel = (-(place**2) / (2 * sigma**2)).exp()  # [b, K]
+        kernel = (-(place**2) / (2 * sigma[:, None] ** 2)).exp()  # [b, K]
         kernel = (kernel / kernel.sum(1, keepdim=True))[:, None, None]  # [b, 1, 1, K]
-        chosen = chosen.to(x.device)
         blurred = F.pad(x[chosen, 0][None], (radius,) * 4, mode="reflect")  # [1, b, S + 2R, S + 2R]
         for one in (kernel, kernel.mT):  # along the rows, then along the columns
             blurred = F.conv2d(blurred, one, groups=len(chosen))
         return x.index_copy_(0, chosen, blurred[0][:, None])
 
-    def _solarize(self, x: Tensor, draw: dict[str, Tensor], probability: float) -> Tensor:
-        chosen = (draw["solarize"] < probability).nonzero()[:, 0]
+    def _solarize(self, x: Tensor, chosen: Tensor) -> Tensor:
         if len(chosen) == 0:
             return x
-        chosen = chosen.to(x.device)
         some = x[chosen]
         return x.index_copy_(0, chosen, torch.where(some >= self.solarize_threshold, 1 - some, some))
 

@@ -1,0 +1,103 @@
+"""Batches of a run: images, and what happens to them in their two views.
+
+All of this is made where the images are read, in a loader's workers, so that a training step waits for nothing: it
+moves the tensors to the device without blocking, and the device needs no more than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mlvicx_hf.common.signals import leave_signals_to_the_main_process
+from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
+from mlvicx_hf.data.reading.streaming import StreamBatches
+
+from .views import TwoViewAugmentation, ViewPlan, view_draws
+
+
+class Batch(NamedTuple):
+    """B images of a process."""
+
+    epoch: int  # counted from 0
+    images: Tensor  # uint8 [B, 1, S, S]
+    plans: tuple[ViewPlan, ViewPlan]
+
+
+class Planner:
+    """Makes batches: draws the random numbers of each sample, and plans its views.
+
+    Args:
+        augment: how views are made.
+        seed: of the run.
+    """
+
+    def __init__(self, augment: TwoViewAugmentation, seed: int) -> None:
+        self.augment, self.seed = augment, seed
+
+    def plan(self, epoch: int, images: Tensor, samples: np.ndarray) -> Batch:
+        """Add the plans to images [B, 1, S, S] of these samples, [B]."""
+        return Batch(epoch, images, self.augment.plan(view_draws(self.seed, epoch, samples)))
+
+    def __call__(self, rows: list[tuple[int, Tensor, int]]) -> Batch:
+        """Join rows of (epoch, image, sample), all of one epoch: a `collate_fn`."""
+        epochs, images, samples = zip(*rows, strict=True)
+        return self.plan(epochs[0], torch.stack(images), np.array(samples))
+
+
+class _Numbered(Dataset[tuple[int, Tensor, int]]):
+    """The images of a cache by (epoch, sample): workers live through all epochs and are not told of a new one."""
+
+    def __init__(self, images: PretrainingImages) -> None:
+        self.images = images
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, int]:
+        epoch, sample = key
+        return epoch, *self.images[sample]
+
+
+class _WithEpoch(Sampler[list[tuple[int, int]]]):
+    """Gives (epoch, sample) for every sample of the batches."""
+
+    def __init__(self, batches: EpochBatches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for samples in self.batches:
+            yield [(self.batches.epoch, sample) for sample in samples]
+
+
+def cache_loader(
+    images: PretrainingImages, batches: EpochBatches, planner: Planner, num_workers: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """Load the batches of a cache, planned by the workers."""
+    return DataLoader(
+        _Numbered(images),
+        batch_sampler=_WithEpoch(batches),
+        collate_fn=planner,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_the_main_process,
+        pin_memory=pin_memory,
+    )
+
+
+class StreamLoader:
+    """Loads the batches of a stream. This process plans them, since it is the one that puts them together."""
+
+    def __init__(self, batches: StreamBatches, planner: Planner, pin_memory: bool) -> None:
+        self.batches, self.planner, self.pin_memory = batches, planner, pin_memory
+
+    def __iter__(self) -> Iterator[Batch]:
+        for images, samples in self.batches:
+            batch = self.planner.plan(self.batches.epoch, images, samples.numpy())
+            yield recursively_apply(torch.Tensor.pin_memory, batch) if self.pin_memory else batch
