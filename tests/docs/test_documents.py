@@ -303,7 +303,7 @@ def test_citation_is_of_this_version() -> None:
     ]
 
 
-@pytest.mark.thorough
+@pytest.mark.documents
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in ("material", "mkdocstrings", "mkdocstrings_handlers.python"):
         pytest.importorskip(name, reason='the site needs pip install "mlvicx-hf[docs]"')

@@ -24,7 +24,7 @@ def test_outputs_are_not_stored(path: Path) -> None:
         assert cell.get("execution_count") is None
 
 
-@pytest.mark.thorough
+@pytest.mark.documents
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(MPLBACKEND="agg").items():

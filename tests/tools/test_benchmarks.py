@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT
 
+from benchmark import gpu
 from benchmark.authors_order import covariance
 from benchmark.command import main
 from benchmark.pipeline import benchmark_views, phantom_cache, pretraining_seconds
@@ -18,6 +19,8 @@ from benchmark.timing import compare, peak_memory, spread
 from benchmark.training import Setting, benchmark_step, gigaflops, training_step
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.models.loss_mlvicx import covariance_loss
+
+pytestmark = pytest.mark.thorough
 
 CPU = torch.device("cpu")
 SMALL = Setting("resnet18", 32, 4, CPU)
@@ -104,3 +107,18 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sys, "argv", ["benchmark", "--sections", "speed"])
     with pytest.raises(UserError, match="sections speed found; expected some of step"):
         main(ROOT / "scripts" / "pretrain.py")
+
+
+def test_what_a_gpu_should_show_runs_on_the_cpu_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--output", str(tmp_path), "--device", "cpu", "--tiny", "--parts"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *words, *gpu.PARTS])
+    with pytest.raises(SystemExit) as caught:
+        gpu.main()
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert caught.value.code is False, report
+    assert list(report["parts"]) == list(gpu.PARTS)
+    checks = ("waits", "against the CPU", "resume", "curves", "compiled")
+    assert all(report["parts"][name]["passed"] for name in checks)
+    assert report["parts"]["overflow"] == {"left_out": "needs a GPU"}
+    assert report["parts"]["steps"][0]["of_bare"] == 1
+    assert (tmp_path / "gpu.md").read_text().count("## ") == len(gpu.PARTS)

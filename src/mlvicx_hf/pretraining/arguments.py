@@ -95,6 +95,11 @@ class PretrainingArguments:
     mixed_precision: str = option("Precision; fp16 on GPUs only.", "no", choices=("no", "bf16", "fp16"), first=True)
     cpu_threads: int | None = option("Threads of a process on the CPU; by default its share of the cores.", None)
     torch_compile: bool = option("Compile the model.", False, aliases=["--compile"])
+    torch_compile_mode: str = option(
+        "Mode of the compiler; with reduce-overhead a GPU replays the step from CUDA graphs.",
+        "default",
+        choices=("default", "reduce-overhead", "max-autotune"),
+    )
     channels_last: bool = option("Use the channels-last memory layout, faster on most machines.", True)
     deterministic: bool = option("Compute the same bits on GPUs, too: slower, and an error where impossible.", False)
     checkpoint_steps: int = option("Steps between checkpoints; one more is written at the end.", 500)

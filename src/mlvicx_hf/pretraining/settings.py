@@ -13,7 +13,8 @@ from .arguments import DataArguments, ModelArguments, PretrainingArguments
 
 # Settings that may change when a run is resumed.
 _FREE = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps", "save_total_limit", "dataset"}
-_FREE |= {"cpu_threads", "torch_compile", "probe_dataset", "probe_steps", "find_batch_size", "gradient_checkpointing"}
+_FREE |= {"cpu_threads", "torch_compile", "torch_compile_mode"}
+_FREE |= {"probe_dataset", "probe_steps", "find_batch_size", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class RunSettings:
             "hardware": self.hardware["name"],
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "torch": torch.__version__,
-            "torch_compile": self.training.torch_compile,
+            "torch_compile": self.training.torch_compile_mode if self.training.torch_compile else False,
         }
 
     def for_tracker(self) -> dict[str, str | int | float | bool]:

@@ -90,7 +90,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         objective = synchronise_norms(objective)
     optimizer = create_optimizer(objective, arguments)
     if arguments.torch_compile:
-        objective.compile()  # in place: the keys of the state stay as they are
+        objective.compile(mode=arguments.torch_compile_mode)  # in place: the keys of the state stay as they are
     wrapped, prepared = accelerator.prepare(objective, optimizer)
     watcher = None
     if on_main:
