@@ -27,6 +27,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXModel
 from mlvicx_hf.commands.pretrain import parse_pretraining
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
 from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
@@ -392,6 +393,11 @@ def test_two_names_of_compiling(cache: Path, name: str):
     words = ["--recipe", "smoke", "--dataset", str(cache), "--output_dir", "run"]
     assert parse_pretraining([*words, name])[2].torch_compile
     assert not parse_pretraining(words)[2].torch_compile
+
+
+def test_compiling_is_refused_on_the_cpu(cache: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="torch_compile found on the CPU; expected a GPU"):
+        start(cache, tmp_path / "run", "--compile")
 
 
 def test_logging_every_few_steps_and_at_the_end(cache: Path, tmp_path: Path):

@@ -176,17 +176,20 @@ def _times_of_lines(file: Path, lines: int, command: subprocess.Popen[bytes]) ->
 
 
 def benchmark_pretraining(script: Path, cache: Path, setting: Setting, rounds: int) -> dict[str, Any]:
-    """Images/s of the whole command, eager and compiled, against the bare backbone's step; they take turns.
+    """Images/s of the whole command, eager and on GPUs compiled, against the bare backbone's step; they take turns.
 
     Returns:
         Images/s (min, median, max) of each and the share of the bare step's.
     """
     bare = training_step("bare", setting)
     bare()
-    seconds: dict[str, list[float]] = {"bare": [], "eager": [], "compiled": []}
+    forms: dict[str, list[str]] = {"eager": []}
+    if setting.device.type == "cuda":
+        forms["compiled"] = ["--torch_compile"]
+    seconds: dict[str, list[float]] = {name: [] for name in ("bare", *forms)}
     for _ in range(rounds):
         seconds["bare"] += [seconds_of(bare, setting.device) for _ in range(3)]
-        for name, options in (("eager", []), ("compiled", ["--torch_compile"])):
+        for name, options in forms.items():
             seconds[name] += pretraining_seconds(script, cache, setting, options)
     return _rates(seconds, setting)
 

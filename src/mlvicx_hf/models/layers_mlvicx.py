@@ -52,8 +52,10 @@ class ContextBottleneck(nn.Module):
         """[B, C, H, W] to [B, C, H, W]; `fused` is the way of plain training, wherever it is possible."""
         if fused and self._can_fuse(x):
             return _Refinement.apply(x, self, *self.parameters())
-        x = x * self.channel_gate(x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
-        return x * self.spatial_gate(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1))
+        y = x * self.channel_gate(x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
+        gate = self.spatial_gate(torch.cat([y.mean(1, keepdim=True), y.amax(1, keepdim=True)], 1))
+        # Without gradients nobody else needs y. Passes over the map are the cost; one in place is the cheapest.
+        return y * gate if torch.is_grad_enabled() else y.mul_(gate)
 
     def _can_fuse(self, x: Tensor) -> bool:
         """Say whether everything is trained and nothing but autograd watches.
