@@ -26,6 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from mlvicx_hf.common.errors import UserError, require
 from mlvicx_hf.common.files import check_output, new_folder, write_json
 from mlvicx_hf.encoders.loading import load_model
+from mlvicx_hf.models.backbones_mlvicx import create_sized
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXBackbone, MLVICXModel
 
@@ -51,7 +52,7 @@ def trunk_note(library: str, encoder: MLVICXModel, processor: MLVICXImageProcess
     return template.render(library=library, config=encoder.config, processor=processor, **facts)
 
 
-def timm_trunk(encoder: MLVICXModel) -> tuple[nn.Module, list[str]]:
+def timm_trunk(encoder: MLVICXModel) -> tuple[nn.Module, list[str], dict[str, Any]]:
     """Put the encoder's backbone into a full timm model without classifier.
 
     `FeatureListNet` renames modules ("stages_0" for "stages.0"). So make one from the modules of a full model and load
@@ -59,15 +60,23 @@ def timm_trunk(encoder: MLVICXModel) -> tuple[nn.Module, list[str]]:
 
     Returns:
         The model, and the names of its tensors that belong to no level of the backbone, such as a last norm. These
-        have initial values, the same in every call.
+        have initial values, the same in every call. Last the arguments that fit the model to the size of its input.
 
     Raises:
         UserError: the names do not fit; no backbone that `create_backbone` accepts is known to do that.
     """
     config, weights = encoder.config, encoder.backbone.state_dict()
+
+    def make(**sizes: Any) -> Any:
+        return timm.create_model(config.backbone, in_chans=config.num_channels, num_classes=0, **sizes)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        full = timm.create_model(config.backbone, in_chans=config.num_channels, num_classes=0).eval()
+        full, sizes = (make(), {}) if encoder.is_plain else create_sized(make, config.image_size)
+    full.eval()
+    own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    if own.keys() <= full.state_dict().keys():  # networks that collect their maps have the full model's names
+        return full, full.load_state_dict(own, strict=False).missing_keys, sizes
     levels = encoder.backbone.feature_info.out_indices
     for flatten in (False, True):
         try:
@@ -77,7 +86,7 @@ def timm_trunk(encoder: MLVICXModel) -> tuple[nn.Module, list[str]]:
         if features.state_dict().keys() == weights.keys():
             features.load_state_dict(weights)
             owned = {tensor.data_ptr() for tensor in features.state_dict().values()}
-            return full, [name for name, tensor in full.state_dict().items() if tensor.data_ptr() not in owned]
+            return full, [name for name, tensor in full.state_dict().items() if tensor.data_ptr() not in owned], sizes
     raise UserError(f"backbone={config.backbone!r} found; expected one whose features timm takes from named modules")
 
 
@@ -98,7 +107,7 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
     output = check_output(Path(output))
     encoder, processor = load_encoder(source)
     config = encoder.config
-    full, initial = timm_trunk(encoder)
+    full, initial, sizes = timm_trunk(encoder)
     cfg: Any = full.pretrained_cfg
     for name in TIMM_FOREIGN:
         cfg.pop(name, None)
@@ -112,7 +121,7 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
     }
     note = trunk_note("timm", encoder, processor, initial=initial)
     with new_folder(output) as folder:
-        save_for_hf(full, str(folder), model_args={"in_chans": config.num_channels}, safe_serialization=True)
+        save_for_hf(full, str(folder), model_args={"in_chans": config.num_channels} | sizes, safe_serialization=True)
         (folder / "README.md").write_text(note, encoding="utf-8")
     return output
 

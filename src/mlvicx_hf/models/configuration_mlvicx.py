@@ -25,7 +25,7 @@ class Levels(NamedTuple):
     Attributes:
         names: "stem" if one has half the resolution, then "stage1", "stage2", ….
         channels: of every level's map.
-        depths: blocks of every level; 0 of a stem without blocks.
+        depths: blocks of every level; 0 of a stem without blocks; 1 where the backbone is no list of layers.
     """
 
     names: tuple[str, ...]
@@ -33,6 +33,7 @@ class Levels(NamedTuple):
     depths: tuple[int, ...]
 
 
+NUM_LEVELS = 4  # of a network whose blocks all have one resolution
 WORKING_BACKBONES = "resnet18, resnet34, resnet50, densenet121 or regnety_008"
 
 
@@ -56,6 +57,14 @@ def create_features(backbone: str, **options: Any) -> Any:
             return timm.create_model(backbone, features_only=True, **options).to("meta")
 
 
+def even_levels(backbone: Any) -> dict[str, Any]:
+    """Ask for levels at even depths of a network whose blocks have one resolution; timm would take the last blocks."""
+    info = getattr(getattr(backbone, "model", None), "feature_info", None)
+    if not isinstance(info, list) or len(info) < NUM_LEVELS or len({block["reduction"] for block in info}) > 1:
+        return {}
+    return {"out_indices": tuple((level + 1) * len(info) // NUM_LEVELS - 1 for level in range(NUM_LEVELS))}
+
+
 @functools.cache
 def backbone_levels(backbone: str) -> Levels:
     """Describe the levels of a timm backbone.
@@ -66,6 +75,8 @@ def backbone_levels(backbone: str) -> Levels:
     check_backbone(backbone)
     with torch.device("meta"):
         network = create_features(backbone)
+        if level_options := even_levels(network):
+            network = create_features(backbone, **level_options)
     reductions = network.feature_info.reduction()
     stem = ["stem"] if reductions[0] == 2 else []
     names = (*stem, *(f"stage{i + 1}" for i in range(len(reductions) - len(stem))))
@@ -76,7 +87,7 @@ def backbone_levels(backbone: str) -> Levels:
         if name in getattr(network, "return_layers", ()):  # which no other form than `FeatureListNet` has
             depths.append(deepest)
             deepest = 0
-    return Levels(names, tuple(network.feature_info.channels()), tuple(depths))
+    return Levels(names, tuple(network.feature_info.channels()), tuple(depths) or (1,) * len(names))
 
 
 def backbone_stages(backbone: str) -> tuple[str, ...]:
@@ -89,10 +100,13 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     """Architecture and loss of MLVICX (arXiv 2403.11504). The README's table of differences gives the defaults.
 
     Args:
-        backbone: name of a timm model whose `features_only` form is a `FeatureListNet`, such as resnet18.
+        backbone: name of a timm model that can give the maps of several levels (`features_only`), such as resnet18.
         num_channels: channels of `pixel_values`; 1 for radiographs, 3 for converted colour weights.
         image_size: side of the input in pixels, also for the image processor.
         use_context: refine every level by a context bottleneck (Eqs. 1 and 2) before the next layer sees it.
+        context_placement: "between": the layers behind a refined map see it; "taps": they see the plain map, and only
+            what is made of the levels sees the refined ones. None: between, where the backbone allows it; the model
+            then writes down which.
         context_reduction: None for the one shared 1×1 convolution of Eq. 1; a number for the two-layer form
             C → C/reduction → C of the authors' code.
         context_gain: factor of each of the two gates. With 1, as in the paper, the gates of an untrained network
@@ -137,6 +151,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     num_channels: int = 1
     image_size: int = 224
     use_context: bool = True
+    context_placement: str | None = None
     context_reduction: int | None = None
     context_gain: float | int = 1.0
     context_init_scale: float | int = 0.01
@@ -264,6 +279,8 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} found; expected a positive number")
         self._validate_labels()
+        if self.context_placement not in (None, "between", "taps"):
+            raise ValueError(f"context_placement={self.context_placement!r} found; expected None, 'between' or 'taps'")
         if self.pooled_levels not in ("last", "all"):
             raise ValueError(f"pooled_levels={self.pooled_levels!r} found; expected 'last' or 'all'")
         if self.invariance_reduction not in ("mean", "sum"):

@@ -6,6 +6,7 @@ This file travels to the Hub, so it imports nothing from the package but its fla
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HTTPError  # of the HTTP library that the client uses
 from safetensors import SafetensorError
-from timm.layers import Format
-from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +32,8 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_mlvicx import WORKING_BACKBONES, MLVICXConfig, check_backbone, create_features
+from .backbones_mlvicx import Tap, create_backbone, find_taps, is_plain, layout_of, named_layers, refine
+from .configuration_mlvicx import MLVICXConfig
 from .hub_mlvicx import AUTO_MAP, check_download
 from .layers_mlvicx import ContextBottleneck, Expander, GateConv2d, MultiLevelAggregator, UNetDecoder
 from .loss_mlvicx import (
@@ -46,25 +46,6 @@ from .loss_mlvicx import (
 )
 
 
-def create_backbone(config: MLVICXConfig) -> FeatureListNet:
-    """Make the timm backbone of a configuration, with random weights.
-
-    Raises:
-        ValueError: an unknown name, or a model that timm cannot make as an NCHW `FeatureListNet`.
-    """
-    works = WORKING_BACKBONES
-    check_backbone(config.backbone)
-    try:
-        backbone = create_features(config.backbone, in_chans=config.num_channels)
-    except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
-        raise ValueError(f"backbone={config.backbone!r} has no features_only form; {works} work") from error
-    layout = getattr(backbone, "output_fmt", None)
-    if type(backbone) is not FeatureListNet or layout != Format.NCHW:
-        form = f"{type(backbone).__name__} ({getattr(layout, 'value', layout)})"
-        raise ValueError(f"backbone={config.backbone!r} gives {form}; expected FeatureListNet (NCHW), as {works} do")
-    return backbone
-
-
 class MLVICXPreTrainedModel(PreTrainedModel):
     """Base class: configuration, initialisation, freezing, loading and publishing."""
 
@@ -75,13 +56,17 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     # steps and of processes.
     accepts_loss_kwargs = False
     input_modalities = ("image",)  # type: ignore[assignment]  # as transformers' own models have it
-    supports_gradient_checkpointing = True
     # They join maps, which must lie on one device; `MLVICXModel` adds the blocks of its backbone.
     _no_split_modules = ["ContextBottleneck", "MultiLevelAggregator", "UNetDecoder"]  # noqa: RUF012
     # Weights of another class's head: expanders and aggregation of pretraining, a classifier, a decoder.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."
     ]
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
+        """Whether the maps inside the stages can be computed again: of backbones that are lists of layers."""
+        return bool(self.base_model.is_plain)
 
     _backbone_frozen = False
     _labels_seen = False
@@ -210,16 +195,37 @@ def _block_types(module: nn.Module) -> set[str]:
     return types
 
 
+def _refine_output(encoder: MLVICXModel, level: int, tap: Tap, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """Refine what a layer of the backbone gives, as a forward hook; the layers behind it see the refined map."""
+    return refine(encoder.context[level], tap, encoder.input_ratio, output)
+
+
 class MLVICXModel(MLVICXPreTrainedModel):
     """The encoder f: a timm backbone whose every level is refined by a context bottleneck.
 
     Args:
-        config: see `MLVICXConfig`.
+        config: see `MLVICXConfig`. `context_placement` None becomes what the backbone allows.
+
+    Raises:
+        ValueError: a backbone without features, or one whose maps cannot be refined between its layers although
+            `context_placement` asks for it.
     """
+
+    input_ratio = 1.0  # height over width of the input at hand
 
     def __init__(self, config: MLVICXConfig) -> None:
         super().__init__(config)
         self.backbone = create_backbone(config)
+        self.is_plain = is_plain(self.backbone)
+        taps = () if self.is_plain else find_taps(config.backbone, config.num_channels, config.image_size)
+        between = taps is not None
+        if config.context_placement == "between" and not between:
+            raise ValueError(
+                f"context_placement='between' found; the levels of {config.backbone} are made of several layers, "
+                "behind which nothing follows; expected 'taps' or None"
+            )
+        if config.context_placement is None:
+            config.context_placement = "between" if between else "taps"
         self.channels: list[int] = self.backbone.feature_info.channels()
         self.context = nn.ModuleList(
             ContextBottleneck(c, config.context_reduction, config.context_gain) if config.use_context else nn.Identity()
@@ -227,10 +233,15 @@ class MLVICXModel(MLVICXPreTrainedModel):
         )
         self.pooled_features = self.channels[-1] if config.pooled_levels == "last" else sum(self.channels)
         self.stages = nn.ModuleList(Stage() for _ in self.channels)
+        if taps and config.use_context and config.context_placement == "between":
+            layers = named_layers(self.backbone)
+            for level, tap in enumerate(taps):
+                hook = functools.partial(_refine_output, self, level, tap)
+                layers[tap.name].register_forward_hook(hook, prepend=True)  # before those by which timm collects maps
         self._no_split_modules = [*(self._no_split_modules or []), *_block_types(self.backbone)]
         for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
             if not tensor.is_meta:  # from_pretrained builds on the meta device, and fills in missing weights later
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+                tensor._is_hf_initialized = True
         self.post_init()
 
     @torch.no_grad()
@@ -272,15 +283,28 @@ class MLVICXModel(MLVICXPreTrainedModel):
                 f"pixel_values of shape {found} with {count} found; expected [B, {expected}, H, W] "
                 f"with {expected} channel(s), as num_channels={expected} says"
             )
+        if not self.is_plain:
+            return self._collected_maps(pixel_values)
+        between = self.config.context_placement == "between"
         maps: list[Tensor] = []
         x, layers = pixel_values, []
         for name, layer in self.backbone.items():
             layers.append(layer)
             if name in self.backbone.return_layers:
                 level = len(maps)
-                x = self._run(self.stages[level], [*layers, self.context[level]], x)
-                maps.append(x)
+                x = self._run(self.stages[level], [*layers, self.context[level]] if between else layers, x)
+                maps.append(x if between else self.context[level](x))
                 layers = []
+        return tuple(maps)
+
+    def _collected_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Maps of a backbone that collects them itself; hooks have refined them on their way."""
+        self.input_ratio = pixel_values.shape[2] / pixel_values.shape[3]
+        maps = self.backbone(pixel_values)
+        if layout_of(self.backbone) == "NHWC":
+            maps = [level.permute(0, 3, 1, 2) for level in maps]
+        if self.config.context_placement == "taps":
+            maps = [context(level) for context, level in zip(self.context, maps, strict=True)]
         return tuple(maps)
 
     def _run(self, stage: Any, layers: list[nn.Module], x: Tensor) -> Tensor:

@@ -82,7 +82,13 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         return make_views(planner.plan(0, images, np.arange(count)))
 
-    objective.encoder.backbone.set_grad_checkpointing(arguments.gradient_checkpointing)
+    if arguments.gradient_checkpointing:
+        if not objective.encoder.is_plain:
+            raise UserError(
+                f"gradient_checkpointing found with backbone={model_arguments.backbone!r}; expected a backbone that is "
+                "a list of layers, such as a ResNet"
+            )
+        objective.encoder.backbone.set_grad_checkpointing()
     steps = arguments.epochs * len(data.batches) - (0 if checkpoint is None else checkpoint.step)
     notes: list[str] = []
     if steps:
