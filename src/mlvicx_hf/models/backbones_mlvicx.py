@@ -117,12 +117,9 @@ def find_taps(name: str, num_channels: int, image_size: int) -> tuple[Tap, ...] 
     names = network.feature_info.module_name()
     taps = [_find_tap(each, calls, level, layout_of(network)) for each, level in zip(names, maps, strict=True)]
     # Networks that reduce the resolution may keep their tokens in another order than that of the map, as Hiera does.
-    if (
-        any(tap is not None and tap.layout == "tokens" for tap in taps)
-        and len(set(network.feature_info.reduction())) > 1
-    ):
-        return None
-    return None if None in taps or len(set(taps)) < len(taps) else tuple(tap for tap in taps if tap is not None)
+    one_resolution = len(set(network.feature_info.reduction())) == 1
+    found = [tap for tap in taps if tap is not None and (one_resolution or tap.layout != "tokens")]
+    return tuple(found) if len(set(found)) == len(maps) else None
 
 
 def _keep(calls: list[tuple[str, Any]], name: str, _: nn.Module, __: Any, output: Any) -> None:
