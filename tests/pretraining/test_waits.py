@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mlvicx_hf.pretraining.arguments import ModelArguments
-from mlvicx_hf.pretraining.batches import Batch
+from mlvicx_hf.pretraining.batches import PlannedBatch
 from mlvicx_hf.pretraining.loop import train
 from mlvicx_hf.pretraining.setup import create_objective
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, view_draws
@@ -74,7 +74,7 @@ def test_a_gpu_is_sent_the_batch_alone():
     objective = create_objective(arguments)
     augment = TwoViewAugmentation(image_size=32)
     plans = augment.plan(view_draws(0, 0, range(8)))
-    batch = Batch(0, torch.zeros(8, 1, 40, 40, dtype=torch.uint8), plans)
+    batch = PlannedBatch(0, torch.zeros(8, 1, 40, 40, dtype=torch.uint8), plans)
     with FakeTensorMode() as mode:  # whatever reads a value is an error here
         on_fake_gpu(objective)
         fake = tree_map(lambda value: mode.from_tensor(value) if isinstance(value, Tensor) else value, batch)

@@ -33,7 +33,7 @@ class Levels(NamedTuple):
     depths: tuple[int, ...]
 
 
-NUM_LEVELS = 4  # of a network whose blocks all have one resolution
+EVEN_LEVELS = 4  # of a network whose blocks all have one resolution
 WORKING_BACKBONES = "resnet18, resnet34, resnet50, densenet121 or regnety_008"
 
 
@@ -60,9 +60,9 @@ def create_features(backbone: str, **options: Any) -> Any:
 def even_levels(backbone: Any) -> dict[str, Any]:
     """Ask for levels at even depths of a network whose blocks have one resolution; timm would take the last blocks."""
     info = getattr(getattr(backbone, "model", None), "feature_info", None)
-    if not isinstance(info, list) or len(info) < NUM_LEVELS or len({block["reduction"] for block in info}) > 1:
+    if not isinstance(info, list) or len(info) < EVEN_LEVELS or len({block["reduction"] for block in info}) > 1:
         return {}
-    return {"out_indices": tuple((level + 1) * len(info) // NUM_LEVELS - 1 for level in range(NUM_LEVELS))}
+    return {"out_indices": tuple((level + 1) * len(info) // EVEN_LEVELS - 1 for level in range(EVEN_LEVELS))}
 
 
 @functools.cache
@@ -105,8 +105,8 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         image_size: side of the input in pixels, also for the image processor.
         use_context: refine every level by a context bottleneck (Eqs. 1 and 2) before the next layer sees it.
         context_placement: "between": the layers behind a refined map see it; "taps": they see the plain map, and only
-            what is made of the levels sees the refined ones. None: between, where the backbone allows it; the model
-            then writes down which.
+            what is made of the levels sees the refined ones. None: between, where the backbone allows it. The
+            model writes down which, unless the backbone is a list of layers, as ResNets are: there it is between.
         context_reduction: None for the one shared 1×1 convolution of Eq. 1; a number for the two-layer form
             C → C/reduction → C of the authors' code.
         context_gain: factor of each of the two gates. With 1, as in the paper, the gates of an untrained network

@@ -204,7 +204,8 @@ class MLVICXModel(MLVICXPreTrainedModel):
     """The encoder f: a timm backbone whose every level is refined by a context bottleneck.
 
     Args:
-        config: see `MLVICXConfig`. `context_placement` None becomes what the backbone allows.
+        config: see `MLVICXConfig`. `context_placement` None becomes what the backbone allows, if it is no list of
+            layers.
 
     Raises:
         ValueError: a backbone without features, or one whose maps cannot be refined between its layers although
@@ -224,7 +225,8 @@ class MLVICXModel(MLVICXPreTrainedModel):
                 f"context_placement='between' found; the levels of {config.backbone} are made of several layers, "
                 "behind which nothing follows; expected 'taps' or None"
             )
-        if config.context_placement is None:
+        self.refines_between = between and config.context_placement != "taps"
+        if config.context_placement is None and not self.is_plain:
             config.context_placement = "between" if between else "taps"
         self.channels: list[int] = self.backbone.feature_info.channels()
         self.context = nn.ModuleList(
@@ -233,7 +235,7 @@ class MLVICXModel(MLVICXPreTrainedModel):
         )
         self.pooled_features = self.channels[-1] if config.pooled_levels == "last" else sum(self.channels)
         self.stages = nn.ModuleList(Stage() for _ in self.channels)
-        if taps and config.use_context and config.context_placement == "between":
+        if taps and config.use_context and self.refines_between:
             layers = named_layers(self.backbone)
             for level, tap in enumerate(taps):
                 hook = functools.partial(_refine_output, self, level, tap)
@@ -285,7 +287,7 @@ class MLVICXModel(MLVICXPreTrainedModel):
             )
         if not self.is_plain:
             return self._collected_maps(pixel_values)
-        between = self.config.context_placement == "between"
+        between = self.refines_between
         maps: list[Tensor] = []
         x, layers = pixel_values, []
         for name, layer in self.backbone.items():
@@ -303,7 +305,7 @@ class MLVICXModel(MLVICXPreTrainedModel):
         maps = self.backbone(pixel_values)
         if layout_of(self.backbone) == "NHWC":
             maps = [level.permute(0, 3, 1, 2) for level in maps]
-        if self.config.context_placement == "taps":
+        if not self.refines_between:
             maps = [context(level) for context, level in zip(self.context, maps, strict=True)]
         return tuple(maps)
 

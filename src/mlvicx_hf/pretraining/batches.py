@@ -22,7 +22,7 @@ from mlvicx_hf.data.reading.streaming import StreamBatches
 from .views import TwoViewAugmentation, ViewPlan, view_draws
 
 
-class Batch(NamedTuple):
+class PlannedBatch(NamedTuple):
     """B images of a process."""
 
     epoch: int  # counted from 0
@@ -41,11 +41,11 @@ class Planner:
     def __init__(self, augment: TwoViewAugmentation, seed: int) -> None:
         self.augment, self.seed = augment, seed
 
-    def plan(self, epoch: int, images: Tensor, samples: np.ndarray) -> Batch:
+    def plan(self, epoch: int, images: Tensor, samples: np.ndarray) -> PlannedBatch:
         """Add the plans to images [B, 1, S, S] of these samples, [B]."""
-        return Batch(epoch, images, self.augment.plan(view_draws(self.seed, epoch, samples)))
+        return PlannedBatch(epoch, images, self.augment.plan(view_draws(self.seed, epoch, samples)))
 
-    def __call__(self, rows: list[tuple[int, Tensor, int]]) -> Batch:
+    def __call__(self, rows: list[tuple[int, Tensor, int]]) -> PlannedBatch:
         """Join rows of (epoch, image, sample), all of one epoch: a `collate_fn`."""
         epochs, images, samples = zip(*rows, strict=True)
         return self.plan(epochs[0], torch.stack(images), np.array(samples))
@@ -97,7 +97,7 @@ class StreamLoader:
     def __init__(self, batches: StreamBatches, planner: Planner, pin_memory: bool) -> None:
         self.batches, self.planner, self.pin_memory = batches, planner, pin_memory
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PlannedBatch]:
         for images, samples in self.batches:
             batch = self.planner.plan(self.batches.epoch, images, samples.numpy())
             yield recursively_apply(torch.Tensor.pin_memory, batch) if self.pin_memory else batch

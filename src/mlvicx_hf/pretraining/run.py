@@ -24,7 +24,7 @@ from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.objectives import Objective
 
 from .arguments import PretrainingArguments
-from .batches import Batch
+from .batches import PlannedBatch
 from .checkpoints import Checkpoint, Checkpoints
 from .collapse import Watcher
 from .optimizer import learning_rate
@@ -44,8 +44,8 @@ class Run:
     optimizer: AcceleratedOptimizer
     processor: MLVICXImageProcessor  # saved beside the model
     batches: EpochBatches | StreamBatches  # which images form the batches of an epoch
-    loader: Iterable[Batch]  # the same, with their images and what happens to them
-    make_views: Callable[[Batch], tuple[Tensor, Tensor]]  # both views, [B, C, S, S] each
+    loader: Iterable[PlannedBatch]  # the same, with their images and what happens to them
+    make_views: Callable[[PlannedBatch], tuple[Tensor, Tensor]]  # both views, [B, C, S, S] each
     checkpoints: Checkpoints
     watcher: Watcher | None  # measures the objective; None in all processes but the main one
     notes: list[str]  # lines to print when training begins
@@ -82,7 +82,7 @@ class Run:
         final = self.arguments.final_learning_rate_ratio
         return learning_rate(step, self.peak_rate, self.warmup_steps, self.total_steps, final)
 
-    def remaining_batches(self) -> Iterator[Batch]:
+    def remaining_batches(self) -> Iterator[PlannedBatch]:
         """Every batch that is not done yet."""
         first_epoch, first_step = divmod(self.step, len(self.batches))
         for epoch in range(first_epoch, self.arguments.epochs):

@@ -29,7 +29,7 @@ from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.objectives import OBJECTIVES, Objective
 
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
-from .batches import Batch, Planner, StreamLoader, cache_loader
+from .batches import PlannedBatch, Planner, StreamLoader, cache_loader
 from .checkpoints import Checkpoint, Checkpoints
 from .collapse import Watcher
 from .memory import Trial
@@ -72,7 +72,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     objective.to(device).to(memory_format=layout)
 
-    def make_views(batch: Batch) -> tuple[Tensor, Tensor]:
+    def make_views(batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         moved = send_to_device(batch, device, non_blocking=True)
         view_1, view_2 = augment.apply(moved.images, moved.plans)
         return view_1.contiguous(memory_format=layout), view_2.contiguous(memory_format=layout)
@@ -203,7 +203,7 @@ class _Data(NamedTuple):
     """Images to pretrain on; `side` in pixels."""
 
     batches: EpochBatches | StreamBatches
-    loader: Iterable[Batch]
+    loader: Iterable[PlannedBatch]
     manifest: dict[str, Any]
     side: int
 

@@ -14,7 +14,7 @@ from ..vocabulary import release_labels
 from .base import Listing, Record, ReleasedCollection
 from .cells import label_cells
 from .people import SEX, parse_age
-from .tables import TEXT, VIEW, CellType, check_unique, find_table, number_rows, read_table
+from .tables import TEXT, VIEW, CellType, check_unique, find_table, numbered, read_table
 
 CHEXPERT_FINDINGS = release_labels("chexpert")
 # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg; test.csv has no folder in front.
@@ -97,7 +97,7 @@ class CheXpertCollection(ReleasedCollection):
             patients = [patient for (_, patient, _), *_ in rows]
             splits = split_by_patient(patients, [row[1:count] for row in certain], _SHARES, self.seed)
         records = []
-        for number, (row, part) in number_rows(table, zip(rows, splits, strict=True)):
+        for number, (row, part) in numbered(table, zip(rows, splits, strict=True)):
             (file, patient, side), labels = row[0], row[1:count]
             sex, age, written, view = row[count:] or ("", math.nan, "", "UNKNOWN")
             if written.lower() not in ("", side):

@@ -19,7 +19,7 @@ from .cells import label_cells
 from .labels import FILE_COLUMNS, read_labels
 from .layout import FOLDER_MEANINGS, describe_layout, read_layout
 from .metadata import MASK_COLUMN, chosen_policy, read_records, usual_names
-from .tables import FILLED, Columns, check_unique, find_table, number_rows, read_cells, read_columns
+from .tables import FILLED, Columns, check_unique, find_table, numbered, read_cells, read_columns
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -141,7 +141,7 @@ class FolderCollection(Collection):
         skip = (file_column, self.patient_column, mask_column)
         labels = read_labels(table, columns, self.label_columns, skip, self.uncertain, self.label_names)
         records = []
-        for number, (row, mask, label) in number_rows(table, zip(rows, masks, labels.rows, strict=True)):
+        for number, (row, mask, label) in numbered(table, zip(rows, masks, labels.rows, strict=True)):
             where = f"{table}: row {number}: "
             path = file_below(self.folder, row.name, where)
             mask_path = file_below(self.folder, mask, where) if mask else None

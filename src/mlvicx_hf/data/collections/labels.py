@@ -27,7 +27,7 @@ from .cells import (
     one_spelling,
     same_name,
 )
-from .tables import CellType, Columns, number_rows, read_cells, require_columns
+from .tables import CellType, Columns, numbered, read_cells, require_columns
 
 FILE_COLUMNS = ("file_name", "file", "image", "path")
 RESERVED_COLUMNS = (*FILE_COLUMNS, "patient_id", "view", "split", "sex", "age", "source")
@@ -171,7 +171,7 @@ def _class_labels(table: Path, column: str, values: list[str], notes: tuple[str,
     read = read_cells(table, column, values, kind)
     spelling = one_spelling(name for name in read if name)
     classes = [spelling.get(name, "") for name in read]
-    for row, name in number_rows(table, classes):
+    for row, name in numbered(table, classes):
         parts = {spelling.get(part.strip()) for part in re.split(r"[;,]", name)}
         if len(parts) > 1 and parts & set(classes):
             raise UserError(
@@ -217,7 +217,7 @@ def _findings(
     spelling = one_spelling(name for found in findings for name in found.values)
     names = tuple(reader.names or sorted({spelling[name] for name in spelling if same_name(name) != NO_FINDING}))
     rows = []
-    for row, found in number_rows(table, findings):
+    for row, found in numbered(table, findings):
         merged: dict[str, float] = {}
         for name, value in found.values.items():
             if merged.setdefault(spelling[name], value) != value and not math.isnan(value):

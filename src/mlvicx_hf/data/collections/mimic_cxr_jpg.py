@@ -13,7 +13,7 @@ from mlvicx_hf.common.text import some
 from .base import Listing, Record, ReleasedCollection
 from .cells import label_cells
 from .chexpert import CHEXPERT_FINDINGS, REPORT_NOTE
-from .tables import DIGITS, PLAIN_NAME, TEXT, number_rows, one_of, read_table, read_views
+from .tables import DIGITS, PLAIN_NAME, TEXT, numbered, one_of, read_table, read_views
 
 _STUDY = {"subject_id": DIGITS, "study_id": DIGITS}
 _IMAGE_COLUMNS = {"dicom_id": PLAIN_NAME, **_STUDY, "ViewPosition": TEXT}
@@ -52,7 +52,7 @@ class MIMICCXRJPGCollection(ReleasedCollection):
         views = read_views([view for *_, view in rows], notes)
         unknown = (math.nan,) * len(CHEXPERT_FINDINGS)
         records, unlabelled = [], 0
-        for number, ((image, patient, study, _), view) in number_rows(table, zip(rows, views, strict=True)):
+        for number, ((image, patient, study, _), view) in numbered(table, zip(rows, views, strict=True)):
             if image not in splits:
                 raise UserError(f"{table}: row {number}: image {image} found; expected it in the split's table as well")
             unlabelled += (patient, study) not in labels

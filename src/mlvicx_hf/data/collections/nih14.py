@@ -16,7 +16,7 @@ from .base import Box, Listing, Record, ReleasedCollection
 from .boxes import FRAME, PIXELS, add_box
 from .cells import NO_FINDING
 from .people import AGE, SEX, believe_ages
-from .tables import DIGITS, FILLED, TEXT, VIEW, CellType, find_table, number_rows, one_of, read_table
+from .tables import DIGITS, FILLED, TEXT, VIEW, CellType, find_table, numbered, one_of, read_table
 
 NIH_FINDINGS = release_labels("nih14")
 _TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
@@ -72,7 +72,7 @@ class NIH14Collection(ReleasedCollection):
         table = find_table(self.folder, *_TABLES, expected="NIH's table", given=self.metadata)
         rows = read_table(table, _COLUMNS, key=("Image Index",))
         names, labels, numbers, written_ages, sexes, views = map(list, zip(*rows, strict=True))
-        patients = [_patient(table, row, *found) for row, found in number_rows(table, zip(names, numbers, strict=True))]
+        patients = [_patient(table, row, *found) for row, found in numbered(table, zip(names, numbers, strict=True))]
         ages, notes = believe_ages(written_ages)
         splits = self._splits(names, patients, labels)
         folders = [self.folder / "images", *(folder / "images" for folder in sorted(self.folder.glob("images_*")))]
@@ -93,7 +93,7 @@ class NIH14Collection(ReleasedCollection):
         table = self.folder / BOXES
         boxes: dict[str, tuple[Box, ...]] = {}
         rows = read_table(table, _BOX_COLUMNS) if table.is_file() else []
-        for row, (name, label, *corner) in number_rows(table, rows):
+        for row, (name, label, *corner) in numbered(table, rows):
             boxes[name] = add_box(f"{table}: row {row}", boxes.get(name, ()), label, *corner)
         return boxes
 

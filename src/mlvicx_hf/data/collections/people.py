@@ -14,7 +14,7 @@ from mlvicx_hf.common.text import some
 
 from ..options import check_choice
 from .cells import is_unknown
-from .tables import CellType, number_rows
+from .tables import CellType, numbered
 
 SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([YMWD]?)", re.IGNORECASE)
@@ -95,7 +95,7 @@ def read_patients(
     """
     if spelling is not None:
         check_choice("patient_ids", spelling, PATIENT_IDS)
-    for (row, value), name in zip(number_rows(table, values), names, strict=True):
+    for (row, value), name in zip(numbered(table, values), names, strict=True):
         if is_unknown(value):
             found = "empty" if not value else f"{value!r} in"
             raise UserError(f"{table}: row {row} ({name}): {found} {column} found; expected a patient")

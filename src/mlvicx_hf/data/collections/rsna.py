@@ -16,7 +16,7 @@ from ..options import check_choice
 from .base import Box, Listing, Record, ReleasedCollection, files_by_name
 from .boxes import FRAME, PIXELS, add_box
 from .people import AGE, SEX, believe_ages
-from .tables import FILLED, TEXT, VIEW, ZERO_OR_ONE, CellType, find_table, number_rows, one_of, read_table
+from .tables import FILLED, TEXT, VIEW, ZERO_OR_ONE, CellType, find_table, numbered, one_of, read_table
 
 LABELS = "stage_2_train_labels.csv"
 _CLASSES = "stage_2_detailed_class_info.csv"
@@ -108,7 +108,7 @@ class RSNACollection(ReleasedCollection):
         types, other_name = {"subset_img_id": TEXT, "img_id": TEXT}, {"patientId": "subset_img_id"}
         wanted, patients = set(images), dict[str, str]()
         rows = read_table(table, types, key=("subset_img_id",), renamed=other_name)
-        for row, (image, file) in number_rows(table, rows):
+        for row, (image, file) in numbered(table, rows):
             if image in wanted:
                 patient, _, rest = file.partition("_")
                 if not patient.isdigit() or not rest:
@@ -145,7 +145,7 @@ class RSNACollection(ReleasedCollection):
 def _read_boxes(table: Path) -> dict[str, tuple[Box, ...]]:
     """Read the boxes of each image. There are none if Target is 0."""
     boxes: dict[str, tuple[Box, ...]] = {}
-    for row, (image, target, *corner) in number_rows(table, read_table(table, _LABEL_COLUMNS)):
+    for row, (image, target, *corner) in numbered(table, read_table(table, _LABEL_COLUMNS)):
         where = f"{table}: row {row}"
         found = f"{where}: Target {target:d} and x, y, width, height {corner} found for {image}"
         if [value is not None for value in corner] != [target] * 4:
@@ -160,7 +160,7 @@ def _read_boxes(table: Path) -> dict[str, tuple[Box, ...]]:
 def _read_classes(table: Path, boxes: dict[str, tuple[Box, ...]]) -> dict[str, str]:
     """Read the class of each image. The release repeats an image for each of its boxes."""
     classes: dict[str, str] = {}
-    for row, (image, value) in number_rows(table, read_table(table, {"patientId": TEXT, "class": one_of(CLASS_NAMES)})):
+    for row, (image, value) in numbered(table, read_table(table, {"patientId": TEXT, "class": one_of(CLASS_NAMES)})):
         where = f"{table}: row {row}, column class: {value!r} found for {image}"
         if classes.setdefault(image, value) != value:
             raise UserError(f"{where}; expected {classes[image]!r} as in an earlier row")

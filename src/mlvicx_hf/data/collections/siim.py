@@ -16,7 +16,7 @@ from ..images.errors import UnreadableImageError
 from ..images.pixels import image_files
 from ..options import check_choice
 from .base import Listing, Record, ReleasedCollection, files_by_name
-from .tables import FILLED, find_table, number_rows, read_table
+from .tables import FILLED, find_table, numbered, read_table
 
 _TABLES = ("stage_2_train.csv", "train-rle.csv")
 CODE = "EncodedPixels"
@@ -88,7 +88,7 @@ class SIIMCollection(ReleasedCollection):
 def _read_codes(table: Path) -> dict[str, Codes]:
     """Read the run-length codes of each image; none for an image with -1."""
     codes: dict[str, Codes] = {}
-    for row, (image, code) in number_rows(table, read_table(table, {"ImageId": FILLED, CODE: FILLED})):
+    for row, (image, code) in numbered(table, read_table(table, {"ImageId": FILLED, CODE: FILLED})):
         others = codes.get(image)
         if code == NO_MASK and others is None:
             codes[image] = ()

@@ -89,7 +89,7 @@ def read_cells(table: Path, column: str, cells: Iterable[str], cell_type: CellTy
         UserError: a cell does not fit. The message names file, row, column and value.
     """
     values = []
-    for row, cell in number_rows(table, cells):
+    for row, cell in numbered(table, cells):
         try:
             values.append(cell_type.read(cell))
         except (ValueError, KeyError):
@@ -99,7 +99,7 @@ def read_cells(table: Path, column: str, cells: Iterable[str], cell_type: CellTy
     return values
 
 
-def number_rows(table: Path, rows: Iterable[Value]) -> Iterator[tuple[int, Value]]:
+def numbered(table: Path, rows: Iterable[Value]) -> Iterator[tuple[int, Value]]:
     """Give each row of a table its number, as a spreadsheet shows it: in CSV files the header is row 1.
 
     Empty lines are not counted.
@@ -170,7 +170,7 @@ def _read_csv(table: Path) -> Columns:
     while header and not header[-1]:
         header.pop()
     width = len(header)
-    for number, row in number_rows(table, rows):
+    for number, row in numbered(table, rows):
         if len(row) < width or any(row[width:]):
             raise UserError(f"{table}: row {number} has {len(row)} fields; expected {width} as in the header")
     repeated = [name for name, count in Counter(header).items() if count > 1]

@@ -23,7 +23,7 @@ from .readers import (
     reader_notes,
     votes_needed,
 )
-from .tables import TEXT, CellType, find_table, number_rows, read_columns, read_table
+from .tables import TEXT, CellType, find_table, numbered, read_columns, read_table
 
 _FINDINGS = release_labels("vinbigdata")  # in the order of class_id
 _CLASSES = [f"{number} {name}" for number, name in enumerate((*_FINDINGS, NO_FINDING_CLASS))]
@@ -87,7 +87,7 @@ def _read_table(table: Path) -> dict[str, Reading]:
     """Read the readings of each image, in the order of the table."""
     readings: dict[str, Reading] = defaultdict(Reading)
     rows = read_table(table, READER_COLUMNS | {"class_id": TEXT, "class_name": TEXT} | BOX_COLUMNS)
-    for row, (image, reader, key, name, *corners) in number_rows(table, rows):
+    for row, (image, reader, key, name, *corners) in numbered(table, rows):
         if f"{key} {name}" not in _CLASSES:
             raise UserError(
                 f"{table}: row {row}, columns class_id, class_name: {key!r}, {name!r} found; expected one of "

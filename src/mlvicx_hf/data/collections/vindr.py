@@ -22,7 +22,7 @@ from .readers import (
     reader_notes,
     votes_needed,
 )
-from .tables import TEXT, ZERO_OR_ONE, find_table, number_rows, one_of, read_table
+from .tables import TEXT, ZERO_OR_ONE, find_table, numbered, one_of, read_table
 
 LOCAL_FINDINGS = (
     "Aortic enlargement",
@@ -125,7 +125,7 @@ def _read_votes(table: Path, part: str) -> dict[str, Reading]:
 def _read_boxes(table: Path, readings: dict[str, Reading]) -> None:
     """Add the boxes. Rows of No finding and of diseases have none."""
     rows = read_table(table, {"image_id": TEXT, "class_name": one_of(_CLASSES)} | BOX_COLUMNS)
-    for row, (image, name, *corners) in number_rows(table, rows):
+    for row, (image, name, *corners) in numbered(table, rows):
         if image not in readings:
             raise UserError(f"{table}: row {row}: image_id {image!r} found; expected one of the image labels")
         readings[image].add_box(f"{table}: row {row}", name, corners, boxed=name in LOCAL_FINDINGS)
