@@ -1,7 +1,7 @@
 """Streams of pretraining images: numbers, order, processes and workers, resume, and what cannot be read."""
 
 import io
-import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,8 @@ from torch import Tensor
 
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading import streaming
-from mlvicx_hf.data.reading.streaming import (
-    PLACE_BITS,
-    ROW_BITS,
-    Stream,
-    StreamBatches,
-    StreamRow,
-    decode_chunk,
-    open_stream,
-)
+from mlvicx_hf.data.reading.lanes import LANES, PLACE_BITS, ROW_BITS, StreamRow
+from mlvicx_hf.data.reading.streaming import Stream, StreamBatches, decode_square, open_stream
 
 SIDE = 8
 SHARDS = (30, 9, 41, 20)  # images of each
@@ -80,6 +73,18 @@ def same(one: Batches, other: Batches) -> bool:
     )
 
 
+def together(
+    stream: Stream, words: tuple[int, int], ranks: int, epoch: int = 0, first: int = 0, **more: int
+) -> Batches:
+    """The global batches of several processes: rank r gives every image whose place in the batch is r modulo ranks."""
+    parts = [run(StreamBatches(stream, *words, rank, ranks, **more), epoch, first) for rank in range(ranks)]
+    batches = []
+    for shares in zip(*parts, strict=True):
+        squares, samples = (torch.stack(each, 1).flatten(0, 1) for each in zip(*shares, strict=True))
+        batches.append((squares, samples))
+    return batches
+
+
 def numbers(batches: Batches) -> list[int]:
     return torch.cat([batch for _, batch in batches]).tolist()
 
@@ -125,76 +130,103 @@ def test_order_depends_on_seed_and_epoch_alone(stream: Stream, shards: Path):
     assert head != sorted(head)
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 3), st.integers(0, 12), st.integers(1, 3), st.sampled_from([1, 7, 64]))
-def test_begun_anywhere_it_goes_on_in_the_same_bits(stream: Stream, epoch: int, first: int, ranks: int, buffer: int):
-    size = 6 * ranks
-    for rank in range(ranks):
-        batches = StreamBatches(stream, size, 0, rank, ranks, shuffle_buffer=buffer)
-        whole = run(batches, epoch)
-        assert len(whole) == len(batches) == 100 // size
-        assert same(run(batches, epoch, min(first, len(whole))), whole[first:])
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_share_the_shards_and_resume(stream: Stream, workers: int):
-    batches = StreamBatches(stream, 10, seed=3, num_workers=workers, shuffle_buffer=16)
-    whole = run(batches, 1)
-    assert sorted(numbers(whole)) == sorted(map(place, range(100)))
-    assert same(run(batches, 1), whole)
-    for first in (4, 9, 10):
-        assert same(run(batches, 1, first), whole[first:])
-
-
-def test_rows_of_a_resumed_epoch_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Path):
+def test_rows_of_a_resumed_epoch_are_not_decoded_again(stream: Stream, monkeypatch: pytest.MonkeyPatch):
     decoded: list[int] = []
 
-    def count(rows: list[StreamRow], *rest: Any) -> Any:
-        decoded.extend(row.number for row in rows)
-        return decode_chunk(rows, *rest)
+    def count(row: StreamRow, stream: Stream) -> Tensor:
+        decoded.append(row.number)
+        return decode_square(row, stream)
 
-    monkeypatch.setattr(streaming, "decode_chunk", count)
-    monkeypatch.setattr(streaming, "_CHUNK", 4)
-    batches = StreamBatches(open_stream(str(shards), size=SIDE), 10, seed=3)
+    monkeypatch.setattr(streaming, "decode_square", count)
+    batches = StreamBatches(stream, 10, seed=3)
     whole = run(batches)
-    assert len(decoded) == 100
+    assert sorted(decoded) == sorted(numbers(whole))
     decoded.clear()
     assert same(run(batches, first_step=7), whole[7:])
-    assert len(decoded) <= 30 + 2 * 4
+    assert decoded == numbers(whole)[70:]
 
 
-def test_more_workers_than_shards(stream: Stream):
-    batches = StreamBatches(stream, 10, seed=0, num_workers=9)
-    assert batches.num_workers == 4
+# -- processes and workers ---------------------------------------------------------------------------------------------
+
+READERS = [(ranks, workers) for ranks in (1, 2, 3, 4) for workers in (0, 1, 2)]
 
 
-# -- processes ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def difficult(tmp_path_factory: pytest.TempPathFactory) -> Stream:
+    """Unequal shards with lateral views and unreadable images, two of them side by side; an epoch reads them twice."""
+    view = (Value("string"), lambda i: "LATERAL" if i % 7 == 3 else "PA")
+    folder = write_shards(tmp_path_factory.mktemp("difficult") / "data", spoil=(39, 40, 85), view=view)
+    return open_stream(str(folder), num_images=120, size=SIDE)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_processes_see_disjoint_samples_that_cover_everything(tmp_path: Path, ranks: int):
-    """Four shards of one size: two processes share them by shards, three row by row."""
-    even = open_stream(str(write_shards(tmp_path / "even", (15, 15, 15, 15))), size=SIDE)
-    parts = [numbers(run(StreamBatches(even, 2 * ranks, 5, rank, ranks, shuffle_buffer=8))) for rank in range(ranks)]
-    assert [len(part) for part in parts] == [60 // ranks] * ranks
-    assert sorted(itertools.chain(*parts)) == [shard << ROW_BITS | row for shard in range(4) for row in range(15)]
+@pytest.fixture(scope="module")
+def expected(difficult: Stream) -> Batches:
+    return run(StreamBatches(difficult, 12, 5, shuffle_buffer=20), 1)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_processes_with_unequal_shards_make_as_many_steps(stream: Stream, workers: int):
-    """The shards of one process hold more than half of the 100 images; those of the other are dealt out anew."""
-    for epoch in range(3):
-        parts = [
-            run(StreamBatches(stream, 10, 5, rank, 2, num_workers=workers, shuffle_buffer=8), epoch)
-            for rank in range(2)
-        ]
-        assert [len(part) for part in parts] == [10, 10]
-        seen = [number for part in parts for number in numbers(part)]
-        assert len(set(seen)) == 100  # no sample has the views of another one
-        first = [number for number in seen if number < 1 << PLACE_BITS]
-        assert 50 < len({number % (1 << PLACE_BITS) for number in seen}) <= 100
-        assert len(first) >= 50 + 39  # of the smaller half
-        assert set(first) <= set(map(place, range(100)))
+@pytest.mark.parametrize(("ranks", "workers"), READERS)
+def test_any_number_of_readers_gives_the_same_batches(difficult: Stream, expected: Batches, ranks: int, workers: int):
+    assert len(expected) == 10
+    assert len(set(numbers(expected))) == 120  # no sample has the views of another one
+    places = [number % (1 << PLACE_BITS) for number in numbers(expected)]
+    assert set(places) == {place(i) for i in range(100) if i % 7 != 3}  # each at least once, none of the lateral ones
+    more = {"num_workers": workers, "shuffle_buffer": 20}
+    first = 0 if workers else 4  # in the middle of the epoch
+    assert same(together(difficult, (12, 5), ranks, 1, first, **more), expected[first:])
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 3), st.integers(0, 4), st.integers(1, 6), st.sampled_from([1, 7, 64]))
+def test_begun_anywhere_any_number_of_processes_goes_on_in_the_same_bits(
+    difficult: Stream, epoch: int, first: int, ranks: int, buffer: int
+):
+    whole = run(StreamBatches(difficult, 30, 0, shuffle_buffer=buffer), epoch)
+    assert len(whole) == 4
+    ranks -= ranks == 4  # which does not divide the batch
+    assert same(together(difficult, (30, 0), ranks, epoch, first, shuffle_buffer=buffer), whole[first:])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_whose_lengths_are_not_known_give_the_same_batches(stream: Stream, workers: int):
+    """As on the Hub: a lane takes whole shards, and one that ends earlier than others reads again."""
+    unknown = replace(stream, shards=replace(stream.shards, lengths=None))
+    for epoch in range(2):
+        whole = run(StreamBatches(unknown, 12, 5, shuffle_buffer=20), epoch)
+        assert len(set(numbers(whole))) == 96
+        assert 50 < len({number % (1 << PLACE_BITS) for number in numbers(whole)}) <= 96
+        for ranks in (2, 3):
+            more = {"num_workers": workers, "shuffle_buffer": 20}
+            assert same(together(unknown, (12, 5), ranks, epoch, **more), whole)
+
+
+def test_lanes_follow_from_the_shards(stream: Stream):
+    shards = stream.shards
+    assert (shards.count, shards.lengths, shards.lanes) == (4, list(SHARDS), 4)
+    assert [replace(shards, count=count).lanes for count in (1, 3, 7, 15, 16, 240)] == [1, 2, 4, 8, 16, LANES]
+    assert [replace(shards, count=count, lengths=None).lanes for count in (1, 3, 7, 17)] == [1, 3, 7, LANES]
+    for reading in range(5):
+        covered = []
+        for lane in range(4):
+            pieces = shards._pieces(lane, np.random.default_rng([0, 0, reading]))
+            assert sum(stop - start for _, start, stop in pieces) == 25
+            covered += [place(sum(SHARDS[:shard])) + row for shard, start, stop in pieces for row in range(start, stop)]
+        assert sorted(covered) == sorted(map(place, range(100)))
+
+
+def test_one_row_of_the_buffer_is_enough_and_lanes_share_it(stream: Stream):
+    assert sorted(numbers(run(StreamBatches(stream, 10, 0, shuffle_buffer=1)))) == sorted(map(place, range(100)))
+    assert StreamBatches(stream, 10, 0, shuffle_buffer=100).lane_buffer == 25
+
+
+@pytest.mark.parametrize(
+    ("count", "ranks", "asked", "started"),
+    [(240, 1, 0, 0), (240, 1, 2, 2), (240, 1, 3, 2), (240, 8, 4, 4), (240, 3, 4, 4), (4, 1, 9, 4), (1, 2, 4, 1)],
+)
+def test_workers_that_would_hold_more_than_the_buffer_are_not_started(
+    stream: Stream, count: int, ranks: int, asked: int, started: int
+):
+    stream = replace(stream, shards=replace(stream.shards, count=count))
+    assert StreamBatches(stream, 24, 0, 0, ranks, num_workers=asked).num_workers == started
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -295,20 +327,26 @@ def test_too_many_that_cannot_be_read_are_an_error(tmp_path: Path):
     with pytest.raises(ValueError, match=r"4 images of 100 cannot be read, such as row .*; expected at most 3"):
         run(StreamBatches(open_stream(str(folder), size=SIDE), 10, 0))
     nothing = write_shards(tmp_path / "nothing", (30,), tuple(range(30)))
-    batches = StreamBatches(open_stream(str(nothing), num_images=5000, size=SIDE), 10, 0)
-    with pytest.raises(ValueError, match=r"30 images of 5000 cannot be read"):  # all of a chunk
-        run(batches)
+    for workers in (0, 1):
+        batches = StreamBatches(
+            open_stream(str(nothing), num_images=5000, size=SIDE), 10, 0, num_workers=workers, shuffle_buffer=1
+        )
+        with pytest.raises(ValueError, match=r"^33 images in a row cannot be read, such as row .*$"):
+            run(batches)
 
 
-def test_what_takes_the_place_of_an_unreadable_one_is_the_next():
-    def row(number: int, content: bytes) -> StreamRow:
-        return StreamRow(number, f"n{number}", {"bytes": content, "path": None})
-
-    rows = [row(i, b"" if i in (1, 2, 5) else png(i)) for i in range(6)]
-    chunk = decode_chunk(rows, SIDE, "pad")
-    assert chunk.numbers.tolist() == list(range(6))
-    assert chunk.squares[:, 0, 0, 0].tolist() == [0, 3, 3, 3, 4, 0]
-    assert chunk.unreadable == [(1, "n1: empty file"), (2, "n2: empty file"), (5, "n5: empty file")]
+def test_what_takes_the_place_of_an_unreadable_one_is_the_next_of_its_lane(tmp_path: Path):
+    """One shard is one lane; a buffer of one row leaves the rows in their order."""
+    folder = write_shards(tmp_path / "data", (6,), spoil=(1, 2))
+    stream = open_stream(str(folder), size=SIDE)
+    assert stream.shards.lanes == 1
+    for ranks in (1, 2, 3):
+        ((squares, samples),) = together(stream, (6, 0), ranks, shuffle_buffer=1)
+        assert samples.tolist() == list(range(6))
+        assert squares[:, 0, 0, 0].tolist() == [0, 3, 3, 3, 4, 5]
+    late = open_stream(str(write_shards(tmp_path / "late", (6,), spoil=(5,))), size=SIDE)
+    ((squares, _),) = run(StreamBatches(late, 6, 0, shuffle_buffer=1))
+    assert squares[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 0]  # the first one of the next reading
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -342,11 +380,12 @@ def test_an_epoch_of_another_length(shards: Path, tmp_path: Path):
     assert len(set(numbers(run(long)))) == 130
     assert {number % (1 << PLACE_BITS) for number in numbers(run(long))} == set(map(place, range(100)))
     assert same(run(long, 0, 11), run(long)[11:])
-    mistaken = StreamBatches(open_stream(str(shards), num_images=20_000, size=SIDE), 5000, 0)
-    with pytest.raises(ValueError, match="num_images=20000 found; process 0 reads far fewer"):
+    few = write_shards(tmp_path / "few", (5,))
+    mistaken = StreamBatches(open_stream(str(few), num_images=600, size=SIDE), 300, 0)
+    with pytest.raises(ValueError, match="num_images=600 found; the stream holds far fewer"):
         run(mistaken)
     nothing = write_shards(tmp_path / "lateral", (30,), view=(Value("string"), lambda i: "LL"))
-    with pytest.raises(ValueError, match="num_images=10 found; process 0 reads far fewer, or none"):
+    with pytest.raises(ValueError, match="num_images=10 found; the stream holds far fewer, or none"):
         run(StreamBatches(open_stream(str(nothing), num_images=10, size=SIDE), 5, 0))
 
 

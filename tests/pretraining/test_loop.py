@@ -31,6 +31,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
 from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
+from mlvicx_hf.pretraining.checkpoints import Checkpoints
 from mlvicx_hf.pretraining.curves import plot_curves
 from mlvicx_hf.pretraining.loop import train
 from mlvicx_hf.pretraining.optimizer import create_optimizer, learning_rate, set_learning_rate
@@ -675,11 +676,41 @@ def test_a_streamed_cache_can_be_resumed_inside_an_epoch(mixed: Path, tmp_path: 
         assert_same_bits(output, tmp_path / "whole")
 
 
-def test_the_readers_of_a_stream_must_stay_the_same(mixed: Path, tmp_path: Path):
+def test_a_stream_goes_on_with_other_workers_but_not_in_another_order(mixed: Path, tmp_path: Path):
     flags = ("--streaming", "--epochs", 1)
-    pretrain(mixed, tmp_path / "run", *flags)
-    with pytest.raises(ValueError, match=r"data\.num_workers was 0, now 1; data\.shuffle_buffer was 4096, now 9"):
-        start(mixed, tmp_path / "run", *flags, "--resume", "--num_workers", 1, "--shuffle_buffer", 9)
+    output = pretrain(mixed, tmp_path / "run", *flags)
+    start(mixed, output, *flags, "--resume", "--num_workers", 1)
+    with pytest.raises(ValueError, match=r"another run: data\.shuffle_buffer was 4096, now 9$"):
+        start(mixed, output, *flags, "--resume", "--shuffle_buffer", 9)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_checkpoints_from_before_streams_had_one_order(
+    mixed: Path, tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
+):
+    """They bind a run to its number of processes, and a stream to the order of that number and of its workers."""
+    flags = ("--streaming", streaming, "--epochs", 1)
+    output = pretrain(mixed, tmp_path / "run", *flags)
+    checkpoints = Checkpoints(output, 2)
+    newest = checkpoints.newest_whole()
+    fixed = {k: v for k, v in newest.fixed.items() if k != "data.stream_order"} | {"run.num_processes": 2}
+    fixed |= {"data.num_workers": 0} if streaming else {}
+    machine = {k: v for k, v in newest.machine.items() if k != "processes"}
+    newest.path.rename(tmp_path / "files")
+    checkpoints.save(newest.step, fixed, machine, lambda path: copy_files(tmp_path / "files", path))
+    if streaming:
+        message = r"data\.stream_order was 'of processes and workers', now '16 lanes'$"
+        with pytest.raises(ValueError, match=message):
+            start(mixed, output, *flags, "--resume")
+    else:
+        start(mixed, output, *flags, "--resume")
+        assert any(message.endswith("processes was 2, now 1") for message in caplog.messages)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        if file.name != "state.json":
+            shutil.copy(file, target)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.data.reading.lanes import STREAM_ORDER
 
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
 
 # Settings that may change when a run is resumed.
 _FREE = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps", "save_total_limit", "dataset"}
-_FREE |= {"cpu_threads", "torch_compile", "torch_compile_mode"}
+_FREE |= {"cpu_threads", "num_workers", "torch_compile", "torch_compile_mode"}
 _FREE |= {"probe_dataset", "probe_steps", "find_batch_size", "gradient_checkpointing"}
 
 
@@ -46,14 +47,14 @@ class RunSettings:
 
     def fixed(self) -> dict[str, Any]:
         """What must be the same in a resumed run, as "section.name"."""
-        # The order of a stream depends on its readers.
-        free = _FREE if self.data.streaming else _FREE | {"num_workers"}
-        sections = self._sections() | {"run": {"num_processes": self.hardware["processes"]}}
-        return {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items() if k not in free}
+        order = {"data.stream_order": STREAM_ORDER} if self.data.streaming else {}
+        sections = self._sections().items()
+        return order | {f"{s}.{k}": v for s, values in sections for k, v in values.items() if k not in _FREE}
 
     def machine(self) -> dict[str, Any]:
         """What the rounding of a result depends on."""
         return {
+            "processes": self.hardware["processes"],
             "device": self.hardware["device"],
             "hardware": self.hardware["name"],
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
@@ -73,3 +74,14 @@ class RunSettings:
     def _sections(self) -> dict[str, dict[str, Any]]:
         data = {"images": self.images, "data_hash": self.manifest["data_hash"]}
         return {"model": asdict(self.model), "data": asdict(self.data) | data, "training": asdict(self.training)}
+
+
+def of_early_checkpoints(fixed: dict[str, Any], machine: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Bring what is fixed and the machine of a checkpoint of an early version to today's form."""
+    fixed = {"model.objective": "mlvicx"} | fixed  # there was one
+    if "run.num_processes" in fixed:
+        machine = machine | {"processes": fixed.pop("run.num_processes")}
+        if fixed.get("data.streaming"):
+            fixed.pop("data.num_workers", None)
+            fixed["data.stream_order"] = "of processes and workers"
+    return fixed, machine

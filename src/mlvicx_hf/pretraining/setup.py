@@ -35,7 +35,7 @@ from .collapse import Watcher
 from .memory import Trial
 from .optimizer import create_optimizer
 from .run import Run
-from .settings import RunSettings
+from .settings import RunSettings, of_early_checkpoints
 from .views import TwoViewAugmentation
 
 logger = logging.getLogger(__name__)
@@ -381,8 +381,8 @@ def _choose_checkpoint(checkpoints: Checkpoints, settings: RunSettings) -> tuple
     if checkpoint is None:
         logger.warning("%s has no checkpoint: starting from the beginning", checkpoints.folder)
         return None, steps
-    # Early checkpoints do not name their objective: there was one.
-    checkpoint = replace(checkpoint, fixed={"model.objective": "mlvicx"} | checkpoint.fixed)
+    fixed, machine = of_early_checkpoints(checkpoint.fixed, checkpoint.machine)
+    checkpoint = replace(checkpoint, fixed=fixed, machine=machine)
     if settings.training.find_batch_size:
         steps = max(steps, checkpoint.fixed.get("training.gradient_accumulation_steps", steps))
     checkpoint.check_same_run(settings.with_micro_batches(steps).fixed(), settings.machine())

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import fsspec
 import huggingface_hub
+import numpy as np
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.arrow.arrow import ArrowConfig
@@ -39,6 +40,8 @@ class Opened:
     # Split → number of rows; None if only reading everything would tell
     counts: dict[str, int | None] = field(default_factory=dict)
     local: bool = True  # whether all files are on this machine
+    # Split → number of rows of each shard of a stream; without splits for which only reading would tell
+    lengths: dict[str, list[int]] = field(default_factory=dict)
 
 
 def open_dataset(
@@ -86,6 +89,11 @@ def as_stream(dataset: Any) -> Any:
     return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset)))
 
 
+def count_in_pieces(chosen: Sequence[bool] | np.ndarray) -> list[int]:
+    """Count the chosen rows in each piece that `as_stream` makes of a dataset."""
+    return [int(np.sum(piece)) for piece in np.array_split(np.asarray(chosen), max(1, min(SHARDS, len(chosen))))]
+
+
 def _saved_files(path: Path) -> dict[str, list[str]] | None:
     """Find the Arrow files of each split in a folder of `save_to_disk`. Return None for any other path."""
     if not any((path / name).is_file() for name in SAVED):
@@ -102,9 +110,10 @@ def _open_mapped(files: dict[str, list[str]], streaming: bool, columns: Sequence
     counts: dict[str, int | None] = {split: len(dataset) for split, dataset in loaded.items()}
     if columns is not None:
         loaded = {split: dataset.select_columns(list(columns)) for split, dataset in loaded.items()}
-    if streaming:
-        loaded = {split: as_stream(dataset) for split, dataset in loaded.items()}
-    return Opened(loaded, files, counts)
+    if not streaming:
+        return Opened(loaded, files, counts)
+    lengths = {split: count_in_pieces(np.ones(len(dataset), bool)) for split, dataset in loaded.items()}
+    return Opened({split: as_stream(dataset) for split, dataset in loaded.items()}, files, counts, lengths=lengths)
 
 
 def _matching(path: Path) -> list[str]:
@@ -152,15 +161,17 @@ def _build(location: dict[str, Any], streaming: bool, columns: Sequence[str] | N
     if columns is not None:
         loaded = {split: dataset.select_columns(list(columns)) for split, dataset in loaded.items()}
     counts: dict[str, int | None] = {}
+    lengths: dict[str, list[int]] = {}
     for split, dataset in loaded.items():
         if not streaming:
             counts[split] = len(dataset)
         elif parquet and local:
-            counts[split] = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files[split])
+            lengths[split] = [pyarrow.parquet.read_metadata(file).num_rows for file in files[split]]
+            counts[split] = sum(lengths[split])
         else:
             known = (builder.info.splits or {}).get(split)
             counts[split] = known.num_examples if known else None
-    return Opened(loaded, files, counts, local)
+    return Opened(loaded, files, counts, local, lengths)
 
 
 def find_image_column(

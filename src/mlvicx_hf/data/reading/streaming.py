@@ -8,9 +8,10 @@ worker, and a row may have no name. So the number is the place of the row: the n
 number of the row in the shard. It does not depend on processes, workers, order or views that are left out. If a row is
 read again in an epoch, because the first reading was too short, add the number of the reading times 2^56.
 
-**Resume.** `datasets` does not restore a shuffle buffer. The order of an epoch is a function of (seed, epoch, number of
-processes and workers, buffer). So run through it again up to the step of the checkpoint: read rows and throw them away
-without decoding. For a checkpoint in the middle of an epoch of 100 GB, 50 GB are read before the first step.
+**Resume, with any number of processes.** `datasets` does not restore a shuffle buffer, and divides a stream by
+processes and workers. So the order is that of `lanes`. Each reader runs through the lanes that it needs, and decodes
+its own images alone: on resuming, it reads the rows before the checkpoint and throws them away. For a checkpoint in the
+middle of an epoch of 100 GB, 50 GB are read before the first step.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.signals import leave_signals_to_the_main_process
@@ -40,6 +44,7 @@ from ..collections.opening import (
     IMAGE_ROWS,
     TABLE_ROWS,
     as_stream,
+    count_in_pieces,
     find_image_column,
     folder_of,
     open_dataset,
@@ -48,39 +53,21 @@ from ..collections.opening import (
 from ..images.errors import UnreadableImageError
 from ..images.pixels import decode_gray, fit_square_gray
 from ..options import check_choice, check_least
+from .lanes import PLACE_BITS, ROW_BITS, Shards, StreamRow
 from .sampling import LATERAL, VIEW_CHOICES, GlobalBatches, choose_views
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 32  # number of images that a worker decodes and sends at a time
 MAX_UNREADABLE = 0.01  # largest share of unreadable images
 FEW_UNREADABLE = 3  # so many are never too many
-ROW_BITS = 32  # bits of a sample's number for the row within its shard
-PLACE_BITS = 56  # bits for the row and the shard
-MAX_READINGS = 100  # of a stream in one epoch
-
-
-class StreamRow(NamedTuple):
-    """An image before it is decoded: the number of the sample, its name in messages, the undecoded cell."""
-
-    number: int
-    name: str
-    cell: dict[str, Any] | None
-
-
-class Chunk(NamedTuple):
-    """N samples from a worker."""
-
-    numbers: Tensor  # numbers of the samples, int64 [N]
-    squares: Tensor | None  # uint8 [N, 1, S, S]; None for samples that a resumed run has seen before
-    unreadable: list[tuple[int, str]]  # numbers of unreadable samples, and the reasons
+_IN_A_ROW = 32  # so many unreadable images may follow one another in a lane, or as many as the lane's buffer holds
 
 
 @dataclass(frozen=True)
 class Stream:
     """The data of a pretraining run."""
 
-    rows: Any  # `datasets.IterableDataset` of `StreamRow` fields
+    shards: Shards  # its rows
     num_images: int  # number of images in an epoch
     left_out: int | None  # number of lateral images that are left out; None if they were not counted
     size: int  # side of the squares in pixels
@@ -122,15 +109,15 @@ def open_stream(
     features = opened.splits[split].features
     image = find_image_column(path, features, image_column)
     view = "view" if views == "frontal" and "view" in features else None
-    counted, left_out = opened.counts[split], None if view else 0
-    if num_images is None and view is not None and counted is not None:
-        if not opened.local:
-            raise UserError(
-                f"{path}: {counted} images in the files found, lateral ones among them; expected --num_images to say "
-                "how many are frontal, or --views all"
-            )
-        left_out = _count_lateral(open_dataset(path, streaming=True, columns=[view], rows=TABLE_ROWS), split, features)
-        counted -= left_out
+    counted, lengths, left_out = opened.counts[split], opened.lengths.get(split), None if view else 0
+    if view is not None and counted is not None and opened.local:
+        lengths = _count_frontal(open_dataset(path, streaming=True, columns=[view], rows=TABLE_ROWS), split, features)
+        counted, left_out = sum(lengths), counted - sum(lengths)
+    elif view is not None and counted is not None and num_images is None:
+        raise UserError(
+            f"{path}: {counted} images in the files found, lateral ones among them; expected --num_images to say "
+            "how many are frontal, or --views all"
+        )
     if num_images is None and counted is None:
         raise UserError(f"{path}: number of images of {split} not known without reading it; expected --num_images")
     stream = open_dataset(path, streaming=True, columns=[image, *filter(None, [view])], rows=IMAGE_ROWS).splits[split]
@@ -143,8 +130,8 @@ def open_stream(
         "split_hash": "",
         "data_hash": _identity(opened.files[split]),
     }
-    rows = number_rows(stream, image, view, _class_names(features, view))
-    return Stream(rows, num_images or counted or 0, left_out, size, manifest["fit"], manifest, folder_of(path))
+    shards = _shards(stream, lengths, image, view, _class_names(features, view))
+    return Stream(shards, num_images or counted or 0, left_out, size, manifest["fit"], manifest, folder_of(path))
 
 
 def _open_cache(path: str, split: str, views: str, num_images: int | None) -> Stream:
@@ -154,21 +141,23 @@ def _open_cache(path: str, split: str, views: str, num_images: int | None) -> St
         raise UserError(f"split={split!r} found; {path} has {', '.join(cache.datasets)}")
     images = cache.datasets[split].select_columns(["image", "view", "source"])
     chosen, left_out = choose_views(images, views)
+    view = "view" if views == "frontal" else None
+    lengths = count_in_pieces([view is None or is_frontal(value) for value in images["view"][:]])
     stream = as_stream(images.cast_column("image", datasets.Image(decode=False)))
-    rows = number_rows(stream, "image", "view" if views == "frontal" else None, name="source")
-    return Stream(
-        rows, num_images or len(chosen), left_out, cache.manifest["size"], cache.manifest["fit"], cache.manifest
-    )
+    shards, manifest = _shards(stream, lengths, "image", view, name="source"), cache.manifest
+    return Stream(shards, num_images or len(chosen), left_out, manifest["size"], manifest["fit"], manifest)
 
 
 def _class_names(features: Any, column: str | None) -> list[str] | None:
     return features[column].names if column and isinstance(features[column], datasets.ClassLabel) else None
 
 
-def _count_lateral(opened: Any, split: str, features: Any) -> int:
-    names = _class_names(features, "view")
-    batches = opened.splits[split].iter(batch_size=TABLE_ROWS)
-    return sum(not is_frontal(value, names) for batch in batches for value in batch["view"])
+def _count_frontal(opened: Any, split: str, features: Any) -> list[int]:
+    """Count the frontal rows of each shard."""
+    names, stream = _class_names(features, "view"), opened.splits[split]
+    shards = (stream.shard(num_shards=stream.num_shards, index=shard) for shard in range(stream.num_shards))
+    batches = (shard.iter(batch_size=TABLE_ROWS) for shard in shards)
+    return [sum(is_frontal(value, names) for batch in shard for value in batch["view"]) for shard in batches]
 
 
 def is_frontal(view: Any, names: list[str] | None = None) -> bool:
@@ -183,103 +172,148 @@ def _identity(files: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def number_rows(
-    stream: Any, image: str, view: str | None = None, names: list[str] | None = None, name: str | None = None
-) -> Any:
-    """Add the numbers of the samples to the rows of a stream. The number of shards stays the same.
+def _shards(
+    stream: Any,
+    lengths: list[int] | None,
+    image: str,
+    view: str | None,
+    names: list[str] | None = None,
+    name: str | None = None,
+) -> Shards:
+    """Make the shards of a stream with an undecoded image.
 
     Args:
-        stream: `datasets.IterableDataset` with an undecoded image.
+        stream: `datasets.IterableDataset`.
+        lengths: number of wanted rows of each shard, if known.
         image: column of images.
         view: column of views, to leave out the lateral ones. None leaves out nothing.
         names: names of the views, if the column holds classes.
         name: column with the names of the images.
     """
-    arguments = {"shards": list(range(stream.num_shards)), "stream": stream}
-    columns = {"image": image, "view": view, "names": names, "name": name}
-    return datasets.IterableDataset.from_generator(_numbered, gen_kwargs=arguments | {"columns": columns})
+    return Shards(partial(_read_shard, stream, image, view, names, name), stream.num_shards, lengths)
 
 
-def _numbered(shards: list[int], stream: Any, columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    image, view, names, name = (columns[key] for key in ("image", "view", "names", "name"))
-    for shard in shards:
-        part = stream.shard(num_shards=stream.num_shards, index=shard)
-        # Iterate by batches: row by row, `datasets` would divide the rows among the workers a second time.
-        batches = part.iter(batch_size=IMAGE_ROWS)
-        for place, (batch, row) in enumerate((b, i) for b in batches for i in range(len(b[image]))):
-            if view is None or is_frontal(batch[view][row], names):
-                called = batch[name][row] if name else f"row {place + 1} of shard {shard + 1}"
-                number = shard << ROW_BITS | place
-                yield StreamRow(number, called, batch[image][row])._asdict()
+def _read_shard(
+    stream: Any, image: str, view: str | None, names: list[str] | None, name: str | None, shard: int
+) -> Iterator[StreamRow]:
+    part = stream.shard(num_shards=stream.num_shards, index=shard)
+    # Iterate by batches: row by row, `datasets` would divide the rows among the workers.
+    batches = part.iter(batch_size=IMAGE_ROWS)
+    for place, (batch, row) in enumerate((b, i) for b in batches for i in range(len(b[image]))):
+        if view is None or is_frontal(batch[view][row], names):
+            called = batch[name][row] if name else f"row {place + 1} of shard {shard + 1}"
+            yield StreamRow(shard << ROW_BITS | place, called, batch[image][row])
 
 
-def decode_chunk(rows: list[StreamRow], size: int, fit: str, folder: str | None = None) -> Chunk:
-    """Decode N rows to squares of `size` pixels.
+class _Lane:
+    """A lane from which a reader takes some images."""
 
-    Replace an unreadable image by the next readable one, under the number of the unreadable one and so in other views.
-    Thus the number of samples, on which the place to resume depends, is known without decoding.
+    def __init__(self, rows: Iterator[StreamRow]) -> None:
+        self.rows, self.done = rows, 0
+        self.ahead: deque[StreamRow] = deque()  # rows that were looked at before their turn
+
+    def take(self, place: int) -> StreamRow | None:
+        """Run on to the image at this place in the lane. Return None if the lane has no more."""
+        row = None
+        while self.done <= place:
+            row = self.ahead.popleft() if self.ahead else next(self.rows, None)
+            self.done += 1
+        return row
+
+    def following(self, most: int) -> Iterator[StreamRow]:
+        """Look at the next images without taking them."""
+        for place in range(most):
+            if place == len(self.ahead):
+                self.ahead.extend(islice(self.rows, 1))
+            if place < len(self.ahead):
+                yield self.ahead[place]
+
+
+class Samples(NamedTuple):
+    """The N images of a batch that one worker decodes."""
+
+    squares: Tensor  # uint8 [N, 1, S, S]
+    numbers: Tensor  # numbers of the samples, int64 [N]
+    unreadable: list[tuple[int, str]]  # numbers of unreadable samples, and the reasons
+
+
+class _Reader(IterableDataset[Samples | UserError]):
+    """Gives the images of every step that a worker decodes, and last of all an error, if there is one.
+
+    With W processes of K workers, worker k of process r decodes the images at the positions r + W·k + W·K·i.
     """
-    squares: list[Tensor | None] = []
-    unreadable = []
-    for row in rows:
+
+    def __init__(self, batches: StreamBatches) -> None:
+        self.batches = batches
+        self.lanes: dict[int, _Lane] = {}
+
+    def __iter__(self) -> Iterator[Samples | UserError]:
+        info = get_worker_info()
         try:
-            gray = decode_gray(read_cell(row.cell, folder), row.name)
-        except (UnreadableImageError, OSError) as error:
-            unreadable.append((row.number, f"{row.name}: {getattr(error, 'reason', error)}"))
-            squares.append(None)
-            continue
-        square = gray if gray.size == (size, size) else fit_square_gray(gray, size, fit)
-        squares.append(torch.from_numpy(np.array(square, dtype=np.uint8))[None])
-    numbers = torch.tensor([row.number for row in rows])
-    readable = [place for place, square in enumerate(squares) if square is not None]
-    if not readable:
-        return Chunk(numbers, torch.zeros(len(rows), 1, size, size, dtype=torch.uint8), unreadable)
-    # For every place take the first readable place behind it, or else the very first.
-    chosen = [readable[i % len(readable)] for i in np.searchsorted(readable, range(len(rows)))]
-    return Chunk(numbers, torch.stack([square for i in chosen if (square := squares[i]) is not None]), unreadable)
+            for step in range(self.batches.first_step, len(self.batches)):
+                yield self._read(step, 0 if info is None else info.id)
+        except UserError as error:
+            yield error  # the main process raises it: DataLoader would add a traceback to the message
+
+    def _read(self, step: int, worker: int) -> Samples:
+        batches, size = self.batches, self.batches.stream.size
+        squares, numbers, unreadable = [torch.empty(0, 1, size, size, dtype=torch.uint8)], [], []
+        for place in range(batches.share)[batches.places(step, worker)]:
+            position = step * batches.batch_size + batches.rank + batches.num_processes * place
+            place_in_lane, number = divmod(position, batches.stream.shards.lanes)
+            if number not in self.lanes:
+                rows = batches.stream.shards.lane(number, batches.seed, batches.epoch, batches.lane_buffer)
+                self.lanes[number] = _Lane(rows)
+            row = self.lanes[number].take(place_in_lane)
+            if row is None:
+                raise UserError(f"num_images={batches.num_images} found; the stream holds far fewer, or none")
+            squares.append(self._decode(row, self.lanes[number], unreadable)[None])
+            numbers.append(row.number)
+        return Samples(torch.cat(squares), torch.tensor(numbers, dtype=torch.int64), unreadable)
+
+    def _decode(self, row: StreamRow, lane: _Lane, unreadable: list[tuple[int, str]]) -> Tensor:
+        """Decode a row. If it is unreadable, decode the next readable one of the lane in its place.
+
+        The number of the unreadable one stays, so the image comes in other views. Thus no position depends on what
+        other readers decode.
+        """
+        failures: list[str] = []
+        for each in chain([row], lane.following(max(_IN_A_ROW, self.batches.lane_buffer))):
+            try:
+                return decode_square(each, self.batches.stream)
+            except (UnreadableImageError, OSError) as error:
+                failures.append(f"{each.name}: {getattr(error, 'reason', error)}")
+                unreadable.append((each.number, failures[-1]))
+        raise UserError(f"{len(failures)} images in a row cannot be read, such as {some(failures, 3)}")
 
 
-class _Chunks(IterableDataset[Chunk]):
-    """Gives the chunks of a worker's share of the rows. The first chunks stay undecoded."""
+def decode_square(row: StreamRow, stream: Stream) -> Tensor:
+    """Decode a row to a square, uint8 [1, S, S].
 
-    def __init__(self, rows: Any, stream: Stream, undecoded: int) -> None:
-        self.rows, self.size, self.fit, self.folder = rows, stream.size, stream.fit, stream.folder
-        self.undecoded = undecoded
-
-    def __iter__(self) -> Iterator[Chunk]:
-        rows = (StreamRow(**row) for row in self.rows)  # `datasets` gives every worker its own shards
-        for place, chunk in enumerate(_pieces(rows)):
-            if place < self.undecoded:
-                yield Chunk(torch.tensor([row.number for row in chunk]), None, [])
-            else:
-                yield decode_chunk(chunk, self.size, self.fit, self.folder)
-
-
-def _pieces(rows: Iterable[StreamRow]) -> Iterator[list[StreamRow]]:
-    """Cut rows into pieces of `_CHUNK`. The last piece is longer, not shorter: it should hold a readable image."""
-    piece: list[StreamRow] = []
-    for row in rows:
-        piece.append(row)
-        if len(piece) == 2 * _CHUNK:
-            yield piece[:_CHUNK]
-            piece = piece[_CHUNK:]
-    if piece:
-        yield piece
+    Raises:
+        UnreadableImageError: the image cannot be decoded.
+        OSError: the file that the row names cannot be read.
+    """
+    gray = decode_gray(read_cell(row.cell, stream.folder), row.name)
+    square = gray if gray.size == (stream.size, stream.size) else fit_square_gray(gray, stream.size, stream.fit)
+    return torch.from_numpy(np.array(square, dtype=np.uint8))[None]
 
 
 class StreamBatches(GlobalBatches):
-    """Gives images and numbers of every batch of an epoch of a stream.
+    """Gives images and numbers of this process's share of every batch of an epoch of a stream.
 
-    Shuffle the shards by (seed, epoch), divide them among processes and workers, and read ten at a time into a buffer
-    from which rows are drawn. If the shards cannot be divided evenly, each process reads all and takes every n-th row.
-    An epoch has `num_images // batch_size` steps in every process, so no process waits for another in vain. If its rows
-    end earlier, a process reads them once more in another order. Rows that are left at the end are dropped.
+    The batch of step t holds the positions t·B to t·B + B - 1 of the stream's order (see `lanes`); process r of W takes
+    every W-th of them, beginning with number r. An epoch has `num_images // batch_size` steps. If a lane ends earlier,
+    it goes on with other rows. Rows that are left at the end wait for another epoch.
+
+    If the number of processes times that of workers divides the lanes, each row is read once. Otherwise several readers
+    read the same lanes, and each decodes its own images.
 
     Args:
         stream: the data.
         batch_size, seed, rank, num_processes: see `GlobalBatches`.
-        num_workers: number of processes that read and decode. The order depends on it.
-        shuffle_buffer: number of undecoded rows from which the next is drawn; the workers of a process share it.
+        num_workers: number of processes that read and decode. Fewer are started if they would share too few lanes.
+        shuffle_buffer: number of undecoded rows that a process holds at most. All lanes share it.
 
     Raises:
         UserError: the batch is larger than the data, or the processes cannot share it evenly. In an epoch: too many
@@ -298,67 +332,45 @@ class StreamBatches(GlobalBatches):
     ) -> None:
         super().__init__(stream.num_images, batch_size, seed, rank, num_processes)
         check_least(1, shuffle_buffer=shuffle_buffer)
-        self.stream = stream
-        shards = split_dataset_by_node(stream.rows, rank, num_processes).num_shards
-        self.num_workers = min(num_workers, shards)
-        self.shuffle_buffer = max(1, shuffle_buffer // max(1, self.num_workers))
-        self.unreadable: set[int] = set()  # numbers of samples
+        self.stream, lanes = stream, stream.shards.lanes
+        # A worker reads one of so many lanes as W·K and the lanes have for their greatest common divisor. All workers
+        # of a process together hold no more than the buffer if that is K or more.
+        self.num_workers = max(k for k in range(min(num_workers, lanes) + 1) if gcd(lanes, num_processes * k) >= k)
+        self.lane_buffer = max(1, shuffle_buffer // lanes)
+        self.unreadable: set[int] = set()  # places of samples
         # Unreadable images that a process leaves out before it gives up
         self.most_unreadable = max(FEW_UNREADABLE, int(MAX_UNREADABLE * (stream.num_images // num_processes)))
 
+    def places(self, step: int, worker: int) -> slice:
+        """The places in this process's share of a batch that a worker fills."""
+        workers = max(1, self.num_workers)
+        return slice((worker - step * self.share) % workers, None, workers)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images, uint8 [B, 1, S, S], and the numbers of the samples, int64 [B]."""
-        steps = len(self) - self.first_step
-        size = self.stream.size
-        squares, numbers = torch.empty(0, 1, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-        for more_squares, more_numbers in self._samples_behind(self.first_step * self.share) if steps else ():
-            squares, numbers = torch.cat([squares, more_squares]), torch.cat([numbers, more_numbers])
-            while len(numbers) >= self.share:
-                yield squares[: self.share], numbers[: self.share]
-                squares, numbers = squares[self.share :], numbers[self.share :]
-                steps -= 1
-                if not steps:
-                    return
-
-    def _samples_behind(self, seen: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield squares and numbers, more than enough, beginning after the first `seen` samples of the epoch."""
-        for turn in range(MAX_READINGS):
-            found = 0
-            for numbers, squares, unreadable in self._read(turn, seen):
-                found += len(numbers)
-                self._check(len(numbers), unreadable)
-                skip = min(seen, len(numbers))
-                seen -= skip
-                if skip < len(numbers):
-                    assert squares is not None
-                    yield squares[skip:], numbers[skip:] + (turn << PLACE_BITS)
-            if not found:
-                break
-        raise UserError(f"num_images={self.num_images} found; process {self.rank} reads far fewer, or none")
-
-    def _read(self, turn: int, seen: int) -> Iterable[Chunk]:
-        """Read the rows of this process once, in an order that depends on how often it read them before (`turn`).
-
-        The first `seen` samples are not needed.
-        """
-        words = np.random.SeedSequence([self.seed, self.epoch, turn]).generate_state(2, np.uint32)
-        rows = self.stream.rows.shuffle(seed=int(words[0]) << 32 | int(words[1]), buffer_size=self.shuffle_buffer)
-        rows = split_dataset_by_node(rows, self.rank, self.num_processes)
-        # The chunks of the workers come in turns. The last ones may be longer, hence one less.
-        undecoded = max(0, seen // (_CHUNK * max(1, self.num_workers)) - 1)
-        chunks = _Chunks(rows, self.stream, undecoded)
         options = {"num_workers": self.num_workers, "worker_init_fn": leave_signals_to_the_main_process}
-        return DataLoader(chunks, batch_size=None, **options)
+        parts = iter(DataLoader(_Reader(self), batch_size=None, **options))  # of the workers in turns
+        for step in range(self.first_step, len(self)):
+            squares = torch.empty(self.share, 1, self.stream.size, self.stream.size, dtype=torch.uint8)
+            numbers = torch.empty(self.share, dtype=torch.int64)
+            for worker in range(max(1, self.num_workers)):
+                part = next(parts)
+                if isinstance(part, UserError):
+                    raise part
+                self._check(part.unreadable)
+                places = self.places(step, worker)
+                squares[places], numbers[places] = part.squares, part.numbers
+            yield squares, numbers
 
-    def _check(self, count: int, unreadable: list[tuple[int, str]]) -> None:
-        """Warn once of each unreadable sample. Raise an error for too many, or for a chunk with no other."""
+    def _check(self, unreadable: list[tuple[int, str]]) -> None:
+        """Warn once of each unreadable sample. Raise an error for too many."""
         for number, reason in unreadable:
-            if number not in self.unreadable:
-                self.unreadable.add(number)
+            place = number % (1 << PLACE_BITS)
+            if place not in self.unreadable:
+                self.unreadable.add(place)
                 logger.warning("left out %s", reason)
-        images = self.num_images // self.num_processes
-        if len(self.unreadable) > self.most_unreadable or 0 < len(unreadable) == count:
+        if len(self.unreadable) > self.most_unreadable:
             raise UserError(
-                f"{len(self.unreadable)} images of {images} cannot be read, such as "
+                f"{len(self.unreadable)} images of {self.num_images // self.num_processes} cannot be read, such as "
                 f"{some((reason for _, reason in unreadable), 3)}; expected at most {self.most_unreadable}"
             )
