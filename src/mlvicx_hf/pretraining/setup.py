@@ -224,6 +224,8 @@ def _load_data(
                 f"a stream leaves out up to {reader.most_unreadable} unreadable images a process; more end the run",
                 flush=True,
             )
+            if stream.shards.lengths is None:
+                print("rows of each file not known: in an epoch some images come twice, and others wait", flush=True)
     else:
         images, manifest, left_out = _load_images(data)
         patients = images["patient_id"][:] if data.patient_balanced else None
