@@ -684,6 +684,18 @@ def test_a_stream_goes_on_with_other_workers_but_not_in_another_order(mixed: Pat
         start(mixed, output, *flags, "--resume", "--shuffle_buffer", 9)
 
 
+def test_a_stream_whose_files_do_not_tell_their_rows_says_what_follows(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        Image.new("L", (32, 32), 9 * number).save(tmp_path / "images" / f"{number}.png")
+    said = "rows of each file not known: in an epoch some images come twice, and others wait"
+    for dataset, count in ((tmp_path / "images", 1), (mixed, 0)):
+        start(dataset, tmp_path / "run", "--streaming", "--num_images", 8, "--cache_size", 32)
+        assert capsys.readouterr().out.splitlines().count(said) == count
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_checkpoints_from_before_streams_had_one_order(
     mixed: Path, tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture

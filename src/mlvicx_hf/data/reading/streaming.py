@@ -257,7 +257,8 @@ class _Reader(IterableDataset[Samples | UserError]):
 
     def _read(self, step: int, worker: int) -> Samples:
         batches, size = self.batches, self.batches.stream.size
-        squares, numbers, unreadable = [torch.empty(0, 1, size, size, dtype=torch.uint8)], [], []
+        squares, numbers = [torch.empty(0, 1, size, size, dtype=torch.uint8)], []
+        unreadable: list[tuple[int, str]] = []
         for place in range(batches.share)[batches.places(step, worker)]:
             position = step * batches.batch_size + batches.rank + batches.num_processes * place
             place_in_lane, number = divmod(position, batches.stream.shards.lanes)
@@ -348,8 +349,14 @@ class StreamBatches(GlobalBatches):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images, uint8 [B, 1, S, S], and the numbers of the samples, int64 [B]."""
-        options = {"num_workers": self.num_workers, "worker_init_fn": leave_signals_to_the_main_process}
-        parts = iter(DataLoader(_Reader(self), batch_size=None, **options))  # of the workers in turns
+        parts = iter(  # of the workers in turns
+            DataLoader(
+                _Reader(self),
+                batch_size=None,
+                num_workers=self.num_workers,
+                worker_init_fn=leave_signals_to_the_main_process,
+            )
+        )
         for step in range(self.first_step, len(self)):
             squares = torch.empty(self.share, 1, self.stream.size, self.stream.size, dtype=torch.uint8)
             numbers = torch.empty(self.share, dtype=torch.int64)
