@@ -98,7 +98,7 @@ def test_one_process_then_two_then_one_see_what_one_sees(tmp_path: Path, caplog:
         assert last.keys() == set(range(TO_ONE, STEPS))
         for step, seen in last.items():
             assert all(torch.equal(a, b) for a, b in zip(seen, expected[step], strict=True))
-    assert sum(message.endswith("processes was 2, now 1") for message in caplog.messages) == len(RUNS)
+    assert sum("processes was 2, now 1" in message for message in caplog.messages) == len(RUNS)
 
     # Bits depend on where the number of processes changed, not on workers, nor on what came in between.
     assert_same_bits(tmp_path / "norms", tmp_path / "again")
