@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlvicx_hf.data.collections.base import Drawing, Record
-from mlvicx_hf.data.images.encoding import make_picture
+from mlvicx_hf.data.collections.base import Box, Drawing, Record
+from mlvicx_hf.data.images.encoding import encode_png, make_picture
+from mlvicx_hf.data.images.pixels import HALVED_REDUCTION, fit_square_gray
+from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
 UPRIGHT = np.zeros((20, 30), np.uint8)  # of the mask
 UPRIGHT[:5, 10:] = 1
@@ -65,3 +67,51 @@ def test_a_drawing_gives_image_and_mask():
 def test_a_record_without_pixels_is_a_bug():
     with pytest.raises(ValueError, match="a: neither a file nor a drawing found"):
         make_picture(Record("a", "p"), 8, "pad")
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (61, 47), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [NOISE, NOISE[:1], NOISE[:, :1], NOISE[:1, :1], NOISE * 0, NOISE * 0 + 255, np.tile(NOISE, (9, 9))],
+    ids=["noise", "row", "column", "pixel", "black", "white", "large"],
+)
+def test_png_is_lossless_and_valid(pixels: np.ndarray):
+    png = encode_png(Image.fromarray(pixels))
+    Image.open(io.BytesIO(png)).verify()  # the check sums of all chunks
+    image = Image.open(io.BytesIO(png))
+    assert (image.format, image.mode) == ("PNG", "L")
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_png_is_compressed():
+    square = Image.fromarray(draw_phantom(0, size=256).image)
+    buffer = io.BytesIO()
+    square.save(buffer, "PNG")
+    assert len(encode_png(square)) < 1.3 * len(buffer.getvalue()) < 0.7 * 256**2
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash", "crop"])
+def test_the_square_of_a_large_8_bit_png_has_the_very_pixels_of_one_resize(tmp_path: Path, fit: str):
+    drawn = Image.fromarray(draw_phantom(1, size=700).image[:500])
+    drawn.save(tmp_path / "a.png")
+    picture = make_picture(Record("a.png", "p", path=tmp_path / "a.png"), 32, fit)
+    square = np.asarray(Image.open(io.BytesIO(picture.png)))
+    assert np.array_equal(square, np.asarray(fit_square_gray(drawn, 32, fit)))
+
+
+def test_size_mask_and_boxes_of_a_halved_jpeg_are_those_of_the_file(tmp_path: Path):
+    side = 2 * HALVED_REDUCTION * 32
+    shape = np.zeros((side - 40, side), np.uint8)
+    shape[100:200, 40:240] = 1
+    Image.fromarray(shape * 200).save(tmp_path / "a.jpg", quality=95)
+    Image.fromarray(shape).save(tmp_path / "m.png")
+    box = Box("disc", 40, 100, 240, 200)
+    record = Record("a.jpg", "p", path=tmp_path / "a.jpg", mask_path=tmp_path / "m.png", boxes=(box,))
+    picture = make_picture(record, 32, "pad", ("disc",))
+    assert picture.reason == ""
+    assert (picture.width, picture.height) == (side, side - 40)
+    image, mask = (np.asarray(Image.open(io.BytesIO(png))) for png in (picture.png, picture.mask.png))
+    assert ((image > 100) == (mask == 1)).mean() > 0.99
+    assert picture.boxes == (Box("disc", 4, 12, 24, 22),)

@@ -5,10 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mlvicx_hf.data.images.errors import UnreadableImageError
-from mlvicx_hf.data.images.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES, _unit, fit_square_gray, read_gray
+from mlvicx_hf.data.images.pixels import (
+    DICOM_SUFFIXES,
+    HALVED_REDUCTION,
+    IMAGE_SUFFIXES,
+    _unit,
+    decode_gray,
+    fit_square_gray,
+    original_size,
+    read_gray,
+)
+from mlvicx_hf.data.synthetic.phantom import draw_phantom
 from mlvicx_hf.models.image_processing_mlvicx import FITS, fit_square, to_unit_gray
 
 HEIGHT, WIDTH = 24, 40
@@ -265,6 +275,73 @@ def test_decompression_bombs_are_refused_whether_pillow_warns_or_raises(tmp_path
 def test_a_file_that_is_not_there_is_no_unreadable_image(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         read_gray(tmp_path / "none.png")
+
+
+SIDE = 64  # of the squares to which large JPEG files are padded
+LARGE = 2 * HALVED_REDUCTION * SIDE  # the least side that is halved
+
+
+def film(width: int, height: int, patient: int = 0) -> Image.Image:
+    """A synthetic radiograph of this size, as blurred as a scanned film."""
+    drawn = Image.fromarray(draw_phantom(patient, size=max(width, height) // 2).image)
+    return drawn.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("patient", range(4))
+@pytest.mark.parametrize("quality", [75, 95])
+def test_a_large_jpeg_is_halved_while_it_is_decoded_and_gives_the_same_square(
+    tmp_path: Path, patient: int, quality: int
+):
+    path = save(tmp_path / "film.jpg", film(LARGE, LARGE - 90, patient), quality=quality)
+    halved = decode_gray(path.read_bytes(), path, padded_to=SIDE)
+    assert halved.size == (LARGE // 2, LARGE // 2 - 45)
+    assert original_size(halved) == read_gray(path).size == (LARGE, LARGE - 90)
+    squares = [np.asarray(fit_square_gray(gray, SIDE)).astype(int) for gray in (halved, read_gray(path))]
+    difference = np.abs(squares[0] - squares[1])
+    assert 0 < difference.mean() < 0.15
+    assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["smaller", "odd width", "odd height", "colour", "PNG", "not padded"])
+def test_other_files_are_decoded_whole(tmp_path: Path, kind: str):
+    width, height = {"smaller": (LARGE - 2, 80), "odd width": (LARGE + 1, 80), "odd height": (LARGE, 81)}.get(
+        kind, (LARGE, 80)
+    )
+    image = film(width, height)
+    path = save(
+        tmp_path / "film", image.convert("RGB") if kind == "colour" else image, "PNG" if kind == "PNG" else "JPEG"
+    )
+    gray = decode_gray(path.read_bytes(), path, padded_to=None if kind == "not padded" else SIDE)
+    assert gray.size == original_size(gray) == (width, height)
+    assert np.array_equal(np.asarray(gray), np.asarray(read_gray(path)))
+
+
+def test_exif_orientation_is_applied_to_a_halved_jpeg(tmp_path: Path):
+    values = np.zeros((80, LARGE), np.uint8)
+    values[:40, : LARGE // 2] = 200  # upper left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    path = save(tmp_path / "turned.jpg", values, exif=exif)
+    gray = decode_gray(path.read_bytes(), path, padded_to=SIDE)
+    assert gray.size == (40, LARGE // 2)
+    assert original_size(gray) == (80, LARGE)
+    assert np.asarray(gray)[: LARGE // 4, 20:].mean() > 180  # upper right
+
+
+def test_a_truncated_large_jpeg_is_refused(tmp_path: Path):
+    path = save(tmp_path / "cut.jpg", film(LARGE, LARGE))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UnreadableImageError, match=r"cut\.jpg: damaged or unsupported"):
+        decode_gray(path.read_bytes(), path, padded_to=SIDE)
+
+
+@pytest.mark.parametrize("key", ["note", "original_size"])
+def test_text_in_a_file_is_not_taken_for_what_the_decoder_says(tmp_path: Path, key: str):
+    text = PngImagePlugin.PngInfo()
+    text.add_text(key, "Jane Doe")
+    gray = read_gray(save(tmp_path / "text.png", ramp(255), pnginfo=text))
+    assert original_size(gray) == (WIDTH, HEIGHT)
+    assert "Jane Doe" not in gray.info.values()
 
 
 @pytest.mark.parametrize("fit", FITS)

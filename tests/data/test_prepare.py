@@ -3,6 +3,8 @@ import fcntl
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -135,6 +137,31 @@ def test_two_workers_make_the_same_cache_as_none(root: Path, tmp_path: Path, mas
     first, second = load_cache(tmp_path / "one"), load_cache(tmp_path / "two")
     for split in first.datasets:
         assert first.datasets[split]._fingerprint == second.datasets[split]._fingerprint
+
+
+WORKER = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from mlvicx_hf.data.cache import shards
+from mlvicx_hf.data.collections.base import Record
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, mp_context=shards._context(), initializer=shards.start_worker) as pool:
+        picture = pool.submit(shards.make_picture, Record("a.png", "p", path=Path(sys.argv[1])), 32, "pad").result()
+        print(picture.width, *pool.submit(eval, "sorted(__import__('sys').modules)").result())
+"""
+
+
+def test_workers_import_no_large_library(root: Path, tmp_path: Path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    words = [sys.executable, str(script), str(root / "0_0.png")]
+    width, *modules = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    assert width == "50"
+    assert {"mlvicx_hf.data.images.encoding", "PIL.Image"} <= set(modules)
+    assert not {"torch", "transformers", "datasets", "pandas", "scipy", "sklearn", "matplotlib"} & set(modules)
 
 
 def test_seeds_change_the_division_and_its_hash_but_not_the_images(root: Path, tmp_path: Path):

@@ -17,9 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.collections.base import Record
+from mlvicx_hf.data.images.encoding import make_picture
+from mlvicx_hf.data.images.pixels import HALVED_REDUCTION
 from mlvicx_hf.data.reading import streaming
 from mlvicx_hf.data.reading.lanes import LANES, PLACE_BITS, ROW_BITS, StreamRow
 from mlvicx_hf.data.reading.streaming import Stream, StreamBatches, decode_square, open_stream
+from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
 SIDE = 8
 SHARDS = (30, 9, 41, 20)  # images of each
@@ -347,6 +351,17 @@ def test_what_takes_the_place_of_an_unreadable_one_is_the_next_of_its_lane(tmp_p
     late = open_stream(str(write_shards(tmp_path / "late", (6,), spoil=(5,))), size=SIDE)
     ((squares, _),) = run(StreamBatches(late, 6, 0, shuffle_buffer=1))
     assert squares[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 0]  # the first one of the next reading
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash", "crop"])
+def test_a_large_jpeg_becomes_the_square_of_a_cache(stream: Stream, fit: str):
+    buffer = io.BytesIO()
+    drawn = Image.fromarray(draw_phantom(0, size=256).image)
+    drawn.resize((2 * HALVED_REDUCTION * SIDE * 3, 200), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    content = buffer.getvalue()
+    square = decode_square(StreamRow(0, "a", {"bytes": content, "path": None}), replace(stream, fit=fit))
+    picture = make_picture(Record("a", "p", load=lambda: content), SIDE, fit)
+    assert np.array_equal(square[0], np.asarray(Image.open(io.BytesIO(picture.png))))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ This finds copies that were saved again, scaled, windowed or marked. It does not
 inverted, turned by 3 degrees, or cropped or framed by 2 % on every side, nor copies whose squares were made in another
 way (one padded, one squashed). Chest radiographs look alike: hashes alone would take different patients for copies.
 An image without contrast or texture is no copy of anything: such images look alike, whatever film they are of.
+
+Functions import SciPy where they need it: the workers that hash images do not, and it takes a second.
 """
 
 from __future__ import annotations
@@ -17,9 +19,6 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy.ndimage import gaussian_filter
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import progress_bar
@@ -212,6 +211,8 @@ def _detail_of_film(gray: Image.Image) -> npt.NDArray[np.float16] | None:
 
 
 def _detail(gray: Image.Image) -> npt.NDArray[np.float16]:
+    from scipy.ndimage import gaussian_filter
+
     pixels = _thumbnail(gray).astype(np.float32)
     detail = pixels - gaussian_filter(pixels, 2)
     local = np.sqrt(gaussian_filter(detail**2, 2)) + 3  # 3 of 255: noise stays small
@@ -233,6 +234,9 @@ def _normalize(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def groups(pairs: Iterable[Pair]) -> list[list[int]]:
     """Group indices that pairs join, directly or through others. Sort each group, and the groups by their first."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     edges = np.array([pair[:2] for pair in pairs], dtype=int).reshape(-1, 2)
     size = int(edges.max(initial=-1)) + 1
     table = coo_array((np.ones(len(edges), dtype=bool), (edges[:, 0], edges[:, 1])), shape=(size, size))

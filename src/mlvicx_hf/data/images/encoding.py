@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,11 @@ from ..collections.base import Box, Record
 from ..copies.duplicates import is_flat, perceptual_hash
 from ..masks import Mask, class_indices, decode_mask, encode_mask
 from .errors import UnreadableImageError
-from .pixels import decode_gray, fit_square_gray, read_content
+from .pixels import decode_gray, fit_square_gray, original_size, read_content
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_EIGHT_BIT_GRAY = (8, 0, 0, 0, 0)  # end of the PNG header: depth, colour type, compression, filters, not interlaced
+_UP = 2  # PNG filter: difference to the pixel above
 
 
 @dataclass(frozen=True)
@@ -52,32 +56,54 @@ def make_picture(
             content, gray = pixels.tobytes(), Image.fromarray(pixels)
         else:
             content = _read(record) if content is None else content
-            gray = decode_gray(content, record.name)
+            gray = decode_gray(content, record.name, padded_to=size if fit == "pad" else None)
     except (UnreadableImageError, OSError) as error:
         return Picture(reason=_reason(error))
     except MemoryError:
         return Picture(reason="needs more memory than there is")
+    original = original_size(gray)
     try:
-        mask = _make_mask(record, drawn, gray.size, size, fit, mask_names) if mask_names else None
+        mask = _make_mask(record, drawn, original, size, fit, mask_names) if mask_names else None
     except (UnreadableImageError, OSError) as error:
         return Picture(reason=f"mask {record.mask_path.name if record.mask_path else 'drawn'}: {_reason(error)}")
     square = fit_square_gray(gray, size, fit)
-    buffer = io.BytesIO()
-    square.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # 4 times faster than level 6, no larger
     boxes = None
     if record.boxes is not None:
-        fitted = (fit_box(box, record.frame or gray.size, size, fit) for box in record.boxes)
+        fitted = (fit_box(box, record.frame or original, size, fit) for box in record.boxes)
         boxes = tuple(box for box in fitted if box is not None)
     digest = hashlib.sha256(content).hexdigest()
     return Picture(
-        buffer.getvalue(),
+        encode_png(square),
         digest,
         perceptual_hash(square),
-        *gray.size,
+        *original,
         mask,
         boxes,
         note=gray.info.get("note", ""),
         flat=is_flat(square),
+    )
+
+
+def encode_png(gray: Image.Image) -> bytes:
+    """Encode a picture of mode "L" as PNG, without loss, and faster than Pillow does.
+
+    Pillow tries five filters on every row and keeps the best. Here every row holds its difference to the row above.
+    """
+    pixels = np.asarray(gray)  # [H, W]
+    height, width = pixels.shape
+    rows = np.empty((height, 1 + width), np.uint8)
+    rows[:, 0] = _UP
+    rows[0, 1:] = pixels[0]  # above it are zeros
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])  # modulo 256, as the format wants it
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+    chunks = (
+        (b"IHDR", struct.pack(">II5B", width, height, *_EIGHT_BIT_GRAY)),
+        (b"IDAT", packer.compress(rows) + packer.flush()),
+        (b"IEND", b""),
+    )
+    checked = ((kind + content, len(content)) for kind, content in chunks)
+    return _SIGNATURE + b"".join(
+        struct.pack(">I", length) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk, length in checked
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
@@ -42,6 +42,11 @@ for _prefix, _order in ((b"II", ""), (b"MM", "B")):
         TiffImagePlugin.OPEN_INFO.setdefault((_prefix, _white, (3,), 1, (64,), ()), ("F", f"F;64{_order}F"))
 
 CACHE_MARK = "cache.json"  # a folder with this file is a prepared cache
+# A JPEG file is decoded at half its size if the half is still so many times as large as the square. Measured on squares
+# of 131 radiographs as large as scanned films: 129 differ by 1 grey level at most, 2 by 2 levels in up to 0.01 % of
+# their pixels. With 4 instead of 5 one in three differs by 2 levels somewhere, with 2 nearly all, by up to 8 levels.
+HALVED_REDUCTION = 5
+_ORIGINAL_SIZE = "original_size"  # key of `Image.info`
 MAX_BYTES = 2**30  # of a file: three times the size of the largest uncompressed image that Pillow accepts
 # Tags of TIFF
 _PHOTOMETRIC = 262  # 0 means that small values are white
@@ -155,13 +160,20 @@ def read_content(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def decode_gray(data: bytes, file: str | Path) -> Image.Image:
-    """Do what `read_gray` does, with a file's content. `file` is its name in error messages."""
+def decode_gray(data: bytes, file: str | Path, *, padded_to: int | None = None) -> Image.Image:
+    """Do what `read_gray` does, with a file's content.
+
+    Args:
+        data: the content.
+        file: its name in error messages.
+        padded_to: side of the square to which the caller pads the picture. If it is given, a large grey JPEG file is
+            decoded at half its size, which is faster: see `HALVED_REDUCTION`. `original_size` tells its true size.
+    """
     if is_dicom(data):
         from .dicom import decode_dicom
 
         return decode_dicom(data, file)
-    image = decode(data, file)
+    image = decode(data, file, padded_to=padded_to)
     try:
         return _gray(image)
     except UserError as error:
@@ -184,13 +196,22 @@ def is_dicom(data: bytes) -> bool:
     return data[:2] in (b"\2\0", b"\x08\0") and len(data) > 8 and (explicit or (length < 1024 and length % 2 == 0))
 
 
-def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def original_size(gray: Image.Image) -> tuple[int, int]:
+    """Tell the width and height that the upright image has in its file, also after `decode_gray` halved it."""
+    size: tuple[int, int] = gray.info.get(_ORIGINAL_SIZE, gray.size)
+    return size
+
+
+def decode(
+    data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS, *, padded_to: int | None = None
+) -> Image.Image:
     """Decode a file's content without changing its mode, and turn it upright as EXIF says.
 
     Args:
         data: the content.
         file: its name in error messages.
         formats: the formats of Pillow to try.
+        padded_to: see `decode_gray`.
 
     Raises:
         UnreadableImageError: the content is truncated, empty, no image, or suspiciously large.
@@ -205,7 +226,7 @@ def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) ->
         )  # it logs errors without the file's name, and raises them too
         tiff.disabled = True
         try:
-            return _load(data, formats)
+            return _load(data, formats, padded_to)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UnreadableImageError(file, f"suspiciously large (decompression bomb?): {error}") from error
         except UnidentifiedImageError as error:
@@ -219,22 +240,43 @@ def decode(data: bytes, file: str | Path, formats: tuple[str, ...] = FORMATS) ->
             tiff.disabled = False
 
 
-def _load(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+def _load(data: bytes, formats: tuple[str, ...], padded_to: int | None) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=formats)
+    halved = padded_to is not None and _halve(image, padded_to)
     deep_colour = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
     if not isinstance(image.info.get("xmp", b""), bytes):  # a damaged tag
         del image.info["xmp"]
     image.load()
     image.getexif()  # holds the orientation; the bytes are dropped, since a damaged tag cannot be written back
-    for name in ("exif", "Raw profile type exif"):
+    for name in (
+        "exif",
+        "Raw profile type exif",
+        "note",
+    ):  # "note" is what `decode_dicom` has to say, not a file's text
         image.info.pop(name, None)
     ImageOps.exif_transpose(image, in_place=True)
+    image.info[_ORIGINAL_SIZE] = (2 * image.width, 2 * image.height) if halved else image.size
     if deep_colour and np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max() < 64:
         # Pillow keeps the high byte. If only 14 bits or fewer are used, next to nothing is left in it.
         raise UserError(
             "16 bits a channel of which 14 or fewer are used; expected such depth in one-channel files only"
         )
     return image
+
+
+def _halve(image: ImageFile.ImageFile, padded_to: int) -> bool:
+    """Let libjpeg decode a large grey JPEG file at half its size, where the padded square stays nearly the same.
+
+    The half of an odd side would shift the square. Return whether the file is decoded in this way.
+    """
+    width, height = image.size
+    if image.format != "JPEG" or image.mode != "L" or width % 2 or height % 2:
+        return False
+    if max(image.size) < 2 * HALVED_REDUCTION * padded_to:
+        return False
+    image.draft("L", (width // 2, height // 2))
+    assert image.size == (width // 2, height // 2)
+    return True
 
 
 def _gray(image: Image.Image) -> Image.Image:

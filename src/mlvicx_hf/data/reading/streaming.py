@@ -295,7 +295,8 @@ def decode_square(row: StreamRow, stream: Stream) -> Tensor:
         UnreadableImageError: the image cannot be decoded.
         OSError: the file that the row names cannot be read.
     """
-    gray = decode_gray(read_cell(row.cell, stream.folder), row.name)
+    content = read_cell(row.cell, stream.folder)
+    gray = decode_gray(content, row.name, padded_to=stream.size if stream.fit == "pad" else None)
     square = gray if gray.size == (stream.size, stream.size) else fit_square_gray(gray, stream.size, stream.fit)
     return torch.from_numpy(np.array(square, dtype=np.uint8))[None]
 
