@@ -168,9 +168,10 @@ def _data_hash(images: PreparedParts) -> str:
     """Hash the images and their masks. Order and splits do not change the hash."""
     lines = []
     for split, part in images.parts.items():
+        masked = "mask" in part.features  # `features` copies itself: not once an image
         for image, mask in zip(column(part, "sha256"), images.masks[split], strict=True):
             known = "" if mask is None else mask["sha256"]
-            lines.append(f"{image}\t{known}" if "mask" in part.features else image)
+            lines.append(f"{image}\t{known}" if masked else image)
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -82,7 +82,9 @@ def choose_dropped(parts: Mapping[str, Any], duplicates: Sequence[Duplicate], dr
     Keep an image of the test split, or else one of validation, or else one of train; among these keep the first.
     `drop` is "none", "identical" or "near" (which includes identical images).
     """
-    kinds = {"none": (), "identical": ("identical",), "near": ("identical", "near")}[drop]
+    if drop == "none":
+        return {}
+    kinds = {"identical": ("identical",), "near": ("identical", "near")}[drop]
     places = _places(parts)
     number = {(place.split, place.source): index for index, place in enumerate(places)}
     pairs, kind_of = [], {}
