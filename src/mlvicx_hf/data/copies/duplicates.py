@@ -85,9 +85,10 @@ def near_pairs(
     show = progress and max(len(rows), len(columns)) >= MANY
     with progress_bar(len(rows), "comparing", "img", show=show) as bar:
         for top in range(0, len(rows), _BLOCK):
-            block = rows[top : top + _BLOCK]
+            block = rows[top : top + _BLOCK].astype(np.float32)
             for left in range(top if others is None else 0, len(columns), _BLOCK):
-                agreement = block @ columns[left : left + _BLOCK].T  # [B, B]: whole numbers, so float32 is exact
+                other = columns[left : left + _BLOCK].astype(np.float32)
+                agreement = block @ other.T  # [B, B]: whole numbers, so float32 is exact
                 near = np.argwhere(agreement >= BITS - 2 * max_distance)
                 if others is None and left == top:
                     near = near[near[:, 0] < near[:, 1]]
@@ -98,13 +99,13 @@ def near_pairs(
     return sorted(found)
 
 
-def _signs(hashes: Sequence[str]) -> npt.NDArray[np.float32]:
+def _signs(hashes: Sequence[str]) -> npt.NDArray[np.int8]:
     """Turn bits into -1 and 1, [N, 256]. The product of two rows is 256 minus twice their distance."""
     for number, text in enumerate(hashes):
         if not HEXADECIMAL.fullmatch(text):
             raise UserError(f"hash {number}: {text!r} found; expected {BITS // 4} hexadecimal characters")
     data = np.frombuffer(bytes.fromhex("".join(hashes)), dtype=np.uint8).reshape(-1, BITS // 8)
-    return np.unpackbits(data, axis=1).astype(np.float32) * 2 - 1
+    return np.unpackbits(data, axis=1).astype(np.int8) * np.int8(2) - np.int8(1)
 
 
 def confirm(
