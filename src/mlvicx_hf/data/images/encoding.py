@@ -98,7 +98,7 @@ def encode_png(gray: Image.Image) -> bytes:
     packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     chunks = (
         (b"IHDR", struct.pack(">II5B", width, height, *_EIGHT_BIT_GRAY)),
-        (b"IDAT", packer.compress(rows) + packer.flush()),
+        (b"IDAT", packer.compress(rows.data) + packer.flush()),
         (b"IEND", b""),
     )
     checked = ((kind + content, len(content)) for kind, content in chunks)
