@@ -21,7 +21,7 @@ def test_as_a_command(run: Path, tmp_path: Path):
     words = ("--model", run, "--format", "hub", "--output", tmp_path / "encoder")
     done = mlvicx("export", *words)
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'encoder'}: config.json, configuration_mlvicx.py, " in done.stdout
+    assert f"{tmp_path / 'encoder'}: backbones_mlvicx.py, config.json, " in done.stdout
     assert AutoModel.from_pretrained(tmp_path / "encoder").config.architectures == ["MLVICXModel"]
     assert_users_error(mlvicx("export", *words), "encoder is there already")
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from crashing import draw, draw_and_abort
 from helpers import ROOT, environment
 from PIL import Image
 
@@ -29,7 +30,7 @@ from kills import KILLED, Forks
 from mlvicx_hf.data.cache.cache import cache_features
 from mlvicx_hf.data.cache.prepare import check_cache_output, partial_folder
 from mlvicx_hf.data.cache.shards import Making, Shard, is_made, make_shard, read_note, write_shards
-from mlvicx_hf.data.collections.base import Drawing, Record
+from mlvicx_hf.data.collections.base import Record
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
@@ -436,24 +437,14 @@ def test_killed_between_old_and_new_the_old_cache_comes_back(forks: Prepare):
 # -- workers that crash ------------------------------------------------------------------------------------------------
 
 
-def draw_gray() -> Drawing:
-    return Drawing(np.full((8, 8), 99, np.uint8))
-
-
-def crash() -> Drawing:
-    os.kill(os.getpid(), signal.SIGABRT)
-    return draw_gray()
-
-
-@pytest.mark.slow
 def test_a_shard_of_other_records_is_made_anew_also_after_a_crash(tmp_path: Path):
     making = Making(cache_features().arrow_schema, "listed", 8, "pad")
-    good, bad = Record("good", "p", draw=draw_gray), Record("bad", "p", draw=crash)
+    good, bad = Record("good", "p", draw=draw), Record("bad", "p", draw=draw_and_abort)
     crashing, changed = (
         Shard(tmp_path / "train" / "0.arrow", [good, bad]),
         Shard(tmp_path / "train" / "1.arrow", [good]),
     )
-    make_shard(Shard(changed.path, [Record("earlier", "p", draw=draw_gray)]), making)  # by an earlier run
+    make_shard(Shard(changed.path, [Record("earlier", "p", draw=draw)]), making)  # by an earlier run
     made = list(write_shards([crashing, changed], making, num_workers=1))
     assert sorted(shard.path.name for shard in made) == ["0.arrow", "1.arrow"]
     assert is_made(changed, making)

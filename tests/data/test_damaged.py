@@ -1,9 +1,7 @@
 """Files that are damaged, hostile or no images at all: each is read, or rejected for a reason."""
 
 import csv
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import pytest
+from crashing import CrashOnArrival, draw, draw_and_abort, draw_and_be_killed, draw_and_crash
 from damaged_files import DAMAGES, HEIGHT, WIDTH, damaged_files, kinds
 from dicom_files import dicom
 from helpers import ROOT, assert_users_error, environment, run_script
@@ -219,38 +218,6 @@ class Drawn(Collection):
 
     def read(self) -> Listing:
         return Listing([Record(f"{number:03}", "p", draw=draw) for number, draw in self.draws.items()])
-
-
-def draw() -> Drawing:
-    return Drawing(np.eye(8, dtype=np.uint8) * 99)
-
-
-def crash(number: signal.Signals) -> None:
-    assert multiprocessing.parent_process() is not None  # never the tests themselves
-    os.kill(os.getpid(), number)
-    time.sleep(60)
-
-
-def draw_and_crash() -> Drawing:
-    crash(signal.SIGSEGV)
-    return draw()
-
-
-def draw_and_abort() -> Drawing:
-    crash(signal.SIGABRT)
-    return draw()
-
-
-def draw_and_be_killed() -> Drawing:
-    crash(signal.SIGKILL)
-    return draw()
-
-
-class CrashOnArrival:
-    """A drawing that ends the worker before it can say what it is about to read."""
-
-    def __reduce__(self) -> tuple[Callable[[signal.Signals], None], tuple[signal.Signals]]:
-        return crash, (signal.SIGKILL,)
 
 
 def test_records_that_crash_their_worker_are_rejected_and_the_others_are_there(tmp_path: Path):

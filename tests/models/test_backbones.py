@@ -56,7 +56,8 @@ def test_without_context_the_maps_are_timms(backbone: str):
 @torch.no_grad()
 def test_layers_behind_a_refined_map_see_it(backbone: str, placement: str):
     model = MLVICXModel(config(backbone)).eval()
-    assert model.config.context_placement == placement
+    assert model.refines_between is (placement == "between")
+    assert model.config.context_placement == (None if model.is_plain else placement)
     x = torch.randn(2, 1, SIZE, SIZE)
     before = model.refined_maps(x)
     model.context[0].channel.weight.fill_(1.0)
@@ -94,7 +95,7 @@ def test_saved_and_loaded_and_inputs_that_are_not_square(backbone: str, tmp_path
     model = MLVICXForSemanticSegmentation(config(backbone, num_labels=2)).eval()
     model.save_pretrained(tmp_path)
     loaded = MLVICXForSemanticSegmentation.from_pretrained(tmp_path).eval()
-    assert loaded.config.context_placement == PLACEMENT[backbone]
+    assert loaded.mlvicx.refines_between is (PLACEMENT[backbone] == "between")
     for shape in ((SIZE, SIZE), (SIZE, 2 * SIZE)):
         x = torch.randn(1, 1, *shape)
         found = model(x).logits

@@ -15,7 +15,7 @@ from runs import assert_same_bits, lines, start, weights
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlvicx_hf.pretraining.batches import Batch
+from mlvicx_hf.pretraining.batches import PlannedBatch
 from mlvicx_hf.pretraining.loop import train
 
 STEPS, TO_TWO, TO_ONE = 8, 3, 6  # two epochs of four steps; where the number of processes changes
@@ -44,7 +44,7 @@ def go_on(folder: Path, name: str, workers: int, frozen: bool, *flags: object) -
         seen: Views = {}
         make_views = run.make_views
 
-        def remember(batch: Batch) -> tuple[Tensor, Tensor]:
+        def remember(batch: PlannedBatch) -> tuple[Tensor, Tensor]:
             views = make_views(batch)
             seen[run.step] = (batch.images, *views)
             return views
