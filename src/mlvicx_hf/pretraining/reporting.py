@@ -56,7 +56,7 @@ class Reporter:
                 self.watcher.resume(self.metrics)
             rate, batch = arguments.base_learning_rate, arguments.batch_size
             print(f"learning rate: peak {run.peak_rate:.6g} = base_learning_rate {rate:g} × batch {batch} / 256")
-            if run.warmup_steps >= run.total_steps:
+            if run.warmup_steps > run.total_steps:
                 print(
                     f"warm-up of {run.warmup_steps} steps (warmup_epochs {arguments.warmup_epochs:g}), but the run has "
                     f"{run.total_steps}: the rate only rises, to {run.total_steps / run.warmup_steps:.0%} of its peak"
