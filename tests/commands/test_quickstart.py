@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,7 +83,12 @@ def test_labelled_folder_gives_the_whole_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_folder_without_labels_gives_neighbours_and_keeps_the_last_report(tmp_path: Path) -> None:
+def test_folder_without_labels_gives_neighbours_and_keeps_the_last_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a plain `pip install`, without matplotlib."""
+    missing = "matplotlib", "matplotlib.figure"
+    monkeypatch.setattr("mlvicx_hf.common.errors.find_spec", lambda name: None if name in missing else find_spec(name))
     images = tmp_path / "images"
     images.mkdir()
     write_folder(images, labelled=False)
@@ -91,6 +97,8 @@ def test_folder_without_labels_gives_neighbours_and_keeps_the_last_report(tmp_pa
     (output / "mine.txt").write_text("kept")
     report = run_quickstart(images, output)
     assert "frozen" not in report
+    assert "loss" not in report
+    assert "loss.png" not in (output / "report.md").read_text()
     assert 1 <= report["rankme"]["value"] <= 40
     assert Image.open(output / report["neighbours"]).size[0] > 100
     assert (tmp_path / "report.previous" / "mine.txt").read_text() == "kept"

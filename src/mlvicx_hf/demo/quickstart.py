@@ -18,6 +18,7 @@ import torch
 from jinja2 import StrictUndefined, Template
 from transformers import AutoImageProcessor, AutoModel
 
+from mlvicx_hf.common.errors import MissingExtraError
 from mlvicx_hf.common.files import write_json
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import markdown_table, number
@@ -68,7 +69,7 @@ class Quickstart:
         self._pretrain(cache)
         self._say('3/4 Load the backbone: AutoModel.from_pretrained("' + str(self.model_folder) + '")')
         report = self._describe(cache)
-        self._pictures(cache)
+        report |= self._pictures(cache)
         if cache.label_names and all(split in cache.datasets for split in SPLITS):
             self._say("4/4 Classify held-out patients: pretrained against random weights")
             report |= self._classify()
@@ -127,12 +128,19 @@ class Quickstart:
             "code": code_version(),
         }
 
-    def _pictures(self, cache: Cache) -> None:
+    def _pictures(self, cache: Cache) -> dict[str, str]:
+        """Draw two views of some images, and the loss if matplotlib is installed. Return the picture of the loss."""
+        drawn = {}
         title = "synthetic radiographs" if self.images is None else self.images.name
-        plot_curves(self.model_folder / "metrics.jsonl", self.output / "loss.png", title, LOSS_AND_RANK)
+        try:
+            plot_curves(self.model_folder / "metrics.jsonl", self.output / "loss.png", title, LOSS_AND_RANK)
+            drawn["loss"] = "loss.png"
+        except MissingExtraError as error:  # the rest of the report does without
+            print(f"no loss.png: {error}", flush=True)
         train = cache.datasets["train"]
         samples = [train[i]["image"] for i in range(0, len(train), max(1, len(train) // 8))][:8]
         view_sheet(samples, TwoViewAugmentation(image_size=64), self.output / "views.png", self.seed)
+        return drawn
 
     def _classify(self) -> dict[str, Any]:
         report: dict[str, Any] = {}
