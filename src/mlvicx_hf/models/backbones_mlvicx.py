@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models import FeatureListNet
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from .configuration_mlvicx import MLVICXConfig, check_backbone, create_features, even_levels
@@ -48,15 +49,22 @@ def create_backbone(config: MLVICXConfig) -> Any:
 
 def _create(name: str, num_channels: int, image_size: int) -> Any:
     try:
-        with torch.device("meta"):
-            plain = create_features(name, in_chans=num_channels)
-        if is_plain(plain):
+        options = _options(name)
+        if options is None:
             return create_features(name, in_chans=num_channels)
-        options = even_levels(plain) | {"in_chans": num_channels}
-        return create_sized(lambda **sizes: create_features(name, **options, **sizes), image_size)[0]
+        make = functools.partial(create_features, name, in_chans=num_channels, **options)
+        return create_sized(make, image_size)[0]
     except (RuntimeError, AttributeError, AssertionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"backbone={name!r}: timm gives no features of it at {image_size} px: {reason}") from error
+
+
+@functools.cache
+def _options(name: str) -> dict[str, Any] | None:
+    """Options of a network that is no list of layers; None for one that is."""
+    with torch.device("meta"):
+        network = create_features(name)
+    return None if is_plain(network) else even_levels(network)
 
 
 def create_sized(make: Callable[..., Any], image_size: int) -> tuple[Any, dict[str, Any]]:
@@ -129,7 +137,7 @@ def _keep(calls: list[tuple[str, Any]], name: str, _: nn.Module, __: Any, output
 
 def named_layers(backbone: Any) -> dict[str, nn.Module]:
     """Layers of a backbone by the names that its levels use."""
-    inner = backbone.model if type(backbone).__name__ == "FeatureGetterNet" else backbone
+    inner = backbone.model if isinstance(backbone, FeatureGetterNet) else backbone
     layers = dict(inner.named_modules())
     return {name.replace("_", "."): layer for name, layer in layers.items()} | layers  # lists call "a.b" "a_b"
 
