@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import markdown_table
 from mlvicx_hf.objectives import Objective
 from mlvicx_hf.pretraining.arguments import DataArguments, ModelArguments, PretrainingArguments
-from mlvicx_hf.pretraining.optimizer import create_optimizer
+from mlvicx_hf.pretraining.optimizer import create_optimizer, set_learning_rate
 from mlvicx_hf.pretraining.setup import create_objective, set_up
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, ViewPlan, view_draws
 
@@ -45,6 +45,7 @@ from .pipeline import phantom_cache, pretraining_seconds
 from .timing import compare, spread
 from .training import Setting, training_step
 
+VICREG = ("lightly",) if find_spec("lightly") else ()  # the extra `benchmark` brings it
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
 
 
@@ -105,14 +106,14 @@ def _differ(one: tuple[float, Tensor], two: tuple[float, Tensor]) -> dict[str, f
 
 def check_against_cpu(plan: Plan) -> dict[str, Any]:
     """A float32 step on the device and on the CPU, without TF32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     cpu = torch.device("cpu")
     views = _views(plan, cpu)
     on_device = (views[0].to(plan.device), views[1].to(plan.device))
     theirs = _views(plan, plan.device)
-    found = _differ(
-        _loss_and_slopes(_objective(plan, cpu), views), _loss_and_slopes(_objective(plan, plan.device), on_device)
-    )
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # matrix products are in float32 anyway
+        found = _differ(
+            _loss_and_slopes(_objective(plan, cpu), views), _loss_and_slopes(_objective(plan, plan.device), on_device)
+        )
     found["views"] = max((one.cpu() - two).abs().max().item() for one, two in zip(theirs, views, strict=True))
     return found | {"passed": found["loss"] < 1e-4 and found["gradient"] < 1e-2 and found["views"] < 1e-3}
 
@@ -132,8 +133,7 @@ def _curve(plan: Plan, precision: str) -> list[float]:
     optimizer = create_optimizer(objective, arguments)
     losses = []
     for step in range(plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.02
+        set_learning_rate(optimizer, 0.02)
         half = torch.autocast(plan.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
         with half:
             loss = objective(*_views(plan, plan.device, step)).loss
@@ -155,7 +155,7 @@ def check_overflow(plan: Plan) -> dict[str, Any]:
     """In fp16, a step whose gradients overflow moves no weight and halves the scale; the next steps move them."""
     objective = _objective(plan, plan.device)
     optimizer = create_optimizer(objective, PretrainingArguments(output_dir="none"))
-    optimizer.param_groups[0]["lr"] = 0.02
+    set_learning_rate(optimizer, 0.02)
     scaler = torch.amp.GradScaler(plan.device.type, init_scale=2.0**40)
     start = next(objective.parameters()).detach().clone()
     scales, moved = [], []
@@ -237,7 +237,7 @@ def time_steps(plan: Plan, compiled: bool) -> list[dict[str, Any]]:
     for backbone in plan.backbones[: 1 if compiled else None]:
         for batch in plan.batch_sizes[: 2 if compiled else None]:
             setting = Setting(backbone, plan.image_size, batch, plan.device, half=True)
-            names = ("bare", "compiled") if compiled else ("bare", "eager")
+            names = ("bare", "compiled") if compiled else ("bare", "eager", *VICREG)
             rows += _time_candidates(plan, setting, names)
     return rows
 
@@ -344,7 +344,6 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a toy network, few steps")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART")
     words = parser.parse_args()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device(words.device)
     report: dict[str, Any] = {"hardware": describe_hardware(device), "code": code_version(), "parts": {}}
     words.output.mkdir(parents=True, exist_ok=True)
