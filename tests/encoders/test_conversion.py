@@ -24,9 +24,9 @@ from mlvicx_hf.encoders.conversion import (
     convert_checkpoint,
     convert_official,
     convert_resnet,
-    read_weights,
     recognise,
 )
+from mlvicx_hf.encoders.weights import read_weights
 
 EMBEDDINGS = ("global_embedding_1", "global_embedding_2", "multi_level_embedding_1", "multi_level_embedding_2")
 SCALARS = (*(f"{branch}_{name}" for branch in ("global", "multi_level") for name in (*TERMS, "loss")), "loss")

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from runs import assert_same_bits, interrupted, lines, pretrain, start, weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
@@ -235,12 +235,12 @@ def test_a_grey_image_through_folded_weights_is_its_colour_copy(tmp_path: Path, 
         torch.testing.assert_close(one, colour.mlvicx.eval()(x.expand(-1, 3, -1, -1)).pooler_output)
 
 
-@pytest.mark.parametrize("case", ["other_architecture", "a_layer_missing", "prefixed", "other_width"])
+@pytest.mark.parametrize("case", ["other_architecture", "a_layer_missing", "a_layer_more", "other_width"])
 def test_a_file_of_weights_that_does_not_fit_is_an_error(tmp_path: Path, colour_weights: Any, case: str):
     state = {
         "other_architecture": lambda: timm.create_model("test_convnext").state_dict(),
         "a_layer_missing": lambda: {k: v for k, v in colour_weights.items() if not k.startswith("layer3.")},
-        "prefixed": lambda: {f"module.encoder.{k}": v for k, v in colour_weights.items()},
+        "a_layer_more": lambda: colour_weights | {"layer3.7.conv1.weight": torch.zeros(3)},
         "other_width": lambda: {
             k: torch.zeros(7, *v.shape[1:]) if k == "layer1.0.conv1.weight" else v for k, v in colour_weights.items()
         },
@@ -283,9 +283,21 @@ def test_an_earlier_model_that_does_not_fit_is_an_error(tmp_path: Path, change: 
         create_model(replace(TINY, init_from=str(tmp_path), **change))
 
 
-def test_an_encoder_without_context_does_not_fit_one_with(tmp_path: Path):
-    MLVICXModel(tiny_config(use_context=False)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks 10 weights of this encoder, such as mlvicx\.context"):
+def test_an_encoder_without_context_gets_new_gates_and_the_run_says_so(tmp_path: Path):
+    encoder = MLVICXModel(tiny_config(use_context=False))
+    encoder.save_pretrained(tmp_path)
+    objective = create_objective(replace(TINY, init_from=str(tmp_path)))
+    assert objective.start == f"started from {tmp_path}, which has no context bottlenecks: they start anew"
+    state = objective.encoder.state_dict()
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_an_encoder_with_some_gates_alone_is_an_error(tmp_path: Path):
+    MLVICXModel(tiny_config()).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in state.items() if not k.startswith("context.0")}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 2 weights of this encoder, such as mlvicx\.context"):
         create_model(replace(TINY, init_from=str(tmp_path)))
 
 

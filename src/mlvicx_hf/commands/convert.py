@@ -15,17 +15,21 @@ def parser() -> CommandParser:
     made = CommandParser(
         "convert",
         "CHECKPOINT DIR [options]",
-        "Convert the authors' MLVICX checkpoint, or a plain ResNet of torchvision or timm, to a folder for "
-        "from_pretrained. The keys tell which of them it is.",
+        "Convert the authors' MLVICX checkpoint, or a plain network such as ImageNet's, to a folder for "
+        "from_pretrained. The keys tell the authors' checkpoint, ResNets and EfficientNet-Lite0; any other network "
+        "needs its --backbone.",
         [
             "mlvicx convert resnet18_nih_64_300.pth models/mlvicx-official",
             "mlvicx convert resnet18-imagenet.safetensors models/resnet18-grey",
+            "mlvicx convert dino_vits16.pth models/dino --backbone vit_small_patch16_224.dino",
         ],
     )
     made.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file of weights: .pth or .safetensors")
     made.add_argument("output_dir", type=Path, metavar="DIR", help="folder to write, absent or empty")
-    text = "of a plain ResNet: 1 (default) for grey images, 3 keeps the first kernels"
+    text = "of a plain network: 1 (default) for grey images, 3 keeps the first kernels"
     made.add_argument("--num_channels", type=int, metavar="N", help=text)
+    text = "timm name of a plain network; its tag tells how images are normalised"
+    made.add_argument("--backbone", metavar="NAME", help=text)
     return made
 
 
@@ -34,7 +38,8 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(words)
     from mlvicx_hf.encoders.conversion import convert_checkpoint
 
-    print(convert_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.num_channels))
+    given = arguments.num_channels, arguments.backbone
+    print(convert_checkpoint(arguments.checkpoint, arguments.output_dir, *given))
 
 
 if __name__ == "__main__":

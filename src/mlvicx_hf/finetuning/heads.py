@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.encoders.loading import check_source
-from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights
+from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starting_processor
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXPreTrainedModel
@@ -54,7 +54,10 @@ def load_for_task(
         UserError: a model whose encoder lacks weights.
     """
     source = _configured_by(arguments)
-    if source is None:
+    if is_timm_source(arguments.model):
+        processor = starting_processor(config, arguments.model)
+        processor.fit = fit
+    elif source is None:
         processor = MLVICXImageProcessor(config.image_size, config.num_channels, fit=fit)
     else:
         processor = MLVICXImageProcessor.from_pretrained(source)

@@ -37,22 +37,26 @@ class Tap(NamedTuple):
     prefix: int = 0
 
 
-def create_backbone(config: MLVICXConfig) -> Any:
+def create_backbone(config: MLVICXConfig, **weights: Any) -> Any:
     """Make the timm backbone of a configuration, with random weights.
+
+    Args:
+        config: names the backbone.
+        weights: timm's `pretrained` and `pretrained_cfg_overlay`, for other weights.
 
     Raises:
         ValueError: an unknown name, or a model that has no form with features.
     """
     check_backbone(config.backbone)
-    return _create(config.backbone, config.num_channels, config.image_size)
+    return _create(config.backbone, config.num_channels, config.image_size, **weights)
 
 
-def _create(name: str, num_channels: int, image_size: int) -> Any:
+def _create(name: str, num_channels: int, image_size: int, **weights: Any) -> Any:
     try:
         options = _options(name)
         if options is None:
-            return create_features(name, in_chans=num_channels)
-        make = functools.partial(create_features, name, in_chans=num_channels, **options)
+            return create_features(name, in_chans=num_channels, **weights)
+        make = functools.partial(create_features, name, in_chans=num_channels, **options, **weights)
         return create_sized(make, image_size)[0]
     except (RuntimeError, AttributeError, AssertionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

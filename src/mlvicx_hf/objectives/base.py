@@ -41,6 +41,7 @@ class Objective(nn.Module, ABC):
 
     model_class: ClassVar[type[PreTrainedModel]] = MLVICXModel  # of `model`
     target_deviation: float = 0.0  # standard deviation of healthy embeddings; far below it a run warns; 0: no warning
+    start: str = ""  # where the weights came from, if they are not random
     remedy: str = ""  # what may help against a collapse, such as "a higher variance_weight, "
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -17,6 +17,11 @@ class ModelArguments:
     num_channels: int = option("Channels of the views: 1, or 3 for weights that expect colour.", 1)
     image_size: int = option("Side of the views in pixels.", 224)
     use_context: bool = option("Refine every level by a context bottleneck.", True)
+    context_placement: str | None = option(
+        "Refine between the layers, or the levels alone; by default between them where the backbone allows it.",
+        None,
+        choices=("between", "taps"),
+    )
     context_reduction: int | None = option("Use a two-layer channel gate with C/REDUCTION channels between.", None)
     context_gain: float = option("Factor of each gate; with 2 the gates start at 1.", 1.0)
     context_init_scale: float = option("Factor of the gates' random weights; 1 is what torch draws.", 0.01)
@@ -40,7 +45,8 @@ class ModelArguments:
     )
     objective: str = option("Method of pretraining: mlvicx, or another name in `mlvicx_hf.objectives`.", "mlvicx")
     init_from: str | None = option(
-        "Start from an earlier model (folder or Hub name), from 'imagenet', or from a file of timm weights.",
+        "Start from an earlier model (folder or Hub name), from 'imagenet', from a timm name with the tag of its "
+        "weights, or from a file of timm, torchvision or another self-supervised method.",
         None,
         first=True,
         metavar="MODEL",
@@ -86,11 +92,19 @@ class PretrainingArguments:
     epochs: int = option("Passes over the data.", 300, first=True)
     batch_size: int = option("Images of a step, over all processes.", 64, first=True)
     base_learning_rate: float = option("Peak rate for a batch of 256 images; it is scaled.", 0.2, first=True)
+    optimizer: str = option("LARS, AdamW or SGD.", "lars", choices=("lars", "adamw", "sgd"))
     weight_decay: float = option("Weight decay of matrices; vectors have none.", 1e-6)
-    momentum: float = option("Momentum of LARS.", 0.9)
+    momentum: float = option("Momentum of LARS and SGD.", 0.9)
     trust_coefficient: float = option("Trust coefficient of LARS.", 0.001)
     warmup_epochs: float = option("Epochs in which the rate rises linearly.", 2.0)
     final_learning_rate_ratio: float = option("Last rate of the cosine over its peak.", 0.001)
+    backbone_learning_rate_ratio: float = option("Rate of the backbone over that of the rest.", 1.0)
+    backbone_thaw_epochs: float = option(
+        "Epochs in which the backbone's rate rises from 0, so that new layers do not spoil good weights.", 0.0
+    )
+    freeze_batch_norm: bool = option(
+        "Keep statistics, scales and shifts of the backbone's batch normalisation as they start.", False
+    )
     seed: int = option("Seed of weights, order and views.", 0)
     mixed_precision: str = option("Precision; fp16 on GPUs only.", "no", choices=("no", "bf16", "fp16"), first=True)
     cpu_threads: int | None = option("Threads of a process on the CPU; by default its share of the cores.", None)

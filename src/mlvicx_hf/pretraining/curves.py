@@ -99,7 +99,8 @@ def view_sheet(images: list[Image.Image], augment: TwoViewAugmentation, picture:
     batch = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in images]))[:, None]
     views = augment(batch, view_draws(seed, 0, range(len(images))))
     size = (augment.image_size, augment.image_size)
-    gray = [((view[:, 0] * augment.std + augment.mean).clamp(0, 1) * 255).round().to(torch.uint8) for view in views]
+    mean, std = (each[0] if isinstance(each, list) else each for each in (augment.mean, augment.std))
+    gray = [((view[:, 0] * std + mean).clamp(0, 1) * 255).round().to(torch.uint8) for view in views]
     columns = ([np.asarray(image.resize(size)) for image in images], *(view.numpy() for view in gray))
     tiles = [tile for row in zip(*columns, strict=True) for tile in row]
     contact_sheet(tiles, 6, ["image", "view 1", "view 2"] * len(images)).save(picture)

@@ -37,12 +37,14 @@ def train(run: Run) -> Path:
     reporter = Reporter(run)
     reporter.begin()
     objective.train()
+    for norm in run.frozen_norms:
+        norm.eval()
     score = None
     with StopSignals() as signals:
         with reporter.bar:
             for batch in run.remaining_batches():
                 rate = run.learning_rate(run.step)
-                set_learning_rate(optimizer, rate)
+                set_learning_rate(optimizer, rate, run.backbone_ratio(run.step))
                 view_1, view_2 = run.make_views(batch)  # [B, C, S, S] each
                 if arguments.gradient_accumulation_steps == 1:
                     output: LossOutput = objective(view_1, view_2)

@@ -1,10 +1,12 @@
-"""LARS, and the learning rate of every step."""
+"""Optimisers, and the learning rate of every step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.optim import Lars
 from torch import nn
 
@@ -19,21 +21,41 @@ def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int, f
     return peak * (final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Give all parameter groups this rate."""
+def set_learning_rate(optimizer: Any, rate: float, backbone_ratio: float = 1.0) -> None:
+    """Give all parameter groups this rate, and those of the backbone the rate times a ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * (backbone_ratio if group.get("of_backbone", False) else 1.0)
 
 
-def create_optimizer(model: nn.Module, arguments: PretrainingArguments) -> Lars:
-    """LARS whose layer-wise rate and weight decay act on matrices and kernels; vectors follow plain momentum SGD."""
+def create_optimizer(
+    model: nn.Module, arguments: PretrainingArguments, backbone: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """Make the optimiser that the arguments name. Weight decay acts on matrices and kernels, never on vectors.
+
+    Under LARS the layer-wise rate acts on them alone, too; vectors follow plain momentum SGD.
+
+    Args:
+        model: what is trained.
+        arguments: its settings.
+        backbone: part of the model whose groups are marked, so that they can have a rate of their own; None for none.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in trained if p.ndim > 1],
-            "weight_decay": arguments.weight_decay,
-            "always_adapt": True,  # timm adapts only groups with decay otherwise
-        },
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "always_adapt": False},
-    ]
+    inside = set() if backbone is None else set(backbone.parameters())
+    groups = _groups([p for p in trained if p not in inside], arguments)
+    if inside:
+        own = _groups([p for p in trained if p in inside], arguments)
+        groups += [group | {"of_backbone": True} for group in own]
+    if arguments.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0)
+    if arguments.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=arguments.momentum)
     return Lars(groups, lr=0.0, momentum=arguments.momentum, trust_coeff=arguments.trust_coefficient)
+
+
+def _groups(parameters: Sequence[nn.Parameter], arguments: PretrainingArguments) -> list[dict[str, Any]]:
+    """Matrices and kernels, then vectors."""
+    matrices: dict[str, Any] = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": arguments.weight_decay}
+    vectors: dict[str, Any] = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+    if arguments.optimizer == "lars":
+        matrices["always_adapt"], vectors["always_adapt"] = True, False  # timm adapts only groups with decay otherwise
+    return [matrices, vectors]

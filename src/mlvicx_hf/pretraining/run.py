@@ -49,6 +49,7 @@ class Run:
     checkpoints: Checkpoints
     watcher: Watcher | None  # measures the objective; None in all processes but the main one
     notes: list[str]  # lines to print when training begins
+    frozen_norms: list[nn.Module]  # batch normalisations that stay in evaluation mode
     step: int = 0  # steps that are done
     _first_bad: Tensor | None = None  # step and value of the first loss that is not finite; NaN, NaN before
 
@@ -81,6 +82,11 @@ class Run:
         """Learning rate of a step, counted from 0."""
         final = self.arguments.final_learning_rate_ratio
         return learning_rate(step, self.peak_rate, self.warmup_steps, self.total_steps, final)
+
+    def backbone_ratio(self, step: int) -> float:
+        """Learning rate of the backbone in a step, counted from 0, over that of the rest."""
+        thawing = self.arguments.backbone_thaw_epochs * len(self.batches)
+        return self.arguments.backbone_learning_rate_ratio * min(1.0, step / thawing if thawing else 1.0)
 
     def remaining_batches(self) -> Iterator[PlannedBatch]:
         """Every batch that is not done yet."""

@@ -17,6 +17,16 @@ _FREE = {"output_dir", "resume", "report_to", "logging_steps", "checkpoint_steps
 _FREE |= {"cpu_threads", "num_workers", "torch_compile", "torch_compile_mode"}
 _FREE |= {"probe_dataset", "probe_steps", "find_batch_size", "gradient_checkpointing"}
 
+# What runs did before there was a choice.
+BEFORE: dict[str, Any] = {
+    "model.objective": "mlvicx",
+    "model.context_placement": None,
+    "training.optimizer": "lars",
+    "training.backbone_learning_rate_ratio": 1.0,
+    "training.backbone_thaw_epochs": 0.0,
+    "training.freeze_batch_norm": False,
+}
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -78,7 +88,7 @@ class RunSettings:
 
 def of_early_checkpoints(fixed: dict[str, Any], machine: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Bring what is fixed and the machine of a checkpoint of an early version to today's form."""
-    fixed = {"model.objective": "mlvicx"} | fixed  # there was one
+    fixed = BEFORE | fixed
     if "run.num_processes" in fixed:
         machine = machine | {"processes": fixed.pop("run.num_processes")}
         if fixed.get("data.streaming"):

@@ -23,7 +23,7 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages, choose_views
 from mlvicx_hf.data.reading.streaming import Stream, StreamBatches, open_stream
 from mlvicx_hf.encoders.loading import check_source
-from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights
+from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starting_processor
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.objectives import OBJECTIVES, Objective
@@ -53,7 +53,8 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     _check_arguments(data_arguments, arguments)
     accelerator = _create_accelerator(arguments)
     device, on_main = accelerator.device, accelerator.is_main_process
-    processor = MLVICXImageProcessor(model_arguments.image_size, model_arguments.num_channels)
+    with user_input():
+        processor = starting_processor(create_config(model_arguments), model_arguments.init_from)
     augment = create_augmentation(data_arguments, processor)
     planner = Planner(augment, arguments.seed)
     data = _load_data(data_arguments, arguments, accelerator, planner)
@@ -90,13 +91,17 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
             )
         objective.encoder.backbone.set_grad_checkpointing()
     steps = arguments.epochs * len(data.batches) - (0 if checkpoint is None else checkpoint.step)
-    notes: list[str] = []
+    for norm in _backbone_norms(objective) if arguments.freeze_batch_norm else ():
+        norm.requires_grad_(False)
+    notes = [objective.start] if objective.start else []
     if steps:
         trial = Trial(accelerator, objective, views_of_noise, data.batches.share)
-        settings, notes = _fit(trial, settings, steps, resumed=checkpoint is not None)
+        settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
+        notes += more
     if accelerator.num_processes > 1 and device.type == "cuda":
         objective = synchronise_norms(objective)
-    optimizer = create_optimizer(objective, arguments)
+    own_rate = arguments.backbone_learning_rate_ratio != 1 or arguments.backbone_thaw_epochs > 0
+    optimizer = create_optimizer(objective, arguments, objective.encoder.backbone if own_rate else None)
     if arguments.torch_compile:
         objective.compile(mode=arguments.torch_compile_mode)  # in place: the keys of the state stay as they are
     wrapped, prepared = accelerator.prepare(objective, optimizer)
@@ -116,6 +121,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         checkpoints=checkpoints,
         watcher=watcher,
         notes=notes,
+        frozen_norms=_backbone_norms(objective) if arguments.freeze_batch_norm else [],
     )
     if checkpoint is not None:
         run.load(checkpoint)
@@ -132,7 +138,8 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
         )
     counts = ("epochs", "checkpoint_steps", "logging_steps", "save_total_limit", "probe_steps")
     least = dict.fromkeys((*counts, "gradient_accumulation_steps"), 1)
-    for name, smallest in (least | {"seed": 0, "warmup_epochs": 0}).items():
+    least |= dict.fromkeys(("seed", "warmup_epochs", "backbone_thaw_epochs", "backbone_learning_rate_ratio"), 0)
+    for name, smallest in least.items():
         if getattr(arguments, name) < smallest:
             raise UserError(f"{name}={getattr(arguments, name)} found; expected {smallest} or more")
     if arguments.gradient_checkpointing and arguments.torch_compile:
@@ -164,6 +171,10 @@ def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
         use_cpu_threads(arguments.cpu_threads)
         keep_freed_memory()
     return accelerator
+
+
+def _backbone_norms(objective: Objective) -> list[nn.Module]:
+    return [part for part in objective.encoder.backbone.modules() if isinstance(part, _BatchNorm)]
 
 
 def synchronise_norms(objective: Objective) -> Objective:
@@ -299,43 +310,60 @@ def create_augmentation(data: DataArguments, processor: MLVICXImageProcessor) ->
 # -- model -------------------------------------------------------------------------------------------------------------
 
 
+def create_config(arguments: ModelArguments) -> MLVICXConfig:
+    """Make the configuration of what a run trains.
+
+    Raises:
+        ValueError: a value that no model can have.
+    """
+    values = asdict(arguments)
+    for name in ("init_from", "objective"):
+        del values[name]
+    return MLVICXConfig(**values)
+
+
 def create_objective(arguments: ModelArguments) -> Objective:
-    """What a run trains, with the starting weights that `init_from` names.
+    """Make what a run trains, with the starting weights that `init_from` names.
 
     Raises:
         UserError: an unknown objective, a model that cannot be built, or an earlier model that does not fit.
     """
     if arguments.objective not in OBJECTIVES:
         raise UserError(f"objective={arguments.objective!r} found; expected one of {', '.join(OBJECTIVES)}")
-    objective = OBJECTIVES[arguments.objective]
-    values = asdict(arguments)
-    source = values.pop("init_from")
-    del values["objective"]
+    objective_class, source, start = OBJECTIVES[arguments.objective], arguments.init_from, ""
     with user_input():
-        config = MLVICXConfig(**values)
-        if source is None or is_timm_source(source):
-            model = objective.model_class(config)
-            if source is not None:
-                load_timm_weights(objective.encoder_of(model), source)
+        config = create_config(arguments)
+        if source is None:
+            model = objective_class.model_class(config)
+        elif is_timm_source(source):
+            model = objective_class.model_class(config)
+            start = load_timm_weights(objective_class.encoder_of(model), source)
         else:
-            model = _load_earlier(objective.model_class, config, source)
-    return objective(model)
+            model, start = _load_earlier(objective_class.model_class, config, source)
+    objective = objective_class(model)
+    objective.start = start
+    return objective
 
 
-def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, source: str) -> PreTrainedModel:
-    """A model with the weights of an earlier one, which must hold all of the encoder."""
+def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, source: str) -> tuple[PreTrainedModel, str]:
+    """A model with the weights of an earlier one, which must hold all of the encoder but gates, and what is new."""
     loaded: Any = model_class.from_pretrained(
         check_source(source), config=config, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, report = loaded
     encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
     lacking = sorted(key for key in report["missing_keys"] if key.startswith(encoder))
+    gates = {key for key in model.state_dict() if key.startswith(f"{encoder}context.")}
+    start = f"started from {source}"
+    if gates and gates <= set(lacking):  # a plain network gets gates
+        lacking = [key for key in lacking if key not in gates]
+        start += ", which has no context bottlenecks: they start anew"
     if lacking:
         raise UserError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
     wrong = sorted(str(row[0]) for row in report["mismatched_keys"])
     if wrong:
         raise UserError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
-    return model
+    return model, start
 
 
 def _fit(trial: Trial, settings: RunSettings, steps: int, resumed: bool) -> tuple[RunSettings, list[str]]:

@@ -80,8 +80,8 @@ class TwoViewAugmentation:
     blur: tuple[float, float] = (1.0, 0.1)  # probabilities of the Gaussian blur
     solarize: tuple[float, float] = (0.0, 0.2)  # probabilities of inverting what is above the threshold
     solarize_threshold: float = 0.5  # in [0, 1]
-    mean: float = 0.5  # subtracted from grey values in [0, 1] at the end, as the image processor does
-    std: float = 0.25  # by which they are divided
+    mean: float | list[float] = 0.5  # subtracted from grey values in [0, 1] at the end, as the image processor does
+    std: float | list[float] = 0.25  # by which they are divided; lists have one number a channel
     num_channels: int = 1  # channels of the views; more than one repeats the grey image
 
     def __post_init__(self) -> None:
@@ -156,7 +156,14 @@ class TwoViewAugmentation:
         x = x.mul_(gain).add_(offset * mean).clamp_(0, 1)
         x = self._blur(x, plan.blurred, plan.sigma)
         x = self._solarize(x, plan.solarized)
-        return x.sub_(self.mean).div_(self.std).expand(-1, self.num_channels, -1, -1)
+        return self._normalise(x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        if not isinstance(self.mean, list) and not isinstance(self.std, list):
+            return x.sub_(self.mean).div_(self.std).expand(-1, self.num_channels, -1, -1)
+        values = (each if isinstance(each, list) else [each] * self.num_channels for each in (self.mean, self.std))
+        # Numbers instead of a tensor: the device would wait for its copy.
+        return torch.cat([(x - mean) / std for mean, std in zip(*values, strict=True)], 1)
 
     def geometry(self, draw: dict[str, Tensor]) -> Tensor:
         """Affine maps from view to image coordinates, both in [-1, 1]: [B, 2, 3]."""
