@@ -306,7 +306,7 @@ def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None
             backbone, state = LITE0, rename_lite0(state)
         if backbone is not None:
             model, left_out = _convert_plain(state, backbone, num_channels or 1, path)
-            processor = starting_processor(model.config, "imagenet")
+            processor = starting_processor(model.config, "imagenet")  # type: ignore[arg-type]  # of a model of ours
         else:
             model, fit = _convert_known(kind, state, num_channels)
             config = model.config

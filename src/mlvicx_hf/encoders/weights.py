@@ -21,9 +21,11 @@ from torch import Tensor
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 from mlvicx_hf.models.backbones_mlvicx import create_backbone
-from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
+from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig, check_backbone
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
+
+from .loading import check_source, load_image_processor
 
 FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # endings of weights, of torch.save but the first
 # Errors of the readers for a file that is cut short, altered or of another kind. A safe unpickler checks little else.
@@ -53,7 +55,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        harmless = [argparse.Namespace, *((_nothing, name) for name in OPTIMIZER_FUNCTIONS)]
+        harmless: list[Any] = [argparse.Namespace, *((_nothing, name) for name in OPTIMIZER_FUNCTIONS)]
         allowed = torch.serialization.safe_globals(harmless)
         with allowed, warnings.catch_warnings(action="ignore"):  # about odd pickles, which end in an error anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -95,6 +97,7 @@ def timm_normalisation(name: str, num_channels: int) -> Normalisation:
         name: timm model, perhaps with the tag of its weights.
         num_channels: 1 for weights that are summed over red, green and blue: they get the constants' mean.
     """
+    check_backbone(name)
     found = timm.get_pretrained_cfg(name)
     if found is None:  # an architecture without published weights
         return Normalisation(0.5, 0.25)
@@ -116,7 +119,7 @@ def starting_processor(config: MLVICXConfig, source: str | None) -> MLVICXImageP
         values = timm_normalisation(_timm_name(config, source), config.num_channels)
         processor.image_mean, processor.image_std = values
     elif source is not None:
-        earlier = MLVICXImageProcessor.from_pretrained(source)
+        earlier = load_image_processor(check_source(source), config)
         processor.image_mean, processor.image_std = earlier.image_mean, earlier.image_std
     return processor
 
@@ -157,7 +160,7 @@ def load_timm_weights(encoder: MLVICXModel, source: str) -> str:
         if not path.is_file():
             raise FileNotFoundError(f"init_from={source!r} found; expected a file that exists")
         return load_backbone(encoder, read_weights(path), source)
-    config = copy.copy(encoder.config)
+    config: Any = copy.copy(encoder.config)
     config.backbone = _timm_name(config, source)
     encoder.backbone.load_state_dict(create_backbone(config, pretrained=True).state_dict())
     return f"started from timm's {config.backbone}"
@@ -171,14 +174,14 @@ def load_backbone(encoder: MLVICXModel, content: Mapping[str, Any], source: str)
         content: of the file.
         source: its path.
     """
-    config = encoder.config
+    config: Any = encoder.config
     with torch.device("meta"):
         wanted = timm.create_model(config.backbone, num_classes=0).state_dict()
     wanted = {key: value for key, value in wanted.items() if not key.endswith(COUNTER)}
     where, state = _choose(source, list(_networks(content, wanted)), config, wanted)
     wrong = [key for key, value in wanted.items() if not _fits(key, state.get(key), value, config)]
     own = {key.split(".")[0] for key in wanted}  # first words of the network's own names
-    others = [key for key in state if key not in wanted and not key.endswith(COUNTER)]
+    others = sorted(key for key in state if key not in wanted and not key.endswith(COUNTER))
     wrong += [key for key in others if key.split(".")[0] in own]  # of a larger network
     if wrong:
         raise UserError(

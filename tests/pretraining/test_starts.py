@@ -1,0 +1,113 @@
+"""Good weights at the start: the optimisers, the backbone's own rate, its thaw, and frozen batch normalisation."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_config
+from runs import assert_same_bits, interrupted, pretrain, start, weights
+
+from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor, MLVICXModel
+from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
+from mlvicx_hf.pretraining.optimizer import create_optimizer, set_learning_rate
+from mlvicx_hf.pretraining.settings import of_early_checkpoints
+
+OURS = ("--optimizer", "adamw", "--backbone_learning_rate_ratio", "0.5", "--backbone_thaw_epochs", "1")
+
+CHECKPOINTS = ("--checkpoint_steps", 3, "--save_total_limit", 9)
+
+
+def arguments(**values: object) -> PretrainingArguments:
+    return PretrainingArguments(output_dir="", **values)
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw", "sgd"])
+def test_every_weight_is_in_one_group_and_vectors_have_no_decay(name: str):
+    model = MLVICXForPreTraining(tiny_config())
+    optimizer = create_optimizer(model, arguments(optimizer=name, weight_decay=0.1), model.mlvicx.backbone)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(grouped) == len(trained)
+    assert set(grouped) == set(trained)
+    for group in optimizer.param_groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_the_backbone_has_its_rate_and_the_rest_has_its_own():
+    model = MLVICXForPreTraining(tiny_config())
+    optimizer = create_optimizer(model, arguments(optimizer="sgd", momentum=0.0), model.mlvicx.backbone)
+    set_learning_rate(optimizer, 0.5, backbone_ratio=0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(*torch.randn(2, 4, 1, 32, 32)).loss.backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (name.startswith("mlvicx.backbone") or not p.requires_grad), name
+    set_learning_rate(optimizer, 0.5, backbone_ratio=0.1)
+    assert {group["lr"] for group in optimizer.param_groups if group.get("of_backbone")} == {0.05}
+
+
+def test_adamw_takes_one_step_as_torch_defines_it():
+    model = torch.nn.Linear(3, 2)
+    optimizer = create_optimizer(model, arguments(optimizer="adamw", weight_decay=0.1))
+    set_learning_rate(optimizer, 0.01)
+    weight = model.weight.detach().clone()
+    model(torch.randn(5, 3)).sum().backward()
+    assert model.weight.grad is not None
+    optimizer.step()
+    # The first step of Adam is the rate times the sign of the gradient; decay shrinks the weight before.
+    torch.testing.assert_close(model.weight, weight * (1 - 0.01 * 0.1) - 0.01 * model.weight.grad.sign())
+
+
+def test_the_backbones_rate_rises_over_the_thaw(cache: Path, tmp_path: Path):
+    run = start(cache, tmp_path / "run", *OURS, "--epochs", 3)
+    steps = len(run.batches)
+    ratios = [run.backbone_ratio(step) for step in range(3 * steps)]
+    assert ratios == [pytest.approx(0.5 * min(1, step / steps)) for step in range(3 * steps)]
+    assert ratios[0] == 0
+
+
+def test_a_run_with_adamw_and_a_thaw_resumes_to_the_bit(cache: Path, tmp_path: Path):
+    whole = pretrain(cache, tmp_path / "whole", *OURS, *CHECKPOINTS)
+    cut = interrupted(whole, tmp_path / "cut", 3)
+    assert_same_bits(pretrain(cache, cut, *OURS, *CHECKPOINTS, "--resume"), whole)
+
+
+def test_frozen_batch_normalisation_stays_as_it_starts(cache: Path, tmp_path: Path):
+    encoder = MLVICXModel(tiny_config(use_context=False))
+    with torch.no_grad():
+        for name, tensor in encoder.state_dict().items():
+            if ".bn" in name and tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
+    encoder.save_pretrained(tmp_path / "start")
+    MLVICXImageProcessor(32).save_pretrained(tmp_path / "start")
+    flags = ("--init_from", tmp_path / "start", "--use_context", False, "--freeze_batch_norm", True)
+    whole = pretrain(cache, tmp_path / "run", *flags, *CHECKPOINTS)
+    found = weights(whole)
+    moved = 0
+    for name, tensor in encoder.state_dict().items():
+        norm = any(part in name for part in (".bn", "running_", "num_batches"))
+        same = torch.equal(found[f"mlvicx.{name}"], tensor)
+        assert same or not norm, name
+        moved += not same
+    assert moved > 3  # the kernels have learned
+    cut = interrupted(whole, tmp_path / "cut", 3)
+    assert_same_bits(pretrain(cache, cut, *flags, *CHECKPOINTS, "--resume"), whole)
+
+
+def test_the_run_says_where_it_started(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    MLVICXModel(tiny_config(use_context=False)).save_pretrained(tmp_path / "start")
+    MLVICXImageProcessor(32, 1, 0.4, 0.3).save_pretrained(tmp_path / "start")
+    output = pretrain(cache, tmp_path / "run", "--init_from", tmp_path / "start")
+    assert "start, which has no context bottlenecks: they start anew" in capsys.readouterr().out
+    saved = json.loads((output / "preprocessor_config.json").read_text())
+    assert (saved["image_mean"], saved["image_std"]) == (0.4, 0.3)
+
+
+def test_a_checkpoint_from_before_these_options_still_resumes():
+    now = {"model.objective": "mlvicx", "training.optimizer": "lars", "training.backbone_learning_rate_ratio": 1.0}
+    now |= {"training.backbone_thaw_epochs": 0.0, "training.freeze_batch_norm": False, "model.context_placement": None}
+    assert of_early_checkpoints({}, {}) == (now, {})
+    given = replace(ModelArguments(), context_placement="taps").context_placement
+    assert of_early_checkpoints({"model.context_placement": given}, {})[0]["model.context_placement"] == "taps"
