@@ -27,7 +27,14 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .loading import check_source, load_image_processor
 
-FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # endings of weights, of torch.save but the first
+WEIGHT_FILES = (
+    ".safetensors",
+    ".pth",
+    ".pt",
+    ".bin",
+    ".tar",
+    ".ckpt",
+)  # endings of weights, of torch.save but the first
 # Errors of the readers for a file that is cut short, altered or of another kind. A safe unpickler checks little else.
 UNREADABLE = (
     *(SafetensorError, pickle.UnpicklingError, struct.error, EOFError, AssertionError),
@@ -87,7 +94,7 @@ def is_timm_source(source: str) -> bool:
     """Whether a source is for `load_timm_weights`, and not a saved model of this package."""
     if Path(source).is_dir():
         return False
-    return source == "imagenet" or source.endswith(FILES) or ("/" not in source and timm.is_model(source))
+    return source == "imagenet" or source.endswith(WEIGHT_FILES) or ("/" not in source and timm.is_model(source))
 
 
 def timm_normalisation(name: str, num_channels: int) -> Normalisation:
@@ -130,7 +137,7 @@ def _timm_name(config: MLVICXConfig, source: str) -> str:
     Raises:
         UserError: weights of another architecture.
     """
-    if source == "imagenet" or source.endswith(FILES):
+    if source == "imagenet" or source.endswith(WEIGHT_FILES):
         return config.backbone
     if source.split(".")[0] != config.backbone.split(".")[0]:
         raise UserError(f"init_from={source!r} found with backbone={config.backbone!r}; expected weights of the latter")
@@ -155,7 +162,7 @@ def load_timm_weights(encoder: MLVICXModel, source: str) -> str:
         FileNotFoundError: no such file.
         UserError: weights for another backbone.
     """
-    if source.endswith(FILES):
+    if source.endswith(WEIGHT_FILES):
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"init_from={source!r} found; expected a file that exists")

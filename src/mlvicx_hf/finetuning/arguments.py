@@ -38,8 +38,8 @@ class EncoderArguments:
     """Which network, and what of it is trained."""
 
     model: str = option(
-        "Pretrained model (folder or Hub name), 'random', 'imagenet' (timm's weights, without context blocks), or a "
-        "file of timm weights.",
+        "Pretrained model (folder or Hub name), 'random', 'imagenet' (timm's weights, without context blocks), a file "
+        "of timm weights, or an encoder of another library: timm:NAME, hub:NAME, xrv:NAME, callable:MODULE:FUNCTION.",
         first=True,
         metavar="MODEL",
     )
@@ -142,6 +142,7 @@ def read_trainer_options(options: Mapping[str, Any], own: set[str]) -> dict[str,
 class ClassifierArguments(EncoderArguments):
     """Which classifier, and what of it is trained."""
 
+    image_size: int | None = option("Side of the input in pixels; by default the model's.", None)
     pooled_levels: str | None = option(
         "Features of the last level or of all; by default as the model's.", None, choices=("last", "all")
     )

@@ -45,7 +45,8 @@ def load_classifier(
     config.pooled_levels = arguments.pooled_levels or config.pooled_levels
     if arguments.positive_weights == "balanced" and not cache.exclusive:
         config.positive_weights = balanced_weights(np.array(cache.datasets["train"]["labels"], dtype=np.float64))
-    return load_for_task(MLVICXForImageClassification, config, arguments, cache.manifest["fit"])
+    fit = cache.manifest["fit"]
+    return load_for_task(MLVICXForImageClassification, config, arguments, fit, arguments.image_size)
 
 
 def balanced_weights(labels: np.ndarray) -> list[float]:
@@ -187,6 +188,7 @@ class Classification(FinetuningTask):
                 "cache_features": self.encoder.freeze_backbone and self.encoder.cache_features,
                 "fast_probe": self.encoder.fast_probe,
                 "pooled_levels": self.model.config.pooled_levels,
+                "image_size": self.processor.image_size,
             },
         }
 

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from mlvicx_hf.common.errors import UserError, user_input
+from mlvicx_hf.common.files import write_json
+from mlvicx_hf.encoders.external import ExternalEncoder, adapt, is_external
 from mlvicx_hf.encoders.loading import check_source
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starting_processor
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
-from mlvicx_hf.models.modeling_mlvicx import MLVICXPreTrainedModel
+from mlvicx_hf.models.loss_mlvicx import multi_label_loss, single_label_loss
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXPreTrainedModel
 
 from .arguments import EncoderArguments
 
@@ -24,6 +30,8 @@ def load_config(arguments: EncoderArguments) -> MLVICXConfig:
         UserError: a model of another kind.
     """
     source = _configured_by(arguments)
+    if is_external(arguments.model):
+        return MLVICXConfig(use_context=False)  # holds labels and problem type; the encoder knows its own form
     with user_input():
         config: Any = MLVICXConfig() if source is None else AutoConfig.from_pretrained(check_source(source))
     if config.model_type != "mlvicx":
@@ -40,7 +48,11 @@ def _configured_by(arguments: EncoderArguments) -> str | None:
 
 
 def load_for_task(
-    model_class: type[MLVICXPreTrainedModel], config: MLVICXConfig, arguments: EncoderArguments, fit: str
+    model_class: type[MLVICXPreTrainedModel],
+    config: MLVICXConfig,
+    arguments: EncoderArguments,
+    fit: str,
+    image_size: int | None = None,
 ) -> tuple[Any, MLVICXImageProcessor]:
     """Load a model with a new head for this configuration, and its image processor.
 
@@ -49,10 +61,27 @@ def load_for_task(
         config: adapted to the task.
         arguments: which weights the encoder has.
         fit: of the cache, for an image processor that no model brings along.
+        image_size: side of the input in pixels; None for the model's.
 
     Raises:
-        UserError: a model whose encoder lacks weights.
+        UserError: a model whose encoder lacks weights, or an encoder of another library for another task than
+            classification.
     """
+    if is_external(arguments.model):
+        if model_class is not MLVICXForImageClassification:
+            raise UserError(f"model={arguments.model!r} found; expected a model of this package, with maps of levels")
+        adapted = adapt(arguments.model, image_size)
+        adapted.processor.fit = fit
+        return ExternalClassifier(ExternalEncoder(adapted, config), arguments.model), adapted.processor
+    model, processor = _load_own(model_class, config, arguments, fit)
+    if image_size is not None:
+        processor.image_size = model.config.image_size = image_size
+    return model, processor
+
+
+def _load_own(
+    model_class: type[MLVICXPreTrainedModel], config: MLVICXConfig, arguments: EncoderArguments, fit: str
+) -> tuple[Any, MLVICXImageProcessor]:
     source = _configured_by(arguments)
     if is_timm_source(arguments.model):
         processor = starting_processor(config, arguments.model)
@@ -77,3 +106,55 @@ def load_for_task(
     if lacking:
         raise UserError(f"{source} does not fit: {len(lacking)} weights of the encoder differ, such as {lacking[0]}")
     return model, processor
+
+
+class ExternalClassifier(nn.Module):
+    """A linear layer on an encoder of another library, with what `MLVICXForImageClassification` offers to training.
+
+    Args:
+        encoder: with the configuration of the task.
+        source: of the encoder, which the saved configuration names.
+
+    Raises:
+        UserError: a configuration that asks for features of all levels.
+    """
+
+    def __init__(self, encoder: ExternalEncoder, source: str) -> None:
+        super().__init__()
+        self.config, self.source = encoder.config, source
+        if self.config.pooled_levels == "all":
+            raise UserError(f"pooled_levels='all' found with model={source!r}; expected 'last', since it has one level")
+        self.mlvicx = encoder
+        self.classifier = nn.Linear(encoder.channels[-1], int(self.config.num_labels or 0))
+        self._frozen = False
+
+    def freeze_backbone(self) -> None:
+        """Switch off the encoder's gradients, and keep it in evaluation mode."""
+        self._frozen = True
+        self.mlvicx.requires_grad_(False).train(False)
+
+    def train(self, mode: bool = True) -> ExternalClassifier:
+        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self._frozen:
+            self.mlvicx.train(False)
+        return self
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Logits [B, L] of images [B, C, S, S], and the loss if labels are given."""
+        logits = self.classifier(self.mlvicx(pixel_values).pooler_output.float())
+        return {"logits": logits} if labels is None else {"loss": self.compute_loss(logits, labels), "logits": logits}
+
+    def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of the configuration's problem type; see `MLVICXForImageClassification.compute_loss`."""
+        if self.config.problem_type == "single_label_classification":
+            return single_label_loss(logits.float(), labels)
+        weights = self.config.positive_weights
+        return multi_label_loss(logits.float(), labels, None if weights is None else list(weights))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the weights, and a configuration that says whose they are. No class loads them as a whole."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_model(self, str(Path(folder, "model.safetensors")))
+        values = {"model_type": "external", "encoder": self.source, "id2label": self.config.id2label}
+        write_json(Path(folder, "config.json"), values | {"decision_thresholds": self.config.decision_thresholds})

@@ -25,6 +25,7 @@ from mlvicx_hf.common.arguments import names_of
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import sha256
 from mlvicx_hf.data.cache.cache import MANIFEST
+from mlvicx_hf.encoders.external import ADAPTERS, is_external
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, SEGMENTATION_SECTIONS
 from mlvicx_hf.recipes import recipe_names
 
@@ -53,7 +54,7 @@ KEYS = (
     *TASK_METRICS,
 )
 TASK_KEYS = ("kind", "dataset", "metric", "paper")
-SOURCES = ("weights", "random", "imagenet")
+SOURCES = ("weights", "random", "imagenet", *ADAPTERS)
 WEIGHTS_FILE, CONFIGURATION_FILES = "model.safetensors", ("config.json", "preprocessor_config.json")
 
 
@@ -71,7 +72,7 @@ class Cell:
     dataset: str  # cache
     model: str  # name in the suite
     member: int  # which of the model's weights, such as the number of their pretraining
-    weights: str  # folder or Hub name; "random"; "imagenet"
+    weights: str  # folder or Hub name; "random"; "imagenet"; "timm:NAME" and the like
     architecture: str | None  # model that gives the configuration of random or ImageNet weights
     protocol: str  # frozen, frozen_levels (a linear layer on the pooled maps of all levels) or finetuned
     label_fraction: float  # share of the training patients
@@ -183,7 +184,8 @@ def read_suite(path: Path) -> Suite:
     - `tasks`: name → `{kind: classification | segmentation, dataset: CACHE}`, and if wanted `metric` (shown in tables),
       `paper` (name of this data in the paper) and flags of fine-tuning;
     - `models`: name → folder or Hub name, a list of them, or a mapping of `weights`, `random` or `imagenet` (the folder
-      that gives the configuration) and flags of fine-tuning;
+      that gives the configuration), or of `timm`, `hub`, `xrv` or `callable` (an encoder of another library), and flags
+      of fine-tuning;
     - `protocols`: a list, or name → flags of fine-tuning, which any other flag overrides;
     - `label_fractions`, `seeds`: lists; `pair_seeds`: give each of several weights of a model one seed, the one at its
       place, instead of all;
@@ -242,8 +244,10 @@ def _cells(path: Path, suite: Mapping[str, Any]) -> Iterator[Cell]:
         suite["tasks"].items(), members, protocols.items(), suite["label_fractions"], seeds
     ):
         kind = about["kind"]
-        if kind == "segmentation" and protocol == "frozen_levels":
-            continue  # a decoder sees all levels anyway
+        if protocol == "frozen_levels" and (kind == "segmentation" or is_external(models[name][number][0])):
+            continue  # a decoder sees all levels anyway; encoders of other libraries have one
+        if kind == "segmentation" and is_external(models[name][number][0]):
+            continue  # a decoder needs maps
         if len(models[name]) > 1 and suite["pair_seeds"] and seed != seeds[number % len(seeds)]:
             continue
         weights, architecture, flags = models[name][number]
@@ -292,6 +296,8 @@ def _members(path: Path, name: str, entry: Any) -> list[tuple[str, str | None, d
             f"{', '.join(SOURCES)}"
         )
     flags = {key: value for key, value in entry.items() if key not in SOURCES}
+    if given[0] in ADAPTERS:
+        return [(f"{given[0]}:{entry[given[0]]}", None, flags)]
     if given != ["weights"]:
         return [(given[0], str(entry[given[0]]), flags)]
     weights = entry["weights"] if isinstance(entry["weights"], list) else [entry["weights"]]

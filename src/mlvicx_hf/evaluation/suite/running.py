@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from mlvicx_hf.common.errors import require
 from mlvicx_hf.common.files import new_file, new_folder, write_json
 from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.encoders.external import is_external
 from mlvicx_hf.finetuning.classification import finetune_classifier
 from mlvicx_hf.finetuning.linear_probe import FeatureStore
 from mlvicx_hf.finetuning.segmentation import finetune_segmenter
@@ -60,6 +61,8 @@ def evaluate_suite(
     suite = read_suite(find_suite(name))
     for folder, what in _absent(suite.cells).items():
         print(f"no folder {folder}: {what}", file=sys.stderr)
+    for name, source in {cell.model: cell.weights for cell in suite.cells if is_external(cell.weights)}.items():
+        print(f"model {name} ({source}) has pooled features alone: no segmentation, no frozen_levels", file=sys.stderr)
     store = FeatureStore()
     failed: list[Cell] = []
     if report_only:
@@ -83,7 +86,9 @@ def _absent(cells: Iterable[Cell]) -> dict[str, str]:
         if not Path(cell.dataset).is_dir():
             found[cell.dataset] = f"task {cell.task} will fail until its cache is there"
         for source in (cell.weights, cell.architecture):
-            if source is not None and source not in SOURCES and not Path(source).is_dir():
+            if source is None or source in SOURCES or is_external(source):
+                continue
+            if not Path(source).is_dir():
                 found[source] = f"it is looked for on the Hub for model {cell.model}"
     return found
 

@@ -52,6 +52,7 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
             cell, file = members[key], _file(output, *key)
             made_of = {name: getattr(cell, name) for name in ("weights", "architecture", "seed", "files")}
             made_of |= {"drop_context": bool(cell.options.get("drop_context"))}
+            made_of |= {"image_size": cell.options.get("image_size")} if "image_size" in cell.options else {}
             made_of |= {"data": data, "kinds": list(suite.shortcuts)}
             if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["made_of"] != made_of:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,8 @@ def _encoder(cell: Cell, cache: Cache) -> tuple[Any, MLVICXImageProcessor]:
     config = load_config(arguments)
     config.pooled_levels = "last"
     set_seed(cell.seed)
-    model, processor = load_for_task(MLVICXForImageClassification, config, arguments, cache.manifest["fit"])
+    side = cell.options.get("image_size")
+    model, processor = load_for_task(MLVICXForImageClassification, config, arguments, cache.manifest["fit"], side)
     return model.mlvicx, processor
 
 
