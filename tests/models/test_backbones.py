@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from mlvicx_hf import MLVICXConfig, MLVICXForPreTraining, MLVICXForSemanticSegmentation, MLVICXModel
-from mlvicx_hf.hub.exports import export_timm
+from mlvicx_hf.hub.exports import export_onnx, export_timm
 from mlvicx_hf.models.backbones_mlvicx import create_backbone, find_taps, layout_of
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 
@@ -166,3 +166,22 @@ with torch.no_grad():
 """
     with torch.no_grad():
         assert float(run_code(code).stdout.splitlines()[-1]) == model(x).pooler_output.sum().item()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "backbone", ["efficientnet_b0", "mobilenetv4_conv_small", "swin_tiny_patch4_window7_224", "vit_small_patch16_224"]
+)
+def test_onnx_computes_what_torch_does(backbone: str, tmp_path: Path):
+    """One network of each form that collects its maps, with gates; HRNet's form has its own test."""
+    torch.manual_seed(0)
+    MLVICXModel(config(backbone, image_size=224)).save_pretrained(tmp_path / "model")
+    MLVICXImageProcessor(image_size=224).save_pretrained(tmp_path / "model")
+    assert export_onnx(tmp_path / "model", tmp_path / "onnx") < 1e-3
+
+
+@pytest.mark.thorough
+def test_onnx_computes_what_torch_does_where_levels_are_refined_at_the_taps(tmp_path: Path):
+    MLVICXModel(config("hrnet_w18_small")).save_pretrained(tmp_path / "model")
+    MLVICXImageProcessor(image_size=SIZE).save_pretrained(tmp_path / "model")
+    assert export_onnx(tmp_path / "model", tmp_path / "onnx") < 1e-3
