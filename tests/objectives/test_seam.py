@@ -103,8 +103,8 @@ def test_a_new_objective_trains_and_resumes_to_the_same_bits(
 
 
 def test_an_unknown_objective_is_refused(cache: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="objective='simclr' found; expected one of mlvicx"):
-        start(cache, tmp_path / "run", "--objective", "simclr")
+    with pytest.raises(ValueError, match="objective='magic' found; expected one of mlvicx"):
+        start(cache, tmp_path / "run", "--objective", "magic")
 
 
 @pytest.mark.parametrize("options", [{}, {"multi_level_weight": 0.0}, {"global_weight": 0.0}])

@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(steps: int, options: di
     whole, parts = model(**options).eval(), model(**options).eval()
     expected = whole(*views())
     expected.loss.backward()
-    output = accumulate(Accelerator(cpu=True), parts, *views(), steps)
+    output = accumulate(Accelerator(cpu=True), parts, views(), steps)
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     found = gradients(parts)
     assert found.keys() == gradients(whole).keys()
@@ -62,7 +62,7 @@ def test_the_mean_of_the_micro_batches_is_another_gradient():
 def test_running_statistics_move_once_a_micro_batch():
     network, plain = model().train(), model().train()
     before = copy.deepcopy(network.state_dict())
-    accumulate(Accelerator(cpu=True), network, *views(), 3)
+    accumulate(Accelerator(cpu=True), network, views(), 3)
     with torch.no_grad():
         for one, two in zip(*(view.chunk(3) for view in views()), strict=True):
             plain(one, two)
@@ -78,7 +78,7 @@ def test_running_statistics_move_once_a_micro_batch():
 @pytest.mark.parametrize("steps", [5, 12])
 def test_unequal_or_tiny_micro_batches_are_refused(steps: int):
     with pytest.raises(ValueError, match=rf"gradient_accumulation_steps={steps} found for 12 images"):
-        accumulate(Accelerator(cpu=True), model(), *views(), steps)
+        accumulate(Accelerator(cpu=True), model(), views(), steps)
 
 
 def process(rank: int, folder: str) -> None:
@@ -87,7 +87,7 @@ def process(rank: int, folder: str) -> None:
     assert accelerator.num_processes == 2
     network = accelerator.prepare(model().eval())
     one, two = (view.chunk(2)[rank] for view in views())
-    output = accumulate(accelerator, network, one, two, 3)
+    output = accumulate(accelerator, network, (one, two), 3)
     results = {"loss": output.loss, "gradients": gradients(accelerator.unwrap_model(network))}
     torch.save(results, f"{folder}/{rank}.pt")
     accelerator.wait_for_everyone()

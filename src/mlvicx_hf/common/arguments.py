@@ -4,7 +4,8 @@
 A dataclass whose fields are flags is called a section. `--help` shows a field with the metadata `{"first": True}` among
 the first options, and any other field under "advanced". Further metadata are argparse's `help`, `choices` and
 `metavar`, and `aliases`, a list of further flags. A field of the type dict with the metadata `{"rest": True}` takes the
-flags that no section knows, by name; its section checks them itself.
+flags that no section knows, by name; its section checks them itself. Any other field of the type dict takes words
+NAME=VALUE; the values stay words.
 """
 
 from __future__ import annotations
@@ -92,7 +93,10 @@ def _with_underscores(word: str) -> str:
 
 @dataclass(frozen=True)
 class _Option:
-    """A field of a section. `kind` is the type of one value; `many` says that it is a list of these."""
+    """A field of a section. `kind` is the type of one value; `many` says that it is a list of these.
+
+    `named` says that it is a dictionary, of which a command line gives many words NAME=VALUE.
+    """
 
     name: str
     kind: type
@@ -102,6 +106,7 @@ class _Option:
     default: Any
     choices: tuple[Any, ...] | None
     metadata: Mapping[str, Any]
+    named: bool = False
 
     def read(self, word: str) -> Any:
         """Read one value from a word."""
@@ -113,11 +118,20 @@ class _Option:
         """Check a value of a YAML file or of Python. Convert a word as on the command line."""
         if value is None and self.optional:
             return None
+        if self.named:
+            return self._convert_named(value)
         if not self.many:
             return self._convert_one(value, value)
         if not isinstance(value, (list, tuple)):
             self._refuse(value)
         return [self._convert_one(each, value) for each in value]
+
+    def _convert_named(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return {str(name): each for name, each in value.items()}
+        if not isinstance(value, (list, tuple)) or not all("=" in str(word) for word in value):
+            self._refuse(value)
+        return dict(str(word).split("=", 1) for word in value)
 
     def _convert_one(self, value: Any, whole: Any) -> Any:
         kinds = {float: (float, int), str: (str, Path)}.get(self.kind, (self.kind,))
@@ -135,7 +149,8 @@ class _Option:
     def _refuse(self, value: Any) -> NoReturn:
         expected = _EXPECTED[self.kind] if self.choices is None else f"one of {', '.join(map(str, self.choices))}"
         expected = f"a list, each {expected}" if self.many else expected
-        hint = ", in quotes in YAML" if self.kind is str and self.choices is None else ""
+        expected = "NAME=VALUE, or a mapping of names to values" if self.named else expected
+        hint = ", in quotes in YAML" if self.kind is str and self.choices is None and not self.named else ""
         raise UserError(f"{self.name}={value!r} found; expected {expected}{hint}")
 
 
@@ -155,26 +170,27 @@ def _options(section: type) -> list[_Option]:
         optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
         if optional:
             hint = next(kind for kind in get_args(hint) if kind is not type(None))
-        many = get_origin(hint) is list
+        named = get_origin(hint) is dict
+        many = named or get_origin(hint) is list
         if many:
-            (hint,) = get_args(hint)
+            hint = str if named else get_args(hint)[0]
         assert hint in _EXPECTED, f"{section.__name__}.{each.name}: a flag cannot have the type {hint}"
         required = each.default is MISSING and each.default_factory is MISSING
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         choices = None if choices is None else tuple(choices)
-        found.append(_Option(each.name, hint, many, optional, required, default, choices, each.metadata))
+        found.append(_Option(each.name, hint, many, optional, required, default, choices, each.metadata, named))
     return found
 
 
 def add_sections(parser: CommandParser, *sections: type) -> None:
     """Add the fields of dataclasses as flags. What the user does not give is not in the parsed namespace.
 
-    A bool is `--flag`, `--flag true` or `--flag false`, and `--no_flag` where the default is true; a list takes one
-    value or more.
+    A bool is `--flag`, `--flag true` or `--flag false`, and `--no_flag` where the default is true or depends; a list
+    takes one value or more, a dictionary one word NAME=VALUE or more.
 
     Args:
         parser: of a command.
-        sections: dataclasses whose fields are of bool, int, float, str, lists of these, or optional.
+        sections: dataclasses whose fields are of bool, int, float, str, lists of these, dictionaries, or optional.
     """
     parser.rest = _rest_of(sections)
     for each in (each for section in sections for each in _options(section)):
@@ -189,7 +205,7 @@ def add_sections(parser: CommandParser, *sections: type) -> None:
         if each.many:
             settings["nargs"] = "+"
         group.add_argument(f"--{each.name}", *each.metadata.get("aliases", ()), **settings)
-        if each.default is True:
+        if each.default is True or (each.kind is bool and each.optional):
             off: dict[str, Any] = {"dest": each.name, "action": "store_false", "default": argparse.SUPPRESS}
             group.add_argument(f"--no_{each.name}", help=argparse.SUPPRESS, **off)
 
@@ -198,7 +214,7 @@ def _help(each: _Option) -> str:
     text = each.metadata.get("help", "")
     if each.default is True:
         text += f" (default true; --no_{each.name} turns it off)"
-    elif not (each.required or each.default is None or each.default is False):
+    elif not (each.required or each.default is None or each.default is False or each.default == {}):
         text += f" (default {' '.join(map(str, each.default)) if each.many else each.default})"
     return text.replace("%", "%%")
 
@@ -226,6 +242,7 @@ def from_values(
         sections: dataclasses, as for `add_sections`.
         values: field → value. A word is converted as on the command line.
         defaults: field → value, such as a recipe's; used where `values` has none. Numbers stay as they are written.
+            Of two dictionaries, both count, and `values` goes before name by name.
 
     Returns:
         One object of each section.
@@ -245,7 +262,9 @@ def from_values(
         if name in options:
             converted = options[name].convert(value)
             found[name] = converted if isinstance(value, str) else value
-    found |= {name: options[name].convert(value) for name, value in given.items() if name in options}
+    for name in given.keys() & options.keys():
+        converted = options[name].convert(given[name])
+        found[name] = found.get(name, {}) | converted if options[name].named else converted
     missing = [f"--{each.name}" for each in options.values() if each.required and each.name not in found]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; expected a value for each")

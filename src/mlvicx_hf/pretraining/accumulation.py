@@ -11,7 +11,7 @@ Batch normalisation works on micro-batches, in both passes alike. Its running st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -24,14 +24,13 @@ from mlvicx_hf.objectives.base import Embeddings, LossOutput
 from .memory import micro_batch
 
 
-def accumulate(accelerator: Accelerator, wrapped: nn.Module, view_1: Tensor, view_2: Tensor, steps: int) -> LossOutput:
+def accumulate(accelerator: Accelerator, wrapped: nn.Module, views: Sequence[Tensor], steps: int) -> LossOutput:
     """Compute the loss of a batch, and add its gradient to the weights', by micro-batches.
 
     Args:
         accelerator: prepared the objective.
         wrapped: an `Objective`, perhaps inside a data parallel wrapper.
-        view_1: [B, C, H, W], this process's share of the batch.
-        view_2: likewise.
+        views: this process's share of the batch: view 1 and view 2, [B, C, H, W] each, and the objective's extras.
         steps: micro-batches, equally large and of two images at least.
 
     Returns:
@@ -40,19 +39,19 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, view_1: Tensor, vie
     Raises:
         UserError: micro-batches that are unequal or smaller than two images.
     """
-    micro_batch(len(view_1), steps)
-    pieces = list(zip(view_1.chunk(steps), view_2.chunk(steps), strict=True))
+    micro_batch(len(views[0]), steps)
+    pieces = list(zip(*(view.chunk(steps) for view in views), strict=True))
     with torch.no_grad(), _running_statistics_kept(wrapped):
-        parts = [wrapped(one, two, return_loss=False) for one, two in pieces]
+        parts = [wrapped(*piece, return_loss=False) for piece in pieces]
     leaves = [
         {name: torch.cat([part[view][name] for part in parts]).requires_grad_() for name in parts[0][view]}
         for view in (0, 1)
     ]
     output: LossOutput = accelerator.unwrap_model(wrapped).loss(*leaves)
     slopes = _slopes(output.loss, leaves)
-    for number, (one, two) in enumerate(pieces):
+    for number, piece in enumerate(pieces):
         with accelerator.no_sync(wrapped) if number < steps - 1 else nullcontext():
-            again = wrapped(one, two, return_loss=False)
+            again = wrapped(*piece, return_loss=False)
             products = [
                 (again[view][name] * slope.chunk(steps)[number]).sum()
                 for (view, name), slope in slopes.items()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlvicx_hf.common.arguments import option
 
@@ -16,7 +17,10 @@ class ModelArguments:
     backbone: str = option("timm model that can return feature maps.", "resnet18", first=True)
     num_channels: int = option("Channels of the views: 1, or 3 for weights that expect colour.", 1)
     image_size: int = option("Side of the views in pixels.", 224)
-    use_context: bool = option("Refine every level by a context bottleneck.", True)
+    use_context: bool | None = option(
+        "Refine every level by a context bottleneck; by default true for the objective mlvicx, false for the others.",
+        None,
+    )
     context_placement: str | None = option(
         "Refine between the layers, or the levels alone; by default between them where the backbone allows it.",
         None,
@@ -43,7 +47,12 @@ class ModelArguments:
     invariance_reduction: str = option(
         "Mean over the dimensions, or their sum as in Eq. 6.", "mean", choices=("mean", "sum")
     )
-    objective: str = option("Method of pretraining: mlvicx, or another name in `mlvicx_hf.objectives`.", "mlvicx")
+    objective: str = option(
+        "Method of pretraining: mlvicx, or another name in `mlvicx_hf.objectives`.", "mlvicx", first=True
+    )
+    objective_options: dict[str, Any] = option(
+        "Options of the objective; commas separate the numbers of a list.", {}, metavar="NAME=VALUE"
+    )
     init_from: str | None = option(
         "Start from an earlier model (folder or Hub name), from 'imagenet', from a timm name with the tag of its "
         "weights, or from a file of timm, torchvision or another self-supervised method.",
@@ -51,6 +60,10 @@ class ModelArguments:
         first=True,
         metavar="MODEL",
     )
+
+    def __post_init__(self) -> None:
+        if self.use_context is None:
+            self.use_context = self.objective == "mlvicx"
 
 
 @dataclass
@@ -77,7 +90,9 @@ class DataArguments:
     )
     num_workers: int = option("Processes that decode images.", 2)
     crop_area: list[float] = option("Smallest and largest share of the image's area in a crop.", [0.2, 1.0])
+    flip: float = option("Probability of a horizontal flip.", 0.5)
     rotation: float = option("Largest angle in degrees.", 10.0)
+    jitter: float = option("Probability of changing brightness and contrast.", 0.8)
     brightness: float = option("Largest change of brightness.", 0.4)
     contrast: float = option("Largest change of contrast.", 0.4)
     blur: list[float] = option("Probability of blur in view 1 and in view 2.", [1.0, 0.1])

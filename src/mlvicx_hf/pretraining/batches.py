@@ -19,7 +19,8 @@ from mlvicx_hf.common.signals import leave_signals_to_the_main_process
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
 from mlvicx_hf.data.reading.streaming import StreamBatches
 
-from .views import TwoViewAugmentation, ViewPlan, view_draws
+from .view_sets import MorePlans, ViewSet
+from .views import ViewPlan
 
 
 class PlannedBatch(NamedTuple):
@@ -28,22 +29,23 @@ class PlannedBatch(NamedTuple):
     epoch: int  # counted from 0
     images: Tensor  # uint8 [B, 1, S, S]
     plans: tuple[ViewPlan, ViewPlan]
+    more: MorePlans | None = None
 
 
 class Planner:
     """Makes batches: draws the random numbers of each sample, and plans its views.
 
     Args:
-        augment: how views are made.
+        view_set: how views are made.
         seed: of the run.
     """
 
-    def __init__(self, augment: TwoViewAugmentation, seed: int) -> None:
-        self.augment, self.seed = augment, seed
+    def __init__(self, view_set: ViewSet, seed: int) -> None:
+        self.view_set, self.seed = view_set, seed
 
     def plan(self, epoch: int, images: Tensor, samples: np.ndarray) -> PlannedBatch:
         """Add the plans to images [B, 1, S, S] of these samples, [B]."""
-        return PlannedBatch(epoch, images, self.augment.plan(view_draws(self.seed, epoch, samples)))
+        return PlannedBatch(epoch, images, *self.view_set.plan(self.seed, epoch, samples))
 
     def __call__(self, rows: list[tuple[int, Tensor, int]]) -> PlannedBatch:
         """Join rows of (epoch, image, sample), all of one epoch: a `collate_fn`."""

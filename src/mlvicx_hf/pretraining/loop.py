@@ -44,20 +44,21 @@ def train(run: Run) -> Path:
         with reporter.bar:
             for batch in run.remaining_batches():
                 rate = run.learning_rate(run.step)
-                set_learning_rate(optimizer, rate, run.backbone_ratio(run.step))
-                view_1, view_2 = run.make_views(batch)  # [B, C, S, S] each
+                set_learning_rate(optimizer, rate, run.backbone_ratio(run.step), run.peak_rate)
+                views = run.make_views(batch)
+                run.objective.start_step(run.step)
                 if arguments.gradient_accumulation_steps == 1:
-                    output: LossOutput = objective(view_1, view_2)
+                    output: LossOutput = objective(*views)
                     accelerator.backward(output.loss)
                 else:
                     steps = arguments.gradient_accumulation_steps
-                    output = accumulate(accelerator, objective, view_1, view_2, steps)  # runs backward, too
+                    output = accumulate(accelerator, objective, views, steps)  # runs backward, too
                 run.note_loss(output.loss)
                 optimizer.step()
                 optimizer.zero_grad()
                 run.step += 1
                 run.objective.update(run.step)
-                score = reporter.step_done(output, view_1, rate, batch.epoch)
+                score = reporter.step_done(output, views[0], rate, batch.epoch)
                 if run.step == run.total_steps:  # the last checkpoint belongs to the end of the run
                     continue
                 stopped_by = signals.agreed(accelerator)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,7 +53,7 @@ class Trial:
     Args:
         accelerator: of the run, for its precision.
         objective: on its device, neither compiled nor wrapped.
-        make_views: gives both views, [B, C, H, W] each, of B images; takes no numbers of torch's global generators.
+        make_views: gives the views of B images; takes no numbers of torch's global generators.
         share: images of a process.
     """
 
@@ -61,7 +61,7 @@ class Trial:
         self,
         accelerator: Accelerator,
         objective: Objective,
-        make_views: Callable[[int], tuple[Tensor, Tensor]],
+        make_views: Callable[[int], Sequence[Tensor]],
         share: int,
     ) -> None:
         self.accelerator, self.objective, self.make_views, self.share = accelerator, objective, make_views, share
@@ -137,11 +137,11 @@ class Trial:
             start = self._now()
             views = self.make_views(self.share)
             made = self._now()
-            one, two = (view[:size] for view in views)
+            some = [view[:size] for view in views]
             if size < self.share:
                 with torch.no_grad():
-                    self._embed(one, two)
-            self._embed(one, two).backward()
+                    self._embed(*some)
+            self._embed(*some).backward()
             done = self._now()
         return made - start + self.share // size * (done - made)
 
@@ -186,9 +186,9 @@ class Trial:
         finally:
             (besides,) = release_memory(besides)
 
-    def _embed(self, one: Tensor, two: Tensor) -> Tensor:
+    def _embed(self, *views: Tensor) -> Tensor:
         with self.accelerator.autocast():
-            both = self.objective(one, two, return_loss=False)
+            both = self.objective(*views, return_loss=False)
         return torch.stack([values.float().square().mean() for view in both for values in view.values()]).sum()
 
     def _now(self) -> float:

@@ -10,6 +10,8 @@ import torch
 from timm.optim import Lars
 from torch import nn
 
+from mlvicx_hf.objectives.base import OwnRate
+
 from .arguments import PretrainingArguments
 
 
@@ -21,14 +23,22 @@ def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int, f
     return peak * (final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def set_learning_rate(optimizer: Any, rate: float, backbone_ratio: float = 1.0) -> None:
-    """Give all parameter groups this rate, and those of the backbone the rate times a ratio."""
+def set_learning_rate(optimizer: Any, rate: float, backbone_ratio: float = 1.0, peak: float = 0.0) -> None:
+    """Give all parameter groups this rate, and those of the backbone the rate times a ratio.
+
+    Groups with a rate of their own get it times theirs; a group whose rate is constant starts from the peak instead.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = rate * (backbone_ratio if group.get("of_backbone", False) else 1.0)
+        base = peak if group.get("constant", False) else rate
+        base *= group.get("rate_ratio", 1.0)
+        group["lr"] = base * (backbone_ratio if group.get("of_backbone", False) else 1.0)
 
 
 def create_optimizer(
-    model: nn.Module, arguments: PretrainingArguments, backbone: nn.Module | None = None
+    model: nn.Module,
+    arguments: PretrainingArguments,
+    backbone: nn.Module | None = None,
+    own_rates: Sequence[OwnRate] = (),
 ) -> torch.optim.Optimizer:
     """Make the optimiser that the arguments name. Weight decay acts on matrices and kernels, never on vectors.
 
@@ -38,13 +48,16 @@ def create_optimizer(
         model: what is trained.
         arguments: its settings.
         backbone: part of the model whose groups are marked, so that they can have a rate of their own; None for none.
+        own_rates: further parameters with a rate of their own.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
     inside = set() if backbone is None else set(backbone.parameters())
-    groups = _groups([p for p in trained if p not in inside], arguments)
-    if inside:
-        own = _groups([p for p in trained if p in inside], arguments)
-        groups += [group | {"of_backbone": True} for group in own]
+    special = {p: {"rate_ratio": own.ratio, "constant": own.constant} for own in own_rates for p in own.parameters}
+    parts: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {(): []}  # by the marks of their groups
+    for p in model.parameters():
+        if p.requires_grad:
+            marks = special.get(p, {}) | ({"of_backbone": True} if p in inside else {})
+            parts.setdefault(tuple(marks.items()), []).append(p)
+    groups = [group | dict(marks) for marks, part in parts.items() for group in _groups(part, arguments)]
     if arguments.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0)
     if arguments.optimizer == "sgd":

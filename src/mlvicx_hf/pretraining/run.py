@@ -29,6 +29,7 @@ from .checkpoints import Checkpoint, Checkpoints
 from .collapse import Watcher
 from .optimizer import learning_rate
 from .settings import RunSettings
+from .view_sets import Views
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -45,7 +46,7 @@ class Run:
     processor: MLVICXImageProcessor  # saved beside the model
     batches: EpochBatches | StreamBatches  # which images form the batches of an epoch
     loader: Iterable[PlannedBatch]  # the same, with their images and what happens to them
-    make_views: Callable[[PlannedBatch], tuple[Tensor, Tensor]]  # both views, [B, C, S, S] each
+    make_views: Callable[[PlannedBatch], Views]
     checkpoints: Checkpoints
     watcher: Watcher | None  # measures the objective; None in all processes but the main one
     notes: list[str]  # lines to print when training begins

@@ -20,7 +20,10 @@ _FREE |= {"probe_dataset", "probe_steps", "find_batch_size", "gradient_checkpoin
 # What runs did before there was a choice.
 BEFORE: dict[str, Any] = {
     "model.objective": "mlvicx",
+    "model.objective_options": {},
     "model.context_placement": None,
+    "data.flip": 0.5,
+    "data.jitter": 0.8,
     "training.optimizer": "lars",
     "training.backbone_learning_rate_ratio": 1.0,
     "training.backbone_thaw_epochs": 0.0,

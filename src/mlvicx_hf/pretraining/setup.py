@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
@@ -26,7 +26,8 @@ from mlvicx_hf.encoders.loading import check_source
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starting_processor
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
-from mlvicx_hf.objectives import OBJECTIVES, Objective
+from mlvicx_hf.objectives import Objective, find_objective, make_objective, read_options
+from mlvicx_hf.objectives.base import Schedule
 
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
 from .batches import PlannedBatch, Planner, StreamLoader, cache_loader
@@ -36,6 +37,7 @@ from .memory import Trial
 from .optimizer import create_optimizer
 from .run import Run
 from .settings import RunSettings, of_early_checkpoints
+from .view_sets import Views, ViewSet
 from .views import TwoViewAugmentation
 
 logger = logging.getLogger(__name__)
@@ -53,11 +55,15 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     _check_arguments(data_arguments, arguments)
     accelerator = _create_accelerator(arguments)
     device, on_main = accelerator.device, accelerator.is_main_process
+    options = read_options(model_arguments.objective, model_arguments.objective_options)
+    model_arguments = replace(model_arguments, objective_options={} if options is None else asdict(options))
     with user_input():
         processor = starting_processor(create_config(model_arguments), model_arguments.init_from)
-    augment = create_augmentation(data_arguments, processor)
-    planner = Planner(augment, arguments.seed)
+    wanted = find_objective(model_arguments.objective).views(options)
+    view_set = ViewSet(create_augmentation(data_arguments, processor), wanted)
+    planner = Planner(view_set, arguments.seed)
     data = _load_data(data_arguments, arguments, accelerator, planner)
+    view_set.check(data.side)
     processor.fit = data.manifest["fit"]
     hardware = describe_hardware(device, accelerator.num_processes)
     settings = RunSettings(
@@ -70,15 +76,19 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
 
     torch.manual_seed(arguments.seed)
     objective = create_objective(model_arguments)
+    _check_accumulation(objective, model_arguments.objective, arguments)
+    objective.prepare(
+        Schedule(arguments.seed, arguments.batch_size, len(data.batches), arguments.epochs, data.batches.num_images)
+    )
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     objective.to(device).to(memory_format=layout)
 
-    def make_views(batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+    def make_views(batch: PlannedBatch) -> Views:
         moved = send_to_device(batch, device, non_blocking=True)
-        view_1, view_2 = augment.apply(moved.images, moved.plans)
-        return view_1.contiguous(memory_format=layout), view_2.contiguous(memory_format=layout)
+        made = view_set.apply(moved.images, moved.plans, moved.more)
+        return tuple(view.contiguous(memory_format=layout) if view.ndim == 4 else view for view in made)
 
-    def views_of_noise(count: int) -> tuple[Tensor, Tensor]:
+    def views_of_noise(count: int) -> Views:
         shape = (count, 1, data.side, data.side)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         return make_views(planner.plan(0, images, np.arange(count)))
@@ -98,10 +108,11 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         trial = Trial(accelerator, objective, views_of_noise, data.batches.share)
         settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
         notes += more
-    if accelerator.num_processes > 1 and device.type == "cuda":
+    if accelerator.num_processes > 1 and device.type == "cuda" and objective.synchronise_norms:
         objective = synchronise_norms(objective)
     own_rate = arguments.backbone_learning_rate_ratio != 1 or arguments.backbone_thaw_epochs > 0
-    optimizer = create_optimizer(objective, arguments, objective.encoder.backbone if own_rate else None)
+    backbone = objective.encoder.backbone if own_rate else None
+    optimizer = create_optimizer(objective, arguments, backbone, objective.own_rates())
     if arguments.torch_compile:
         objective.compile(mode=arguments.torch_compile_mode)  # in place: the keys of the state stay as they are
     wrapped, prepared = accelerator.prepare(objective, optimizer)
@@ -147,6 +158,13 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
     for name in ("crop_area", "blur", "solarize"):
         if len(getattr(data, name)) != 2:
             raise UserError(f"{name}={getattr(data, name)} found; expected two values")
+
+
+def _check_accumulation(objective: Objective, name: str, arguments: PretrainingArguments) -> None:
+    steps = arguments.gradient_accumulation_steps
+    if objective.inexact_accumulation and (steps > 1 or arguments.find_batch_size):
+        found = f"gradient_accumulation_steps={steps}" if steps > 1 else "find_batch_size"
+        raise UserError(f"{found} found with objective={name}; expected neither: {objective.inexact_accumulation}")
 
 
 def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
@@ -296,7 +314,9 @@ def create_augmentation(data: DataArguments, processor: MLVICXImageProcessor) ->
     return TwoViewAugmentation(
         image_size=processor.image_size,
         crop_area=(data.crop_area[0], data.crop_area[1]),
+        flip=data.flip,
         rotation=data.rotation,
+        jitter=data.jitter,
         brightness=data.brightness,
         contrast=data.contrast,
         blur=(data.blur[0], data.blur[1]),
@@ -314,12 +334,13 @@ def create_config(arguments: ModelArguments) -> MLVICXConfig:
     """Make the configuration of what a run trains.
 
     Raises:
+        UserError: an unknown objective.
         ValueError: a value that no model can have.
     """
     values = asdict(arguments)
-    for name in ("init_from", "objective"):
+    for name in ("init_from", "objective", "objective_options"):
         del values[name]
-    return MLVICXConfig(**values)
+    return MLVICXConfig(**find_objective(arguments.objective).configure(values))
 
 
 def create_objective(arguments: ModelArguments) -> Objective:
@@ -328,9 +349,7 @@ def create_objective(arguments: ModelArguments) -> Objective:
     Raises:
         UserError: an unknown objective, a model that cannot be built, or an earlier model that does not fit.
     """
-    if arguments.objective not in OBJECTIVES:
-        raise UserError(f"objective={arguments.objective!r} found; expected one of {', '.join(OBJECTIVES)}")
-    objective_class, source, start = OBJECTIVES[arguments.objective], arguments.init_from, ""
+    objective_class, source, start = find_objective(arguments.objective), arguments.init_from, ""
     with user_input():
         config = create_config(arguments)
         if source is None:
@@ -340,7 +359,7 @@ def create_objective(arguments: ModelArguments) -> Objective:
             start = load_timm_weights(objective_class.encoder_of(model), source)
         else:
             model, start = _load_earlier(objective_class.model_class, config, source)
-    objective = objective_class(model)
+    objective = make_objective(arguments.objective, model, arguments.objective_options)
     objective.start = start
     return objective
 

@@ -6,7 +6,7 @@ These are the six transforms of section III-A of the paper. It gives no magnitud
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,24 +24,33 @@ DRAWS = (
 )
 
 
-def view_draws(seed: int, epoch: int, samples: Sequence[int] | np.ndarray) -> Tensor:
-    """Uniform numbers behind the two views of each sample.
+def sample_generators(
+    seed: int, epoch: int, samples: Sequence[int] | np.ndarray, stream: int = 0
+) -> Iterator[np.random.Generator]:
+    """A generator of random numbers for each sample.
 
-    Every sample has its own counter of a Philox generator, so its views do not depend on its batch, on workers,
-    on ranks or on a resume.
+    Every sample has its own counter of a Philox generator, so its numbers do not depend on its batch, on workers, on
+    ranks or on a resume.
 
     Args:
         seed: of the run.
         epoch: counted from 0.
-        samples: indices in the data set, B of them.
+        samples: indices in the data set.
+        stream: of independent streams.
+    """
+    for sample in samples:
+        yield np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, int(sample)]))
+
+
+def view_draws(seed: int, epoch: int, samples: Sequence[int] | np.ndarray, views: int = 2, stream: int = 0) -> Tensor:
+    """Uniform numbers behind the views of each sample; see `sample_generators`.
 
     Returns:
-        Float32 [B, 2, len(DRAWS)] in [0, 1), on the CPU.
+        Float32 [B, views, len(DRAWS)] in [0, 1), on the CPU.
     """
-    draws = np.empty((len(samples), 2, len(DRAWS)), np.float32)
-    for row, sample in zip(draws, samples, strict=True):
-        bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, int(sample)])
-        np.random.Generator(bits).random(out=row, dtype=np.float32)
+    draws = np.empty((len(samples), views, len(DRAWS)), np.float32)
+    for row, generator in zip(draws, sample_generators(seed, epoch, samples, stream), strict=True):
+        generator.random(out=row, dtype=np.float32)
     return torch.from_numpy(draws)
 
 
@@ -120,21 +129,31 @@ class TwoViewAugmentation:
 
     def plan(self, draws: Tensor) -> tuple[ViewPlan, ViewPlan]:
         """Decide what happens to B images in view 1 and in view 2, from `view_draws` [B, 2, len(DRAWS)] on the CPU."""
-        plan_1, plan_2 = (self._plan(draws[:, view].double(), view) for view in (0, 1))
+        plan_1, plan_2 = (self.plan_view(draws[:, view].double(), view) for view in (0, 1))
         return plan_1, plan_2
 
     def apply(self, images: Tensor, plans: tuple[ViewPlan, ViewPlan]) -> tuple[Tensor, Tensor]:
         """Make the planned views; see `__call__`. All tensors are on the device that does the work."""
+        pixels = self.pixels(images)
+        view_1, view_2 = (self.normalise(self.grey_view(pixels, plan)) for plan in plans)
+        return view_1, view_2
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Grey values in [0, 1] of images, uint8 [B, 1, S, S], averaged where they are much larger than the views.
+
+        Raises:
+            UserError: images of another type or shape.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
             raise UserError(f"images {images.dtype} {tuple(images.shape)} found; expected uint8 [B, 1, S, S]")
         pixels = images.float() / 255
         shrink = images.shape[-1] // self.image_size
         if shrink > 1:  # the bilinear warp alone would alias
             pixels = F.avg_pool2d(pixels, shrink)
-        view_1, view_2 = (self._view(pixels, plan) for plan in plans)
-        return view_1, view_2
+        return pixels
 
-    def _plan(self, draws: Tensor, view: int) -> ViewPlan:
+    def plan_view(self, draws: Tensor, view: int) -> ViewPlan:
+        """Decide what happens in view 1 (0) or 2 (1), from float64 draws [B, len(DRAWS)]."""
         draw = dict(zip(DRAWS, draws.unbind(1), strict=True))  # float64 [B] each
         changed = draw["jitter"] < self.jitter
         brightness = torch.where(changed, 1 + self.brightness * _scale(draw["brightness"], -1, 1), 1.0)
@@ -149,16 +168,17 @@ class TwoViewAugmentation:
             solarized=(draw["solarize"] < self.solarize[view]).nonzero()[:, 0],
         )
 
-    def _view(self, pixels: Tensor, plan: ViewPlan) -> Tensor:
-        x = self._warp(pixels, plan.warp)
+    def grey_view(self, pixels: Tensor, plan: ViewPlan) -> Tensor:
+        """Make a planned view of `pixels`, as grey values in [0, 1]: [B, 1, image_size, image_size]."""
+        x = self.warp(pixels, plan.warp)
         mean = x.mean((1, 2, 3), keepdim=True)
         gain, offset = plan.gain[:, None, None, None], plan.offset[:, None, None, None]
         x = x.mul_(gain).add_(offset * mean).clamp_(0, 1)
         x = self._blur(x, plan.blurred, plan.sigma)
-        x = self._solarize(x, plan.solarized)
-        return self._normalise(x)
+        return self._solarize(x, plan.solarized)
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
+        """Turn grey values [B, 1, S, S] into model input, in place where that is possible: [B, num_channels, S, S]."""
         if not isinstance(self.mean, list) and not isinstance(self.std, list):
             return x.sub_(self.mean).div_(self.std).expand(-1, self.num_channels, -1, -1)
         values = (each if isinstance(each, list) else [each] * self.num_channels for each in (self.mean, self.std))
@@ -182,7 +202,8 @@ class TwoViewAugmentation:
         y_row = torch.stack([height * sin * mirror, height * cos, center_y], 1)
         return torch.stack([x_row, y_row], 1)
 
-    def _warp(self, pixels: Tensor, geometry: Tensor) -> Tensor:
+    def warp(self, pixels: Tensor, geometry: Tensor) -> Tensor:
+        """Take the view of an affine map [B, 2, 3]; see `geometry`."""
         side = self.image_size
         centers = (2 * torch.arange(side, device=pixels.device, dtype=pixels.dtype) + 1) / side - 1  # of the pixels
         x, y, shift = geometry[:, None, None].unbind(-1)  # [B, 1, 1, 2] each

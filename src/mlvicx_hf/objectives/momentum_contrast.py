@@ -1,0 +1,145 @@
+"""What the methods of MoCo's family share: a momentum copy that makes keys, and a queue of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlvicx_hf.common.arguments import option
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
+
+from .base import Embeddings, Objective, Schedule
+from .parts import (
+    KeyQueue,
+    check_positive,
+    check_share,
+    follow,
+    gather,
+    mean_over_batch,
+    momentum_copy,
+    scale_momentum,
+)
+
+
+@dataclass(frozen=True)
+class ContrastOptions:
+    """Options of every method with keys and a queue."""
+
+    temperature: float = option("Temperature T of the contrastive loss.", 0.2)
+    projection_size: int = option("Width of queries and keys.", 128)
+    queue_size: int = option("Keys in the queue: a multiple of the batch, at most a quarter of the images.", 65536)
+    key_momentum: float = option("Momentum of the network that makes the keys.", 0.999)
+    scale_momentum: bool = option("Scale the momentum from a batch of reference_batch to that of the run.", True)
+    reference_batch: int = option("Batch for which key_momentum is meant.", 256)
+    key_images: int = option("Images that the key network normalises together, at most; 0 for the whole batch.", 16)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature", "projection_size", "queue_size", "reference_batch")
+        check_share(self, "key_momentum")
+        if self.key_images < 0 or self.key_images == 1:
+            raise UserError(f"objective_options: key_images={self.key_images} found; expected 0, or 2 or more")
+
+
+class MomentumContrast(Objective):
+    """Queries of view 1, keys of view 2 from a momentum copy, and a queue of the keys of earlier steps.
+
+    If the batch statistics of query and key came from the same images, the network could tell the pair by them. MoCo
+    shuffles the keys over GPUs. Here the key network normalises groups of a few images, so one device is enough, and
+    statistics are never shared over processes.
+
+    Args:
+        model: the encoder.
+        options: of the method.
+        head: of the queries, [B, D] to [B, projection_size].
+    """
+
+    model: MLVICXModel
+    synchronise_norms = False
+    pushed = 1  # batches of keys in a step
+
+    def __init__(self, model: MLVICXModel, options: ContrastOptions, head: nn.Module) -> None:
+        super().__init__(model)
+        self.contrast, self.momentum = options, options.key_momentum
+        self.projector = head
+        self.key_model, self.key_projector = momentum_copy(model), momentum_copy(head)
+        self.queue = KeyQueue(options.queue_size, options.projection_size)
+        self.new_keys: list[Tensor] = []  # of this step, for the queue
+        self.target_deviation = options.projection_size**-0.5
+
+    def prepare(self, schedule: Schedule) -> None:
+        """Check the queue, and scale the momentum to the batch."""
+        options, batch = self.contrast, schedule.batch_size
+        if options.queue_size % batch:
+            raise UserError(
+                f"queue_size={options.queue_size} found with batch_size={batch}; expected a multiple of the batch"
+            )
+        if 4 * options.queue_size > schedule.images:
+            most = schedule.images // 4 // batch * batch
+            advice = f"{most} or less" if most else f"{4 * batch} images or more"
+            raise UserError(
+                f"queue_size={options.queue_size} found with {schedule.images} images; expected {advice}: in a queue "
+                "of more than a quarter of the images, many keys are of the query's own image"
+            )
+        if options.scale_momentum:
+            self.momentum = scale_momentum(options.key_momentum, batch, options.reference_batch)
+
+    @torch.no_grad()
+    def make_keys(self, view: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Keys [B, projection_size], of any length, and the maps of all levels, by groups of images."""
+        size = self.contrast.key_images or len(view)
+        groups = view.tensor_split(max(1, min(-(-len(view) // size), len(view) // 2)))  # of two images or more
+        maps = [self.key_model.refined_maps(group) for group in groups]
+        keys = [self.key_projector(self.key_model.pool(each)) for each in maps]
+        return torch.cat(keys), [torch.cat(level) for level in zip(*maps, strict=True)]
+
+    def embed(self, view: Tensor) -> Embeddings:
+        """Queries [B, projection_size], of any length."""
+        return {"queries": self.projector(self.model(view).pooler_output)}
+
+    def encode(self, view_1: Tensor, view_2: Tensor, *extras: Tensor) -> tuple[Embeddings, Embeddings]:
+        """Queries of view 1, keys of view 2."""
+        assert not extras
+        return self.embed(view_1), {"keys": self.make_keys(view_2)[0]}
+
+    def contrastive_loss(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """InfoNCE against the queue, over the global batch. The keys enter the queue after the step.
+
+        Returns:
+            The loss, and the unit vectors of both, of this process.
+        """
+        queries, keys = unit_vectors(queries), unit_vectors(keys.detach())
+        self.new_keys.append(gather(keys))
+        values = info_nce(queries, keys, self.queue.keys, self.contrast.temperature)
+        return mean_over_batch(values), (queries, keys)
+
+    def update(self, step: int) -> None:
+        """Move the key network, and fill the queue."""
+        follow(self.key_model, self.model, self.momentum)
+        follow(self.key_projector, self.projector, self.momentum)
+        for number, keys in enumerate(self.new_keys):
+            self.queue.push(keys, (step - 1) * self.pushed + number)
+        self.new_keys = []
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Vectors [B, D] of length 1, in float32 or more."""
+    return F.normalize(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=1)
+
+
+def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Compute −log of exp(q·k⁺/T) over exp(q·k⁺/T) + Σ_j exp(q·k_j/T) for each query: [B].
+
+    Args:
+        queries: unit vectors, [B, D].
+        keys: k⁺, [B, D].
+        queue: k_j, [K, D].
+        temperature: T.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        positive = (queries * keys).sum(1, keepdim=True)
+        logits = torch.cat([positive, queries @ queue.to(queries.dtype).T], 1) / temperature
+        return logits.logsumexp(1) - logits[:, 0]

@@ -1,0 +1,172 @@
+"""What several methods share: heads, momentum copies, queues, and batches that are spread over processes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.models.loss_mlvicx import gather_batch, sum_over_ranks
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Refuse options, or members of a list, that are not finite numbers above 0.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name in names:
+        value = getattr(options, name)
+        numbers = value if isinstance(value, (list, tuple)) else (value,)
+        if not numbers or not all(0 < number < math.inf for number in numbers):
+            raise UserError(f"objective_options: {name}={value} found; expected a positive number")
+
+
+def check_share(options: Any, *names: str) -> None:
+    """Refuse options outside of 0 to 1.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"objective_options: {name}={getattr(options, name)} found; expected a number in [0, 1]")
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+class ProjectionHead(nn.Sequential):
+    """Linear layers with ReLU between them.
+
+    Args:
+        widths: of the input and of every layer.
+        norm: batch normalisation before every ReLU; the layers before one have no bias.
+        last: what follows the last layer: "" for nothing, "scale" for a batch normalisation without shift, "fixed" for
+            one without weights. The layer then has no bias.
+        bias: whether the last layer has a bias if nothing follows it.
+    """
+
+    def __init__(self, widths: Sequence[int], norm: bool = True, last: str = "", bias: bool = True) -> None:
+        layers: list[nn.Module] = []
+        for before, width in itertools.pairwise(widths[:-1]):
+            layers.append(nn.Linear(before, width, bias=not norm))
+            layers += [nn.BatchNorm1d(width)] if norm else []
+            layers.append(nn.ReLU(inplace=True))
+        layers.append(nn.Linear(widths[-2], widths[-1], bias=bias and not last))
+        if last:
+            layers.append(nn.BatchNorm1d(widths[-1], affine=last == "scale"))
+        if last == "scale":
+            shift = layers[-1]
+            del shift.bias
+            shift.register_buffer("bias", torch.zeros(widths[-1]))
+        super().__init__(*layers)
+
+
+# -- momentum ----------------------------------------------------------------------------------------------------------
+
+
+def momentum_copy(network: Network) -> Network:
+    """Copy a network, weights and all, so that it follows by `follow` and gets no gradients."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(copied: nn.Module, network: nn.Module, momentum: float) -> None:
+    """Move the weights of a copy: k ← m·k + (1−m)·q. Its running statistics are its own."""
+    slow: list[Tensor] = list(copied.parameters())
+    fast: list[Tensor] = list(network.parameters())
+    torch._foreach_lerp_(slow, fast, 1 - momentum)
+
+
+def scale_momentum(momentum: float, batch_size: int, reference: int) -> float:
+    """Momentum that forgets after as many images as the published one does at its batch: m^(B/B_ref).
+
+    Busbridge et al. 2023, "How to scale your EMA".
+    """
+    return float(momentum ** (batch_size / reference))
+
+
+class KeyQueue(nn.Module):
+    """The newest K keys. It starts with random unit vectors.
+
+    Args:
+        size: K.
+        width: of a key.
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, width), dim=1))  # [K, D]
+        self.keys: Tensor
+
+    def push(self, keys: Tensor, number: int) -> None:
+        """Replace the oldest keys.
+
+        Args:
+            keys: [B, D]; B divides K.
+            number: of batches that were pushed before. The place follows from it, so a GPU need not be asked.
+        """
+        place = number * len(keys) % len(self.keys)
+        self.keys[place : place + len(keys)] = keys
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def processes() -> int:
+    """Number of processes that share a batch."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """Every process computes the same loss of the gathered batch, so the others' gradients equal its own.
+
+    As with `sum_over_ranks`, the gradient is that of the sum of all processes' losses: distributed data parallel
+    averages it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.count = len(local)
+        return gather_batch(local.detach()[None])[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        start = dist.get_rank() * ctx.count
+        return processes() * gradient[start : start + ctx.count]
+
+
+def gather(local: Tensor) -> Tensor:
+    """Join the samples of all processes in their order, with gradients: [b, D] to [W·b, D], float32 or more.
+
+    What follows must be the same in all processes, up to the loss.
+    """
+    local = local if local.dtype == torch.float64 else local.float()
+    return local if processes() == 1 else _Gather.apply(local)
+
+
+def mean_over_batch(values: Tensor) -> Tensor:
+    """Mean over the samples of all processes and all other dimensions, float32 or more; [b, …] to a scalar."""
+    values = values if values.dtype == torch.float64 else values.float()
+    return sum_over_ranks(values.mean()) / processes()
+
+
+def cosines(one: Tensor, other: Tensor) -> Tensor:
+    """Cosine of the angle between vectors, [B, D] and [B, D] to [B]; in float32 or more."""
+    with torch.autocast(one.device.type, enabled=False):
+        one, other = (each if each.dtype == torch.float64 else each.float() for each in (one, other))
+        return F.cosine_similarity(one, other, dim=1)

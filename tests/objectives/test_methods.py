@@ -1,0 +1,232 @@
+"""Every method: training, resume, export, exact accumulation, momentum, queues, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers import unlabelled_cache
+from methods import SMALL, small_objective, small_views
+from runs import assert_same_bits, lines, start, weights
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel
+
+from mlvicx_hf import MLVICXModel
+from mlvicx_hf.objectives import OBJECTIVES
+from mlvicx_hf.objectives.parts import KeyQueue, follow, momentum_copy, scale_momentum
+from mlvicx_hf.pretraining.accumulation import accumulate
+from mlvicx_hf.pretraining.loop import train
+
+# By method: embeddings through which no gradient goes.
+STOPPED = {"simsiam": {"projections"}, "byol": {"targets"}, "moco_v2": {"keys"}}
+# Shifts of all embeddings, which a batch normalisation cancels, so that rounding alone moves them.
+CANCELLED = {"byol": {"projector.3.bias", "target_projector.3.bias"}}
+EXACT = [name for name in SMALL if not OBJECTIVES[name].inexact_accumulation]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> None:
+    """Accelerate keeps its state for the whole process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves() -> Iterator[None]:
+    with mock.patch("mlvicx_hf.pretraining.reporting.plot_curves"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unlabelled_cache(tmp_path_factory.mktemp("methods"), 32, size=40)
+
+
+def flags(name: str, **options: Any) -> list[object]:
+    values = {key: ",".join(map(str, v)) if isinstance(v, list) else v for key, v in (SMALL[name] | options).items()}
+    words = [f"{key}={value}" for key, value in values.items()]
+    return ["--objective", name, "--epochs", 1, *(["--objective_options", *words] if words else [])]
+
+
+def test_every_method_has_small_options():
+    assert set(SMALL) == set(OBJECTIVES) - {"mlvicx"}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_method_trains_and_resumes_to_the_same_bits(name: str, cache: Path, tmp_path: Path):
+    words = [*flags(name), "--checkpoint_steps", 2, "--save_total_limit", 9]
+    whole = start(cache, tmp_path / "whole", *words)
+    before = {key: value.clone() for key, value in whole.objective.named_parameters()}
+    train(whole)
+    unmoved = {key for key, value in whole.objective.named_parameters() if torch.equal(value, before[key])}
+    assert unmoved <= CANCELLED.get(name, set())
+    assert len(lines(tmp_path / "whole")) == 4
+    after = whole.objective.state_dict()
+
+    (tmp_path / "killed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "killed" / "checkpoint-2")
+    shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "killed")
+    resumed = start(cache, tmp_path / "killed", *words, "--resume")
+    assert resumed.step == 2
+    train(resumed)
+    assert_same_bits(tmp_path / "killed", tmp_path / "whole")
+    for key, value in resumed.objective.state_dict().items():
+        assert torch.equal(value, after[key]), key
+
+    model = AutoModel.from_pretrained(tmp_path / "whole")
+    assert type(model) is MLVICXModel
+    assert not model.config.use_context
+    saved = set(load_file(tmp_path / "whole" / "model.safetensors"))
+    assert saved == {key.removeprefix("model.") for key in after if key.startswith("model.")}
+    if type(whole.objective.model) is MLVICXModel:
+        assert saved == set(model.state_dict())
+
+
+def test_vicreg_is_mlvicx_without_context_and_levels(cache: Path, tmp_path: Path):
+    train(start(cache, tmp_path / "vicreg", "--objective", "vicreg", "--epochs", 1))
+    train(start(cache, tmp_path / "part", "--use_context", False, "--multi_level_weight", 0, "--epochs", 1))
+    assert_same_bits(tmp_path / "vicreg", tmp_path / "part", "config.json")
+    assert not [key for key in weights(tmp_path / "vicreg") if "multi_level" in key]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_gradient_goes_where_it_is_stopped(name: str):
+    objective = small_objective(name).double()
+    views = small_views(name)
+    made = objective(*views, return_loss=False)
+    leaves = [{key: value.detach().requires_grad_() for key, value in side.items()} for side in made]
+    loss = objective.loss(*leaves).loss
+    places = [(side, key) for side in (0, 1) for key in leaves[side]]
+    slopes = torch.autograd.grad(loss, [leaves[side][key] for side, key in places], allow_unused=True)
+    for (_, key), slope in zip(places, slopes, strict=True):
+        assert (slope is None) == (key in STOPPED.get(name, set())), key
+    objective(*views).loss.backward()
+    for key, value in objective.named_parameters():
+        assert (value.grad is not None) == value.requires_grad, key
+        assert value.grad is None or value.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_micro_batches_give_the_gradient_of_the_batch(name: str):
+    """In evaluation mode, where batch normalisation does not depend on the batch."""
+    whole, parts = small_objective(name).double().eval(), small_objective(name).double().eval()
+    expected = whole(*small_views(name))
+    expected.loss.backward()
+    output = accumulate(Accelerator(cpu=True), parts, small_views(name), 2)
+    torch.testing.assert_close(output.loss, expected.loss.detach(), rtol=1e-10, atol=1e-12)
+    for (key, found), wanted in zip(parts.named_parameters(), whole.parameters(), strict=True):
+        assert (found.grad is None) == (wanted.grad is None), key
+        if wanted.grad is not None:
+            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-8, atol=1e-12, msg=key)
+
+
+# -- momentum and queue ------------------------------------------------------------------------------------------------
+
+
+def test_a_momentum_copy_after_three_steps():
+    network = torch.nn.Linear(3, 2).double()
+    start_weights = network.weight.detach().clone()
+    copied = momentum_copy(network)
+    moved: list[Tensor] = []
+    for step in range(3):
+        with torch.no_grad():
+            network.weight.add_(step + 1)
+        moved.append(network.weight.detach().clone())
+        follow(copied, network, 0.9)
+    expected = 0.9**3 * start_weights + 0.1 * (0.81 * moved[0] + 0.9 * moved[1] + moved[2])
+    torch.testing.assert_close(copied.weight, expected, rtol=1e-14, atol=1e-14)
+    assert not copied.weight.requires_grad
+
+
+def test_the_momentum_is_scaled_to_the_batch():
+    assert scale_momentum(0.999, 64, 256) == pytest.approx(0.99975, abs=1e-7)
+    scaled, published = small_objective("moco_v2"), small_objective("moco_v2", scale_momentum=False)
+    assert (scaled.momentum, published.momentum) == (pytest.approx(0.9**0.5), 0.9)  # a batch of 8 for one of 16
+    byol = small_objective("byol", scale_momentum=False, target_momentum=0.9)
+    assert [byol.momentum(step) for step in (0, 2, 4)] == pytest.approx([0.9, 0.95, 1.0])
+    assert small_objective("byol", target_momentum=0.9).momentum(2) == pytest.approx(0.95 ** (8 / 64))
+
+
+def test_a_queue_holds_the_newest_keys():
+    queue = KeyQueue(8, 2)
+    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(8))
+    batches = [torch.full((4, 2), float(number)) for number in range(3)]
+    for number, keys in enumerate(batches):
+        queue.push(keys, number)
+    assert torch.equal(queue.keys, torch.cat([batches[2], batches[1]]))
+
+
+def test_keys_of_a_step_are_the_negatives_of_the_next():
+    objective = small_objective("moco_v2", queue_size=16).double()
+    before = objective.queue.keys.clone()
+    keys = objective(*small_views("moco_v2"), return_loss=False)[1]["keys"]
+    objective(*small_views("moco_v2"))
+    assert torch.equal(objective.queue.keys, before)
+    objective.update(2)
+    found = objective.queue.keys
+    assert torch.equal(found[:8], before[:8])  # the second batch of keys lies behind the first
+    torch.testing.assert_close(found[8:], torch.nn.functional.normalize(keys, dim=1))
+    assert not objective.new_keys
+
+
+def test_key_networks_normalise_small_groups():
+    whole, grouped = (small_objective("moco_v2", key_images=images).double() for images in (0, 3))
+    view = small_views("moco_v2")[1]
+    keys = grouped.make_keys(view)[0]
+    assert not torch.allclose(keys, whole.make_keys(view)[0])
+    expected = [small_objective("moco_v2", key_images=0).double().make_keys(part)[0] for part in view.tensor_split(3)]
+    torch.testing.assert_close(keys, torch.cat(expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"queue_size": 12}, "queue_size=12 found with batch_size=8; expected a multiple of the batch"),
+        ({"queue_size": 16}, "queue_size=16 found with 32 images; expected 8 or less"),
+    ],
+)
+def test_queues_that_do_not_fit_are_refused_before_training(
+    options: dict[str, int], message: str, cache: Path, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=message):
+        start(cache, tmp_path / "run", *flags("moco_v2", **options))
+    assert not (tmp_path / "run").exists()
+
+
+# -- rates -------------------------------------------------------------------------------------------------------------
+
+
+def rates(run: Any) -> dict[str, set[float]]:
+    """Rates of the last step by the first part of a parameter's name, vectors apart."""
+    names = {id(value): key for key, value in run.objective.named_parameters()}
+    found: dict[str, set[float]] = {}
+    for group in run.optimizer.param_groups:
+        for value in group["params"]:
+            kind = "vector" if value.ndim == 1 else "matrix"
+            found.setdefault(f"{names[id(value)].split('.')[0]} {kind}", set()).add(group["lr"])
+    return found
+
+
+def test_the_predictor_of_simsiam_has_a_constant_rate(cache: Path, tmp_path: Path):
+    run = start(cache, tmp_path / "run", *flags("simsiam"), "--optimizer", "sgd", "--warmup_epochs", 0)
+    train(run)
+    found, last = rates(run), run.learning_rate(3)
+    assert last < run.peak_rate / 100
+    assert found["predictor matrix"] == found["predictor vector"] == {run.peak_rate}
+    assert found["model matrix"] == found["projector vector"] == {last}
+
+
+def test_vectors_of_barlow_twins_have_a_smaller_rate(cache: Path, tmp_path: Path):
+    run = start(cache, tmp_path / "run", *flags("barlow_twins"))
+    train(run)
+    found = rates(run)
+    assert found["model matrix"] == found["projector matrix"] == {run.learning_rate(3)}
+    assert found["model vector"] == found["projector vector"] == {0.024 * run.learning_rate(3)}
