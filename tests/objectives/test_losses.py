@@ -29,7 +29,7 @@ def units(*shape: int, seed: int = 0) -> Tensor:
 
 
 def dot(one: Tensor, other: Tensor) -> float:
-    return sum(float(a) * float(b) for a, b in zip(one, other, strict=True))
+    return sum(a * b for a, b in zip(one.tolist(), other.tolist(), strict=True))
 
 
 def cosine(one: Tensor, other: Tensor) -> float:

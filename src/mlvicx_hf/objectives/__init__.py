@@ -11,6 +11,8 @@ from mlvicx_hf.common.errors import UserError
 from .barlow_twins import BarlowTwinsObjective
 from .base import Objective
 from .byol import BYOLObjective
+from .caid import CAiDObjective
+from .inter_moco import InterMoCoObjective
 from .mlvicx import MLVICXObjective
 from .moco_v2 import MoCoV2Objective
 from .simclr import SimCLRObjective
@@ -25,6 +27,8 @@ OBJECTIVES: dict[str, type[Objective]] = {  # by the name that --objective takes
     "simsiam": SimSiamObjective,
     "byol": BYOLObjective,
     "moco_v2": MoCoV2Objective,
+    "inter_moco": InterMoCoObjective,
+    "caid": CAiDObjective,
 }
 
 
