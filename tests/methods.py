@@ -25,6 +25,9 @@ SMALL: dict[str, dict[str, Any]] = {  # options by "method" or "method:variant";
     "inter_moco": _QUEUE,
     "inter_moco:barlow": _QUEUE | {"variant": "barlow", "level_dims": [16, 16]},
     "caid": _QUEUE,
+    "pcrl_v1": _QUEUE,
+    "pcrl_v1:nce": _QUEUE | {"contrast": "nce"},
+    "pcrl_v2": {"local_views": 2, "local_size": 16},
 }
 ALIGNED = ["--crop_area", 1, 1, "--flip", 0]
 FLAGS: dict[str, list[object]] = {"inter_moco": ALIGNED, "inter_moco:barlow": ALIGNED}  # what a method demands

@@ -142,3 +142,144 @@ def test_distortions_of_caid_have_the_sizes_and_shares_of_the_paper():
     counts = [len(found) for kind, found in drawn if kind == ERASE]
     assert sum(count == 1 for count in counts) / len(counts) == pytest.approx(0.1, abs=0.04)
     assert max(counts) == 10
+
+
+# -- PCRL --------------------------------------------------------------------------------------------------------------
+
+
+def restored(objective: Any, maps: list[Tensor]) -> Tensor:
+    return objective.restoration(objective.decoder(maps, (32, 32))[-1])
+
+
+def naive_mixture(one: Tensor, other: Tensor, share: float) -> Tensor:
+    return share * one + (1 - share) * other
+
+
+def naive_noise_contrast(query: Tensor, key: Tensor, queue: Tensor, normaliser: float, batches: int) -> float:
+    """Of one pair of unit vectors."""
+
+    def probability(other: Tensor) -> float:
+        return math.exp(dot(query, other) / 0.2) / normaliser
+
+    noise = len(queue) / batches
+    total = math.log(probability(key) / (probability(key) + noise + 1e-5))
+    return -total - sum(math.log(noise / (probability(other) + noise + 1e-5)) for other in queue)
+
+
+@pytest.mark.parametrize("name", ["pcrl_v1", "pcrl_v1:nce"])
+def test_pcrl_is_the_loop(name: str):
+    objective: Any = small_objective(name).double().eval()
+    objective.start_step(2)
+    views = small_views(name, COUNT)
+    x_1, x_2, g_1, g_2, m_1, m_2, a_1, a_2 = views
+    alpha_1, alpha_2, share = objective.shares()
+    order = objective.partners(COUNT)
+    assert sorted(order.tolist()) == list(range(COUNT))
+    assert min(alpha_1, alpha_2, share) >= 0.5
+
+    k, e = objective.make_keys(x_2)
+    s = list(objective.model.refined_maps(x_1))
+    q = objective.projector(s[-1].mean((2, 3)))
+    gate_1, gate_2 = (objective.gate(a)[:, :, None, None] for a in (a_1, a_2))
+    s_gated, e_gated = [*s[:-1], s[-1] * gate_1], [*e[:-1], e[-1] * gate_2]
+    mixed = [naive_mixture(one, two, alpha_1) for one, two in zip(s_gated, e_gated, strict=True)]
+    error = naive_mean_square(restored(objective, s_gated), m_1)
+    error += naive_mean_square(restored(objective, mixed), naive_mixture(m_1, m_2, alpha_1))
+
+    x_1, x_2, g_1, g_2, k_mixture = (naive_mixture(each, each[order], share) for each in (x_1, x_2, g_1, g_2, k))
+    k_mixed, e = objective.make_keys(x_2)
+    s = list(objective.model.refined_maps(x_1))
+    q_mixed = objective.projector(s[-1].mean((2, 3)))
+    mixed = [naive_mixture(one, two, alpha_2) for one, two in zip(s, e, strict=True)]
+    error += naive_mean_square(restored(objective, s), g_1)
+    error += naive_mean_square(restored(objective, mixed), naive_mixture(g_1, g_2, alpha_2))
+
+    pairs, queue = [(q, k), (q_mixed, k_mixed), (q_mixed, k_mixture)], objective.queue.keys
+    if name == "pcrl_v1":
+        contrast = sum(naive_info_nce(*pair, queue, 0.2) for pair in pairs) / 3
+    else:
+        unit = [torch.nn.functional.normalize(each, dim=1) for each in (q, k)]
+        others = [[unit[1][i], *queue] for i in range(COUNT)]
+        values = [math.exp(dot(unit[0][i], other) / 0.2) for i in range(COUNT) for other in others[i]]
+        normaliser = sum(values) / len(values) * objective.batches
+        contrast = sum(
+            naive_noise_contrast(pair[0][i], pair[1][i], queue, normaliser, objective.batches) / COUNT / 3
+            for pair in [[torch.nn.functional.normalize(each, dim=1) for each in both] for both in pairs]
+            for i in range(COUNT)
+        )
+    torch.testing.assert_close(objective(*views).loss.item(), contrast + error / 4, **CLOSE)
+
+
+def test_the_normaliser_of_pcrl_is_that_of_the_first_step():
+    objective: Any = small_objective("pcrl_v1:nce")
+    assert objective.normaliser == 0
+    objective(*(view.float() for view in small_views("pcrl_v1")))
+    objective.update(1)
+    first = objective.normaliser.clone()
+    assert first > 0
+    objective.start_step(1)
+    objective(*(view.float() for view in small_views("pcrl_v1", epoch=1)))
+    objective.update(2)
+    assert objective.normaliser == first
+
+
+def test_three_batches_of_keys_enter_the_queue_of_pcrl():
+    objective: Any = small_objective("pcrl_v1", queue_size=16).double()
+    keys = objective(*small_views("pcrl_v1"), return_loss=False)[1]
+    objective(*small_views("pcrl_v1"))
+    objective.update(1)
+    normal = torch.nn.functional.normalize
+    expected = torch.cat([normal(keys["mixtures"], dim=1), normal(keys["mixed_keys"], dim=1)])
+    torch.testing.assert_close(objective.queue.keys, expected)
+
+
+# -- PCRLv2 ------------------------------------------------------------------------------------------------------------
+
+
+def naive_disagreement(objective: Any, one: Tensor, two: Tensor, scale: int) -> float:
+    sides = []
+    for view in (one, two):
+        maps = objective.decoder(objective.model.refined_maps(view), view.shape[2:])
+        p = objective.norms[scale](maps[scale].mean((2, 3)))
+        sides.append((p, objective.predictors[scale](p)))
+    (p_1, u_1), (p_2, u_2) = sides
+    total = 0.0
+    for i in range(COUNT):
+        for u, p in ((u_1[i], p_2[i]), (u_2[i], p_1[i])):
+            total -= dot(u, p) / math.sqrt(dot(u, u) * dot(p, p)) / 2
+    return total / COUNT
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_pcrl_v2_is_the_loop(step: int):
+    objective: Any = small_objective("pcrl_v2").double().eval()
+    objective.start_step(step)
+    view_1, view_2, target, local = views = small_views("pcrl_v2", COUNT)
+    assert local.shape == (COUNT, 2, 1, 16, 16)
+    scales = objective.scales
+    assert len(scales) == 5
+    expected = naive_disagreement(objective, view_1, view_2, scales[0])
+    for number in range(2):
+        for which, view in enumerate((view_1, view_2)):
+            scale = scales[1 + 2 * number + which]
+            expected += naive_disagreement(objective, view, local[:, number], scale) / 4
+    maps = objective.decoder(objective.model.refined_maps(view_1), (32, 32))
+    expected += naive_mean_square(objective.restoration(maps[-1]), target)
+    small = objective.scale_restorations[scales[0]](maps[scales[0]])
+    enlarged = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear")
+    weight = (1 + math.cos(math.pi * (step // 4) / 1)) / 2  # an epoch has four steps, the run one epoch
+    expected += weight * naive_mean_square(enlarged, target)
+    torch.testing.assert_close(objective(*views).loss.item(), expected, **CLOSE)
+
+
+def test_the_scales_of_pcrl_v2_are_drawn_anew_in_every_step():
+    objective: Any = small_objective("pcrl_v2")
+    drawn = []
+    for step in range(200):
+        objective.start_step(step)
+        drawn.append(list(objective.scales))
+    objective.start_step(7)
+    assert objective.scales == drawn[7]
+    counts = np.bincount(np.array(drawn).flatten(), minlength=5)
+    assert counts.min() > 150  # of 200 on the average
+    assert objective.decoder.blocks[0][0].in_channels == objective.model.channels[-1]  # no skip connections

@@ -26,10 +26,12 @@ from mlvicx_hf.pretraining.accumulation import accumulate
 from mlvicx_hf.pretraining.loop import train
 
 # By method: embeddings through which no gradient goes.
-STOPPED = {"simsiam": {"projections"}, "byol": {"targets"}}
+STOPPED = {"simsiam": {"projections"}, "byol": {"targets"}, "pcrl_v2": {"embeddings"}}
+STOPPED["pcrl_v1"] = {"keys", "mixed_keys", "mixtures"}
 STOPPED |= {key: {"keys"} for key in ("moco_v2", "inter_moco", "caid")}
-# Shifts of all embeddings, which a batch normalisation cancels, so that rounding alone moves them.
-CANCELLED = {"byol": {"projector.3.bias", "target_projector.3.bias"}}
+# What may stay: shifts of all embeddings, which a batch normalisation cancels, so that rounding alone moves them; and
+# the restoration of the scale that seed 0 does not draw in four steps.
+STAYING = {"byol": ("projector.3.bias", "target_projector.3.bias"), "pcrl_v2": ("scale_restorations.1.",)}
 EXACT = [name for name in SMALL if not OBJECTIVES[method_of(name)].inexact_accumulation]
 
 
@@ -69,7 +71,7 @@ def test_a_method_trains_and_resumes_to_the_same_bits(name: str, cache: Path, tm
     before = {key: value.clone() for key, value in whole.objective.named_parameters()}
     train(whole)
     unmoved = {key for key, value in whole.objective.named_parameters() if torch.equal(value, before[key])}
-    assert unmoved <= CANCELLED.get(name, set())
+    assert not [key for key in unmoved if not key.startswith(STAYING.get(name, ()))]
     assert len(lines(tmp_path / "whole")) == 4
     after = whole.objective.state_dict()
 

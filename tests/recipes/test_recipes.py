@@ -6,6 +6,7 @@ import pytest
 from mlvicx_hf import MLVICXConfig
 from mlvicx_hf.commands.pretrain import parse_pretraining
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, SEGMENTATION_SECTIONS
+from mlvicx_hf.objectives import OBJECTIVES, find_objective, read_options
 from mlvicx_hf.recipes import fill_sections, load_recipe, recipe_names
 
 REQUIRED = ["--dataset", "cache", "--output_dir", "run"]
@@ -32,6 +33,29 @@ def test_every_recipe_parses_and_makes_a_configuration(name: str):
     assert (data.dataset, training.output_dir) == ("cache", "run")
     assert config.backbone == model.backbone
     assert config.expander_dims == list(model.expander_dims)
+
+
+METHODS = sorted(set(OBJECTIVES) - {"mlvicx"})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_recipe(name: str):
+    model, data, training = parse_pretraining(["--recipe", name, *REQUIRED])
+    assert model.objective == name
+    assert not model.use_context
+    options = read_options(name, model.objective_options)
+    assert not find_objective(name).views(options).aligned or (data.crop_area, data.flip) == ([1.0, 1.0], 0)
+    assert training.batch_size == 64
+
+
+def test_rates_at_batch_64():
+    rates = {name: parse_pretraining(["--recipe", name, *REQUIRED])[2] for name in METHODS}
+    assert {name: each.base_learning_rate * each.batch_size / 256 for name, each in rates.items()} == pytest.approx(
+        {"barlow_twins": 0.05, "vicreg": 0.05, "simclr": 0.075, "byol": 0.075, "simsiam": 0.0125, "moco_v2": 0.0075}
+        | {"caid": 0.0075, "inter_moco": 0.03, "pcrl_v1": 0.001, "pcrl_v2": 0.01}
+    )
+    lars = {name for name, each in rates.items() if each.optimizer == "lars"}
+    assert lars == {"barlow_twins", "vicreg", "simclr", "byol"}
 
 
 def test_what_the_recipes_mean():

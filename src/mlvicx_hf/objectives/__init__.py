@@ -15,6 +15,8 @@ from .caid import CAiDObjective
 from .inter_moco import InterMoCoObjective
 from .mlvicx import MLVICXObjective
 from .moco_v2 import MoCoV2Objective
+from .pcrl_v1 import PCRLv1Objective
+from .pcrl_v2 import PCRLv2Objective
 from .simclr import SimCLRObjective
 from .simsiam import SimSiamObjective
 from .vicreg import VICRegObjective
@@ -29,6 +31,8 @@ OBJECTIVES: dict[str, type[Objective]] = {  # by the name that --objective takes
     "moco_v2": MoCoV2Objective,
     "inter_moco": InterMoCoObjective,
     "caid": CAiDObjective,
+    "pcrl_v1": PCRLv1Objective,
+    "pcrl_v2": PCRLv2Objective,
 }
 
 

@@ -28,6 +28,7 @@ class InterMoCoOptions(ContrastOptions):
     """Options of Inter-MoCo."""
 
     temperature: float = option("Temperature T of the contrastive loss.", 0.07)
+    reference_batch: int = option("Batch for which key_momentum is meant.", 16)
     variant: str = option("Compare the levels by mean squares, or as Barlow Twins.", "mse", choices=("mse", "barlow"))
     level_weight: float = option("Weight of each level's mean square.", 0.25)
     correlation_weight: float = option("Weight of the correlation terms of the Barlow variant, lambda.", 5e-5)

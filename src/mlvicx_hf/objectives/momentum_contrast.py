@@ -31,7 +31,7 @@ class ContrastOptions:
 
     temperature: float = option("Temperature T of the contrastive loss.", 0.2)
     projection_size: int = option("Width of queries and keys.", 128)
-    queue_size: int = option("Keys in the queue: a multiple of the batch, at most a quarter of the images.", 65536)
+    queue_size: int = option("Keys in the queue: a multiple of the batch, at most a quarter of the images.", 16384)
     key_momentum: float = option("Momentum of the network that makes the keys.", 0.999)
     scale_momentum: bool = option("Scale the momentum from a batch of reference_batch to that of the run.", True)
     reference_batch: int = option("Batch for which key_momentum is meant.", 256)

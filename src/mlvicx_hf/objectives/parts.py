@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -122,6 +123,16 @@ class KeyQueue(nn.Module):
         """
         place = number * len(keys) % len(self.keys)
         self.keys[place : place + len(keys)] = keys
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------------
+
+STEP_STREAM = 8  # apart from those of the views, which have smaller numbers
+
+
+def step_generator(seed: int, step: int) -> np.random.Generator:
+    """Random numbers of a step, alike in all processes and in a run that is resumed."""
+    return np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, STEP_STREAM, 0]))
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
