@@ -205,6 +205,45 @@ def test_queues_that_do_not_fit_are_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+# -- what is refused, and what is said ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--gradient_accumulation_steps", 2], ["--find_batch_size"]])
+def test_micro_batches_that_would_train_another_method_are_refused(words: list[object], cache: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"found with objective=pcrl_v1; expected neither: it mixes the images"):
+        start(cache, tmp_path / "run", *flags("pcrl_v1"), *words)
+
+
+def test_small_views_larger_than_the_images_are_refused(cache: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="local_size=41 found with images of 40 pixels; expected 40 or less"):
+        start(cache, tmp_path / "run", *flags("pcrl_v2", local_size=41))
+
+
+def test_crops_are_refused_where_maps_must_lie_on_each_other(cache: Path, tmp_path: Path):
+    crop = ["--crop_area", 0.2, 1]
+    with pytest.raises(
+        ValueError, match=r"crop_area=\(0.2, 1.0\) and flip=0 found; .*expected --crop_area 1 1 --flip 0"
+    ):
+        start(cache, tmp_path / "run", *flags("inter_moco"), *crop)
+    start(cache, tmp_path / "run", *flags("inter_moco", aligned="false"), *crop)
+
+
+def test_a_run_keeps_all_options_and_refuses_to_go_on_with_others(cache: Path, tmp_path: Path):
+    run = start(cache, tmp_path / "run", *flags("simclr"))
+    assert run.settings.model.objective_options == {"temperature": 0.5, "projection_size": 16}
+    train(run)
+    start(cache, tmp_path / "run", *flags("simclr", temperature="0.50"), "--resume")
+    with pytest.raises(ValueError, match=r"model.objective_options was \{'temperature': 0.5.*now \{'temperature': 0.4"):
+        start(cache, tmp_path / "run", *flags("simclr", temperature=0.4), "--resume")
+
+
+def test_arguments_that_change_nothing_are_named(cache: Path, tmp_path: Path):
+    noted = start(cache, tmp_path / "run", *flags("simclr")).notes
+    assert "objective=simclr does not use expander_dims, aggregation_channels" in noted  # of the recipe smoke
+    noted = start(cache, tmp_path / "run", *flags("vicreg"), "--multi_level_weight", 2).notes
+    assert "objective=vicreg does not use multi_level_weight, aggregation_channels" in noted
+
+
 # -- rates -------------------------------------------------------------------------------------------------------------
 
 

@@ -3,11 +3,29 @@
 import pytest
 import torch
 from helpers import tiny_config
+from methods import small_objective
 from torch import nn
 
 from mlvicx_hf import MLVICXForPreTraining
 from mlvicx_hf.objectives import OBJECTIVES
 from mlvicx_hf.pretraining.setup import synchronise_norms
+
+
+def test_queries_must_not_be_told_by_the_statistics_of_their_keys():
+    apart = {name for name, kind in OBJECTIVES.items() if not kind.synchronise_norms}
+    assert apart == {"moco_v2", "inter_moco", "caid", "pcrl_v1"}
+    found = synchronise_norms(small_objective("moco_v2"))
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in found.modules())
+
+
+@pytest.mark.parametrize("name", ["simclr", "simsiam", "byol", "barlow_twins", "pcrl_v2"])
+def test_norms_of_other_methods_are_converted(name: str):
+    objective = small_objective(name)
+    before = {key: value.clone() for key, value in objective.state_dict().items()}
+    found = synchronise_norms(objective)
+    assert not any(type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) for module in found.modules())
+    assert found.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in found.state_dict().items())
 
 
 @pytest.mark.parametrize("final_norm", [False, True])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import send_to_device
+from methods import SMALL, small_objective, small_views
 from runs import start
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,6 +57,17 @@ def test_steps_that_write_nothing_wait_for_nothing(cache: Path, tmp_path: Path, 
     # PyTorch's loader draws a seed on the CPU when it starts. At the end the losses are checked and written.
     assert waited == [1] * run.total_steps
     assert len(recorder.waited) > 5
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_of_a_method_waits_for_nothing(name: str):
+    objective, views = small_objective(name), [view.float() for view in small_views(name)]
+    with Recorder() as recorder:
+        for step in range(2):
+            objective.start_step(step)
+            objective(*views).loss.backward()
+            objective.update(step + 1)
+    assert not recorder.waited
 
 
 def on_fake_gpu(module: nn.Module) -> None:

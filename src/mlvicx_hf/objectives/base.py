@@ -14,6 +14,19 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .distortions import Distortion
 
+# Fields of a configuration that describe the heads and the loss of MLVICX.
+OF_LEVELS = (
+    "multi_level_weight",
+    "aggregation_levels",
+    "aggregation_size",
+    "aggregation_channels",
+    "aggregation_resize",
+)
+OF_MLVICX = (
+    *("expander_dims", "expander_final_norm", "invariance_weight", "variance_weight", "covariance_weight"),
+    *("global_weight", "invariance_reduction", *OF_LEVELS),
+)
+
 Embeddings = dict[str, Tensor]  # of one view, by name: [B, D] each
 EmbeddingPairs = dict[str, tuple[Tensor, Tensor]]  # of both views
 
@@ -108,6 +121,7 @@ class Objective(nn.Module, ABC):
 
     model_class: ClassVar[type[PreTrainedModel]] = MLVICXModel  # of `model`
     options_class: ClassVar[type | None] = None  # a frozen dataclass whose fields are made by `common.arguments.option`
+    unused: ClassVar[tuple[str, ...]] = OF_MLVICX  # fields of the configuration that change nothing
     synchronise_norms: ClassVar[bool] = True  # on several GPUs, batch statistics are those of the global batch
     inexact_accumulation: ClassVar[str] = ""  # why micro-batches would train another method; empty if they do not
     target_deviation: float = 0.0  # standard deviation of healthy embeddings; far below it a run warns; 0: no warning

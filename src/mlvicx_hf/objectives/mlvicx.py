@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForPreTraining, MLVICXForPreTrainingOutput
@@ -17,6 +19,7 @@ class MLVICXObjective(Objective):
     """
 
     model_class = MLVICXForPreTraining
+    unused: ClassVar[tuple[str, ...]] = ()
     model: MLVICXForPreTraining
 
     def __init__(self, model: MLVICXForPreTraining) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .base import OF_LEVELS
 from .mlvicx import MLVICXObjective
 
 
@@ -13,6 +14,8 @@ class VICRegObjective(MLVICXObjective):
     The weights and the expander are those of the model's configuration (`invariance_weight`, `variance_weight`,
     `covariance_weight`, `expander_dims`), as for MLVICX.
     """
+
+    unused = OF_LEVELS
 
     @classmethod
     def configure(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -103,12 +103,12 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     steps = arguments.epochs * len(data.batches) - (0 if checkpoint is None else checkpoint.step)
     for norm in _backbone_norms(objective) if arguments.freeze_batch_norm else ():
         norm.requires_grad_(False)
-    notes = [objective.start] if objective.start else []
+    notes = [*_unused_arguments(objective, model_arguments), *([objective.start] if objective.start else [])]
     if steps:
         trial = Trial(accelerator, objective, views_of_noise, data.batches.share)
         settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
         notes += more
-    if accelerator.num_processes > 1 and device.type == "cuda" and objective.synchronise_norms:
+    if accelerator.num_processes > 1 and device.type == "cuda":
         objective = synchronise_norms(objective)
     own_rate = arguments.backbone_learning_rate_ratio != 1 or arguments.backbone_thaw_epochs > 0
     backbone = objective.encoder.backbone if own_rate else None
@@ -160,6 +160,13 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
             raise UserError(f"{name}={getattr(data, name)} found; expected two values")
 
 
+def _unused_arguments(objective: Objective, arguments: ModelArguments) -> list[str]:
+    """Say which arguments that differ from their defaults change nothing."""
+    usual = ModelArguments()
+    found = [name for name in objective.unused if getattr(arguments, name) != getattr(usual, name)]
+    return [f"objective={arguments.objective} does not use {', '.join(found)}"] if found else []
+
+
 def _check_accumulation(objective: Objective, name: str, arguments: PretrainingArguments) -> None:
     steps = arguments.gradient_accumulation_steps
     if objective.inexact_accumulation and (steps > 1 or arguments.find_batch_size):
@@ -196,11 +203,13 @@ def _backbone_norms(objective: Objective) -> list[nn.Module]:
 
 
 def synchronise_norms(objective: Objective) -> Objective:
-    """Take batch statistics over all processes.
+    """Take batch statistics over all processes, unless the objective needs those of each process.
 
     The shifts of an expander's last norm are buffers, for which torch's conversion has no place: they are parameters
     while it runs.
     """
+    if not objective.synchronise_norms:
+        return objective
     norms = {
         n: m for n, m in objective.named_modules() if isinstance(m, _BatchNorm) and "bias" in dict(m.named_buffers())
     }
