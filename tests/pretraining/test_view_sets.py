@@ -123,7 +123,7 @@ def test_boxes_are_erased_and_copied_as_in_loops():
     plan = Given().plan(generators, 8)
     assert set(plan.kind.tolist()) == {LEAVE, ERASE, ERASE_OUTSIDE, COPY}
     pixels = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = distort(pixels, plan, 0.25)[:, 0].numpy()
+    found = distort(pixels.clone(), plan, 0.25)[:, 0].numpy()
     for image, kind, result in zip(pixels[:, 0].numpy(), plan.kind.tolist(), found, strict=True):
         boxes = dict(Given.plans)[kind]
         expected = image.copy() if kind != ERASE_OUTSIDE else np.full_like(image, 0.25)

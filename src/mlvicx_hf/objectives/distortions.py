@@ -24,11 +24,16 @@ class DistortedBox(NamedTuple):
     down_by: int = 0
 
 
+RIGHT_BY, DOWN_BY = (DistortedBox._fields.index(name) for name in ("right_by", "down_by"))
+
+
 class BoxPlan(NamedTuple):
     """What happens to B images, with K boxes each; boxes without area fill up the rows."""
 
     kind: Tensor  # LEAVE, ERASE, ERASE_OUTSIDE or COPY, int64 [B]
     boxes: Tensor  # the fields of `DistortedBox`, int64 [B, K, 6]
+    copied: Tensor  # numbers of the images with the kind COPY, int64 [b]
+    erased: Tensor  # numbers of those with the other two kinds, int64 [e]
 
 
 class Distortion(ABC):
@@ -50,7 +55,8 @@ class Distortion(ABC):
             kinds[row] = kind
             if found:
                 boxes[row, : len(found)] = torch.tensor(found)
-        return BoxPlan(kinds, boxes)
+        copied = kinds == COPY
+        return BoxPlan(kinds, boxes, copied.nonzero()[:, 0], (~copied & (kinds != LEAVE)).nonzero()[:, 0])
 
 
 class CutOut(Distortion):
@@ -67,25 +73,36 @@ class CutOut(Distortion):
 
 
 def distort(images: Tensor, plan: BoxPlan, fill: float) -> Tensor:
-    """Erase or overwrite the planned boxes.
+    """Erase or overwrite the planned boxes, in place.
 
     Args:
         images: [B, 1, S, S].
         plan: on the same device.
         fill: value of what is erased.
     """
+    if len(plan.copied):
+        some, boxes = images[plan.copied], plan.boxes[plan.copied]
+        images.index_copy_(0, plan.copied, _copied(some, boxes))
+    if len(plan.erased):
+        some, boxes, outside = (each[plan.erased] for each in (images, plan.boxes, plan.kind == ERASE_OUTSIDE))
+        hole = torch.stack([_inside(box, some.shape[-1]) for box in boxes.unbind(1)]).any(0) != outside[:, None, None]
+        images.index_copy_(0, plan.erased, some.masked_fill(hole[:, None], fill))
+    return images
+
+
+def _copied(images: Tensor, boxes: Tensor) -> Tensor:
     side = images.shape[-1]
-    place = torch.arange(side, device=images.device)
-    left, top, width, height, right_by, down_by = (each[..., None] for each in plan.boxes.unbind(-1))  # [B, K, 1]
-    columns = (place >= left) & (place < left + width)  # [B, K, S]
-    rows = (place >= top) & (place < top + height)
-    inside = rows[..., None] & columns[:, :, None]  # [B, K, S, S]
-    kind = plan.kind[:, None, None]
-    source = (place[:, None] * side + place).expand(len(images), -1, -1)  # each pixel's own number
-    shift = (down_by * side + right_by)[..., None]  # [B, K, 1, 1]
-    for box in range(plan.boxes.shape[1]):  # a later copy lies over an earlier one
-        source = torch.where(inside[:, box] & (kind == COPY), place[:, None] * side + place + shift[:, box], source)
-    copied = images.flatten(1).gather(1, source.flatten(1)).view_as(images)
-    hole = inside.any(1)
-    erased = ((kind == ERASE) & hole) | ((kind == ERASE_OUTSIDE) & ~hole)
-    return torch.where(erased[:, None], fill, copied)
+    numbers = torch.arange(side * side, device=images.device).view(side, side)  # of the pixels
+    source = numbers.expand(len(images), -1, -1)
+    for box in boxes.unbind(1):  # a later copy lies over an earlier one, and all are taken from the image as it was
+        shift = box[:, DOWN_BY] * side + box[:, RIGHT_BY]
+        source = torch.where(_inside(box, side), numbers + shift[:, None, None], source)
+    return images.flatten(1).gather(1, source.flatten(1)).view_as(images)
+
+
+def _inside(box: Tensor, side: int) -> Tensor:
+    """Which pixels lie in a box of each image: [B, 6] to [B, S, S]."""
+    place = torch.arange(side, device=box.device)
+    left, top, width, height = box[:, :4, None].unbind(1)  # [B, 1] each
+    columns, rows = (place >= left) & (place < left + width), (place >= top) & (place < top + height)
+    return rows[:, :, None] & columns[:, None]

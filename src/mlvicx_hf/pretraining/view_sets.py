@@ -105,7 +105,7 @@ class ViewSet:
             fill = wanted.distortion.fill
             fill = float(np.mean(augment.mean)) if fill is None else fill
             grey = [distort(view, plan, fill) for view, plan in zip(grey, more.distortions, strict=True)]
-        views = [augment.normalise(view.clone()) for view in grey]
+        views = [augment.normalise(view) for view in grey]
         made: dict[str, Tensor] = {}
         for number, warp in enumerate(more.targets, 1):
             if f"target_{number}" in wanted.extras:
