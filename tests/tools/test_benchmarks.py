@@ -14,11 +14,13 @@ from helpers import ROOT
 from benchmark import gpu
 from benchmark.authors_order import covariance
 from benchmark.command import main
+from benchmark.methods import method_step
 from benchmark.pipeline import benchmark_views, phantom_cache, pretraining_seconds
 from benchmark.timing import compare, peak_memory, spread
 from benchmark.training import Setting, benchmark_step, gigaflops, training_step
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.models.loss_mlvicx import covariance_loss
+from mlvicx_hf.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.thorough
 
@@ -61,6 +63,13 @@ def test_the_forms_of_the_covariance_agree():
 def test_a_step_leaves_no_gradient_behind(name: str):
     training_step(name, SMALL)()
     training_step(name, Setting("resnet18", 32, 2, CPU, half=True))()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_of_every_method_runs_twice(name: str):
+    step = method_step(name, Setting("test_resnet", 64, 4, CPU))
+    step()
+    step()
 
 
 def test_work_of_the_step():

@@ -20,6 +20,7 @@ from mlvicx_hf.common.machine import available_cores, describe_hardware, keep_fr
 from mlvicx_hf.common.provenance import code_version
 
 from .inference import benchmark_inference
+from .methods import benchmark_methods
 from .pipeline import (
     benchmark_input,
     benchmark_pretraining,
@@ -31,7 +32,7 @@ from .preparing import benchmark_prepare
 from .timing import Spread
 from .training import CANDIDATES, Setting, benchmark_covariance, benchmark_step
 
-SECTIONS = ("step", "views", "covariance", "input", "pretraining", "processes", "inference")
+SECTIONS = ("step", "methods", "views", "covariance", "input", "pretraining", "processes", "inference")
 
 
 def main(script: Path) -> None:
@@ -104,6 +105,8 @@ def _measure(section: str, arguments: argparse.Namespace, setting: Setting, cach
     match section:
         case "step":
             return benchmark_step(setting, rounds, _possible_candidates(setting))
+        case "methods":
+            return benchmark_methods(setting, rounds)
         case "views":
             return benchmark_views(cache, setting, rounds)
         case "covariance":
@@ -208,6 +211,7 @@ def _print_prepare(row: dict[str, Any], setting: Setting) -> None:
 
 _PRINT: dict[str, Callable[[Any, Setting], None]] = {
     "step": _print_step,
+    "methods": _print_step,
     "views": _print_views,
     "covariance": _print_covariance,
     "input": _print_input,
