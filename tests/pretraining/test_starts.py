@@ -1,7 +1,6 @@
 """Good weights at the start: the optimisers, the backbone's own rate, its thaw, and frozen batch normalisation."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ from helpers import tiny_config
 from runs import assert_same_bits, interrupted, pretrain, start, weights
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor, MLVICXModel
-from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
+from mlvicx_hf.pretraining.arguments import DataArguments, ModelArguments, PretrainingArguments
 from mlvicx_hf.pretraining.optimizer import create_optimizer, set_learning_rate
-from mlvicx_hf.pretraining.settings import of_early_checkpoints
+from mlvicx_hf.pretraining.settings import BEFORE, of_early_checkpoints
 
 OURS = ("--optimizer", "adamw", "--backbone_learning_rate_ratio", "0.5", "--backbone_thaw_epochs", "1")
 
@@ -106,8 +105,10 @@ def test_the_run_says_where_it_started(cache: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_checkpoint_from_before_these_options_still_resumes():
-    now = {"model.objective": "mlvicx", "training.optimizer": "lars", "training.backbone_learning_rate_ratio": 1.0}
-    now |= {"training.backbone_thaw_epochs": 0.0, "training.freeze_batch_norm": False, "model.context_placement": None}
-    assert of_early_checkpoints({}, {}) == (now, {})
-    given = replace(ModelArguments(), context_placement="taps").context_placement
-    assert of_early_checkpoints({"model.context_placement": given}, {})[0]["model.context_placement"] == "taps"
+    """Options that came later have as default what every run did before."""
+    sections = {"model": ModelArguments(), "data": DataArguments(dataset=""), "training": arguments()}
+    for name, before in BEFORE.items():
+        section, _, field = name.partition(".")
+        assert getattr(sections[section], field) == before, name
+    assert of_early_checkpoints({}, {}) == (BEFORE, {})
+    assert of_early_checkpoints({"model.context_placement": "taps"}, {})[0]["model.context_placement"] == "taps"

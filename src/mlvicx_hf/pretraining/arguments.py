@@ -79,6 +79,12 @@ class DataArguments:
     split: str = option("Split to pretrain on; labels are never read.", "train")
     max_train_samples: int | None = option("Use only the first images of the split.", None)
     views: str = option("frontal leaves out lateral images; all uses them.", "frontal", choices=("frontal", "all"))
+    positives: str = option(
+        "What view 2 is made of: the image of view 1, or another image of the patient where there is one, perhaps of "
+        "the same view (PA, AP, …).",
+        "same_image",
+        choices=("same_image", "same_patient", "same_patient_same_view"),
+    )
     patient_balanced: bool = option("Draw all patients equally often.", False)
     streaming: bool = option("Read the dataset in order and never hold all of it.", False)
     shuffle_buffer: int = option("Streaming: number of undecoded images to draw from.", 4096)

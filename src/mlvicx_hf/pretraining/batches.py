@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mlvicx_hf.common.signals import leave_signals_to_the_main_process
-from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
+from mlvicx_hf.data.reading.sampling import EpochBatches, PatientPartners, PretrainingImages
 from mlvicx_hf.data.reading.streaming import StreamBatches
 
 from .view_sets import MorePlans, ViewSet
@@ -27,7 +27,7 @@ class PlannedBatch(NamedTuple):
     """B images of a process."""
 
     epoch: int  # counted from 0
-    images: Tensor  # uint8 [B, 1, S, S]
+    images: Tensor  # uint8 [B, 1, S, S]; [B, 2, S, S] if view 2 has an image of its own
     plans: tuple[ViewPlan, ViewPlan]
     more: MorePlans | None = None
 
@@ -44,7 +44,7 @@ class Planner:
         self.view_set, self.seed = view_set, seed
 
     def plan(self, epoch: int, images: Tensor, samples: np.ndarray) -> PlannedBatch:
-        """Add the plans to images [B, 1, S, S] of these samples, [B]."""
+        """Add the plans to images [B, 1, S, S] or [B, 2, S, S] of these samples, [B]."""
         return PlannedBatch(epoch, images, *self.view_set.plan(self.seed, epoch, samples))
 
     def __call__(self, rows: list[tuple[int, Tensor, int]]) -> PlannedBatch:
@@ -56,12 +56,16 @@ class Planner:
 class _Numbered(Dataset[tuple[int, Tensor, int]]):
     """The images of a cache by (epoch, sample): workers live through all epochs and are not told of a new one."""
 
-    def __init__(self, images: PretrainingImages) -> None:
-        self.images = images
+    def __init__(self, images: PretrainingImages, partners: PatientPartners | None = None) -> None:
+        self.images, self.partners = images, partners
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, int]:
         epoch, sample = key
-        return epoch, *self.images[sample]
+        image, _ = self.images[sample]
+        if self.partners is not None:
+            partner = self.partners(epoch, sample)
+            image = torch.cat([image, image if partner == sample else self.images[partner][0]])
+        return epoch, image, sample
 
 
 class _WithEpoch(Sampler[list[tuple[int, int]]]):
@@ -79,11 +83,16 @@ class _WithEpoch(Sampler[list[tuple[int, int]]]):
 
 
 def cache_loader(
-    images: PretrainingImages, batches: EpochBatches, planner: Planner, num_workers: int, pin_memory: bool
+    images: PretrainingImages,
+    batches: EpochBatches,
+    planner: Planner,
+    num_workers: int,
+    pin_memory: bool,
+    partners: PatientPartners | None = None,
 ) -> DataLoader[Any]:
-    """Load the batches of a cache, planned by the workers."""
+    """Load the batches of a cache, planned by the workers. With partners, view 2 is made of another image."""
     return DataLoader(
-        _Numbered(images),
+        _Numbered(images, partners),
         batch_sampler=_WithEpoch(batches),
         collate_fn=planner,
         num_workers=num_workers,

@@ -23,6 +23,7 @@ BEFORE: dict[str, Any] = {
     "model.objective_options": {},
     "model.context_placement": None,
     "data.flip": 0.5,
+    "data.positives": "same_image",
     "data.jitter": 0.8,
     "training.optimizer": "lars",
     "training.backbone_learning_rate_ratio": 1.0,
@@ -42,6 +43,7 @@ class RunSettings:
     manifest: dict[str, Any]  # of the cache or stream
     device: torch.device  # of this process
     hardware: dict[str, Any]  # see `describe_hardware`
+    pair_share: float | None = None  # of the images whose view 2 is made of another image; None if that is not wanted
 
     def with_micro_batches(self, steps: int) -> RunSettings:
         """The same settings with so many micro-batches."""
@@ -51,6 +53,7 @@ class RunSettings:
         """Everything that made the run, for `run.json`."""
         return self._sections() | {
             "source": {name: self.manifest[name] for name in ("collection", "split_hash", "splits")},
+            **({} if self.pair_share is None else {"pair_share": self.pair_share}),
             "num_processes": self.hardware["processes"],
             "device": str(self.device),
             "hardware": self.hardware,

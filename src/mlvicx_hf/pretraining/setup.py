@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.machine import describe_hardware, keep_freed_memory, refuse_other_launches, use_cpu_threads
 from mlvicx_hf.data.cache.cache import load_cache
-from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages, choose_views
+from mlvicx_hf.data.reading.sampling import EpochBatches, PatientPartners, PretrainingImages, choose_views
 from mlvicx_hf.data.reading.streaming import Stream, StreamBatches, open_stream
 from mlvicx_hf.encoders.loading import check_source
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starting_processor
@@ -63,11 +63,12 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     view_set = ViewSet(create_augmentation(data_arguments, processor), wanted)
     planner = Planner(view_set, arguments.seed)
     data = _load_data(data_arguments, arguments, accelerator, planner)
-    view_set.check(data.side)
+    view_set.check(data.side, paired=data.pair_share is not None)
     processor.fit = data.manifest["fit"]
     hardware = describe_hardware(device, accelerator.num_processes)
     settings = RunSettings(
-        model_arguments, data_arguments, arguments, data.batches.num_images, data.manifest, device, hardware
+        *(model_arguments, data_arguments, arguments, data.batches.num_images, data.manifest, device, hardware),
+        pair_share=data.pair_share,
     )
     checkpoints = Checkpoints(Path(arguments.output_dir), arguments.save_total_limit)
     checkpoint = None
@@ -244,6 +245,7 @@ class _Data(NamedTuple):
     loader: Iterable[PlannedBatch]
     manifest: dict[str, Any]
     side: int
+    pair_share: float | None = None
 
 
 def _load_data(
@@ -269,8 +271,12 @@ def _load_data(
         patients = images["patient_id"][:] if data.patient_balanced else None
         batches = EpochBatches(len(images), arguments.batch_size, *place, patients)
         rows = PretrainingImages(images.select_columns("image"))
-        loader = cache_loader(rows, batches, planner, data.num_workers, pin_memory)
-        found = _Data(batches, loader, manifest, manifest["size"])
+        partners = None if data.positives == "same_image" else _partners(data, images, arguments.seed)
+        loader = cache_loader(rows, batches, planner, data.num_workers, pin_memory, partners)
+        share = None if partners is None else partners.share
+        found = _Data(batches, loader, manifest, manifest["size"], share)
+        if share is not None and accelerator.is_main_process:
+            print(f"positives={data.positives}: {share:.1%} of the images have another one", flush=True)
         if data.views == "frontal" and accelerator.is_main_process:
             _count_unknown_views(images)
     if left_out != 0 and accelerator.is_main_process:
@@ -303,9 +309,19 @@ def _load_images(data: DataArguments) -> tuple[Any, dict[str, Any], int]:
     return images, cache.manifest, left_out
 
 
+def _partners(data: DataArguments, images: Any, seed: int) -> PatientPartners:
+    views = images["view"][:] if data.positives == "same_patient_same_view" else None
+    partners = PatientPartners(images["patient_id"][:], views, seed)
+    if not partners.share:
+        raise UserError(f"positives={data.positives} found; no patient of {data.dataset} has two such images")
+    return partners
+
+
 def _load_stream(data: DataArguments) -> Stream:
     if data.patient_balanced:
         raise UserError("patient_balanced found with streaming; a stream is read in order, so expected one of them")
+    if data.positives != "same_image":
+        raise UserError(f"positives={data.positives} found with streaming; a stream is read in order, so expected one")
     if data.max_train_samples is not None:
         raise UserError(f"max_train_samples={data.max_train_samples} found with streaming; expected --num_images")
     return open_stream(
@@ -324,6 +340,7 @@ def create_augmentation(data: DataArguments, processor: MLVICXImageProcessor) ->
         image_size=processor.image_size,
         crop_area=(data.crop_area[0], data.crop_area[1]),
         flip=data.flip,
+        flip_together=data.positives != "same_image",
         rotation=data.rotation,
         jitter=data.jitter,
         brightness=data.brightness,

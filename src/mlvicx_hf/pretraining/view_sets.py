@@ -17,7 +17,8 @@ from .views import DRAWS, TwoViewAugmentation, ViewPlan, sample_generators, view
 
 Views = tuple[Tensor, ...]  # view 1 and view 2, [B, C, S, S] each, then the extras of a `ViewSpecification`
 
-LOCAL, DISTORTION, TURNS = 1, 2, 4  # random streams; that of the views is 0, and view 2 has one of its own after view 1
+# Random streams: 0 is that of the views, 1 the order of an epoch. View 2 has one of its own after that of view 1.
+DISTORTION, TURNS, LOCAL = 2, 4, 6
 
 
 class MorePlans(NamedTuple):
@@ -47,8 +48,12 @@ class ViewSet:
             solarize=(augment.solarize[0],) * 2,
         )
 
-    def check(self, side: int) -> None:
-        """Compare the specification with the views and with the side of the images in pixels.
+    def check(self, side: int, paired: bool = False) -> None:
+        """Compare the specification with the views, with the side of the images in pixels, and with the positives.
+
+        Args:
+            side: of the images.
+            paired: view 2 is made of another image.
 
         Raises:
             UserError: small views that are larger than the images, or views that cannot lie on each other.
@@ -57,6 +62,11 @@ class ViewSet:
         if wanted.local_views and wanted.local_size > side:
             raise UserError(
                 f"local_size={wanted.local_size} found with images of {side} pixels; expected {side} or less"
+            )
+        if wanted.aligned and paired:
+            raise UserError(
+                "positives of the same patient found; this objective compares the maps of both views place by place, "
+                "so expected --positives same_image (or the option aligned=false)"
             )
         if wanted.aligned and (augment.crop_area != (1.0, 1.0) or augment.flip != 0):
             raise UserError(
@@ -95,12 +105,18 @@ class ViewSet:
         return replace(self.augment, rotation=0.0, flip=0.0).geometry(draw).float()
 
     def apply(self, images: Tensor, plans: tuple[ViewPlan, ViewPlan], more: MorePlans | None) -> Views:
-        """Make the planned views and extras from images, uint8 [B, 1, S, S]; all tensors are on one device."""
+        """Make the planned views and extras; all tensors are on one device.
+
+        Args:
+            images: uint8 [B, 1, S, S]; or [B, 2, S, S], where view 2 has an image of its own.
+            plans: of both views.
+            more: of the extras.
+        """
         if more is None:
             return self.augment.apply(images, plans)
         augment, wanted = self.augment, self.specification
-        pixels = augment.pixels(images)
-        grey = [augment.grey_view(pixels, plan) for plan in plans]  # [B, 1, S, S] in [0, 1]
+        sources = augment.sources(images)
+        grey = [augment.grey_view(pixels, plan) for pixels, plan in zip(sources, plans, strict=True)]  # [B, 1, S, S]
         if wanted.distortion is not None:
             fill = wanted.distortion.fill
             fill = float(np.mean(augment.mean)) if fill is None else fill
@@ -109,13 +125,13 @@ class ViewSet:
         made: dict[str, Tensor] = {}
         for number, warp in enumerate(more.targets, 1):
             if f"target_{number}" in wanted.extras:
-                target = augment.warp(pixels, warp)
+                target = augment.warp(sources[number - 1], warp)
                 made[f"target_{number}"] = augment.normalise(target)[:, :1] if wanted.normalised_targets else target
         for number, (turns, view) in enumerate(zip(more.turns, views, strict=False), 1):
             made[f"turned_{number}"] = _turn(view[:, :1], turns)
             made[f"turns_{number}"] = _code(turns).to(view.dtype)
         if more.local:
-            whole = images.float() / 255  # a small crop is enlarged: averaging first would blur it
+            whole = images[:, :1].float() / 255  # a small crop is enlarged: averaging first would blur it
             small = [self.local.normalise(self.local.grey_view(whole, plan)) for plan in more.local]
             made["local"] = torch.stack(small, 1)
         return (*views, *(made[name] for name in wanted.extras))

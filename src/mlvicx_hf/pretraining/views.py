@@ -81,6 +81,7 @@ class TwoViewAugmentation:
     crop_area: tuple[float, float] = (0.2, 1.0)  # range of the crop's share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width over height, log-uniform
     flip: float = 0.5  # probability of a horizontal flip
+    flip_together: bool = False  # both views of an image are flipped, or none
     rotation: float = 10.0  # largest angle in degrees, in both directions; the outside of the image is black
     brightness: float = 0.4  # largest change of the brightness factor from 1
     contrast: float = 0.4  # largest change of the contrast factor from 1, about the view's mean
@@ -115,7 +116,7 @@ class TwoViewAugmentation:
         """Plan both views and make them.
 
         Args:
-            images: uint8 [B, 1, S, S], on the device that does the work.
+            images: uint8 [B, 1, S, S], on the device that does the work; [B, 2, S, S] has an image for each view.
             draws: from `view_draws`, [B, 2, len(DRAWS)], on the CPU.
 
         Returns:
@@ -129,14 +130,24 @@ class TwoViewAugmentation:
 
     def plan(self, draws: Tensor) -> tuple[ViewPlan, ViewPlan]:
         """Decide what happens to B images in view 1 and in view 2, from `view_draws` [B, 2, len(DRAWS)] on the CPU."""
+        if self.flip_together:
+            draws = draws.clone()
+            draws[:, 1, DRAWS.index("flip")] = draws[:, 0, DRAWS.index("flip")]
         plan_1, plan_2 = (self.plan_view(draws[:, view].double(), view) for view in (0, 1))
         return plan_1, plan_2
 
     def apply(self, images: Tensor, plans: tuple[ViewPlan, ViewPlan]) -> tuple[Tensor, Tensor]:
         """Make the planned views; see `__call__`. All tensors are on the device that does the work."""
-        pixels = self.pixels(images)
-        view_1, view_2 = (self.normalise(self.grey_view(pixels, plan)) for plan in plans)
+        sources = self.sources(images)
+        view_1, view_2 = (
+            self.normalise(self.grey_view(pixels, plan)) for pixels, plan in zip(sources, plans, strict=True)
+        )
         return view_1, view_2
+
+    def sources(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Grey values of what view 1 and view 2 are made of: of the same images, or of two, uint8 [B, 2, S, S]."""
+        first = self.pixels(images[:, :1])
+        return first, first if images.shape[1] == 1 else self.pixels(images[:, 1:])
 
     def pixels(self, images: Tensor) -> Tensor:
         """Grey values in [0, 1] of images, uint8 [B, 1, S, S], averaged where they are much larger than the views.

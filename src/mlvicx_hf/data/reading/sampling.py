@@ -18,6 +18,7 @@ from ..options import check_choice
 
 VIEW_CHOICES = ("frontal", "all")  # for pretraining; "frontal" leaves out images known to be lateral
 LATERAL = "LATERAL"
+PARTNER_STREAM = 7  # third word of the counter of random numbers; views, their extras and the order have smaller ones
 
 
 class PretrainingImages(Dataset[tuple[Tensor, int]]):
@@ -32,6 +33,38 @@ class PretrainingImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image: Image.Image = self.images[index]["image"]
         return torch.from_numpy(np.array(image, dtype=np.uint8))[None], index
+
+
+class PatientPartners:
+    """Gives each image another one of its patient, if there is any; else the image itself.
+
+    A partner is a function of (seed, epoch, sample), whatever the batches, workers and processes.
+
+    Args:
+        patients: patient of each of the N images.
+        views: view of each image, if a partner must have the same; None if any will do.
+        seed: of the run.
+    """
+
+    def __init__(self, patients: Sequence[str], views: Sequence[str] | None, seed: int) -> None:
+        groups = list(patients) if views is None else list(zip(patients, views, strict=True))
+        rows: dict[Any, list[int]] = {}
+        for row, group in enumerate(groups):
+            rows.setdefault(group, []).append(row)
+        self.rows, self.groups, self.seed = rows, groups, seed
+
+    @property
+    def share(self) -> float:
+        """Share of the images that have a partner."""
+        return sum(len(rows) for rows in self.rows.values() if len(rows) > 1) / max(1, len(self.groups))
+
+    def __call__(self, epoch: int, sample: int) -> int:
+        """The partner of an image in an epoch, counted from 0."""
+        others = [row for row in self.rows[self.groups[sample]] if row != sample]
+        if not others:
+            return sample
+        bits = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, PARTNER_STREAM, sample])
+        return others[np.random.Generator(bits).integers(len(others))]
 
 
 def choose_views(images: Any, views: str = "frontal") -> tuple[Any, int]:
