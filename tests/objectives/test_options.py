@@ -57,6 +57,19 @@ def test_a_word_without_a_value_is_refused():
         model_arguments("--objective_options", "temperature")
 
 
+def test_options_of_a_recipe_are_a_mapping_or_words(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("objective_options: [temperature=0.1]\n")
+    given = ["--objective", "simclr", "--objective_options", "projection_size=8"]
+    assert model_arguments("--recipe", str(path), *given).objective_options == {
+        "temperature": "0.1",
+        "projection_size": "8",
+    }
+    path.write_text("objective_options: 3\n")
+    with pytest.raises(ValueError, match="objective_options=3 found; expected NAME=VALUE, or a mapping"):
+        model_arguments("--recipe", str(path))
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

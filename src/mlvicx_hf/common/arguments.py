@@ -261,10 +261,11 @@ def from_values(
     for name, value in usual.items():
         if name in options:
             converted = options[name].convert(value)
-            found[name] = converted if isinstance(value, str) else value
-    for name in given.keys() & options.keys():
-        converted = options[name].convert(given[name])
-        found[name] = found.get(name, {}) | converted if options[name].named else converted
+            found[name] = converted if isinstance(value, str) or options[name].named else value
+    for name, value in given.items():
+        if name in options:
+            converted = options[name].convert(value)
+            found[name] = found.get(name, {}) | converted if options[name].named else converted
     missing = [f"--{each.name}" for each in options.values() if each.required and each.name not in found]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; expected a value for each")
