@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import unlabelled_cache
+from helpers import tiny_config, unlabelled_cache
 from methods import FLAGS, SMALL, method_of, small_objective, small_views
 from runs import assert_same_bits, lines, start, weights
 from safetensors.torch import load_file
@@ -148,6 +148,22 @@ def test_a_momentum_copy_after_three_steps():
     expected = 0.9**3 * start_weights + 0.1 * (0.81 * moved[0] + 0.9 * moved[1] + moved[2])
     torch.testing.assert_close(copied.weight, expected, rtol=1e-14, atol=1e-14)
     assert not copied.weight.requires_grad
+
+
+def test_a_momentum_copy_refines_its_maps_by_its_own_gates():
+    """Also where hooks do it, of a backbone that is no list of layers."""
+    torch.manual_seed(0)
+    model = MLVICXModel(tiny_config(backbone="test_efficientnet", image_size=64, context_init_scale=1)).eval()
+    copied, view = momentum_copy(model), torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        before = model.refined_maps(view)
+        for one, other in zip(before, copied.refined_maps(view), strict=True):
+            assert torch.equal(one, other)
+        for weight in copied.context.parameters():
+            weight.fill_(3)
+        for one, now, other in zip(before, model.refined_maps(view), copied.refined_maps(view), strict=True):
+            assert torch.equal(one, now)
+            assert not torch.allclose(one, other)
 
 
 def test_the_momentum_is_scaled_to_the_batch():
