@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import make_cache, mlvicx
+from helpers import make_cache, mlvicx, tiny_config
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -24,7 +24,7 @@ from transformers import (
     ViTModel,
 )
 
-from mlvicx_hf import MLVICXConfig
+from mlvicx_hf import MLVICXConfig, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.encoders.external import ExternalEncoder, adapt, is_external
 from mlvicx_hf.encoders.features import encode
@@ -219,6 +219,17 @@ def test_it_is_classified_with_like_ours(cache: Path, tmp_path: Path, how: list[
     assert results["hyperparameters"]["image_size"] == 16
     assert 0 <= results["test"]["auroc_macro"] <= 1
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_our_own_models_take_another_size(cache: Path, tmp_path: Path):
+    from mlvicx_hf.commands.classify import main
+
+    MLVICXModel(tiny_config(image_size=32)).save_pretrained(tmp_path / "model")
+    MLVICXImageProcessor(32).save_pretrained(tmp_path / "model")
+    words = ["--dataset", str(cache), "--output_dir", str(tmp_path / "run"), "--use_cpu", "--freeze_backbone"]
+    main([*words, "--fast_probe", "--model", str(tmp_path / "model"), "--num_train_epochs", "1", "--image_size", "48"])
+    assert MLVICXImageProcessor.from_pretrained(tmp_path / "run").image_size == 48
+    assert MLVICXConfig.from_pretrained(tmp_path / "run").image_size == 48
 
 
 def test_predict_says_that_it_cannot_load_it(cache: Path, tmp_path: Path):

@@ -351,3 +351,13 @@ def test_images_of_another_kind_are_refused(images: Tensor):
 def test_magnitudes_outside_their_range_are_refused(values: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"{message}=.* found; expected"):
         TwoViewAugmentation(**values)
+
+
+def test_channels_are_normalised_by_their_own_constants():
+    """As ImageNet's colour networks expect a grey image that is repeated."""
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    plain, _ = TwoViewAugmentation(image_size=8, mean=0.0, std=1.0)(images, draws(4))
+    colour, _ = TwoViewAugmentation(image_size=8, num_channels=3, mean=mean, std=std)(images, draws(4))
+    expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(colour, expected)

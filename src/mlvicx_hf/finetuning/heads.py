@@ -73,9 +73,11 @@ def load_for_task(
         adapted = adapt(arguments.model, image_size)
         adapted.processor.fit = fit
         return ExternalClassifier(ExternalEncoder(adapted, config), arguments.model), adapted.processor
+    if image_size is None:
+        return _load_own(model_class, config, arguments, fit)
+    config.image_size = image_size  # before the model is made: some backbones are made for a size
     model, processor = _load_own(model_class, config, arguments, fit)
-    if image_size is not None:
-        processor.image_size = model.config.image_size = image_size
+    processor.image_size = image_size
     return model, processor
 
 
