@@ -175,6 +175,15 @@ def test_the_momentum_is_scaled_to_the_batch():
     assert small_objective("byol", target_momentum=0.9).momentum(2) == pytest.approx(0.95 ** (8 / 64))
 
 
+@pytest.mark.parametrize(("name", "option"), [("moco_v2", "key_momentum"), ("byol", "target_momentum")])
+def test_a_momentum_too_high_for_a_short_run_is_named(name: str, option: str):
+    """Of four steps."""
+    (note,) = small_objective(name, **{option: 0.9}, scale_momentum=False).notes
+    assert note.startswith("the momentum copy forgets after 10 steps, but the run has 4, so it stays near its start")
+    assert f"a lower {option} or" in note
+    assert not small_objective(name, **{option: 0.7}, scale_momentum=False).notes
+
+
 def test_a_queue_holds_the_newest_keys():
     queue = KeyQueue(8, 2)
     torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(8))

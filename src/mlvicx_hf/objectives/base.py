@@ -131,6 +131,7 @@ class Objective(nn.Module, ABC):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.notes: list[str] = []  # lines to print when training begins
 
     @property
     def encoder(self) -> MLVICXModel:

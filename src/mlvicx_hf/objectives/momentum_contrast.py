@@ -21,6 +21,7 @@ from .parts import (
     gather,
     mean_over_batch,
     momentum_copy,
+    note_on_momentum,
     scale_momentum,
 )
 
@@ -86,6 +87,7 @@ class MomentumContrast(Objective):
             )
         if options.scale_momentum:
             self.momentum = scale_momentum(options.key_momentum, batch, options.reference_batch)
+        self.notes = note_on_momentum(self.momentum, schedule.total_steps, "key_momentum")
 
     @torch.no_grad()
     def make_keys(self, view: Tensor) -> tuple[Tensor, list[Tensor]]:

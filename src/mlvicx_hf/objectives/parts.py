@@ -101,6 +101,17 @@ def scale_momentum(momentum: float, batch_size: int, reference: int) -> float:
     return float(momentum ** (batch_size / reference))
 
 
+def note_on_momentum(momentum: float, total_steps: int, name: str) -> list[str]:
+    """Say that a copy forgets too slowly for a run of so many steps; `name` is the option of its momentum."""
+    steps = 1 / max(1 - momentum, 1e-12)
+    if steps <= total_steps:
+        return []
+    return [
+        f"the momentum copy forgets after {steps:.0f} steps, but the run has {total_steps}, so it stays near its "
+        f"start: a lower {name} or scale_momentum=false may help (--objective_options)"
+    ]
+
+
 class KeyQueue(nn.Module):
     """The newest K keys. It starts with random unit vectors.
 

@@ -104,7 +104,8 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     steps = arguments.epochs * len(data.batches) - (0 if checkpoint is None else checkpoint.step)
     for norm in _backbone_norms(objective) if arguments.freeze_batch_norm else ():
         norm.requires_grad_(False)
-    notes = [*_unused_arguments(objective, model_arguments), *([objective.start] if objective.start else [])]
+    notes = [*_unused_arguments(objective, model_arguments), *objective.notes]
+    notes += [objective.start] if objective.start else []
     if steps:
         trial = Trial(accelerator, objective, views_of_noise, data.batches.share)
         settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
