@@ -117,7 +117,7 @@ def test_timm_from_a_file_gives_timms_features(tmp_path: Path):
     [
         ("timm:resnet1x", "backbone='resnet1x' found; expected a timm model"),
         ("timm:test_resnet:weights.txt", "expected a file that ends with"),
-        ("timm:test_convnext:{folder}/weights.pth", "weights do not fit, such as"),
+        ("timm:test_convnext:{folder}/weights.pth", r"weights\.pth does not fit test_convnext"),
         (
             "timm:test_vit:{folder}/vit.pth",
             r"image_size=17: Input height \(17\) should be divisible",

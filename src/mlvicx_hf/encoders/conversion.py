@@ -305,8 +305,7 @@ def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None
         if kind == "lite0":
             backbone, state = LITE0, rename_lite0(state)
         if backbone is not None:
-            model, left_out = _convert_plain(state, backbone, num_channels or 1, path)
-            processor = starting_processor(model.config, "imagenet")  # type: ignore[arg-type]  # of a model of ours
+            model, processor, left_out = _convert_plain(state, backbone, num_channels or 1, path)
         else:
             model, fit = _convert_known(kind, state, num_channels)
             config = model.config
@@ -344,11 +343,11 @@ def _filled(
 
 def _convert_plain(
     state: Mapping[str, Any], backbone: str, num_channels: int, path: Path
-) -> tuple[MLVICXPreTrainedModel, str]:
-    """A plain network of a timm name, without context, and what of the file was left out."""
+) -> tuple[MLVICXPreTrainedModel, MLVICXImageProcessor, str]:
+    """A plain network of a timm name, without context, its image processor, and what of the file was left out."""
     pretrained = timm.get_pretrained_cfg(backbone)
     side = 224 if pretrained is None else pretrained.input_size[-1]
     config = MLVICXConfig(backbone=backbone, num_channels=num_channels, image_size=side, use_context=False)
     model = MLVICXModel(config)
     line = load_backbone(model, state, str(path))
-    return model, line.removeprefix(f"started from {path}")
+    return model, starting_processor(config, "imagenet"), line.removeprefix(f"started from {path}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig, check_backbone
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 
 from .loading import check_source
-from .weights import WEIGHT_FILES, read_weights
+from .weights import WEIGHT_FILES, find_network, read_weights
 
 XRV_RANGE = 1024  # torchxrayvision's pixels go from minus to plus this
 PILLOW_NAMES = {"nearest": 0, "bilinear": 2, "bicubic": 3}
@@ -115,28 +115,18 @@ def _adapt_timm(name: str, image_size: int | None) -> Adapted:
     if about is None:
         raise UserError(f"timm:{name}: timm has no description of its input; expected a name with weights")
     side = image_size or about.input_size[-1]
-    weights: dict[str, Any] = {"pretrained": True}
+    overlay: dict[str, Any] = {}
     if file:
-        weights = {"pretrained": False}
         if not file.endswith(WEIGHT_FILES):
             raise UserError(f"timm:{name}:{file} found; expected a file that ends with {', '.join(WEIGHT_FILES)}")
-    network, _ = create_sized(lambda **sizes: timm.create_model(name, num_classes=0, **weights, **sizes), side)
-    if file:
-        _load_all(network, read_weights(Path(file)), file)
+        overlay["state_dict"], _ = find_network(read_weights(Path(file)), name, about.input_size[0], file)
+    make = functools.partial(
+        timm.create_model, name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay or None
+    )
+    network, _ = create_sized(make, side)
     options: Any = {"resample": PILLOW_NAMES.get(about.interpolation, PILLOW_NAMES["bilinear"])}
     processor = MLVICXImageProcessor(side, about.input_size[0], list(about.mean), list(about.std), **options)
     return Adapted(network, network, processor)
-
-
-def _load_all(network: nn.Module, state: Mapping[str, Any], source: str) -> None:
-    """Load a state dictionary whose classifier alone may be left over."""
-    head = network.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr,operator]  # timm's dictionary
-    heads = (head,) if isinstance(head, str) else tuple(head)
-    kept = {key: value for key, value in state.items() if key.rpartition(".")[0] not in heads}
-    report = network.load_state_dict(kept, strict=False)
-    wrong = [*report.missing_keys, *report.unexpected_keys]
-    if wrong:
-        raise UserError(f"{source}: {len(wrong)} weights do not fit, such as {wrong[0]}")
 
 
 def _adapt_hub(name: str, image_size: int | None) -> Adapted:

@@ -163,10 +163,7 @@ def load_timm_weights(encoder: MLVICXModel, source: str) -> str:
         UserError: weights for another backbone.
     """
     if source.endswith(WEIGHT_FILES):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"init_from={source!r} found; expected a file that exists")
-        return load_backbone(encoder, read_weights(path), source)
+        return load_backbone(encoder, read_weights(Path(source)), source)
     config: Any = copy.copy(encoder.config)
     config.backbone = _timm_name(config, source)
     encoder.backbone.load_state_dict(create_backbone(config, pretrained=True).state_dict())
@@ -182,23 +179,48 @@ def load_backbone(encoder: MLVICXModel, content: Mapping[str, Any], source: str)
         source: its path.
     """
     config: Any = encoder.config
+    kept, line = find_network(content, config.backbone, config.num_channels, source)
+    made = create_backbone(config, pretrained=True, pretrained_cfg_overlay={"state_dict": kept})
+    encoder.backbone.load_state_dict(made.state_dict())
+    return line
+
+
+def find_network(
+    content: Mapping[str, Any], name: str, num_channels: int, source: str
+) -> tuple[dict[str, Tensor], str]:
+    """Find all weights of a network in what a file holds, without its classifier.
+
+    Args:
+        content: of the file.
+        name: of the network in timm.
+        num_channels: that the first kernels may have, besides those of timm's network.
+        source: path of the file.
+
+    Returns:
+        The weights by their names in timm, and what was found and left out, in one line.
+
+    Raises:
+        UserError: weights of another network, or of several.
+    """
     with torch.device("meta"):
-        wanted = timm.create_model(config.backbone, num_classes=0).state_dict()
+        wanted = timm.create_model(name, num_classes=0).state_dict()
     wanted = {key: value for key, value in wanted.items() if not key.endswith(COUNTER)}
-    where, state = _choose(source, list(_networks(content, wanted)), config, wanted)
-    wrong = [key for key, value in wanted.items() if not _fits(key, state.get(key), value, config)]
+    where, state = _choose(source, list(_networks(content, wanted)), name, wanted)
+    first = getattr(timm.get_pretrained_cfg(name), "first_conv", None) or ()
+    kernels = {f"{each}.weight" for each in ((first,) if isinstance(first, str) else first)}
+    wrong = [
+        key
+        for key, value in wanted.items()
+        if not _fits(state.get(key), value, num_channels if key in kernels else None)
+    ]
     own = {key.split(".")[0] for key in wanted}  # first words of the network's own names
     others = sorted(key for key in state if key not in wanted and not key.endswith(COUNTER))
     wrong += [key for key in others if key.split(".")[0] in own]  # of a larger network
     if wrong:
-        raise UserError(
-            f"init_from={source} does not fit {config.backbone}: {len(wrong)} weights differ, such as {wrong[0]}"
-        )
-    kept = {key: value for key, value in state.items() if key not in others}
-    made = create_backbone(config, pretrained=True, pretrained_cfg_overlay={"state_dict": kept})
-    encoder.backbone.load_state_dict(made.state_dict())
+        raise UserError(f"init_from={source} does not fit {name}: {len(wrong)} weights differ, such as {wrong[0]}")
     left_out = f"; left out: {len(others)} other tensors ({some(others, 3)})" if others else ""
-    return f"started from {source}{f', network {where}' if where else ''}{left_out}"
+    kept = {key: value for key, value in state.items() if key not in others}
+    return kept, f"started from {source}{f', network {where}' if where else ''}{left_out}"
 
 
 def _networks(content: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -216,28 +238,23 @@ def _networks(content: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> Itera
 
 
 def _choose(
-    source: str, networks: list[tuple[str, dict[str, Tensor]]], config: MLVICXConfig, wanted: Mapping[str, Tensor]
+    source: str, networks: list[tuple[str, dict[str, Tensor]]], name: str, wanted: Mapping[str, Tensor]
 ) -> tuple[str, dict[str, Tensor]]:
     """Choose the network of a checkpoint that its authors evaluate."""
     if not networks:
-        raise UserError(
-            f"init_from={source} does not fit {config.backbone}: no {next(iter(wanted))} and the like in it"
-        )
+        raise UserError(f"init_from={source} does not fit {name}: no {next(iter(wanted))} and the like in it")
     if len(networks) > 1:
         networks = [each for each in networks if set(each[0].split(".")) & set(EVALUATED)] or networks
     if len(networks) > 1:
-        names = ", ".join(name or "(no prefix)" for name, _ in networks)
+        names = ", ".join(prefix or "(no prefix)" for prefix, _ in networks)
         raise UserError(f"init_from={source}: networks {names} found; expected one, or one named as in {EVALUATED}")
     return networks[0]
 
 
-def _fits(key: str, found: Tensor | None, wanted: Tensor, config: MLVICXConfig) -> bool:
-    """Whether a weight has its shape; the first kernels may be those of the model's channels."""
-    if found is None:
+def _fits(found: Tensor | None, wanted: Tensor, num_channels: int | None) -> bool:
+    """Whether a weight has its shape; first kernels may have other channels."""
+    if found is None or found.shape == wanted.shape:
+        return found is not None
+    if num_channels is None or not found.ndim == wanted.ndim == 4:
         return False
-    first = timm.get_pretrained_cfg(config.backbone)
-    convolutions = getattr(first, "first_conv", None) or ()
-    names = (convolutions,) if isinstance(convolutions, str) else tuple(convolutions)
-    if key.removesuffix(".weight") in names and found.ndim == wanted.ndim == 4 and found.shape != wanted.shape:
-        return found.shape[1] == config.num_channels and found[:, 0].shape == wanted[:, 0].shape
-    return found.shape == wanted.shape
+    return found.shape[1] == num_channels and found[:, 0].shape == wanted[:, 0].shape
