@@ -18,6 +18,7 @@ from helpers import ROOT, environment, unlabelled_cache
 
 from kill_test import kill_often
 from kills import Forked, Forks, differences
+from mlvicx_hf.objectives import OBJECTIVES
 from mlvicx_hf.pretraining.checkpoints import Checkpoints
 
 
@@ -126,4 +127,17 @@ def test_kills_end_in_the_same_bits(forks: Forks, tmp_path: Path, capsys: pytest
     assert len(found) == kills
     assert all(re.search(r"step \d+, .* killed (after|before) .* -> (resumed at|killed again)", line) for line in found)
     assert any("killed before" in line and "checkpoint-" in line for line in found)
+    assert re.search(r"run-\d ended: the same bits", output)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - {"mlvicx"}))
+def test_kills_of_other_methods_end_in_the_same_bits(
+    forks: Forks, tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+):
+    """Also their momentum copies, queues, predictors and decoders."""
+    faults = kill_often(forks, tmp_path, 4, random.Random(5), objective)
+    output = capsys.readouterr().out
+    assert not faults, output
+    assert output.count(" killed ") >= 4
     assert re.search(r"run-\d ended: the same bits", output)
