@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from mlvicx_hf.scoring.significance import calibration, delong_test, paired_tests
+from mlvicx_hf.scoring.significance import delong_test, paired_tests
 
 
 def naive_delong(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
@@ -95,28 +95,3 @@ def test_tests_over_seeds():
 def test_what_tests_over_seeds_refuse(ours: Any, theirs: Any, message: str):
     with pytest.raises(ValueError, match=message):
         paired_tests(ours, theirs)
-
-
-def test_calibration():
-    labels = np.array([0, 0, 1, 1, np.nan, 1])
-    found = calibration(labels, np.array([0.12, 0.18, 0.11, 0.93, 0.5, 1.0]))
-    assert [row["images"] for row in found["bins"]] == [3, 2]
-    first, last = found["bins"]
-    assert first["probability"] == pytest.approx(0.41 / 3)
-    assert first["frequency"] == pytest.approx(1 / 3)
-    expected = (3 * abs(0.41 / 3 - 1 / 3) + 2 * abs(last["probability"] - 1)) / 5
-    assert found["ece"] == pytest.approx(expected)
-
-
-def test_true_probabilities_are_calibrated():
-    rng = np.random.default_rng(0)
-    probabilities = rng.random(20000)
-    labels = (rng.random(20000) < probabilities).astype(float)
-    assert calibration(labels, probabilities)["ece"] < 0.02
-    assert calibration(labels, probabilities**3)["ece"] > 0.1
-
-
-@pytest.mark.parametrize(("labels", "scores"), [([np.nan], [0.5]), ([1], [1.2])])
-def test_what_calibration_refuses(labels: list[float], scores: list[float]):
-    with pytest.raises(ValueError, match="expected"):
-        calibration(np.array(labels, float), np.array(scores))

@@ -44,10 +44,16 @@ def main(words: Sequence[str] | None = None) -> None:
     from mlvicx_hf.finetuning.classification import finetune_classifier
 
     transformers.utils.logging.disable_progress_bar()  # of writing and loading a file
-    test = finetune_classifier(*arguments)["test"]
+    results = finetune_classifier(*arguments)
+    test, calibration = results["test"], results["test"]["calibration"]
     if PartialState().is_main_process:
         for name, value in [("macro", test["auroc_macro"]), *test["auroc"].items()]:
             print(f"test AUROC {name:24s} {number(value)}")
+        for score, name in (("ece_macro", "calibration error"), ("brier_macro", "Brier score")):
+            before, after = (number(calibration[when][score]) for when in ("before", "after"))
+            print(f"test {name}, macro: {before} before calibration, {after} after it")
+        for name, reason in results["calibration"]["not_fitted"].items():
+            print(f"not calibrated: {name}: {reason}")
 
 
 if __name__ == "__main__":

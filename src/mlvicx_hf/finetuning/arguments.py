@@ -153,6 +153,11 @@ class ClassifierArguments(EncoderArguments):
         "none",
         choices=("none", "balanced"),
     )
+    band_level: float = option(
+        "Answers absent, present, unsure: at least this share of the positives is not called absent, and of the "
+        "negatives not called present. Between 0.5 and 1.",
+        0.9,
+    )
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
+from mlvicx_hf.scoring.calibration import CALIBRATION_BINS, score_calibration
 from mlvicx_hf.scoring.labels import score_accuracy, score_decisions, score_labels, score_precision, youden_thresholds
 
 from .arguments import ClassificationArguments, ClassifierArguments, LabelledDataArguments
+from .calibration import Calibration, calibrate
 from .data import LabelledImages, check_splits, keep_known
 from .heads import load_config, load_for_task
 from .linear_probe import FeatureStore, LinearProbe, ProbeTrainer, prepare_probe
@@ -41,7 +43,7 @@ def load_classifier(
     names = dict(enumerate(cache.label_names))
     config.id2label, config.label2id = names, {name: i for i, name in names.items()}
     config.problem_type = "single_label_classification" if cache.exclusive else "multi_label_classification"
-    config.positive_weights = config.decision_thresholds = None
+    config.positive_weights = config.decision_thresholds = config.calibration = None
     config.pooled_levels = arguments.pooled_levels or config.pooled_levels
     if arguments.positive_weights == "balanced" and not cache.exclusive:
         config.positive_weights = balanced_weights(np.array(cache.datasets["train"]["labels"], dtype=np.float64))
@@ -86,6 +88,23 @@ class Classified:
     labels: np.ndarray  # [N, L], 1, 0 or NaN; of exclusive classes the indices [N]
     names: Sequence[str]  # of the L labels
     exclusive: bool  # every image has exactly one of the labels
+    calibration: Calibration | None = None  # that the scores are of; None as long as there is none
+
+    @property
+    def calibrated(self) -> np.ndarray:
+        """Logits after calibration, [N, L] in float64."""
+        return self.logits.astype(np.float64) if self.calibration is None else self.calibration.apply(self.logits)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Probabilities after calibration, [N, L] in float64."""
+        return softmax(self.calibrated, axis=1) if self.exclusive else expit(self.calibrated)
+
+    @property
+    def truth(self) -> np.ndarray:
+        """Labels [N, L]: 1, 0 or NaN; exclusive classes are one-hot."""
+        labels = self.labels.astype(np.float64)
+        return np.eye(len(self.names))[labels.astype(int)] if self.exclusive else labels
 
     def scores(self, rows: Any = slice(None)) -> dict[str, Any]:
         """Score some of the images. Exclusive classes are scored one against the rest by their probability.
@@ -93,11 +112,17 @@ class Classified:
         Returns:
             `auroc_macro`, `auroc` by label, `num_scored_labels`, `auprc_macro`, `auprc` by label, `accuracy`.
         """
-        scores, labels = self.logits[rows].astype(np.float64), self.labels[rows].astype(np.float64)
-        if self.exclusive:
-            scores, labels = softmax(scores, axis=1), np.eye(len(self.names))[labels.astype(int)]
+        scores, labels = (self.probabilities if self.exclusive else self.calibrated)[rows], self.truth[rows]
         found = score_labels(scores, labels, self.names) | score_precision(scores, labels, self.names)
         return found | score_accuracy(scores, labels, self.exclusive)
+
+    def score_calibration(self) -> dict[str, Any]:
+        """Score probabilities `before` and `after` calibration (`calibration`), and the answers (`answers`)."""
+        assert self.calibration is not None
+        both = {"before": replace(self, calibration=None), "after": self}
+        found = {when: score_calibration(each.probabilities, self.truth, self.names) for when, each in both.items()}
+        answers = self.calibration.score_answers(self.probabilities, self.truth, self.names)
+        return {"calibration": {"bins": CALIBRATION_BINS} | found, "answers": answers}
 
 
 class Classification(FinetuningTask):
@@ -109,6 +134,7 @@ class Classification(FinetuningTask):
 
     name = "classification"
     encoder: ClassifierArguments
+    calibration: Calibration | None = None  # until it is chosen
 
     def __init__(
         self,
@@ -120,6 +146,8 @@ class Classification(FinetuningTask):
         super().__init__(encoder, data, arguments)
         if encoder.positive_weights not in ("none", "balanced"):
             raise UserError(f"positive_weights={encoder.positive_weights!r} found; expected none or balanced")
+        if not 0.5 < encoder.band_level < 1:
+            raise UserError(f"band_level={encoder.band_level} found; expected a number above 0.5 and below 1")
         if encoder.fast_probe and not (encoder.freeze_backbone and encoder.cache_features):
             raise UserError("fast_probe found for a classifier that is not frozen; expected freeze_backbone as well")
         self.learning_rate = 1e-3 if encoder.freeze_backbone else 1e-4
@@ -155,33 +183,36 @@ class Classification(FinetuningTask):
 
     def _outcome(self, found: Any) -> Classified:
         logits, labels = np.asarray(found.predictions), np.asarray(found.label_ids)
-        return Classified(logits, labels, self.cache.label_names, self.cache.exclusive)
+        return Classified(logits, labels, self.cache.label_names, self.cache.exclusive, self.calibration)
 
     def _evaluate(self, trainer: Trainer | ProbeTrainer, images: Split) -> Classified:
         return self._outcome(trainer.predict(images))
 
     def _choose(self, validation: Classified) -> dict[str, Any]:
-        """Choose decision thresholds, which are saved with the model; exclusive classes have none."""
-        if self.cache.exclusive:
-            return {"thresholds": None}
-        probabilities = torch.from_numpy(validation.logits).double().sigmoid().numpy()
-        self.model.config.decision_thresholds = {
-            "values": youden_thresholds(probabilities, validation.labels, self.cache.label_names),
-            "criterion": "youden",
-            "split": "validation",
-            "split_hash": self.cache.manifest["split_hash"],
-            "data_hash": self.cache.manifest["data_hash"],
-        }
-        return {"thresholds": self.model.config.decision_thresholds}
+        """Calibrate, and choose decision thresholds of the calibrated probabilities; exclusive classes have none."""
+        hashes = {name: self.cache.manifest[name] for name in ("split_hash", "data_hash")}
+        names, config = self.cache.label_names, self.model.config
+        self.calibration = calibrate(validation.logits, validation.labels, names, self.encoder.band_level, hashes)
+        config.calibration = self.calibration.record
+        if not self.cache.exclusive:
+            probabilities = replace(validation, calibration=self.calibration).probabilities
+            thresholds = youden_thresholds(probabilities, validation.labels, names)
+            config.decision_thresholds = {"values": thresholds, "criterion": "youden", "split": "validation"} | hashes
+        calibration = self.calibration.record | {"not_fitted": self.calibration.not_fitted}
+        return {"thresholds": config.decision_thresholds, "calibration": calibration}
+
+    def _complete(self, trained: nn.Module) -> None:
+        super()._complete(trained)
+        assert self.calibration is not None
+        self.calibration.fold(self.model.classifier)
 
     def _results(self, validation: Classified, test: Classified) -> dict[str, Any]:
-        thresholds, scores = self.model.config.decision_thresholds, test.scores()
+        thresholds, scores = self.model.config.decision_thresholds, test.scores() | test.score_calibration()
         if thresholds is not None:
-            probabilities = expit(test.logits.astype(np.float64))
-            scores["decisions"] = score_decisions(probabilities, test.labels, thresholds["values"])
+            scores["decisions"] = score_decisions(test.probabilities, test.labels, thresholds["values"])
         return {
             "labels": list(self.cache.label_names),
-            "validation": validation.scores(),
+            "validation": replace(validation, calibration=self.calibration).scores(),
             "test": scores,
             "hyperparameters": {
                 "positive_weights": self.encoder.positive_weights,
@@ -193,7 +224,7 @@ class Classification(FinetuningTask):
         }
 
     def _write_test(self, folder: Path, test: Classified) -> None:
-        write_predictions(folder / "test_predictions.csv", self.cache, test.logits)
+        write_predictions(folder / "test_predictions.csv", self.cache, test.calibrated)
 
 
 def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:

@@ -159,4 +159,5 @@ class ExternalClassifier(nn.Module):
         Path(folder).mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_model(self, str(Path(folder, "model.safetensors")))
         values = {"model_type": "external", "encoder": self.source, "id2label": self.config.id2label}
-        write_json(Path(folder, "config.json"), values | {"decision_thresholds": self.config.decision_thresholds})
+        values |= {name: getattr(self.config, name) for name in ("decision_thresholds", "calibration")}
+        write_json(Path(folder, "config.json"), values)

@@ -77,8 +77,7 @@ class FinetuningTask(ABC):
         chosen = self._choose(validation)
         # Everything is chosen. Only now is the test split looked at, once.
         test = self._evaluate(trainer, prepare(splits["test"]))
-        if isinstance(trained, LinearProbe):
-            trained.fold()
+        self._complete(trained)
         results = {"task": self.name} | self._results(validation, test) | chosen
         results["test"] |= {"subgroups": score_subgroups(self.cache.datasets["test"], test.scores)}
         run = describe_run(self.cache, self.encoder, self.data, self.settings, self.arguments.patience, trainer.state)
@@ -120,6 +119,11 @@ class FinetuningTask(ABC):
     def _choose(self, validation: Any) -> dict[str, Any]:
         """Choose what else the validation split can choose. Return what of it belongs into `results.json`."""
         return {}
+
+    def _complete(self, trained: nn.Module) -> None:
+        """Fold what stands around the trained layers into them, so that the saved model gives what was scored."""
+        if isinstance(trained, LinearProbe):
+            trained.fold()
 
     @abstractmethod
     def _results(self, validation: Any, test: Any) -> dict[str, Any]:

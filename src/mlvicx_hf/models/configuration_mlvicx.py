@@ -134,6 +134,9 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         positive_weights: weight of the positives of each label in the multi-label loss; None for 1.
         decision_thresholds: of a classifier: {"values": {label: probability or None}, "split", "criterion", …}. A
             finding is present from its probability on; split and criterion say how the values were chosen.
+        calibration: of a classifier: {"method": "platt" or "temperature", "values", "folded": true, "bands", "level",
+            "counts", "split", …}. It says what the last layer contains already, since its weights are multiplied by
+            the scales, and the band of probabilities of each label that are answered "unsure".
         decoder_hidden_sizes: widths of the segmentation decoder from the coarsest level to the input's resolution,
             one a level of the backbone; None for …, 64, 32, 16.
         semantic_loss_ignore_index: value of mask pixels that do not count in the segmentation loss.
@@ -172,6 +175,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     invariance_reduction: str = "mean"
     positive_weights: list[float] | tuple[float, ...] | None = None
     decision_thresholds: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
     decoder_hidden_sizes: list[int] | tuple[int, ...] | None = None
     semantic_loss_ignore_index: int = 255
 

@@ -21,6 +21,8 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.masks import MAX_CLASSES, foreground
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 
+from .answers import Answers
+
 MASK_SUFFIX = ".mask.png"
 EMBEDDING_SUFFIXES = (".safetensors", ".parquet")
 
@@ -36,17 +38,20 @@ class Head:
 
 
 class MultiLabelHead(Head):
-    """Probability of every label, and a decision 1 or 0 if the model has a threshold for the label.
+    """Probability of every label; a decision 1 or 0 if the model has a threshold for it; an answer if it has a band.
 
     Args:
         labels: names of the logits.
         thresholds: `decision_thresholds` of the configuration.
+        calibration: of the configuration.
 
     Raises:
-        UserError: thresholds that do not fit the labels.
+        UserError: thresholds or a calibration that do not fit the labels.
     """
 
-    def __init__(self, labels: list[str], thresholds: dict[str, Any] | None) -> None:
+    def __init__(
+        self, labels: list[str], thresholds: dict[str, Any] | None, calibration: dict[str, Any] | None = None
+    ) -> None:
         values = dict.fromkeys(labels) if thresholds is None else thresholds.get("values")
         if not isinstance(values, dict) or not set(labels) <= set(values):
             raise UserError(f"decision_thresholds={thresholds} found; expected values for {', '.join(labels)}")
@@ -54,7 +59,9 @@ class MultiLabelHead(Head):
         for name, value in zip(labels, self.thresholds, strict=True):
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise UserError(f"decision_thresholds: {value!r} found for {name}; expected a probability or null")
+        self.answers = Answers(labels, calibration, exclusive=False)
         self.columns = [f"{kind}:{name}" for kind in ("probability", "decision") for name in labels]
+        self.columns += self.answers.columns
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
         """Cells for logits [L]."""
@@ -63,20 +70,30 @@ class MultiLabelHead(Head):
             "" if threshold is None else str(int(value >= threshold))
             for value, threshold in zip(probabilities, self.thresholds, strict=True)
         ]
-        return [f"{value:.6f}" for value in probabilities] + decisions
+        return [f"{value:.6f}" for value in probabilities] + decisions + self.answers.cells(probabilities)
 
 
 class SingleLabelHead(Head):
-    """Probability of every class, and the most probable class; `labels` are the names of the logits."""
+    """Probability of every class, the most probable class, and the answer, a class or "unsure".
 
-    def __init__(self, labels: list[str]) -> None:
+    Args:
+        labels: names of the logits.
+        calibration: of the configuration.
+
+    Raises:
+        UserError: a calibration that does not fit the labels.
+    """
+
+    def __init__(self, labels: list[str], calibration: dict[str, Any] | None = None) -> None:
         self.labels = labels
-        self.columns = [*(f"probability:{name}" for name in labels), "class"]
+        self.answers = Answers(labels, calibration, exclusive=True)
+        self.columns = [*(f"probability:{name}" for name in labels), "class", *self.answers.columns]
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
         """Cells for logits [L]."""
         probabilities = logits.double().softmax(0).tolist()
-        return [*(f"{value:.6f}" for value in probabilities), self.labels[int(logits.argmax())]]
+        cells = [*(f"{value:.6f}" for value in probabilities), self.labels[int(logits.argmax())]]
+        return cells + self.answers.cells(probabilities)
 
 
 class SegmentationHead(Head):

@@ -129,8 +129,8 @@ def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
     if not isinstance(loaded.model, MLVICXForImageClassification):
         return Head()
     if loaded.model.config.problem_type == "single_label_classification":
-        return SingleLabelHead(loaded.labels)
-    return MultiLabelHead(loaded.labels, loaded.model.config.decision_thresholds)
+        return SingleLabelHead(loaded.labels, loaded.model.config.calibration)
+    return MultiLabelHead(loaded.labels, loaded.model.config.decision_thresholds, loaded.model.config.calibration)
 
 
 def write_rows(
@@ -188,9 +188,9 @@ def predict(
 ) -> dict[str, Any]:
     """Run a saved model on image files, and write a table, what else is asked for, and a record, which is returned.
 
-    A classifier gives probabilities, and decisions by the thresholds saved with it. A segmenter gives areas, and masks
-    in the geometry of the files. Any model gives embeddings. A file that cannot be read gets a row with the reason.
-    Every output is whole or absent; the record `OUTPUT.json` is written last.
+    A classifier gives probabilities, and decisions and answers by the thresholds and bands saved with it. A segmenter
+    gives areas, and masks in the geometry of the files. Any model gives embeddings. A file that cannot be read gets a
+    row with the reason. Every output is whole or absent; the record `OUTPUT.json` is written last.
 
     Args:
         model_source: folder or Hub name.
@@ -270,6 +270,7 @@ def _describe(loaded: LoadedModel, head: Head, inputs: Sequence[Path], outputs: 
         "architectures": loaded.model.config.architectures,
         "labels": loaded.labels,
         "decision_thresholds": loaded.model.config.decision_thresholds if isinstance(head, MultiLabelHead) else None,
+        "calibration": loaded.model.config.calibration if isinstance(head, MultiLabelHead | SingleLabelHead) else None,
         "mask_values": head.mask_values if isinstance(head, SegmentationHead) else None,
         "inputs": [printable(item) for item in inputs],
         "embeddings": None if outputs.embeddings is None else str(outputs.embeddings),

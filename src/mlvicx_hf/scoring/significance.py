@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Is one classifier better than another? Tests over seeds and of a single pair. Are its probabilities calibrated?"""
+"""Is one classifier better than another? Tests over seeds and of a single pair."""
 
 from __future__ import annotations
 
@@ -79,34 +79,3 @@ def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dic
         "se": float(np.sqrt(variance)),
         "p": p,
     }
-
-
-def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """Compute the expected calibration error and the points of a reliability diagram (Guo et al., ICML 2017).
-
-    Args:
-        labels: [N], 1, 0 or NaN; unknown ones are left out.
-        probabilities: of label 1, [N], in [0, 1].
-        bins: of equal width.
-
-    Returns:
-        `ece`, the mean distance of probability and frequency, weighted with the images of a bin, and `bins`, those that
-        hold images: `images`, mean `probability`, `frequency` of positives.
-
-    Raises:
-        UserError: no known label, or a value outside [0, 1].
-    """
-    known = ~np.isnan(labels)
-    truth, given = labels[known], np.asarray(probabilities, float)[known]
-    if not len(truth):
-        raise UserError("no known label found; expected one or more")
-    if not ((given >= 0) & (given <= 1)).all():
-        raise UserError(f"probabilities from {given.min()} to {given.max()} found; expected values in [0, 1]")
-    places = np.minimum((given * bins).astype(int), bins - 1)
-    rows = []
-    for place in np.unique(places):
-        inside = places == place
-        means = {"probability": float(given[inside].mean()), "frequency": float(truth[inside].mean())}
-        rows.append({"images": int(inside.sum())} | means)
-    error = sum(row["images"] * abs(row["probability"] - row["frequency"]) for row in rows) / len(truth)
-    return {"ece": float(error), "bins": rows}

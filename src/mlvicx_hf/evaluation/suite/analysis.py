@@ -15,8 +15,9 @@ import numpy as np
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.scoring.calibration import calibration_error
 from mlvicx_hf.scoring.labels import NOT_SCORED
-from mlvicx_hf.scoring.significance import calibration, delong_test, paired_tests
+from mlvicx_hf.scoring.significance import delong_test, paired_tests
 
 from ..runs import Predictions, RunResults, check_same_images, read_run
 from ..statistics import Estimate, difference, estimate
@@ -183,7 +184,7 @@ def _calibration(runs: Sequence[Predictions]) -> dict[str, Any] | None:
     for i, name in enumerate(runs[0].names):
         labels = np.concatenate([run.labels[:, i] for run in runs])
         if (~np.isnan(labels)).any():
-            by_label[name] = calibration(labels, np.concatenate([run.probabilities[:, i] for run in runs]))
+            by_label[name] = calibration_error(labels, np.concatenate([run.probabilities[:, i] for run in runs]))
     if not by_label:
         return None
     return {"ece_macro": float(np.mean([row["ece"] for row in by_label.values()])), "labels": by_label}

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mlvicx_hf.scoring.calibration import CALIBRATION_BINS
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 PROTOCOL_TITLES = {"frozen": "frozen", "frozen_levels": "frozen, all levels", "finetuned": "fine-tuned"}
-BINS = 10  # of the reliability diagram
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
@@ -113,7 +113,7 @@ def reliability(settings: Sequence[dict[str, Any]]) -> bytes | None:
 def _pooled_bins(calibration: dict[str, Any]) -> pd.DataFrame:
     """Mean probability and frequency of every bin over all labels."""
     rows = pd.DataFrame([row for label in calibration["labels"].values() for row in label["bins"]])
-    bins = (rows["probability"] * BINS).astype(int).clip(upper=BINS - 1)
+    bins = (rows["probability"] * CALIBRATION_BINS).astype(int).clip(upper=CALIBRATION_BINS - 1)
     sums = rows[["probability", "frequency"]].mul(rows["images"], axis=0).groupby(bins).sum()
     return sums.div(rows["images"].groupby(bins).sum(), axis=0)
 
