@@ -38,7 +38,7 @@ class Training:
 
 
 def read_training(loaded: LoadedModel) -> Training:
-    """Read the `results.json` beside a classifier, or else the record of its decision thresholds.
+    """Read the `results.json` beside a classifier, or else the record of its thresholds or calibration.
 
     Raises:
         UserError: a `results.json` that no fine-tuning wrote.
@@ -51,8 +51,9 @@ def read_training(loaded: LoadedModel) -> Training:
         content = read_json(Path(file))
         names = ("collection", "cache", "data_hash", "split_hash")
         return Training(**{name: json_field(content, f"data.{name}", str, Path(file)) for name in names})
-    thresholds = loaded.model.config.decision_thresholds or {}
-    return Training(data_hash=thresholds.get("data_hash"), split_hash=thresholds.get("split_hash"))
+    config = loaded.model.config
+    record = config.decision_thresholds or config.calibration or {}
+    return Training(data_hash=record.get("data_hash"), split_hash=record.get("split_hash"))
 
 
 def check_overlap(

@@ -15,7 +15,7 @@ import numpy as np
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import code_version
-from mlvicx_hf.scoring.calibration import calibration_error
+from mlvicx_hf.scoring.calibration import COVERAGES, calibration_error, selective_errors
 from mlvicx_hf.scoring.labels import NOT_SCORED
 from mlvicx_hf.scoring.significance import delong_test, paired_tests
 
@@ -160,6 +160,7 @@ def _describe_setting(setting: SuiteSetting, metric: str) -> dict[str, Any]:
     if classifiers:
         calibrated = _calibration(classifiers)
         found |= {"calibration": calibrated} if calibrated else {}
+        found["confidence"] = _confidence(runs)
         found["decisions"] = _mean_decisions([run.results["test"].get("decisions") for run in runs])
     return found
 
@@ -188,6 +189,44 @@ def _calibration(runs: Sequence[Predictions]) -> dict[str, Any] | None:
     if not by_label:
         return None
     return {"ece_macro": float(np.mean([row["ece"] for row in by_label.values()])), "labels": by_label}
+
+
+def _confidence(runs: Sequence[FinishedCell]) -> dict[str, Any] | None:
+    """Means over runs of `ece_macro` and `brier_macro`, `before` and `after` calibration; `unsure`, `error`, `errors`.
+
+    `errors` are those at every coverage. None if a run is of an earlier version, which did not calibrate.
+    """
+    tests = [run.results["test"] for run in runs]
+    if not all("calibration" in test for test in tests):
+        return None
+    found: dict[str, Any] = {
+        when: {
+            name: _mean([test["calibration"][when][name] for test in tests]) for name in ("ece_macro", "brier_macro")
+        }
+        for when in ("before", "after")
+    }
+    found |= {name: _mean([test["answers"][name] for test in tests]) for name in ("unsure", "error")}
+    errors = [_errors_of_the_confident(run.predictions) for run in runs if isinstance(run.predictions, Predictions)]
+    return found | {"errors": {f"{share:g}": float(e) for share, e in zip(COVERAGES, np.mean(errors, 0), strict=True)}}
+
+
+def _mean(values: Sequence[float | str]) -> float | str:
+    numbers = [value for value in values if not isinstance(value, str)]
+    return float(np.mean(numbers)) if numbers else NOT_SCORED
+
+
+def _errors_of_the_confident(run: Predictions) -> np.ndarray:
+    """Error of the likeliest answer at every coverage, averaged over the findings; NaN without a known label."""
+    if run.exclusive:
+        right = run.probabilities.argmax(1) == run.labels.argmax(1)
+        return np.array(selective_errors(run.probabilities.max(1), right))
+    found = [np.full(len(COVERAGES), np.nan)]
+    for given, truth in zip(run.probabilities.T, run.labels.T, strict=True):
+        known = ~np.isnan(truth)
+        if known.any():
+            right = (given > 0.5) == (truth == 1)
+            found.append(np.array(selective_errors(np.maximum(given, 1 - given)[known], right[known])))
+    return np.mean(found[1:] or found, axis=0)
 
 
 def _mean_decisions(runs: Sequence[dict[str, dict[str, Any]] | None]) -> dict[str, dict[str, Any]] | None:

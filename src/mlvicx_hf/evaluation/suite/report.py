@@ -10,6 +10,7 @@ from typing import Any
 from mlvicx_hf.common.files import new_file, new_folder, write_json
 from mlvicx_hf.common.provenance import describe_commit
 from mlvicx_hf.common.text import NOTICE, number
+from mlvicx_hf.scoring.calibration import CALIBRATION_BINS
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .documents import Document
@@ -24,6 +25,7 @@ MAIN_SCORES = {
     "dice_positive": "Dice, images that show it",
 }
 CLASS_SCORES = {"auroc": "AUROC", "auprc": "AUPRC", "dice": "Dice", "dice_positive": "Dice, images that show it"}
+CALIBRATION_SCORES = {"ece_macro": "ECE before → after", "brier_macro": "Brier before → after"}
 LAYOUTS = {  # of the paper's tables: what a line is called, column by column, and what the other columns are called
     "I": ({"labels": "{percent}", "method": "{method}"}, "{column}"),
     "II": ({"data": "{dataset} ({how})", "labels": "{percent}"}, "{method}"),
@@ -201,14 +203,15 @@ def _add_calibration(document: Document, report: dict[str, Any]) -> None:
         return
     document.heading("Calibration and decisions")
     document.paragraph(
-        "ECE is the expected calibration error of the probabilities of all runs over ten bins, averaged over the "
-        "findings. Sensitivity, specificity and this accuracy use the thresholds that Youden's index chose on "
+        f"ECE is the expected calibration error of the probabilities of all runs over {CALIBRATION_BINS} bins of equal "
+        "width, averaged over the findings. Sensitivity, specificity and this accuracy use the thresholds that Youden's index chose on "
         "validation; the accuracy among the scores above uses 0.5, or the likeliest class."
     )
     document.picture("reliability.png", picture, "Frequency of findings over their probability")
     rows = [row for row in report["settings"] if "calibration" in row]
     lines = [[f"{row['task']}, {_setting(row)}", f"{row['calibration']['ece_macro']:.3f}"] for row in rows]
     document.table(["task, protocol, labels, model", "ECE"], lines)
+    _add_confidence(document, rows)
     names = ("sensitivity", "specificity", "accuracy")
     decided = [
         [f"{row['task']}, {_setting(row)}, {label}", *(number(scores[name], ".3f") for name in names)]
@@ -217,6 +220,39 @@ def _add_calibration(document: Document, report: dict[str, Any]) -> None:
     ]
     if decided:
         document.table(["task, protocol, labels, model, finding", *names], decided)
+
+
+def _add_confidence(document: Document, settings: Sequence[dict[str, Any]]) -> None:
+    """What calibration changed, at the largest share of labels of each task and protocol."""
+    most: dict[tuple[str, str], float] = {}
+    for row in settings:
+        key = (row["task"], row["protocol"])
+        most[key] = max(most.get(key, 0), row["label_fraction"])
+    rows = [r for r in settings if r["confidence"] and r["label_fraction"] == most[(r["task"], r["protocol"])]]
+    if not rows:
+        return
+    document.heading("What calibration on validation changed", 3)
+    document.paragraph(
+        "Means over the findings and the runs. The Brier score is the mean squared distance of probability and truth. "
+        "Unsure is the share of answers within the band that validation chose, and error the share of wrong answers "
+        "among the others; findings without a band are left out of both."
+    )
+    lines = []
+    for row in rows:
+        found = row["confidence"]
+        both = [[number(found[when][s], ".3f") for when in ("before", "after")] for s in CALIBRATION_SCORES]
+        cells = [" → ".join(pair) for pair in both]
+        cells += [number(found[name], ".3f") for name in ("unsure", "error")]
+        lines.append([f"{row['task']}, {_setting(row)}", *cells])
+    head = ["task, protocol, labels, model", *CALIBRATION_SCORES.values(), "unsure", "error of the rest"]
+    document.table(head, lines)
+    document.paragraph(
+        "Share of wrong answers if only the most confident images are answered, by the likelier of the two answers or "
+        "the likeliest class."
+    )
+    shares = [f"{100 * float(share):g} % answered" for share in rows[0]["confidence"]["errors"]]
+    errors = [[f"{r['task']}, {_setting(r)}", *(f"{e:.3f}" for e in r["confidence"]["errors"].values())] for r in rows]
+    document.table(["task, protocol, labels, model", *shares], errors)
 
 
 def _add_subgroups(document: Document, report: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from mlvicx_hf.common.files import json_field, read_json
 from mlvicx_hf.data.cache.cache import MANIFEST
 
 from .results import NUMBER, TASKS, Result, describe_code, describe_machine, last_part, read_results
-from .tables import build_tables, evaluation_results
+from .tables import build_tables, calibration_table, evaluation_results
 
 RESULTS_NAME, RUN_NAME = "results.json", "run.json"
 RUN_FILE = "the run.json of a pretraining run"
@@ -110,6 +110,7 @@ def render_card(
         context["pretraining"] = run
     if own is not None:
         context["training"] = own.content
+        context["calibration_table"] = calibration_table(own)
     looked_at = [model / "config.json", model / "preprocessor_config.json", run_file]
     looked_at += [*([] if cache_file is None else [cache_file]), *(result.path for result in found)]
     body = _fill(template, context, looked_at)
@@ -227,12 +228,12 @@ def _encoder_names(
 
 
 def _read_own_results(model: Path, config: dict[str, Any]) -> Result:
-    """Read the results of the head itself, whose decision thresholds must be those that were evaluated."""
+    """Read the results of the head itself, whose thresholds and calibration must be those that were evaluated."""
     own = read_results([model / RESULTS_NAME])[0]
-    saved = config.get("decision_thresholds")
-    if saved is not None and saved != own.content.get("thresholds"):
-        differ = f"decision_thresholds found that differ from thresholds of {own.path}"
-        raise UserError(f"{model / 'config.json'}: {differ}")
+    for field, name in (("decision_thresholds", "thresholds"), ("calibration", "calibration")):
+        saved, known = config.get(field), own.content.get(name) or {}
+        if saved is not None and saved != {key: value for key, value in known.items() if key != "not_fitted"}:
+            raise UserError(f"{model / 'config.json'}: {field} found that differ from {name} of {own.path}")
     return own
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from huggingface_hub import EvalResult
 
 from mlvicx_hf.common.provenance import describe_commit
-from mlvicx_hf.common.text import markdown_table
+from mlvicx_hf.common.text import markdown_table, number
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .results import PROTOCOL_NAMES, Result, ScoreNames, canonical, count, last_part
@@ -83,8 +83,8 @@ def _table(results: Sequence[Result], encoder: Collection[str], own: Result | No
     task, data, counts = first.task, first.content["data"], first.content["counts"]
     images = [_range([result.content["counts"]["train"]["images"] for result in row.results]) for row in rows]
     lines = [
-        [row.name, number, row.list_seeds(), *(_mean(row.scores(name)) for name in task.scores)]
-        for row, number in zip(rows, images, strict=True)
+        [row.name, trained_on, row.list_seeds(), *(_mean(row.scores(name)) for name in task.scores)]
+        for row, trained_on in zip(rows, images, strict=True)
     ]
     commits = dict.fromkeys(describe_commit(r.content["code"]["commit"]) for row in rows for r in row.results)
     return Table(
@@ -126,10 +126,10 @@ def _settings(results: Sequence[Result], encoder: Collection[str], own: Result |
                 mine = any(run.content == own.content for run in runs)
             rows.append(Setting(f"{_encoder_name(ordered[0], own, encoder)}, {training}", training, ordered, mine))
     often = Counter(row.name for row in rows)
-    for number, row in enumerate(rows):
+    for place, row in enumerate(rows):
         if often[row.name] > 1:
             runs_named = ", ".join(f"`{result.path.resolve().parent.name}`" for result in row.results)
-            rows[number] = replace(row, name=f"{row.name}, run {runs_named}")
+            rows[place] = replace(row, name=f"{row.name}, run {runs_named}")
     return sorted(rows, key=lambda row: not row.mine)
 
 
@@ -215,6 +215,22 @@ def _class_tables(rows: Sequence[Setting], first: Result) -> list[str]:
         counted = ["images with it"] if shows_counts else []
         tables.append(markdown_table([f"{task.class_score}, test", *counted, *(row.name for row in chosen)], lines))
     return tables
+
+
+def calibration_table(own: Result) -> str:
+    """Calibration error and Brier score of a classifier by class, before and after calibration, and its answers.
+
+    Empty for results without calibration.
+    """
+    if "calibration" not in own.test:
+        return ""
+    found, answers = own.test["calibration"], own.test["answers"]["labels"]
+    lines = []
+    for name in own.content["labels"]:
+        both = [[number(found[when][score][name], ".3f") for when in ("before", "after")] for score in ("ece", "brier")]
+        answered = [number(answers[name][s], ".3f") if name in answers else "no band" for s in ("unsure", "error")]
+        lines.append([name, *(" → ".join(pair) for pair in both), *answered])
+    return markdown_table(["class", "ECE", "Brier score", "unsure", "error"], lines)
 
 
 def _subgroup_table(rows: Sequence[Setting], kind: str, task: ScoreNames) -> str:
