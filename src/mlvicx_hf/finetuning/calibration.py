@@ -26,7 +26,7 @@ from mlvicx_hf.scoring.calibration import (
 )
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
-FEWEST_IMAGES = 20  # of either value of a label, to fit anything
+FEWEST_TO_CALIBRATE = 20  # of either value of a label, to fit anything
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _fit_findings(logits: np.ndarray, labels: np.ndarray, names: Sequence[str], 
     for i, name in enumerate(names):
         positive, negative = labels[:, i] == 1, labels[:, i] == 0
         counts[name] = [int(positive.sum()), int(negative.sum())]
-        if min(counts[name]) < FEWEST_IMAGES:
+        if min(counts[name]) < FEWEST_TO_CALIBRATE:
             not_fitted[name] = _too_few("{} positives and {} negatives".format(*counts[name]))
             continue
         known = positive | negative
@@ -126,10 +126,12 @@ def _fit_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str], l
     classes = labels.astype(int)
     images = np.bincount(classes, minlength=len(names)).tolist()
     counts = {name: [count, len(classes) - count] for name, count in zip(names, images, strict=True)}
-    not_fitted = {name: _too_few(f"{n} images") for name, (n, _) in counts.items() if n < FEWEST_IMAGES}
+    not_fitted = {name: _too_few(f"{n} images") for name, (n, _) in counts.items() if n < FEWEST_TO_CALIBRATE}
     temperature = None if not_fitted else fit_temperature(logits, classes)
     if temperature is None and not not_fitted:
-        not_fitted["temperature"] = "no value with the lowest negative log-likelihood from 1/100 to 100"
+        not_fitted["temperature"] = (
+            "no value has the lowest negative log-likelihood: all images are right, or the logits are no better than chance"
+        )
     bands = None
     if temperature is not None:
         true = softmax(logits / temperature, axis=1)[np.arange(len(classes)), classes]
@@ -140,4 +142,4 @@ def _fit_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str], l
 
 
 def _too_few(found: str) -> str:
-    return f"{found} in the validation split; expected {FEWEST_IMAGES} of each at least"
+    return f"{found} in the validation split; expected {FEWEST_TO_CALIBRATE} of each at least"

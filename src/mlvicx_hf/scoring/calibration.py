@@ -18,8 +18,7 @@ from .labels import NOT_SCORED
 ABSENT, PRESENT, UNSURE = "absent", "present", "unsure"  # answers
 CALIBRATION_BINS = 15  # of equal width
 COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the images that are answered
-HIGHEST_TEMPERATURE = 100.0  # and its inverse is the lowest
-ROUNDING = 1e-9  # (1 - 0.9) · 20 is a little less than 2 in floating point, but the rank is 2
+_ROUNDING = 1e-9  # (1 - 0.9) · 20 is a little less than 2 in floating point, but the rank is 2
 
 
 def fit_platt(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -59,17 +58,20 @@ def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float | None:
         classes: [N], indices of the true classes.
 
     Returns:
-        T. None where no T from 1/100 to 100 has the lowest value: every image is classified rightly, so that T would
-        fall to 0; or the logits are no better than chance, so that T would grow without an end.
+        T. None where no T has the lowest value: every image is classified rightly, so that T would fall to 0; or the
+        logits are no better than chance, so that T would grow without an end.
     """
     scores, rows = logits.astype(np.float64), np.arange(len(classes))
+    # In 1/T the loss is convex. Its slope at 1/T = 0 is the difference of these means.
+    if (scores.argmax(1) == classes).all() or scores[rows, classes].mean() <= scores.mean():
+        return None
+    scale = scores.std()  # so that one range fits logits of any scale
 
     def loss(log_temperature: float) -> float:
-        return float(-log_softmax(scores / math.exp(log_temperature), axis=1)[rows, classes].mean())
+        return float(-log_softmax(scores / (scale * math.exp(log_temperature)), axis=1)[rows, classes].mean())
 
-    limit = math.log(HIGHEST_TEMPERATURE)
-    found = float(minimize_scalar(loss, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-9}).x)
-    return math.exp(found) if abs(found) < limit - 1e-3 else None
+    found = minimize_scalar(loss, bounds=(-10, 10), method="bounded", options={"xatol": 1e-9}).x
+    return float(scale * math.exp(found))
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -91,8 +93,8 @@ def conformal_band(positives: np.ndarray, negatives: np.ndarray, level: float) -
     Returns:
         Lower and upper end. With too few images for the level, q₁ is 0 and q₀ is 1.
     """
-    low = _ranked(positives, math.floor((1 - level) * (len(positives) + 1) + ROUNDING))
-    high = _ranked(negatives, math.ceil(level * (len(negatives) + 1) - ROUNDING))
+    low = _ranked(positives, math.floor((1 - level) * (len(positives) + 1) + _ROUNDING))
+    high = _ranked(negatives, math.ceil(level * (len(negatives) + 1) - _ROUNDING))
     return min(low, high), max(low, high)
 
 
@@ -108,7 +110,7 @@ def lowest_probability(true: np.ndarray, level: float) -> float:
     Returns:
         The ⌊(1 - level)(N + 1)⌋-th lowest of the probabilities; 0 with too few images for the level.
     """
-    return _ranked(true, math.floor((1 - level) * (len(true) + 1) + ROUNDING))
+    return _ranked(true, math.floor((1 - level) * (len(true) + 1) + _ROUNDING))
 
 
 def _ranked(values: np.ndarray, rank: int) -> float:
@@ -213,4 +215,4 @@ def selective_errors(confidences: np.ndarray, right: np.ndarray, coverages: Sequ
         The share of wrong answers among the ⌈coverage · N⌉ most confident images, one for each coverage.
     """
     wrong = ~right[np.argsort(-confidences, kind="stable")]
-    return [float(wrong[: math.ceil(share * len(wrong) - ROUNDING)].mean()) for share in coverages]
+    return [float(wrong[: math.ceil(share * len(wrong) - _ROUNDING)].mean()) for share in coverages]

@@ -204,8 +204,8 @@ def _add_calibration(document: Document, report: dict[str, Any]) -> None:
     document.heading("Calibration and decisions")
     document.paragraph(
         f"ECE is the expected calibration error of the probabilities of all runs over {CALIBRATION_BINS} bins of equal "
-        "width, averaged over the findings. Sensitivity, specificity and this accuracy use the thresholds that Youden's index chose on "
-        "validation; the accuracy among the scores above uses 0.5, or the likeliest class."
+        "width, averaged over the findings. Sensitivity, specificity and this accuracy use the thresholds that "
+        "Youden's index chose on validation; the accuracy among the scores above uses 0.5, or the likeliest class."
     )
     document.picture("reliability.png", picture, "Frequency of findings over their probability")
     rows = [row for row in report["settings"] if "calibration" in row]
