@@ -129,9 +129,7 @@ def _fit_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str], l
     not_fitted = {name: _too_few(f"{n} images") for name, (n, _) in counts.items() if n < FEWEST_TO_CALIBRATE}
     temperature = None if not_fitted else fit_temperature(logits, classes)
     if temperature is None and not not_fitted:
-        not_fitted["temperature"] = (
-            "no value has the lowest negative log-likelihood: all images are right, or the logits are no better than chance"
-        )
+        not_fitted["temperature"] = "every image is classified rightly, or the logits are no better than chance"
     bands = None
     if temperature is not None:
         true = softmax(logits / temperature, axis=1)[np.arange(len(classes)), classes]
