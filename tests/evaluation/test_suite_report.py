@@ -94,6 +94,13 @@ def predictions(output: Path, model: str, member: int, fraction: str, seed: int)
     return pd.read_csv(output / f"cells/findings/{model}/{member}/frozen/{fraction}/{seed}/test_predictions.csv")
 
 
+def cell_results(output: Path, model: str, member: int, fraction: str, seed: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (output / f"cells/findings/{model}/{member}/frozen/{fraction}/{seed}/results.json").read_text()
+    )
+    return found
+
+
 def macro_auroc(table: pd.DataFrame) -> float:
     """Over the labels that the images know with both values."""
     scores = []
@@ -148,7 +155,24 @@ def test_subgroups_calibration_decisions_and_shortcuts(report: dict[str, Any], o
     assert sum(group["images"] for group in row["subgroups"]["view"].values()) == 40
     assert 0 <= row["calibration"]["ece_macro"] <= 1
     assert set(row["decisions"]["disc"]) == {"sensitivity", "specificity", "accuracy"}
+    found = [cell_results(output, "MLVICX", m, "1", s)["test"] for m in range(2) for s in range(2)]
+    for when in ("before", "after"):
+        for name in ("ece_macro", "brier_macro"):
+            mean = np.mean([test["calibration"][when][name] for test in found])
+            assert row["confidence"][when][name] == pytest.approx(mean)
     tables = [predictions(output, "MLVICX", m, "1", s) for m in range(2) for s in range(2)]
+    wrong = [
+        np.mean((known[f"probability:{label}"] > 0.5) != (known[f"label:{label}"] == 1))
+        for table in tables
+        for label in ("disc", "stripes")
+        for known in [table.dropna(subset=[f"label:{label}"])]
+    ]
+    assert row["confidence"]["errors"]["1"] == pytest.approx(np.mean(wrong))
+    assert list(row["confidence"]["errors"]) == ["1", "0.9", "0.8", "0.7", "0.6", "0.5"]
+    text = (output / "report.md").read_text()
+    changed = text.split("### What calibration on validation changed\n")[1].split("\n#")[0]
+    assert "findings, frozen, 100 %, MLVICX" in changed
+    assert "30 %" not in changed
     women = [macro_auroc(table[table["sex"] == "F"]) for table in tables]
     assert row["subgroups"]["sex"]["F"]["mean"] == pytest.approx(np.mean(women))
     told = {(found["model"], found["kind"]) for found in report["shortcuts"]}
@@ -262,6 +286,19 @@ def test_other_test_images_are_refused(suite: Path, output: Path, tmp_path: Path
     table.to_csv(file, index=False)
     with pytest.raises(UserError, match=r"MLVICX/0/frozen/1/0 was tested on other images or labels than"):
         analyse(read, read.cells, tmp_path / "out", 10)
+
+
+def test_cells_of_an_earlier_version_say_nothing_of_calibration(suite: Path, output: Path, tmp_path: Path):
+    shutil.copytree(output, tmp_path / "out")
+    for file in (tmp_path / "out").glob("cells/**/results.json"):
+        content = json.loads(file.read_text())
+        del content["calibration"], content["test"]["calibration"], content["test"]["answers"]
+        file.write_text(json.dumps(content))
+    outcome = evaluate_suite(str(suite), tmp_path / "out", report_only=True, samples=10)
+    assert outcome.finished == 12
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Calibration and decisions" in text
+    assert "What calibration" not in text
 
 
 def test_cells_of_another_cache_are_refused(suite: Path, output: Path, tmp_path: Path):

@@ -331,6 +331,25 @@ def test_thresholds_name_the_split_on_which_they_were_chosen(saved: dict[str, Pa
         render_card(TEMPLATES["classifier"], model, [])
 
 
+def test_calibration_and_what_was_not_calibrated(saved: dict[str, Path], tmp_path: Path):
+    record = {"method": "platt", "split": "validation", "level": 0.9, "folded": True, "bands": {}, "counts": {}}
+    scores = {"ece": {"Edema": 0.2004, "Effusion": 0.1}, "brier": {"Edema": 0.31, "Effusion": "n/a"}}
+    after = {"ece": {"Edema": 0.0502, "Effusion": 0.1}, "brier": {"Edema": 0.22, "Effusion": "n/a"}}
+    changes: dict[str, Any] = {"test.calibration": {"bins": 15, "before": scores, "after": after}}
+    changes |= {"test.answers": {"labels": {"Edema": {"unsure": 0.25, "error": "n/a"}}}}
+    changes |= {"calibration": record | {"not_fitted": {"Effusion": "3 positives and 160 negatives"}}}
+    model = write_model(saved["classifier"], tmp_path / "mine", result(**changes), calibration=record)
+    text = section(render_card(TEMPLATES["classifier"], model, []), "Evaluation")
+    assert "| Edema | 0.200 → 0.050 | 0.310 → 0.220 | 0.250 | n/a |" in text
+    assert "| Effusion | 0.100 → 0.100 | n/a → n/a | no band | no band |" in text
+    assert "- Not calibrated: Effusion: 3 positives and 160 negatives.\n" in text
+    assert "at most\n10 % of the\npositives are answered absent, and of the negatives present." in text
+    assert "Calibration" not in render_card(TEMPLATES["classifier"], saved["classifier"], []).text
+    write_model(saved["classifier"], model, result(**changes), calibration=record | {"level": 0.8})
+    with pytest.raises(ValueError, match=r"config\.json: calibration found that differ from calibration of .*res"):
+        render_card(TEMPLATES["classifier"], model, [])
+
+
 def test_subgroups_are_shown_and_the_others_said_not_to_be_measured(render: Render):
     views = {"AP": {"images": 100, "patients": 80, "auroc_macro": "n/a"}}
     first = result(

@@ -30,6 +30,7 @@ from mlvicx_hf import (
     MLVICXImageProcessor,
     MLVICXModel,
 )
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.images.pixels import read_gray
 from mlvicx_hf.prediction.prediction import predict
 
@@ -41,6 +42,7 @@ THRESHOLDS = {
     "split_hash": "ab",
     "data_hash": "cd",
 }
+KINDS = ("probability", "decision", "answer")  # of columns
 ODD_NAME = 'größe, "1"\nzweite Zeile 像.png'
 OPTIONS: dict[str, Any] = {"num_workers": 0, "device": "cpu", "progress": False}
 
@@ -145,7 +147,7 @@ def test_a_multi_label_classifier_says_what_the_model_says(classifier: Path, ima
     record = predict(str(classifier), images, tmp_path / "out.csv", **OPTIONS)
     rows = read(tmp_path / "out.csv")
     assert [row["file"] for row in rows] == [str(images / name) for name in ORDER]
-    assert list(rows[0]) == ["file", "error", *(f"{k}:{n}" for k in ("probability", "decision") for n in FINDINGS)]
+    assert list(rows[0]) == ["file", "error", *(f"{k}:{n}" for k in KINDS for n in FINDINGS)]
     model = MLVICXForImageClassification.from_pretrained(classifier).eval()
     decisions = []
     for row in rows:
@@ -198,7 +200,7 @@ def test_a_probability_on_its_threshold_is_present(classifier: Path, images: Pat
     model.config.decision_thresholds = THRESHOLDS | {"values": values}
     source = save(tmp_path / "model", model)
     predict(str(source), images / "0.png", tmp_path / "out.csv", **OPTIONS)
-    assert list(read(tmp_path / "out.csv")[0].values())[2:] == ["0.500000"] * 3 + ["1", "0", "1"]
+    assert list(read(tmp_path / "out.csv")[0].values())[2:] == ["0.500000"] * 3 + ["1", "0", "1"] + [""] * 3
 
 
 def test_without_thresholds_there_are_no_decisions(classifier: Path, images: Path, tmp_path: Path):
@@ -238,14 +240,71 @@ def test_a_single_label_classifier_names_the_class(images: Path, tmp_path: Path)
     source = save(tmp_path / "model", settled(model, model.classifier))
     record = predict(str(source), images, tmp_path / "out.csv", **OPTIONS)
     rows = [row for row in read(tmp_path / "out.csv") if not row["error"]]
-    assert list(rows[0]) == ["file", "error", *(f"probability:{name}" for name in names), "class"]
+    assert list(rows[0]) == ["file", "error", *(f"probability:{name}" for name in names), "class", "answer"]
     for row in rows:
         with torch.no_grad():
             expected = model(model_input(source, Path(row["file"]))).logits[0].softmax(0)
         np.testing.assert_allclose([float(row[f"probability:{name}"]) for name in names], expected, rtol=0, atol=1e-5)
         assert row["class"] == names[int(expected.argmax())]
+        assert row["answer"] == ""  # this model has no bands
     assert len({row["class"] for row in rows}) > 1
     assert record["decision_thresholds"] is None
+
+
+def calibration_of(names: list[str], **values: Any) -> dict[str, Any]:
+    found = {"method": "platt", "values": dict.fromkeys(names), "bands": dict.fromkeys(names), "folded": True}
+    return found | {"counts": {name: [20, 20] for name in names}, "level": 0.9, "split": "validation"} | values
+
+
+def test_answers_by_the_bands_of_the_model(classifier: Path, images: Path, tmp_path: Path):
+    model = MLVICXForImageClassification.from_pretrained(classifier)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.zero_()  # every probability is 0.5
+    bands = {"Effusion": [0.1, 0.4999], "Mass, left": [0.5001, 0.6], "Nodule": [0.2, 0.5]}
+    model.config.calibration = calibration_of(FINDINGS, bands=bands)
+    record = predict(str(save(tmp_path / "a", model)), images / "0.png", tmp_path / "out.csv", **OPTIONS)
+    row = read(tmp_path / "out.csv")[0]
+    assert [row[f"answer:{name}"] for name in FINDINGS] == ["present", "absent", "unsure"]
+    assert record["calibration"] == model.config.calibration
+    classes = MLVICXForImageClassification(labelled(["a", "b"], problem_type="single_label_classification"))
+    with torch.no_grad():
+        classes.classifier.weight.zero_()
+        classes.classifier.bias.copy_(torch.tensor([2.0, 0.0]))  # 0.88 and 0.12
+    for lowest, answer in ((0.5, "a"), (0.9, "unsure"), (0.1, "unsure")):
+        fitted = {"method": "temperature", "values": {"temperature": 1.5}, "bands": {"lowest": lowest}}
+        classes.config.calibration = calibration_of(["a", "b"], **fitted)
+        table = tmp_path / f"{lowest}.csv"
+        predict(str(save(tmp_path / f"{lowest}", classes)), images / "0.png", table, **OPTIONS)
+        assert read(table)[0]["answer"] == answer
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"counts": {"Effusion": [20, 20]}},
+            r"calibration: counts=.* found; expected entries for Effusion, Mass, left",
+        ),
+        (
+            {"bands": dict.fromkeys([*FINDINGS, "Gout"])},
+            "calibration: bands=.*Gout.* found; expected entries for Effusion",
+        ),
+        ({"values": None}, "calibration: values=None found"),
+        ({"method": "temperature"}, "calibration: method='temperature' found; expected 'platt'"),
+        ({"bands": {name: [0.2, 1.5] for name in FINDINGS}}, "found for Effusion; expected probabilities or null"),
+        ({"bands": {name: [0.2] for name in FINDINGS}}, "found for Effusion; expected probabilities or null"),
+    ],
+)
+def test_a_calibration_that_does_not_fit_the_labels(
+    classifier: Path, images: Path, tmp_path: Path, values: dict[str, Any], message: str
+):
+    source = Path(shutil.copytree(classifier, tmp_path / "model"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"calibration": calibration_of(FINDINGS, **values)}))
+    with pytest.raises(UserError, match=message):
+        predict(str(source), images, tmp_path / "out.csv", **OPTIONS)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
 @pytest.mark.parametrize("fit", ["pad", "squash", "crop"])

@@ -211,7 +211,6 @@ def _add_calibration(document: Document, report: dict[str, Any]) -> None:
     rows = [row for row in report["settings"] if "calibration" in row]
     lines = [[f"{row['task']}, {_setting(row)}", f"{row['calibration']['ece_macro']:.3f}"] for row in rows]
     document.table(["task, protocol, labels, model", "ECE"], lines)
-    _add_confidence(document, rows)
     names = ("sensitivity", "specificity", "accuracy")
     decided = [
         [f"{row['task']}, {_setting(row)}, {label}", *(number(scores[name], ".3f") for name in names)]
@@ -220,6 +219,7 @@ def _add_calibration(document: Document, report: dict[str, Any]) -> None:
     ]
     if decided:
         document.table(["task, protocol, labels, model, finding", *names], decided)
+    _add_confidence(document, rows)
 
 
 def _add_confidence(document: Document, settings: Sequence[dict[str, Any]]) -> None:
