@@ -64,8 +64,11 @@ class Calibration:
             for name, given, truth in zip(names, probabilities.T, labels.T, strict=True):
                 if bands[name] is not None:
                     found[name] = score_answers(answer_findings(given, bands[name]), truth)
-            means = {kind: [v[kind] for v in found.values() if v[kind] != NOT_SCORED] for kind in ("unsure", "error")}
-            return {"labels": found} | {k: float(np.mean(v)) if v else NOT_SCORED for k, v in means.items()}
+            means: dict[str, float | str] = {}
+            for kind in ("unsure", "error"):
+                values = [v for v in (scores[kind] for scores in found.values()) if not isinstance(v, str)]
+                means[kind] = float(np.mean(values)) if values else NOT_SCORED
+            return {"labels": found} | means
         if bands is None:
             return {"labels": {}, "unsure": NOT_SCORED, "error": NOT_SCORED}
         answers = answer_classes(probabilities, bands["lowest"], names)
