@@ -31,6 +31,8 @@ COMMANDS = {
     "compare": "compare finished runs on the same test split",
     "explain": "draw and score heat maps of classifiers",
     "predict": "run a saved model on image files",
+    "index": "index the images of a cache, for a search of similar ones",
+    "similar": "find the indexed images that are most similar to image files",
     "export": "write a saved model for the Hub, timm, torchvision or ONNX",
     "publish": "publish a model or a cache on the Hub",
     "card": "write a model card from the files of finished runs",

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mlvicx_hf.data.images.pictures import contact_sheet
+from mlvicx_hf.scoring.neighbours import nearest_rows
 
 
 def neighbour_sheet(features: Tensor, images: Any, picture: Path, rows: int = 6, neighbours: int = 5) -> None:
@@ -19,15 +20,14 @@ def neighbour_sheet(features: Tensor, images: Any, picture: Path, rows: int = 6,
     """
     neighbours = min(neighbours, len(features) - 1)
     queries = np.linspace(0, len(features) - 1, min(rows, len(features))).astype(int)
-    index = NearestNeighbors(n_neighbors=neighbours + 1, metric="cosine").fit(features.numpy())
-    distances, nearest = index.kneighbors(features[queries].numpy())
+    itself = (torch.arange(len(features)), torch.from_numpy(queries))
+    cosines, nearest = nearest_rows(nn.functional.normalize(features, dim=1), features[queries], neighbours, itself)
     tiles, titles = [], []
-    for query, near, far in zip(queries, nearest, distances, strict=True):
-        others = [(i, d) for i, d in zip(near, far, strict=True) if i != query][:neighbours]
-        for i, distance in [(query, 0.0), *others]:
+    for query, near, cosine in zip(queries, nearest.tolist(), cosines.tolist(), strict=True):
+        for i, value in [(query, 1.0), *zip(near, cosine, strict=True)]:
             row = images[int(i)]
             same = row["patient_id"] == images[int(query)]["patient_id"]
-            title = "image" if i == query else f"cos {1 - distance:.3f}" + (", same patient" if same else "")
+            title = "image" if i == query else f"cos {value:.3f}" + (", same patient" if same else "")
             tiles.append(np.asarray(row["image"].resize((128, 128)), dtype=np.uint8))
             titles.append(title)
     contact_sheet(tiles, neighbours + 1, titles).save(picture)

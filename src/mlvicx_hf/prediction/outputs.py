@@ -146,11 +146,12 @@ def printable(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the results go: a CSV file, a .safetensors or .parquet file, a folder."""
+    """Where the results go: a CSV file, a .safetensors or .parquet file, a folder, a PNG file."""
 
     table: Path
     embeddings: Path | None = None
     masks: Path | None = None
+    sheet: Path | None = None
 
     @property
     def sidecar(self) -> Path:
@@ -168,7 +169,9 @@ class Outputs:
             raise UserError(f"output {self.table} found; expected a name that ends in .csv")
         if self.embeddings is not None and self.embeddings.suffix not in EMBEDDING_SUFFIXES:
             raise UserError(f"embeddings {self.embeddings} found; expected a .safetensors or .parquet file")
-        for path in (self.table, self.sidecar, self.embeddings):
+        if self.sheet is not None and self.sheet.suffix != ".png":
+            raise UserError(f"sheet {self.sheet} found; expected a name that ends in .png")
+        for path in (self.table, self.sidecar, self.embeddings, self.sheet):
             if path is None:
                 continue
             if self.masks is not None and self.masks.resolve() in (path.resolve(), *path.resolve().parents):

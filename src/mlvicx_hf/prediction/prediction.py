@@ -122,6 +122,18 @@ def collate(items: Sequence[Item]) -> Batch:
     return Batch(stacked, [item.size for item in items], [item.error for item in items])
 
 
+def image_loader(
+    images: Sequence[InputImage], processor: MLVICXImageProcessor, batch_size: int, num_workers: int
+) -> DataLoader[Item]:
+    """Load image files in batches (`Batch`), in order."""
+    return DataLoader(
+        ImageFiles([image.path for image in images], processor),
+        batch_size,
+        num_workers=min(num_workers, math.ceil(len(images) / batch_size)),
+        collate_fn=collate,
+    )
+
+
 def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
     """Choose the columns of the table by the model's head."""
     if isinstance(loaded.model, MLVICXForSemanticSegmentation):
@@ -223,12 +235,7 @@ def predict(
         check_mask_places((image.place for image in images), given, outputs.masks)
     loaded = load(model_source, revision, choose_device(device))
     _check_task(loaded, outputs)
-    loader = DataLoader(
-        ImageFiles([image.path for image in images], loaded.processor),
-        batch_size,
-        num_workers=min(num_workers, math.ceil(len(images) / batch_size)),
-        collate_fn=collate,
-    )
+    loader = image_loader(images, loaded.processor, batch_size, num_workers)
     for path in (outputs.table, outputs.embeddings, outputs.masks):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
