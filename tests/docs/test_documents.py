@@ -37,9 +37,10 @@ SMALLER = {
     "segment": {"--num_train_epochs": "1"},
     "evaluate": {"--samples": "20"},
     "predict": {"--num_workers": "0"},
+    "similar": {"--num_workers": "0"},
 }
 FEW_PHANTOMS = {"--num_patients": "12", "--images_per_patient": "1"}
-OUTPUTS = ("--output", "--output_dir", "--masks", "--embeddings", "--json")
+OUTPUTS = ("--output", "--output_dir", "--masks", "--embeddings", "--json", "--sheet")
 FLAGS_OF_OTHERS = {"--all", "--lowest", "--strict", "--nproc_per_node", "--kills"}  # of scripts, mkdocs, torchrun
 
 

@@ -22,6 +22,7 @@ from torch.nn.functional import normalize
 from mlvicx_hf import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.images.pixels import fit_square_gray
 from mlvicx_hf.encoders.inference import load
 from mlvicx_hf.prediction.indexing import build_index
 from mlvicx_hf.prediction.search import ImageIndex, open_index
@@ -231,6 +232,9 @@ def test_images_that_are_in_already_are_refused(models: list[str], built: Path, 
     source = open_index(built).items["source"][0]
     with pytest.raises(UserError, match=rf"24 images of .* are in the index .* already: {source}"):
         build_index(models[0], cache, tmp_path / "new", add_to=built, **INDEXING)
+    larger = make_cache(tmp_path, labelled("l", first=205), size=40, name="larger")
+    with pytest.raises(UserError, match=r"larger: size and fit \(40, 'pad'\) found; expected \(32, 'pad'\)"):
+        build_index(models[0], larger, tmp_path / "new", add_to=built, **INDEXING)
     build_index(models[0], cache, tmp_path / "new", add_to=built, splits=["test"], **INDEXING)
     assert open_index(tmp_path / "new").items["split"].value_counts().to_dict() == {"train": 24, "test": 8}
 
@@ -297,7 +301,7 @@ def test_opening_names_the_file_and_what_is_wrong(copied: Path, tmp_path: Path):
         refused(lambda folder, name=name: (folder / name).unlink(), rf"{name}: no such file")
     refused(lambda folder: change_json(folder, format=9), "index.json: format=9 found; expected 1")
     refused(lambda folder: change_json(folder, weights_sha256="absent"), "no field 'weights_sha256' found")
-    refused(lambda folder: change_json(folder, caches=[{"path": "x"}]), "no field 'data_hash' found")
+    refused(lambda folder: change_json(folder, caches=[{"path": "x"}]), "no field 'fit' found")
     refused(lambda folder: change_json(folder, unlike_threshold="high"), "unlike_threshold='high' found")
     refused(lambda folder: change_json(folder, images=23), r"\[24, 96\] found; expected torch.float32 \[23, 96\]")
     refused(lambda folder: change_tensor(folder, torch.Tensor.half), r"embeddings.safetensors: .*torch.float16 \[24")
@@ -350,7 +354,8 @@ def test_the_table_has_the_neighbours_of_each_file(built: Path, models: list[str
     assert [row["file"] for row in rows] == [str(queries / name) for name in files]
     assert "content is none of PNG" in rows[0]["error"]
     assert {value for name, value in rows[0].items() if name not in ("file", "error")} == {""}
-    expected = index.embeddings @ normalize(embedded(models[0], [Image.open(queries / "new.png")]), dim=1)[0]
+    square = fit_square_gray(Image.open(queries / "new.png"), 32, "pad")  # as the cache has its images
+    expected = index.embeddings @ normalize(embedded(models[0], [square]), dim=1)[0]
     values, order = expected.sort(descending=True)
     for rank in range(3):
         row, item = rows[4 + rank], index.items.iloc[int(order[rank])]
@@ -361,6 +366,7 @@ def test_the_table_has_the_neighbours_of_each_file(built: Path, models: list[str
         assert [row[name] for name in names[3:]] == cells
         assert row["unlike"] == str(int(values[0] < index.unlike_threshold))
     assert rows[1]["source"].endswith("0001.png")
+    assert float(rows[1]["cosine"]) > 0.99999  # a file finds itself
     assert (record["images"], record["errors"], record["settings"]["top"]) == (3, 1, 3)
     assert record["weights_sha256"] == index.content["weights_sha256"]
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == record

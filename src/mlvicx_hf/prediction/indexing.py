@@ -94,7 +94,7 @@ def build_index(
     cache = load_cache(dataset)
     earlier = None if add_to is None else open_index(add_to)
     if earlier is not None:
-        _refuse_known(earlier, cache, splits)
+        _check_added(earlier, cache, splits)
     loaded = load(model_source, revision, choose_device(device))
     number = 0
     if earlier is not None:
@@ -123,8 +123,11 @@ def build_index(
     return content
 
 
-def _refuse_known(earlier: ImageIndex, cache: Cache, splits: Sequence[str]) -> None:
-    """Refuse images whose original files are in the index already."""
+def _check_added(earlier: ImageIndex, cache: Cache, splits: Sequence[str]) -> None:
+    """Refuse images of another size or fit, and images whose original files are in the index already."""
+    found = (cache.manifest["size"], cache.manifest["fit"])
+    if found != earlier.square:
+        raise UserError(f"{cache.path}: size and fit {found} found; expected {earlier.square}, as of {earlier.folder}")
     known = set(earlier.items["sha256"])
     again = [
         source
@@ -171,7 +174,7 @@ def _join(parts: Sequence[IndexedImages]) -> IndexedImages:
 def _describe_cache(cache: Cache, splits: Sequence[str]) -> dict[str, Any]:
     return {
         "path": str(cache.path.resolve()),
-        **{name: cache.manifest[name] for name in ("collection", "size", *HASHES)},
+        **{name: cache.manifest[name] for name in ("collection", "size", "fit", *HASHES)},
         "splits": {split: len(cache.datasets[split]) for split in splits},
         "label_names": list(cache.label_names),
     }

@@ -23,7 +23,7 @@ from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.images.errors import UnreadableImageError
-from mlvicx_hf.data.images.pixels import image_files, read_gray
+from mlvicx_hf.data.images.pixels import fit_square_gray, image_files, read_gray
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXModel
@@ -97,10 +97,12 @@ class Batch(NamedTuple):
 
 
 class ImageFiles(Dataset[Item]):
-    """Image files as model input, by the model's image processor."""
+    """Image files as model input, by the model's image processor; first as squares of this size and fit, if given."""
 
-    def __init__(self, paths: Sequence[Path], processor: MLVICXImageProcessor) -> None:
-        self.paths, self.processor = paths, processor
+    def __init__(
+        self, paths: Sequence[Path], processor: MLVICXImageProcessor, square: tuple[int, str] | None = None
+    ) -> None:
+        self.paths, self.processor, self.square = paths, processor, square
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -112,7 +114,8 @@ class ImageFiles(Dataset[Item]):
             return Item(None, None, error.reason)
         except OSError as error:
             return Item(None, None, f"cannot be read: {error.strerror or error}")
-        return Item(self.processor(image)["pixel_values"][0], (image.height, image.width), "")
+        fitted = image if self.square is None else fit_square_gray(image, *self.square)
+        return Item(self.processor(fitted)["pixel_values"][0], (image.height, image.width), "")
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -123,11 +126,15 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 def image_loader(
-    images: Sequence[InputImage], processor: MLVICXImageProcessor, batch_size: int, num_workers: int
+    images: Sequence[InputImage],
+    processor: MLVICXImageProcessor,
+    batch_size: int,
+    num_workers: int,
+    square: tuple[int, str] | None = None,
 ) -> DataLoader[Item]:
-    """Load image files in batches (`Batch`), in order."""
+    """Load image files in batches (`Batch`), in order; see `ImageFiles`."""
     return DataLoader(
-        ImageFiles([image.path for image in images], processor),
+        ImageFiles([image.path for image in images], processor, square),
         batch_size,
         num_workers=min(num_workers, math.ceil(len(images) / batch_size)),
         collate_fn=collate,

@@ -63,12 +63,19 @@ class ImageIndex:
         for name, kind in (("model", str), ("weights_sha256", dict), ("caches", list), ("validation.images", int)):
             json_field(self.content, name, kind, file, EXPECTED)
         for cache in self.content["caches"]:
-            for name in ("path", *HASHES):
+            for name in ("path", "fit", *HASHES):
                 json_field(cache, name, str, file, EXPECTED)
+            json_field(cache, "size", int, file, EXPECTED)
         self.label_names: list[str] = json_field(self.content, "label_names", list, file, EXPECTED)
         numbers = (float, int, type(None))
         self.unlike_threshold: float | None = json_field(self.content, "unlike_threshold", numbers, file, EXPECTED)
         self.embeddings, self.items = self._read("embeddings", json_field(self.content, "images", int, file, EXPECTED))
+
+    @property
+    def square(self) -> tuple[int, str]:
+        """Size and fit of the indexed images. Bring a file into this form first: a sharper image is less alike."""
+        cache = self.content["caches"][0]
+        return cache["size"], cache["fit"]
 
     @property
     def validation(self) -> IndexedImages:

@@ -102,7 +102,7 @@ def find_similar(
     loaded = load(model, revision, choose_device(device))
     opened.check_model(loaded)
     loaded = dataclasses.replace(loaded, model=loaded.model.base_model)  # without its head
-    batches = image_loader(images, loaded.processor, batch_size, num_workers)
+    batches = image_loader(images, loaded.processor, batch_size, num_workers, opened.square)
     outputs.table.parent.mkdir(parents=True, exist_ok=True)
     with new_file(outputs.table) as table, progress_bar(len(images), "searching", "image", show=progress) as bar:
         found = search_batches(loaded, opened, images, batches, top, approximate)
