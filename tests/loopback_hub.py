@@ -6,9 +6,9 @@ It speaks as much of the Hub's HTTP protocol as `huggingface_hub` 2.4 (without X
     with LoopbackHub(token="hf_secret") as hub:
         run_python("-c", code, **hub.environment(tmp_path))
 
-A dataset is known as `datasets/org/name`. Not there: spaces, pull requests, deleting or changing repositories and
-references, `.gitignore` rules, pages of long listings, Xet. A request for what is not there is answered with 501 and
-kept in `hub.unexpected`.
+A dataset is known as `datasets/org/name`, a Space as `spaces/org/name`. Not there: running Spaces, pull requests,
+deleting or changing repositories and references, `.gitignore` rules, pages of long listings, Xet. A request for what is
+not there is answered with 501 and kept in `hub.unexpected`.
 """
 
 from __future__ import annotations
@@ -271,8 +271,8 @@ class HubError(Exception):
 Answer = Callable[..., Reply]
 ROUTES: list[tuple[str, re.Pattern[str], bool, Answer]] = []
 REPOSITORY = "(?P<repository>[^/]+/[^/]+)"
-DATASET = "(?:(?P<kind>datasets)/)?"  # models have nothing in front of their name
-API = f"/api/(?P<kind>models|datasets)/{REPOSITORY}"
+DATASET = "(?:(?P<kind>datasets|spaces)/)?"  # models have nothing in front of their name
+API = f"/api/(?P<kind>models|datasets|spaces)/{REPOSITORY}"
 REVISION = "(?P<revision>[^/]+)"
 
 
@@ -347,7 +347,8 @@ class HubRequest(BaseHTTPRequestHandler):
                 raise HubError(401, "Invalid username or password.")
             groups: dict[str, Any] = {name: unquote(value or "") for name, value in match.groupdict().items()}
             if "repository" in groups:
-                folder = "datasets/" if groups.pop("kind") == "datasets" else ""
+                kind = groups.pop("kind")
+                folder = f"{kind}/" if kind in ("datasets", "spaces") else ""
                 groups["repository"] = self._repository(folder + groups["repository"])
             return answer(self, **groups)
         raise self._unexpected()
@@ -385,9 +386,9 @@ class HubRequest(BaseHTTPRequestHandler):
     def create_repository(self) -> Reply:
         wanted = json.loads(self.body)
         kind = wanted.get("type", "model")
-        if kind not in ("model", "dataset"):
+        if kind not in ("model", "dataset", "space") or (kind == "space") != ("sdk" in wanted):
             raise self._unexpected()
-        name = f"{'datasets/' if kind == 'dataset' else ''}{wanted['organization'] or USER}/{wanted['name']}"
+        name = f"{'' if kind == 'model' else f'{kind}s/'}{wanted['organization'] or USER}/{wanted['name']}"
         url = {"url": f"{self.hub.endpoint}/{name}"}
         if name in self.hub.repositories:
             return Reply(url | {"error": f"You already created this {kind} repo"}, 409)
@@ -499,7 +500,7 @@ class HubRequest(BaseHTTPRequestHandler):
         card = front_matter(readme.content.decode()) if readme else {}
         derived = {name: card[name] for name in ("tags", "pipeline_tag", "library_name") if name in card}
         identity = {
-            "id": repository.name.removeprefix("datasets/"),
+            "id": repository.name.removeprefix("datasets/").removeprefix("spaces/"),
             "sha": commit.sha,
             "private": repository.private,
             "gated": repository.gated,

@@ -33,6 +33,7 @@ COMMANDS = {
     "predict": "run a saved model on image files",
     "index": "index the images of a cache, for a search of similar ones",
     "similar": "find the indexed images that are most similar to image files",
+    "demo": "serve a page that shows what a model says of a radiograph",
     "export": "write a saved model for the Hub, timm, torchvision or ONNX",
     "publish": "publish a model or a cache on the Hub",
     "card": "write a model card from the files of finished runs",

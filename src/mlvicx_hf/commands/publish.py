@@ -14,6 +14,7 @@ from mlvicx_hf.common.errors import UserError, run
 from .card import add_sources, find_template
 
 OF_MODEL = ("private", "tag", "with_expanders")
+OF_SPACE = ("private", "tag", "segmenter")
 OF_CARD = ("card", "results", "pretraining", "cache", "base_model")
 OF_BOTH = ("revision", "message", "dry_run")
 
@@ -22,12 +23,13 @@ def parser() -> CommandParser:
     """Make the parser."""
     made = CommandParser(
         "publish",
-        "(--model DIR | --dataset CACHE) --repo_id NAME [options]",
-        "Publish on the Hub: a model (weights, code, and a card whose figures come from the files of runs), or a "
-        "cache. Needs a token that may write: hf auth login, or the variable HF_TOKEN.",
+        "(--model DIR [--space] | --dataset CACHE) --repo_id NAME [options]",
+        "Publish on the Hub: a model (weights, code, and a card whose figures come from the files of runs), "
+        "its page as a Space, or a cache. Needs a token that may write: hf auth login, or the variable HF_TOKEN.",
         [
             "mlvicx publish --model runs/mine --repo_id org/mlvicx-resnet18 --results runs/*/results.json \\",
             "    --private --dry_run",
+            "mlvicx publish --model runs/frozen --space --repo_id org/demo --private --dry_run",
             "mlvicx publish --dataset caches/mine --repo_id org/radiographs --dry_run  # private unless --public",
         ],
     )
@@ -37,12 +39,14 @@ def parser() -> CommandParser:
     add = made.add_argument
     add("--repo_id", required=True, metavar="NAME", help="organisation/name")
     add("--dry_run", action="store_true", help="say what would be sent, and print the card")
+    add("--space", action="store_true", help="with --model: publish the page of mlvicx demo, with this classifier")
     add("--private", action="store_true", help="with --model: make the repository private")
     add("--public", action="store_true", help="with --dataset: everybody may read it")
     add_sources(made)
     add = made.advanced.add_argument
     add("--card", metavar="FILE", help="with --model: a card that is ready, instead of one from the files of the runs")
     add("--with_expanders", action="store_true", help="with --model: publish what pretraining needs to go on, too")
+    add("--segmenter", metavar="DIR", help="with --space: a segmenter, whose outlines the page shows")
     add("--tag", metavar="NAME", help="with --model: name for the new commit, such as v1.0")
     add("--revision", metavar="NAME", help="branch (default main), made if it is not there")
     add("--message", metavar="TEXT", help="of the commit")
@@ -50,25 +54,33 @@ def parser() -> CommandParser:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Publish a model or a cache."""
+    """Publish a model, its page or a cache."""
     arguments = parser().parse_args(words)
-    kind, strange = ("dataset", OF_MODEL + OF_CARD) if arguments.dataset is not None else ("model", ("public",))
-    given = [f"--{name}" for name in strange if getattr(arguments, name)]
+    taken = {"dataset": ("public",), "space": OF_SPACE, "model": OF_MODEL + OF_CARD}
+    kind = "dataset" if arguments.dataset is not None else "space" if arguments.space else "model"
+    strange = {name for names in taken.values() for name in names} - set(taken[kind])
+    given = sorted(f"--{name}" for name in strange if getattr(arguments, name))
+    if kind == "dataset" and arguments.space:
+        given.append("--space")
     if given:
         raise UserError(f"{', '.join(given)} found; --{kind} does not take it")
-    if arguments.dataset is not None:
+    seen_by = "private" if arguments.private or (kind == "dataset" and not arguments.public) else "public"
+    if kind == "dataset":
         from mlvicx_hf.data.cache.sharing import push_cache
         from mlvicx_hf.data.cache.summary import CARD
 
         text = (Path(arguments.dataset) / CARD).read_text(encoding="utf-8")
         done = push_cache(arguments.dataset, arguments.repo_id, **_chosen(arguments, *OF_BOTH, "public"))
-        seen_by = "public" if arguments.public else "private"
+    elif kind == "space":
+        from mlvicx_hf.hub.publishing import push_space
+
+        text = ""
+        done = push_space(arguments.model, arguments.repo_id, **_chosen(arguments, *OF_BOTH, *OF_SPACE))
     else:
         from mlvicx_hf.hub.publishing import push
 
         text = _make_card(arguments)
         done = push(arguments.model, arguments.repo_id, text, **_chosen(arguments, *OF_BOTH, *OF_MODEL))
-        seen_by = "private" if arguments.private else "public"
     _report(arguments, done, text, seen_by)
 
 

@@ -1,0 +1,217 @@
+# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a classifier, a segmenter and an index say of one radiograph. The page shows it; nothing here knows the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.modeling_outputs import SemanticSegmenterOutput
+
+from mlvicx_hf.common.errors import UserError, require
+from mlvicx_hf.data.images.errors import UnreadableImageError
+from mlvicx_hf.data.images.pixels import decode_gray, fit_square_gray
+from mlvicx_hf.data.masks import foreground
+from mlvicx_hf.encoders.inference import LoadedModel, infer, load
+from mlvicx_hf.evaluation.explanation.explaining import grad_cam
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation
+from mlvicx_hf.prediction.answers import Answers
+from mlvicx_hf.prediction.search import LABEL_PREFIX, open_index
+
+MAX_UPLOAD = 100 * 2**20  # bytes
+SHOWN_SIDE = 896  # pixels of the longer side of a picture on the page
+EXPLANATIONS = "explanations.json"
+
+
+class Finding(NamedTuple):
+    """What the classifier says of one label."""
+
+    name: str
+    probability: float
+    threshold: float | None  # from which on it counts as present
+    band: tuple[float, float] | None  # within which the answer is "unsure"
+    answer: str  # present, absent, unsure, or "" where there is no band
+    pointing: str  # how often heat maps of the finding pointed at it when they were scored
+
+
+class Neighbour(NamedTuple):
+    """A known image."""
+
+    row: int  # of the index
+    cosine: float
+    findings: str
+    picture: Image.Image | None
+
+
+@dataclass
+class Reading:
+    """What is known of one radiograph."""
+
+    gray: np.ndarray  # uint8 [H, W], as it is shown
+    pixels: torch.Tensor  # [1, C, S, S], input of the classifier
+    findings: list[Finding]  # the most probable first
+    answer: str  # of exclusive classes: the class, or "unsure"; else ""
+    outlines: dict[str, np.ndarray]  # by structure, bool [H, W]: the pixels of its border
+    neighbours: list[Neighbour]  # the most similar first
+    unlike: bool | None  # less similar to all known images than 95 % of the validation images; None: not known
+    heat: dict[str, np.ndarray] = field(default_factory=dict)  # by finding, float [H, W] from 0 to 1
+
+
+class Reader:
+    """Reads radiographs with saved models.
+
+    Args:
+        model: folder or Hub name of a classifier.
+        segmenter: of a segmenter, whose outlines are shown.
+        index: folder that `mlvicx index` wrote with the same encoder weights.
+        explanations: `explanations.json` of `mlvicx explain --score`; by default the one in the model's folder.
+        device: of torch.
+        top: number of similar images.
+
+    Raises:
+        MissingExtraError: without captum or matplotlib.
+        UserError: models of other kinds, or files that do not fit one another.
+        OSError: files that are absent or damaged.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        segmenter: str | None = None,
+        index: str | Path | None = None,
+        explanations: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        top: int = 5,
+    ) -> None:
+        require("the page", "demo", "captum", "matplotlib")
+        self.classifier = _load(model, MLVICXForImageClassification, device)
+        self.segmenter = None if segmenter is None else _load(segmenter, MLVICXForSemanticSegmentation, device)
+        self.index = None if index is None else open_index(Path(index))
+        if self.index is not None:
+            self.index.check_model(self.classifier)
+        config = self.classifier.model.config
+        exclusive = config.problem_type == "single_label_classification"
+        self.answers = Answers(self.classifier.labels, config.calibration, exclusive)
+        self.pointing = _read_pointing(self.classifier, explanations)
+        self.top = top
+        self._lock = threading.Lock()  # heat maps hook into the model, which several people share
+
+    def read(self, content: bytes) -> Reading:
+        """Read the content of an image file.
+
+        Raises:
+            UnreadableImageError: it is no image, damaged or too large; `reason` says which, without the file's name.
+        """
+        if len(content) > MAX_UPLOAD:
+            raise UnreadableImageError("the file", f"larger than {MAX_UPLOAD // 2**20} MB")
+        image = decode_gray(content, "the file")
+        shown = image.copy()
+        shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+        pixels = self.classifier.processor(image)["pixel_values"]
+        with self._lock:
+            logits, _ = infer(self.classifier, pixels, embed=False)
+            outlines = self._outline(image, shown.size)
+            neighbours, unlike = self._find_similar(image)
+        findings, answer = self._judge(logits[0])
+        return Reading(np.asarray(shown), pixels, findings, answer, outlines, neighbours, unlike)
+
+    def heat_map(self, reading: Reading, finding: str) -> np.ndarray:
+        """Where the classifier looks for a finding: Grad-CAM, float [H, W] from 0 to 1, 0 everywhere if nowhere."""
+        if finding not in reading.heat:
+            target, size = self.classifier.labels.index(finding), self.classifier.processor.image_size
+            with self._lock:
+                square = grad_cam(self.classifier.model, reading.pixels.to(self.classifier.model.device), target, size)
+            output = SemanticSegmenterOutput(logits=square[None])
+            found = self.classifier.processor.post_process_semantic_segmentation(output, [reading.gray.shape], True)
+            heat = found[0]["segmentation_scores"][0].clamp(min=0).numpy()
+            reading.heat[finding] = heat / max(heat.max(), np.finfo(np.float32).tiny)
+        return reading.heat[finding]
+
+    def _judge(self, logits: torch.Tensor) -> tuple[list[Finding], str]:
+        """Findings of logits [L], the most probable first, and the answer if they exclude one another."""
+        config, labels, answers = self.classifier.model.config, self.classifier.labels, self.answers
+        probabilities = (logits.double().softmax(0) if answers.exclusive else logits.double().sigmoid()).tolist()
+        cells = answers.cells(probabilities)
+        thresholds = (config.decision_thresholds or {}).get("values", {})
+        bands = {} if answers.exclusive or answers.bands is None else answers.bands
+        found = [
+            Finding(name, value, thresholds.get(name), bands.get(name), answer, self.pointing.get(name, ""))
+            for name, value, answer in zip(
+                labels, probabilities, [""] * len(labels) if answers.exclusive else cells, strict=True
+            )
+        ]
+        return sorted(found, key=lambda each: -each.probability), cells[0] if answers.exclusive else ""
+
+    def _outline(self, image: Image.Image, shown: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Borders of the segmenter's structures, at the size (width, height) that is shown."""
+        if self.segmenter is None:
+            return {}
+        from scipy.ndimage import binary_erosion
+
+        logits, _ = infer(self.segmenter, self.segmenter.processor(image)["pixel_values"], embed=False)
+        output = SemanticSegmenterOutput(logits=logits)
+        classes = self.segmenter.processor.post_process_semantic_segmentation(output, [shown[::-1]])[0].cpu().numpy()
+        masks = {name: classes == value for name, value in foreground(self.segmenter.labels).items()}
+        return {name: mask & ~binary_erosion(mask, iterations=2) for name, mask in masks.items()}
+
+    def _find_similar(self, image: Image.Image) -> tuple[list[Neighbour], bool | None]:
+        if self.index is None:
+            return [], None
+        square = fit_square_gray(image, *self.index.square)  # as the indexed images are
+        _, embeddings = infer(self.classifier, self.classifier.processor(square)["pixel_values"], embed=True)
+        cosines, rows = (found[0].tolist() for found in self.index.nearest(embeddings, self.top))
+        found = [
+            Neighbour(row, cosine, self._findings_of(row), self.index.picture(row))
+            for cosine, row in zip(cosines, rows, strict=True)
+        ]
+        threshold = self.index.unlike_threshold
+        return found, None if threshold is None else cosines[0] < threshold
+
+    def _findings_of(self, row: int) -> str:
+        """What is known of an indexed image."""
+        assert self.index is not None
+        labels = {name: self.index.items[LABEL_PREFIX + name].iloc[row] for name in self.index.label_names}
+        if all(map(math.isnan, labels.values())):
+            return "nothing known"
+        return ", ".join(name for name, value in labels.items() if value == 1) or "none of its labels"
+
+
+def _load(source: str, kind: type[Any], device: str | torch.device) -> LoadedModel:
+    loaded = load(source, device=device)
+    if not isinstance(loaded.model, kind):
+        raise UserError(f"{source}: {type(loaded.model).__name__} found; expected a {kind.__name__}")
+    loaded.model.requires_grad_(False)
+    return loaded
+
+
+def _read_pointing(loaded: LoadedModel, explanations: str | Path | None) -> dict[str, str]:
+    """Say of each finding how often the maximum of its heat maps lay in the finding, if that was measured.
+
+    Raises:
+        UserError: a file about another model.
+    """
+    path = Path(loaded.source, EXPLANATIONS) if explanations is None else Path(explanations)
+    if explanations is None and not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name, about in content["models"].items() if about["weights_sha256"] == loaded.weights]
+    if not names:
+        raise UserError(f"{path} is about {', '.join(content['models'])}; expected heat maps of {loaded.source}")
+    return {
+        finding: _pointing_sentence(about["scores"][names[0]], about["located"])
+        for finding, about in content["findings"].items()
+        if isinstance(about.get("scores"), Mapping)
+    }
+
+
+def _pointing_sentence(scores: Mapping[str, Any], images: int) -> str:
+    found = scores["pointing"]
+    return f"points at the finding in {found['mean']:.0%} of {images} images (chance {found['chance']:.0%})"
