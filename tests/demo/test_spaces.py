@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -59,18 +60,21 @@ def test_a_space_is_published_and_starts_as_it_is(classifier: Path, segmenter: P
         stderr=subprocess.STDOUT,
         text=True,
     )
+    guard = threading.Timer(200, process.kill)
+    guard.start()
     try:
         assert process.stdout is not None
         log = ""
         for line in process.stdout:
             log += line
-            if found := re.search(r"the page is at http://0\.0\.0\.0:(\d+)/", line):
+            if found := re.search(r"the page is at http://\S+:(\d+)/", line):
                 break
         else:
             raise AssertionError(log)
         with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/config", timeout=60) as answer:
             assert "Show outlines" in json.dumps(json.load(answer))
     finally:
+        guard.cancel()
         process.kill()
         process.communicate()
 

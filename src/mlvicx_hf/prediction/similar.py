@@ -105,8 +105,8 @@ def find_similar(
     batches = image_loader(images, loaded.processor, batch_size, num_workers, opened.square)
     outputs.table.parent.mkdir(parents=True, exist_ok=True)
     with new_file(outputs.table) as table, progress_bar(len(images), "searching", "image", show=progress) as bar:
-        found = search_batches(loaded, opened, images, batches, top, approximate)
-        counts, shown = write_neighbours(opened, found, table, bar.update)
+        neighbours = search_batches(loaded, opened, images, batches, top, approximate)
+        counts, shown = write_neighbours(opened, neighbours, table, bar.update)
         outputs.check(overwrite)  # again, because somebody else may have written there meanwhile
         if outputs.sheet is not None and shown:
             outputs.sheet.parent.mkdir(parents=True, exist_ok=True)
