@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import make_cache, save_encoders
 
 from mlvicx_hf.data.cache.cache import load_cache
@@ -118,3 +119,20 @@ def test_the_source_of_caches_that_share_images_is_not_asked(cell: Cell, paths: 
     caches = [one, replace(one, path=one.path.with_name("two"))]
     found = probe_shortcuts(cell, caches, ["sex", "source"], FeatureStore())
     assert {(row["kind"], row["data"]) for row in found} == {("sex", "one"), ("sex", "two")}
+
+
+def test_search_precision_is_that_of_brute_force(cell: Cell, paths: list[Path]):
+    cache, store = load_cache(paths[0]), FeatureStore()
+    (found,) = probe_shortcuts(cell, [cache], ["search"], store)
+    encoder, processor = shortcuts._encoder(cell, cache)
+    known, asked = (
+        shortcuts._encode(encoder, processor, cache, split, store, torch.device("cpu")).features.double().numpy()
+        for split in ("train", "test")
+    )
+    values, wanted = (np.array(cache.datasets[split]["labels"])[:, 0] for split in ("train", "test"))
+    cosines = (asked / np.linalg.norm(asked, axis=1)[:, None]) @ (known / np.linalg.norm(known, axis=1)[:, None]).T
+    nearest = np.argsort(-cosines, axis=1)[:, :5]
+    assert found["precision"] == pytest.approx(values[nearest[wanted == 1]].mean())
+    assert found["chance"] == pytest.approx(values.mean())
+    assert found["labels"]["finding"]["queries"] == (wanted == 1).sum()
+    assert (found["kind"], found["data"]) == ("search", "one")

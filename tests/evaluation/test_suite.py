@@ -198,7 +198,7 @@ def test_a_changed_cache_recipe_or_configuration_is_refused(parts: dict[str, Any
         ({"tasks": {"a": {"kind": "segmentation", "dataset": "x", "metric": "iou"}}}, "task a: metric iou found"),
         ({"classification": {"seed": 3}}, "frozen: flag seed found; expected no flag that the grid sets itself"),
         ({"segmentation": {"freeze_backbone": True}}, "frozen: flag freeze_backbone found"),
-        ({"shortcuts": ["scanner"]}, "shortcuts scanner found; expected some of view, sex, source"),
+        ({"shortcuts": ["scanner"]}, "shortcuts scanner found; expected some of view, sex, source, search"),
         ({"compare": [["pretrained", "simclr"]]}, "compare simclr found; expected some of pretrained, random"),
         ({"tasks": {"a": {"kind": "detection", "dataset": "x"}}}, "task a"),
         ({"models": {"a": {"architecture": "x"}}}, "model a {'architecture': 'x'} found"),

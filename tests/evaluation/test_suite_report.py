@@ -178,6 +178,9 @@ def test_subgroups_calibration_decisions_and_shortcuts(report: dict[str, Any], o
     told = {(found["model"], found["kind"]) for found in report["shortcuts"]}
     assert told == {(model, kind) for model in ("Rand. Init", "MLVICX") for kind in ("view", "sex")}
     assert all(0 <= found["low"] <= found["auroc"] <= found["high"] <= 1 for found in report["shortcuts"])
+    assert {found["model"] for found in report["search"]} == {"Rand. Init", "MLVICX"}
+    precision = f"{report['search'][0]['precision']:.3f}"
+    assert precision in text.split("## Search\n")[1].split("\n#")[0]
 
 
 def test_paper_tables_have_the_papers_layout_and_our_figures_beside(report: dict[str, Any]):

@@ -35,7 +35,7 @@ COMMANDS = {
     "similar": "find the indexed images that are most similar to image files",
     "demo": "serve a page that shows what a model says of a radiograph",
     "export": "write a saved model for the Hub, timm, torchvision or ONNX",
-    "publish": "publish a model or a cache on the Hub",
+    "publish": "publish a model, its page or a cache on the Hub",
     "card": "write a model card from the files of finished runs",
     "convert": "convert the authors' checkpoint or ImageNet weights",
     "quickstart": "do all of it on synthetic radiographs, or on your own, in minutes",

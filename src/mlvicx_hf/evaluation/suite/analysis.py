@@ -21,7 +21,7 @@ from mlvicx_hf.scoring.significance import delong_test, paired_tests
 
 from ..runs import Predictions, RunResults, check_same_images, read_run
 from ..statistics import Estimate, difference, estimate
-from .grid import Cell, Suite
+from .grid import SEARCH, Cell, Suite
 from .paper import paper_results
 from .shortcuts import read_audits
 
@@ -74,7 +74,7 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
 
     Returns:
         `suite`, `code`, `cells` (planned, finished, failed), `tasks` (data and counts), `settings` (scores and more by
-        task, protocol, label fraction and model), `comparisons`, `shortcuts`, `tables` (of the paper).
+        task, protocol, label fraction and model), `comparisons`, `shortcuts`, `search`, `tables` (of the paper).
 
     Raises:
         UserError: cells of a task that were run on different data.
@@ -101,6 +101,7 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
         "settings": described,
         "comparisons": _compare(suite, settings),
         "shortcuts": _shortcuts(suite, output),
+        "search": _search_precision(suite, output),
         "tables": {table: paper_table(suite, settings, table) for table in suite.paper_tables},
     }
 
@@ -299,7 +300,7 @@ def _shortcuts(suite: Suite, output: Path) -> list[dict[str, Any]]:
     """Average over the weights of each model, with the lowest and the highest end of their intervals."""
     rows = []
     for model, audits in read_audits(suite, output).items():
-        for first in audits[0]:
+        for first in (row for row in audits[0] if row["kind"] != SEARCH):
             same = [row for audit in audits for row in audit if all(row[k] == first[k] for k in ("kind", "data"))]
             merged = first | {
                 "auroc": float(np.mean([row["auroc"] for row in same])),
@@ -307,6 +308,19 @@ def _shortcuts(suite: Suite, output: Path) -> list[dict[str, Any]]:
                 "high": max(row["high"] for row in same),
             }
             rows.append({"model": model, "members": len(same)} | merged)
+    return rows
+
+
+def _search_precision(suite: Suite, output: Path) -> list[dict[str, Any]]:
+    """Average the precision of neighbours over the weights of each model."""
+    rows = []
+    for model, audits in read_audits(suite, output).items():
+        found = [row for audit in audits for row in audit if row["kind"] == SEARCH and row["precision"] is not None]
+        for data in dict.fromkeys(row["data"] for row in found):
+            same = [row for row in found if row["data"] == data]
+            precision = float(np.mean([row["precision"] for row in same]))
+            about = {"model": model, "members": len(same), "data": data}
+            rows.append(about | {"precision": precision, "chance": same[0]["chance"], "labels": same[0]["labels"]})
     return rows
 
 

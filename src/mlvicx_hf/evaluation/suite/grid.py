@@ -47,7 +47,8 @@ PROTOCOL_FLAGS: dict[str, dict[str, Any]] = {
 GRID_FLAGS = {  # that the grid sets itself
     *("model", "architecture", "dataset", "label_fraction", "seed", "output_dir", "freeze_backbone", "pooled_levels")
 }
-SHORTCUTS = ("view", "sex", "source")
+SEARCH = "search"  # precision of neighbours, which the same features give
+SHORTCUTS = ("view", "sex", "source", SEARCH)
 KEYS = (
     *("title", "tasks", "models", "protocols", "label_fractions", "seeds", "pair_seeds"),
     *("compare", "paper_tables", "shortcuts"),
@@ -161,7 +162,7 @@ class Suite:
     paper: dict[str, str]  # task → name of its data in the paper
     paper_tables: tuple[str, ...]  # tables of the paper that the report rebuilds
     compare: tuple[tuple[str, str], ...]  # pairs of models, each the first against the second
-    shortcuts: tuple[str, ...]  # what the features are asked to tell: view, sex, source
+    shortcuts: tuple[str, ...]  # what the features are asked to tell: view, sex, source, search
 
 
 def find_suite(name: str) -> Path:

@@ -83,6 +83,7 @@ def compose(report: dict[str, Any]) -> Document:
     _add_calibration(document, report)
     _add_subgroups(document, report)
     _add_shortcuts(document, report)
+    _add_search(document, report)
     return document
 
 
@@ -284,6 +285,20 @@ def _add_shortcuts(document: Document, report: dict[str, Any]) -> None:
         score = [f"{row['auroc']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
         lines.append([row["model"], row["kind"], row["data"], ", ".join(row["classes"]), f"{row['images']:,}", *score])
     document.table(["model", "tells", "data", "values", "test images", "AUROC", "95 % interval"], lines)
+
+
+def _add_search(document: Document, report: dict[str, Any]) -> None:
+    rows = report["search"]
+    if not rows:
+        return
+    document.heading("Search")
+    document.paragraph(
+        "Share of the 5 training images nearest to a test image with a finding that have the finding, too: mean over "
+        "the findings, and over several pretrainings. Nearest is by the cosine of the frozen features. Chance is the "
+        "share of the training images with the finding."
+    )
+    lines = [[row["model"], row["data"], f"{row['precision']:.3f}", f"{row['chance']:.3f}"] for row in rows]
+    document.table(["model", "data", "precision@5", "chance"], lines)
 
 
 def _percent(row: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Shortcut audit: how well the frozen features that classify findings also tell view, sex and source."""
+"""Shortcut audit: how well the frozen features that classify findings also tell view, sex and source; and search."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import set_seed
 
 from mlvicx_hf.common.files import write_json
@@ -25,14 +25,16 @@ from mlvicx_hf.finetuning.linear_probe import FeatureStore
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_areas
+from mlvicx_hf.scoring.neighbours import precision_of_neighbours
 from mlvicx_hf.scoring.probes import linear_scores
 
-from .grid import Cell, Suite
+from .grid import SEARCH, Cell, Suite
 
 FITTED, ASKED = "train", "test"  # splits
 BATCH_SIZE = 64
 FEWEST = 10  # images of a value in train and in test; rarer values are left out
 FOLDER = "shortcuts"
+NEIGHBOURS = 5  # of a query, whose precision is counted
 
 
 def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: FeatureStore) -> None:
@@ -85,7 +87,7 @@ def probe_shortcuts(
     Returns:
         A row for each kind and data with two or more values: `kind`, `data`, `classes`, `images`, `auroc` (mean of one
         value against the rest; 0.5 is no knowledge) and its interval over patients, `low`, `high`. There is no row for
-        the source of caches that share images.
+        the source of caches that share images. Rows of the kind "search" are those of `_search`.
     """
     device = choose_device(None)
     if device.type == "cpu":
@@ -104,6 +106,9 @@ def probe_shortcuts(
             row = _tell(_joined([train[i] for i in numbers]), _joined([test[i] for i in numbers]), kind)
             data = ", ".join(caches[number].path.name for number in numbers)
             found += [{"kind": kind, "data": data} | row] if row else []
+    if SEARCH in kinds:
+        labelled = (parts for parts in zip(train, test, caches, strict=True) if parts[2].label_names)
+        found += [_search(*parts) for parts in labelled]
     return found
 
 
@@ -114,7 +119,7 @@ def _share_images(caches: Sequence[Cache]) -> bool:
 
 
 class Encoded(NamedTuple):
-    """Features [N, C] of images, and a row for each image with its view, sex, source and patient."""
+    """Features [N, C] of images, and a row for each image with its view, sex, source, patient and labels (a list)."""
 
     features: Tensor
     about: pd.DataFrame
@@ -128,6 +133,7 @@ def _encode(
     about = pd.DataFrame({"view": images["view"][:], "sex": images["sex"][:]}, dtype=object)
     about["source"] = cache.path.name
     about["patient"] = [f"{cache.path} {patient}" for patient in images["patient_id"]]
+    about["labels"] = images["labels"][:]
     return Encoded(store.encode(encoder, rows, BATCH_SIZE, device)["features"], about)
 
 
@@ -144,6 +150,26 @@ def _encoder(cell: Cell, cache: Cache) -> tuple[Any, MLVICXImageProcessor]:
     side = cell.options.get("image_size")
     model, processor = load_for_task(MLVICXForImageClassification, config, arguments, cache.manifest["fit"], side)
     return model.mlvicx, processor
+
+
+def _search(train: Encoded, test: Encoded, cache: Cache) -> dict[str, Any]:
+    """Precision among the nearest training images of the test images with a finding, by cosine of the features.
+
+    Returns:
+        `kind`, `data`, `labels` (label → result of `precision_of_neighbours`), and `precision` and `chance`, their
+        means over the labels that have queries; None without one.
+    """
+    codes, _ = pd.factorize(pd.concat([train.about["patient"], test.about["patient"]]))
+    groups = torch.from_numpy(codes).split([len(train.about), len(test.about)])
+    known, wanted = (np.array(part.about["labels"].tolist(), dtype=np.float64) for part in (train, test))
+    units = nn.functional.normalize(train.features, dim=1)
+    scores = precision_of_neighbours(units, known, test.features, wanted, (groups[0], groups[1]), NEIGHBOURS)
+    scored = [row for row in scores if row["precision"] is not None]
+    means = {
+        name: float(np.mean([row[name] for row in scored])) if scored else None for name in ("precision", "chance")
+    }
+    labels = dict(zip(cache.label_names, scores, strict=True))
+    return {"kind": SEARCH, "data": cache.path.name, "labels": labels} | means
 
 
 def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:
