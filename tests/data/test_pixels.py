@@ -3,6 +3,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
@@ -85,6 +86,8 @@ def test_every_integer_is_scaled_as_the_image_processor_scales_it(bits: int):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_every_8_bit_mode_is_read_as_the_image_processor_reads_it(tmp_path: Path, mode: str):
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow 12 writes no TIFF file of this mode that it can read")
     colours = np.stack([ramp(255), ramp(255)[::-1], np.full((HEIGHT, WIDTH), 77, np.uint8)], axis=-1)
     image = Image.fromarray(colours).convert(mode)
     if mode in ("LA", "RGBA"):

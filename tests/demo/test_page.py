@@ -18,8 +18,8 @@ from helpers import assert_users_error, mlvicx
 pytest.importorskip("gradio", reason="gradio of the extra demo is not installed")
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.demo.page import NO_MAP, _Page, draw_picture, serving
-from mlvicx_hf.demo.reading import Finding, Neighbour, Reader, Reading
+from mlvicx_hf.demo.page import NO_MAP, Page, draw_picture, serving
+from mlvicx_hf.demo.reading import JudgedFinding, Neighbour, RadiographReading, Reader
 
 MASS = "Mass <b>left</b>"
 
@@ -35,16 +35,16 @@ def server(reader: Reader) -> Iterator[str]:
         yield where
 
 
-def give(page: _Page, content: bytes) -> list[Any]:
+def give(page: Page, content: bytes) -> list[Any]:
     event: Any = SimpleNamespace(content=base64.b64encode(content).decode())
     return page.read(0, 255, True, event)
 
 
 def test_a_reading_is_shown_with_names_as_text(reader: Reader, radiograph: bytes):
-    page = _Page(reader)
+    page = Page(reader)
     problem, read, results, judged, choice, pointing, similar, picture = give(page, radiograph)
     assert (problem, pointing, similar) == ("", "", "")
-    assert isinstance(read, Reading)
+    assert isinstance(read, RadiographReading)
     assert results.visible
     assert [name for name, _ in choice.choices] == [NO_MAP, *(finding.name for finding in read.findings)]
     assert "Mass &lt;b&gt;left&lt;/b&gt;" in judged
@@ -58,13 +58,13 @@ def test_a_reading_is_shown_with_names_as_text(reader: Reader, radiograph: bytes
 @pytest.mark.parametrize("content", ["not base64!", None, {"a": 1}])
 def test_content_that_arrives_damaged_is_named(reader: Reader, content: Any):
     event: Any = SimpleNamespace(content=content)
-    problem, read, *_ = _Page(reader).read(0, 255, True, event)
+    problem, read, *_ = Page(reader).read(0, 255, True, event)
     assert problem == "This file cannot be read: it arrived damaged."
     assert read is None
 
 
 def test_a_bad_file_gives_a_sentence_and_hides_the_last_one(reader: Reader):
-    problem, read, results, *_ = give(_Page(reader), b"<script>alert(1)</script>")
+    problem, read, results, *_ = give(Page(reader), b"<script>alert(1)</script>")
     assert problem.startswith("This file cannot be read: content is none of PNG")
     assert "<script>" not in problem
     assert read is None
@@ -72,22 +72,26 @@ def test_a_bad_file_gives_a_sentence_and_hides_the_last_one(reader: Reader):
 
 
 def test_a_synthetic_radiograph_is_read(reader: Reader):
-    _, read, *_ = _Page(reader).draw(0, 255, True)
+    _, read, *_ = Page(reader).draw(0, 255, True)
     assert read.gray.shape == (512, 512)
 
 
 def test_warning_neighbours_and_bands_are_shown(reader: Reader):
-    found = [Finding("Edema", 0.5, 0.25, (0.4, 0.6), "unsure", "points at the finding in 4% of 43 images (chance 9%)")]
+    found = [
+        JudgedFinding("Edema", 0.5, 0.25, (0.4, 0.6), "unsure", "points at the finding in 4% of 43 images (chance 9%)")
+    ]
     near = [Neighbour(7, 0.987, "Edema, <i>x</i>", None)]
-    read = Reading(np.zeros((4, 4), np.uint8), Any, found, "unsure", {}, near, True, {"Edema": np.zeros((4, 4))})
-    judged, _, pointing, similar = _Page(reader)._present(read, 0, 255, True)[3:7]
+    read = RadiographReading(
+        np.zeros((4, 4), np.uint8), Any, found, "unsure", {}, near, True, {"Edema": np.zeros((4, 4))}
+    )
+    judged, _, pointing, similar = Page(reader)._present(read, 0, 255, True)[3:7]
     assert "Unlike anything seen" in judged
     assert "Answer: <strong>unsure</strong>" in judged
     assert "<td>50.0%<br>threshold 25.0%</td><td>unsure<br>unsure from 40.0% to 60.0%</td>" in judged
     assert "image 7, cosine 0.987" in similar
     assert "&lt;i&gt;" in similar
     assert pointing == ""
-    _, pointing = _Page(reader).show(read, "Edema", 0, 255, 1, True)
+    _, pointing = Page(reader).show(read, "Edema", 0, 255, 1, True)
     assert (
         pointing
         == "<p>Heat map: points at the finding in 4% of 43 images (chance 9%). This one is zero everywhere.</p>"
@@ -97,7 +101,7 @@ def test_warning_neighbours_and_bands_are_shown(reader: Reader):
 def test_the_window_and_the_overlay(reader: Reader):
     gray = np.array([[0, 100, 200, 255]], np.uint8)
     border = np.array([[False, False, False, True]])
-    read = Reading(gray, Any, [], "", {"lungs": border}, [], None)
+    read = RadiographReading(gray, Any, [], "", {"lungs": border}, [], None)
     window = np.asarray(draw_picture(read, 100, 200, None, 0, False))
     assert window.tolist() == [[[0, 0, 0], [0, 0, 0], [255, 255, 255], [255, 255, 255]]]
     heat = np.array([[0.0, 0.0, 1.0, 0.0]])

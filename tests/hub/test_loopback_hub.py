@@ -319,10 +319,10 @@ def test_weights_large_files_and_binary_files_are_lfs_files(published: Published
 
 def test_an_unknown_request_is_kept():
     with LoopbackHub() as hub:
-        assert ask(hub, "GET", "/api/spaces/org/space?blobs=1")[0].status == 501
+        assert ask(hub, "GET", "/api/papers/org/space?blobs=1")[0].status == 501
         assert ask(hub, "POST", "/api/whoami-v2")[0].status == 501
-        assert hub.unexpected == ["GET /api/spaces/org/space?blobs=1", "POST /api/whoami-v2"]
-        assert hub.requests == [("GET", "/api/spaces/org/space", 501), ("POST", "/api/whoami-v2", 501)]
+        assert hub.unexpected == ["GET /api/papers/org/space?blobs=1", "POST /api/whoami-v2"]
+        assert hub.requests == [("GET", "/api/papers/org/space", 501), ("POST", "/api/whoami-v2", 501)]
 
 
 def test_push_to_hub_simply_works(published: Published, tmp_path: Path):

@@ -58,8 +58,8 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(words)
     taken = {"dataset": ("public",), "space": OF_SPACE, "model": OF_MODEL + OF_CARD}
     kind = "dataset" if arguments.dataset is not None else "space" if arguments.space else "model"
-    strange = {name for names in taken.values() for name in names} - set(taken[kind])
-    given = sorted(f"--{name}" for name in strange if getattr(arguments, name))
+    known = dict.fromkeys(name for names in taken.values() for name in names)
+    given = [f"--{name}" for name in known if name not in taken[kind] and getattr(arguments, name)]
     if kind == "dataset" and arguments.space:
         given.append("--space")
     if given:

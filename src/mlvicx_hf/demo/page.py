@@ -32,7 +32,7 @@ from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
-from .reading import MAX_UPLOAD, Finding, Reader, Reading
+from .reading import MAX_UPLOAD, JudgedFinding, RadiographReading, Reader
 
 SECONDS_KEPT = 3600
 NO_MAP = "no heat map"  # a label may be called "No Finding"
@@ -89,7 +89,7 @@ CSS = """
 
 def make_page(reader: Reader) -> gr.Blocks:
     """Make the page of a reader."""
-    page = _Page(reader)
+    page = Page(reader)
     with gr.Blocks(title="mlvicx demo", analytics_enabled=False) as blocks:
         state = gr.State(None, time_to_live=SECONDS_KEPT)
         gr.HTML(f'<h1>What the model says</h1><p class="notice">{escape(NOTICE)}</p>')
@@ -168,7 +168,7 @@ def _theme() -> gr.Theme:
     return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
 
-class _Page:
+class Page:
     """The answers to what people do on the page. `reader` serves all of them; a reading belongs to one of them."""
 
     def __init__(self, reader: Reader) -> None:
@@ -193,7 +193,13 @@ class _Page:
         return self._present(self.reader.read(buffer.getvalue()), black, white, outlined)
 
     def show(
-        self, reading: Reading | None, finding: str, black: float, white: float, opacity: float, outlined: bool
+        self,
+        reading: RadiographReading | None,
+        finding: str,
+        black: float,
+        white: float,
+        opacity: float,
+        outlined: bool,
     ) -> list[Any]:
         """Draw the picture again, and say how well heat maps of this finding point."""
         if reading is None:
@@ -205,7 +211,7 @@ class _Page:
     def _fail(self, reason: str) -> list[Any]:
         return [f"This file cannot be read: {escape(reason)}.", None, gr.Column(visible=False), *[gr.skip()] * 5]
 
-    def _present(self, reading: Reading, black: float, white: float, outlined: bool) -> list[Any]:
+    def _present(self, reading: RadiographReading, black: float, white: float, outlined: bool) -> list[Any]:
         names = [NO_MAP, *(finding.name for finding in reading.findings)]
         picture, pointing = self.show(reading, NO_MAP, black, white, 0, outlined)
         choice = gr.Radio(names, value=NO_MAP)
@@ -214,7 +220,7 @@ class _Page:
 
 
 def draw_picture(
-    reading: Reading, black: float, white: float, heat: np.ndarray | None, opacity: float, outlined: bool
+    reading: RadiographReading, black: float, white: float, heat: np.ndarray | None, opacity: float, outlined: bool
 ) -> Image.Image:
     """Draw the window of grey levels, the heat map over it (opaque where it is high), and outlines."""
     grey = np.clip((reading.gray.astype(np.float32) - black) / max(white - black, 1), 0, 1)
@@ -236,12 +242,12 @@ def _image(picture: Image.Image, description: str) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{escape(description)}">'
 
 
-def _describe(reading: Reading, finding: str) -> str:
+def _describe(reading: RadiographReading, finding: str) -> str:
     outlines = f", outlines of {', '.join(reading.outlines)}" if reading.outlines else ""
     return f"Radiograph{'' if finding == NO_MAP else f', heat map of {finding}'}{outlines}"
 
 
-def _say_pointing(reading: Reading, finding: str, heat: np.ndarray | None) -> str:
+def _say_pointing(reading: RadiographReading, finding: str, heat: np.ndarray | None) -> str:
     if heat is None:
         return ""
     (known,) = (each.pointing for each in reading.findings if each.name == finding)
@@ -251,7 +257,7 @@ def _say_pointing(reading: Reading, finding: str, heat: np.ndarray | None) -> st
     return f"<p>{escape(text)}{'' if heat.any() else ' This one is zero everywhere.'}</p>"
 
 
-def _table(reading: Reading) -> str:
+def _table(reading: RadiographReading) -> str:
     """The findings as a table, and the warnings above it."""
     parts = []
     if reading.unlike:
@@ -267,14 +273,14 @@ def _table(reading: Reading) -> str:
     return "".join(parts)
 
 
-def _row(finding: Finding) -> str:
+def _row(finding: JudgedFinding) -> str:
     threshold = "" if finding.threshold is None else f"<br>threshold {finding.threshold:.1%}"
     band = "" if finding.band is None else f"<br>unsure from {finding.band[0]:.1%} to {finding.band[1]:.1%}"
     cells = (f"{finding.probability:.1%}{threshold}", f"{escape(finding.answer)}{band}")
     return f'<tr><th scope="row">{escape(finding.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
-def _similar(reading: Reading) -> str:
+def _similar(reading: RadiographReading) -> str:
     """The most similar known images."""
     if not reading.neighbours:
         return ""

@@ -31,7 +31,7 @@ SHOWN_SIDE = 896  # pixels of the longer side of a picture on the page
 EXPLANATIONS = "explanations.json"
 
 
-class Finding(NamedTuple):
+class JudgedFinding(NamedTuple):
     """What the classifier says of one label."""
 
     name: str
@@ -52,12 +52,12 @@ class Neighbour(NamedTuple):
 
 
 @dataclass
-class Reading:
+class RadiographReading:
     """What is known of one radiograph."""
 
     gray: np.ndarray  # uint8 [H, W], as it is shown
     pixels: torch.Tensor  # [1, C, S, S], input of the classifier
-    findings: list[Finding]  # the most probable first
+    findings: list[JudgedFinding]  # the most probable first
     answer: str  # of exclusive classes: the class, or "unsure"; else ""
     outlines: dict[str, np.ndarray]  # by structure, bool [H, W]: the pixels of its border
     neighbours: list[Neighbour]  # the most similar first
@@ -104,7 +104,7 @@ class Reader:
         self.top = top
         self._lock = threading.Lock()  # heat maps hook into the model, which several people share
 
-    def read(self, content: bytes) -> Reading:
+    def read(self, content: bytes) -> RadiographReading:
         """Read the content of an image file.
 
         Raises:
@@ -121,9 +121,9 @@ class Reader:
             outlines = self._outline(image, shown.size)
             neighbours, unlike = self._find_similar(image)
         findings, answer = self._judge(logits[0])
-        return Reading(np.asarray(shown), pixels, findings, answer, outlines, neighbours, unlike)
+        return RadiographReading(np.asarray(shown), pixels, findings, answer, outlines, neighbours, unlike)
 
-    def heat_map(self, reading: Reading, finding: str) -> np.ndarray:
+    def heat_map(self, reading: RadiographReading, finding: str) -> np.ndarray:
         """Where the classifier looks for a finding: Grad-CAM, float [H, W] from 0 to 1, 0 everywhere if nowhere."""
         if finding not in reading.heat:
             target, size = self.classifier.labels.index(finding), self.classifier.processor.image_size
@@ -135,7 +135,7 @@ class Reader:
             reading.heat[finding] = heat / max(heat.max(), np.finfo(np.float32).tiny)
         return reading.heat[finding]
 
-    def _judge(self, logits: torch.Tensor) -> tuple[list[Finding], str]:
+    def _judge(self, logits: torch.Tensor) -> tuple[list[JudgedFinding], str]:
         """Findings of logits [L], the most probable first, and the answer if they exclude one another."""
         config, labels, answers = self.classifier.model.config, self.classifier.labels, self.answers
         probabilities = (logits.double().softmax(0) if answers.exclusive else logits.double().sigmoid()).tolist()
@@ -143,7 +143,7 @@ class Reader:
         thresholds = (config.decision_thresholds or {}).get("values", {})
         bands = {} if answers.exclusive or answers.bands is None else answers.bands
         found = [
-            Finding(name, value, thresholds.get(name), bands.get(name), answer, self.pointing.get(name, ""))
+            JudgedFinding(name, value, thresholds.get(name), bands.get(name), answer, self.pointing.get(name, ""))
             for name, value, answer in zip(
                 labels, probabilities, [""] * len(labels) if answers.exclusive else cells, strict=True
             )

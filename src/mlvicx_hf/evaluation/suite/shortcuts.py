@@ -34,7 +34,7 @@ FITTED, ASKED = "train", "test"  # splits
 BATCH_SIZE = 64
 FEWEST = 10  # images of a value in train and in test; rarer values are left out
 FOLDER = "shortcuts"
-NEIGHBOURS = 5  # of a query, whose precision is counted
+COUNTED_NEIGHBOURS = 5  # of a query, whose precision is counted
 
 
 def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: FeatureStore) -> None:
@@ -163,7 +163,7 @@ def _search(train: Encoded, test: Encoded, cache: Cache) -> dict[str, Any]:
     groups = torch.from_numpy(codes).split([len(train.about), len(test.about)])
     known, wanted = (np.array(part.about["labels"].tolist(), dtype=np.float64) for part in (train, test))
     units = nn.functional.normalize(train.features, dim=1)
-    scores = precision_of_neighbours(units, known, test.features, wanted, (groups[0], groups[1]), NEIGHBOURS)
+    scores = precision_of_neighbours(units, known, test.features, wanted, (groups[0], groups[1]), COUNTED_NEIGHBOURS)
     scored = [row for row in scores if row["precision"] is not None]
     means = {
         name: float(np.mean([row[name] for row in scored])) if scored else None for name in ("precision", "chance")
