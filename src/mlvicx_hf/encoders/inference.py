@@ -37,16 +37,22 @@ class LoadedModel:
         return {"model": self.source, "revision": self.revision, "weights_sha256": self.weights}
 
 
-def load(source: str, revision: str | None = None, device: str | torch.device = "cpu") -> LoadedModel:
+def load(
+    source: str,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    expected: type[Any] | None = None,
+) -> LoadedModel:
     """Load a saved model with the installed classes; never run the code in its repository.
 
     Args:
         source: folder or Hub name.
         revision: branch, tag or commit on the Hub.
         device: of the model.
+        expected: class that the model must have; None for any.
 
     Raises:
-        UserError: a model of another type, weights that do not fit the configuration, or labels that repeat.
+        UserError: a model of another type or class, weights that do not fit the configuration, or labels that repeat.
         OSError: files that are absent, damaged or not reachable.
     """
     folder = _folder(check_source(source), revision)
@@ -54,6 +60,8 @@ def load(source: str, revision: str | None = None, device: str | torch.device = 
     headless = saved not in (MLVICXForImageClassification, MLVICXForSemanticSegmentation)
     loaded: Any = load_model(folder, MLVICXModel if headless else saved)
     model, processor = loaded
+    if expected is not None and not isinstance(model, expected):
+        raise UserError(f"{source}: {type(model).__name__} found; expected a {expected.__name__}")
     labels = [] if headless else [model.config.id2label[i] for i in range(model.num_labels)]
     if len(set(labels)) < len(labels):
         raise UserError(f"{source}: labels {', '.join(labels)} found; expected each name once")

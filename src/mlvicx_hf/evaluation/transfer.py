@@ -92,7 +92,7 @@ def evaluate(
         if path.exists():
             raise FileExistsError(f"{path} is there already; expected an output in another folder")
     cache = load_cache(dataset, [split])
-    loaded = load_saved_classifier(model_source, revision, device)
+    loaded = load(model_source, revision, choose_device(device), MLVICXForImageClassification)
     training = read_training(loaded)
     collection = collection or training.collection
     matching = match_labels(loaded, collection, cache, findings)
@@ -126,18 +126,6 @@ def evaluate(
     write_predictions(table, common, logits)
     write_json(output, results)
     return results
-
-
-def load_saved_classifier(source: str, revision: str | None, device: str | None) -> LoadedModel:
-    """Load a saved classifier.
-
-    Raises:
-        UserError: a model of another kind.
-    """
-    loaded = load(source, revision, choose_device(device))
-    if not isinstance(loaded.model, MLVICXForImageClassification):
-        raise UserError(f"{source}: {type(loaded.model).__name__} found; expected a MLVICXForImageClassification")
-    return loaded
 
 
 def match_labels(loaded: LoadedModel, collection: str | None, cache: Cache, findings: Sequence[str] | None) -> Matching:

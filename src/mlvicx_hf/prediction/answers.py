@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.scoring.calibration import answer_classes, answer_findings
@@ -43,6 +44,12 @@ class Answers:
             fits = limits is None or (len(limits) == (1 if exclusive else 2) and all(map(_is_probability, limits)))
             if not fits:
                 raise UserError(f"calibration: bands: {limits} found for {name}; expected probabilities or null")
+
+    def probabilities(self, logits: Tensor) -> list[float]:
+        """Probabilities of logits [L], in float64, as thresholds and bands were chosen."""
+        scores = logits.double()
+        found: list[float] = (scores.softmax(0) if self.exclusive else scores.sigmoid()).tolist()
+        return found
 
     def cells(self, probabilities: Sequence[float]) -> list[str]:
         """Answers to the calibrated probabilities [L] of an image, one a column; empty where there is no band."""

@@ -22,7 +22,7 @@ from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.summary import column
 from mlvicx_hf.encoders.features import PreparedImages, encode
 from mlvicx_hf.encoders.inference import LoadedModel, load
-from mlvicx_hf.scoring.neighbours import nearest_rows, precision_of_neighbours
+from mlvicx_hf.scoring.neighbours import PRECISION_TOP, mean_precision, nearest_rows, precision_of_neighbours
 
 from .search import (
     EMBEDDINGS_FILE,
@@ -41,7 +41,6 @@ from .search import (
 
 VALIDATION = "validation"
 UNLIKE_QUANTILE = 0.05  # so large a share of the validation images is unlike the indexed ones
-TOP = 5  # neighbours of the recorded precision
 
 
 def build_index(
@@ -189,8 +188,7 @@ def _describe(
     cosines = nearest_rows(images.embeddings, validation.embeddings, 1, groups)[0].flatten()
     cosines = cosines[cosines > -torch.inf]  # an image has no neighbour if all indexed ones are of its own patient
     tables = [part.items[[LABEL_PREFIX + name for name in names]].to_numpy(np.float32) for part in (images, validation)]
-    scores = precision_of_neighbours(images.embeddings, tables[0], validation.embeddings, tables[1], groups, TOP)
-    scored = [score for score in scores if score["precision"] is not None]
+    scores = precision_of_neighbours(images.embeddings, tables[0], validation.embeddings, tables[1], groups)
     return {
         "notice": NOTICE,
         "format": INDEX_FORMAT,
@@ -206,12 +204,9 @@ def _describe(
             "quantile": UNLIKE_QUANTILE,
             "own_patient_left_out": bool(np.isin(groups[1].numpy(), groups[0].numpy()).any()),
         },
-        f"precision_at_{TOP}": {
+        f"precision_at_{PRECISION_TOP}": {
             "labels": dict(zip(names, scores, strict=True)),
-            "macro": {
-                name: float(np.mean([score[name] for score in scored])) if scored else None
-                for name in ("precision", "chance")
-            },
+            "macro": mean_precision(scores),
         },
         **made_by(loaded.model.device),
     }

@@ -65,7 +65,7 @@ class MultiLabelHead(Head):
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
         """Cells for logits [L]."""
-        probabilities = logits.double().sigmoid().tolist()  # in float64, as the thresholds were chosen
+        probabilities = self.answers.probabilities(logits)
         decisions = [
             "" if threshold is None else str(int(value >= threshold))
             for value, threshold in zip(probabilities, self.thresholds, strict=True)
@@ -91,7 +91,7 @@ class SingleLabelHead(Head):
 
     def cells(self, logits: Tensor, size: tuple[int, int], place: Path) -> list[str]:
         """Cells for logits [L]."""
-        probabilities = logits.double().softmax(0).tolist()
+        probabilities = self.answers.probabilities(logits)
         cells = [*(f"{value:.6f}" for value in probabilities), self.labels[int(logits.argmax())]]
         return cells + self.answers.cells(probabilities)
 

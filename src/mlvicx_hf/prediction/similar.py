@@ -113,24 +113,30 @@ def find_similar(
             with new_file(outputs.sheet) as picture:
                 draw_neighbours(opened, shown, top).save(picture, "PNG")
         outputs.sidecar.unlink(missing_ok=True)  # the old record does not describe the new results
-    record = {
-        "notice": NOTICE,
-        **loaded.describe(),
-        "index": printable(opened.folder),
-        **{name: opened.content[name] for name in ("caches", "unlike_threshold")},
-        "inputs": [printable(item) for item in given],
+    record = _describe(loaded, opened, given, outputs) | {
         "images": len(images),
         "skipped": {kind: count for kind, count in skipped.items() if count},
         "errors": counts["errors"],
         "unlike": None if opened.unlike_threshold is None else counts["unlike"],
         "sheet": None if outputs.sheet is None else {"file": printable(outputs.sheet), "images": len(shown)},
         "settings": {"top": top, "approximate": approximate, "batch_size": batch_size, "num_workers": num_workers},
-        **made_by(loaded.model.device),
     }
     write_json(outputs.sidecar, record)
     if counts["errors"] == len(images):
         raise UserError(f"none of {len(images)} images could be read; column error of {outputs.table} says why")
     return record
+
+
+def _describe(loaded: LoadedModel, index: ImageIndex, inputs: Sequence[Path], outputs: Outputs) -> dict[str, Any]:
+    """Record which model, index, code and machine made the results."""
+    return {
+        "notice": NOTICE,
+        **loaded.describe(),
+        "index": printable(index.folder),
+        **{name: index.content[name] for name in ("caches", "unlike_threshold")},
+        "inputs": [printable(item) for item in inputs],
+        **made_by(loaded.model.device),
+    }
 
 
 def search_batches(

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+PRECISION_TOP = 5  # neighbours of a query whose precision is reported
 BLOCK = 2**24  # cosines computed at a time, 64 MiB
 
 
@@ -56,7 +60,7 @@ def precision_of_neighbours(
     queries: Tensor,
     query_labels: np.ndarray,
     groups: tuple[Tensor, Tensor],
-    top: int,
+    top: int = PRECISION_TOP,
 ) -> list[dict[str, float | int | None]]:
     """For each label, the share of positives among the nearest rows of the queries that have it: precision@top.
 
@@ -86,3 +90,11 @@ def precision_of_neighbours(
             }
         )
     return scores
+
+
+def mean_precision(scores: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Mean `precision` and `chance` of `precision_of_neighbours` over the labels with a precision; None without one."""
+    scored = [score for score in scores if score["precision"] is not None]
+    return {
+        name: float(np.mean([score[name] for score in scored])) if scored else None for name in ("precision", "chance")
+    }

@@ -18,17 +18,17 @@ from torch.nn import functional as F
 
 from mlvicx_hf.common.errors import UserError, require
 from mlvicx_hf.common.files import new_folder, write_json
+from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.vocabulary import match
-from mlvicx_hf.encoders.inference import LoadedModel
+from mlvicx_hf.encoders.inference import LoadedModel, load
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from ..overlap import check_overlap, read_training
-from ..transfer import load_saved_classifier
 from .localization import Localization, Subject, chance, find_subject, localize, summarize
 from .overlays import Panel, draw_grid, draw_overlay
 
@@ -267,7 +267,7 @@ def explain(
 
 def _load_frozen(source: str, level: int | None, device: str | None) -> LoadedModel:
     """Load a classifier without gradients of its weights. Refuse a level that it lacks; warn of one of one pixel."""
-    loaded = load_saved_classifier(source, None, device)
+    loaded = load(source, device=choose_device(device), expected=MLVICXForImageClassification)
     find_layer(loaded.model, level)
     reductions, size = loaded.model.mlvicx.backbone.feature_info.reduction(), loaded.processor.image_size
     if size <= reductions[-1 if level is None else level]:

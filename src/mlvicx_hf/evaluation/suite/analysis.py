@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..runs import Predictions, RunResults, check_same_images, read_run
 from ..statistics import Estimate, difference, estimate
 from .grid import SEARCH, Cell, Suite
 from .paper import paper_results
-from .shortcuts import read_audits
+from .shortcuts import Audit, read_audits
 
 PAPER_METRICS = {"AUROC": "auroc_macro", "accuracy": "accuracy", "Dice": "dice"}
 
@@ -85,6 +85,7 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
         for setting in settings:
             described.append(_describe_setting(setting, suite.metrics[setting.task]))
             bar.update()
+    audits = read_audits(suite, output)
     failures = {str(cell.path): cell.failure(output) for cell in suite.cells}
     tasks: dict[str, list[FinishedCell]] = {}
     for setting in settings:
@@ -100,8 +101,8 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
         "tasks": {task: _describe_task(suite.metrics[task], runs) for task, runs in tasks.items()},
         "settings": described,
         "comparisons": _compare(suite, settings),
-        "shortcuts": _shortcuts(suite, output),
-        "search": _search_precision(suite, output),
+        "shortcuts": _shortcuts(audits),
+        "search": _search_precision(audits),
         "tables": {table: paper_table(suite, settings, table) for table in suite.paper_tables},
     }
 
@@ -296,12 +297,12 @@ def _delong(ours: RunResults, theirs: RunResults) -> dict[str, Any] | None:
     return found
 
 
-def _shortcuts(suite: Suite, output: Path) -> list[dict[str, Any]]:
+def _shortcuts(audits: Mapping[str, Sequence[Audit]]) -> list[dict[str, Any]]:
     """Average over the weights of each model, with the lowest and the highest end of their intervals."""
     rows = []
-    for model, audits in read_audits(suite, output).items():
-        for first in (row for row in audits[0] if row["kind"] != SEARCH):
-            same = [row for audit in audits for row in audit if all(row[k] == first[k] for k in ("kind", "data"))]
+    for model, members in audits.items():
+        for first in (row for row in members[0] if row["kind"] != SEARCH):
+            same = [row for audit in members for row in audit if all(row[k] == first[k] for k in ("kind", "data"))]
             merged = first | {
                 "auroc": float(np.mean([row["auroc"] for row in same])),
                 "low": min(row["low"] for row in same),
@@ -311,16 +312,16 @@ def _shortcuts(suite: Suite, output: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _search_precision(suite: Suite, output: Path) -> list[dict[str, Any]]:
+def _search_precision(audits: Mapping[str, Sequence[Audit]]) -> list[dict[str, Any]]:
     """Average the precision of neighbours over the weights of each model."""
     rows = []
-    for model, audits in read_audits(suite, output).items():
-        found = [row for audit in audits for row in audit if row["kind"] == SEARCH and row["precision"] is not None]
+    for model, members in audits.items():
+        found = [row for audit in members for row in audit if row["kind"] == SEARCH and row["precision"] is not None]
         for data in dict.fromkeys(row["data"] for row in found):
             same = [row for row in found if row["data"] == data]
             precision = float(np.mean([row["precision"] for row in same]))
             about = {"model": model, "members": len(same), "data": data}
-            rows.append(about | {"precision": precision, "chance": same[0]["chance"], "labels": same[0]["labels"]})
+            rows.append(about | {"precision": precision, "chance": same[0]["chance"]})
     return rows
 
 

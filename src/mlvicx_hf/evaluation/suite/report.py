@@ -12,6 +12,7 @@ from mlvicx_hf.common.provenance import describe_commit
 from mlvicx_hf.common.text import NOTICE, number
 from mlvicx_hf.scoring.calibration import CALIBRATION_BINS
 from mlvicx_hf.scoring.labels import NOT_SCORED
+from mlvicx_hf.scoring.neighbours import PRECISION_TOP
 
 from .documents import Document
 from .figures import PROTOCOL_TITLES, forest, label_efficiency, reliability
@@ -293,12 +294,12 @@ def _add_search(document: Document, report: dict[str, Any]) -> None:
         return
     document.heading("Search")
     document.paragraph(
-        "Share of the 5 training images nearest to a test image with a finding that have the finding, too: mean over "
-        "the findings, and over several pretrainings. Nearest is by the cosine of the frozen features. Chance is the "
-        "share of the training images with the finding."
+        f"Share of the {PRECISION_TOP} training images nearest to a test image with a finding that have the finding, "
+        "too: mean over the findings, and over several pretrainings. Nearest is by the cosine of the frozen "
+        "features. Chance is the share of the training images with the finding."
     )
     lines = [[row["model"], row["data"], f"{row['precision']:.3f}", f"{row['chance']:.3f}"] for row in rows]
-    document.table(["model", "data", "precision@5", "chance"], lines)
+    document.table(["model", "data", f"precision@{PRECISION_TOP}", "chance"], lines)
 
 
 def _percent(row: dict[str, Any]) -> str:

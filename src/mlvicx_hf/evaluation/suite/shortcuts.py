@@ -25,7 +25,7 @@ from mlvicx_hf.finetuning.linear_probe import FeatureStore
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_areas
-from mlvicx_hf.scoring.neighbours import precision_of_neighbours
+from mlvicx_hf.scoring.neighbours import mean_precision, precision_of_neighbours
 from mlvicx_hf.scoring.probes import linear_scores
 
 from .grid import SEARCH, Cell, Suite
@@ -34,7 +34,7 @@ FITTED, ASKED = "train", "test"  # splits
 BATCH_SIZE = 64
 FEWEST = 10  # images of a value in train and in test; rarer values are left out
 FOLDER = "shortcuts"
-COUNTED_NEIGHBOURS = 5  # of a query, whose precision is counted
+Audit = list[dict[str, Any]]  # what `probe_shortcuts` gives
 
 
 def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: FeatureStore) -> None:
@@ -63,9 +63,9 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
             bar.update()
 
 
-def read_audits(suite: Suite, output: Path) -> dict[str, list[list[dict[str, Any]]]]:
+def read_audits(suite: Suite, output: Path) -> dict[str, list[Audit]]:
     """Read the audits: model → for each of its weights what `probe_shortcuts` gave."""
-    found: dict[str, list[list[dict[str, Any]]]] = {}
+    found: dict[str, list[Audit]] = {}
     for model, member in dict.fromkeys((cell.model, cell.member) for cell in suite.cells if suite.shortcuts):
         file = _file(output, model, member)
         if file.is_file():
@@ -163,13 +163,9 @@ def _search(train: Encoded, test: Encoded, cache: Cache) -> dict[str, Any]:
     groups = torch.from_numpy(codes).split([len(train.about), len(test.about)])
     known, wanted = (np.array(part.about["labels"].tolist(), dtype=np.float64) for part in (train, test))
     units = nn.functional.normalize(train.features, dim=1)
-    scores = precision_of_neighbours(units, known, test.features, wanted, (groups[0], groups[1]), COUNTED_NEIGHBOURS)
-    scored = [row for row in scores if row["precision"] is not None]
-    means = {
-        name: float(np.mean([row[name] for row in scored])) if scored else None for name in ("precision", "chance")
-    }
+    scores = precision_of_neighbours(units, known, test.features, wanted, (groups[0], groups[1]))
     labels = dict(zip(cache.label_names, scores, strict=True))
-    return {"kind": SEARCH, "data": cache.path.name, "labels": labels} | means
+    return {"kind": SEARCH, "data": cache.path.name, "labels": labels} | mean_precision(scores)
 
 
 def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:
