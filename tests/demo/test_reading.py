@@ -128,6 +128,20 @@ def test_scores_of_another_model_are_refused(classifier: Path, tmp_path: Path):
         Reader(str(classifier), explanations=file)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected JSON"),
+        ("{}", "no field 'models' found; expected what `mlvicx explain --score` wrote"),
+        ('{"models": {"ours": {}}, "findings": {}}', "no field 'weights_sha256' found"),
+    ],
+)
+def test_files_that_are_no_explanations_are_named(classifier: Path, tmp_path: Path, content: str, message: str):
+    (tmp_path / "explanations.json").write_text(content)
+    with pytest.raises(UserError, match=f"explanations.json: .*{message}"):
+        Reader(str(classifier), explanations=tmp_path / "explanations.json")
+
+
 # -- similar images ----------------------------------------------------------------------------------------------------
 
 

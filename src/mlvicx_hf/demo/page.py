@@ -78,7 +78,8 @@ element.addEventListener("drop", (event) => {
 CSS = """
 .notice { padding: 0.5em 1em; border: 2px solid currentColor; border-radius: 8px; font-weight: bold; }
 .radiograph img { width: 100%; height: auto; background: black; }
-.findings { width: 100%; border-collapse: collapse; overflow-wrap: anywhere; }
+.findings { width: 100%; border-collapse: collapse; }
+.findings tbody th { overflow-wrap: anywhere; }
 .findings th, .findings td { padding: 0.3em 0.5em; text-align: left; border-bottom: 1px solid currentColor; }
 .similar { display: flex; flex-wrap: wrap; gap: 1em; list-style: none; padding: 0; margin: 0; }
 .similar li { width: 9em; overflow-wrap: anywhere; }
@@ -187,10 +188,8 @@ class Page:
 
     def draw(self, black: float, white: float, outlined: bool) -> list[Any]:
         """Read a synthetic radiograph."""
-        buffer = io.BytesIO()
         phantom = draw_phantom(secrets.randbelow(10_000), size=512)
-        Image.fromarray(phantom.image).save(buffer, "PNG")
-        return self._present(self.reader.read(buffer.getvalue()), black, white, outlined)
+        return self._present(self.reader.read_image(Image.fromarray(phantom.image)), black, white, outlined)
 
     def show(
         self,

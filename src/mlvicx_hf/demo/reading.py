@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from PIL import Image
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from mlvicx_hf.common.errors import UserError, require
+from mlvicx_hf.common.files import json_field, read_json
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import decode_gray, fit_square_gray
 from mlvicx_hf.data.masks import foreground
@@ -29,6 +29,7 @@ from mlvicx_hf.prediction.search import LABEL_PREFIX, open_index
 MAX_UPLOAD = 100 * 2**20  # bytes
 SHOWN_SIDE = 896  # pixels of the longer side of a picture on the page
 EXPLANATIONS = "explanations.json"
+WRITTEN_BY = "what `mlvicx explain --score` wrote"
 
 
 class JudgedFinding(NamedTuple):
@@ -92,8 +93,11 @@ class Reader:
         top: int = 5,
     ) -> None:
         require("the page", "demo", "captum", "matplotlib")
-        self.classifier = _load(model, MLVICXForImageClassification, device)
-        self.segmenter = None if segmenter is None else _load(segmenter, MLVICXForSemanticSegmentation, device)
+        self.classifier = load(model, device=device, expected=MLVICXForImageClassification)
+        self.classifier.model.requires_grad_(False)  # saves heat maps the gradients of the weights
+        self.segmenter = None
+        if segmenter is not None:
+            self.segmenter = load(segmenter, device=device, expected=MLVICXForSemanticSegmentation)
         self.index = None if index is None else open_index(Path(index))
         if self.index is not None:
             self.index.check_model(self.classifier)
@@ -112,7 +116,10 @@ class Reader:
         """
         if len(content) > MAX_UPLOAD:
             raise UnreadableImageError("the file", f"larger than {MAX_UPLOAD // 2**20} MB")
-        image = decode_gray(content, "the file")
+        return self.read_image(decode_gray(content, "the file"))
+
+    def read_image(self, image: Image.Image) -> RadiographReading:
+        """Read a picture of mode "L"."""
         shown = image.copy()
         shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
         pixels = self.classifier.processor(image)["pixel_values"]
@@ -138,7 +145,7 @@ class Reader:
     def _judge(self, logits: torch.Tensor) -> tuple[list[JudgedFinding], str]:
         """Findings of logits [L], the most probable first, and the answer if they exclude one another."""
         config, labels, answers = self.classifier.model.config, self.classifier.labels, self.answers
-        probabilities = (logits.double().softmax(0) if answers.exclusive else logits.double().sigmoid()).tolist()
+        probabilities = answers.probabilities(logits)
         cells = answers.cells(probabilities)
         thresholds = (config.decision_thresholds or {}).get("values", {})
         bands = {} if answers.exclusive or answers.bands is None else answers.bands
@@ -184,14 +191,6 @@ class Reader:
         return ", ".join(name for name, value in labels.items() if value == 1) or "none of its labels"
 
 
-def _load(source: str, kind: type[Any], device: str | torch.device) -> LoadedModel:
-    loaded = load(source, device=device)
-    if not isinstance(loaded.model, kind):
-        raise UserError(f"{source}: {type(loaded.model).__name__} found; expected a {kind.__name__}")
-    loaded.model.requires_grad_(False)
-    return loaded
-
-
 def _read_pointing(loaded: LoadedModel, explanations: str | Path | None) -> dict[str, str]:
     """Say of each finding how often the maximum of its heat maps lay in the finding, if that was measured.
 
@@ -201,13 +200,16 @@ def _read_pointing(loaded: LoadedModel, explanations: str | Path | None) -> dict
     path = Path(loaded.source, EXPLANATIONS) if explanations is None else Path(explanations)
     if explanations is None and not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    names = [name for name, about in content["models"].items() if about["weights_sha256"] == loaded.weights]
+    content = read_json(path)
+    models = json_field(content, "models", dict, path, WRITTEN_BY)
+    findings = json_field(content, "findings", dict, path, WRITTEN_BY)
+    weights = {name: json_field(about, "weights_sha256", dict, path, WRITTEN_BY) for name, about in models.items()}
+    names = [name for name, hashes in weights.items() if hashes == loaded.weights]
     if not names:
-        raise UserError(f"{path} is about {', '.join(content['models'])}; expected heat maps of {loaded.source}")
+        raise UserError(f"{path} is about {', '.join(models)}; expected heat maps of {loaded.source}")
     return {
         finding: _pointing_sentence(about["scores"][names[0]], about["located"])
-        for finding, about in content["findings"].items()
+        for finding, about in findings.items()
         if isinstance(about.get("scores"), Mapping)
     }
 
