@@ -126,7 +126,7 @@ def test_as_a_module_and_as_a_script():
 def test_every_script_calls_a_command_of_its_own():
     texts = [(ROOT / "scripts" / name).read_text() for name in SCRIPTS]
     called = [re.findall(r'main\(\["(\w+)", \*sys.argv\[1:\]\]\)', text)[0] for text in texts]
-    assert sorted(called) == sorted(set(COMMANDS) - {"quickstart", "demo"})
+    assert sorted(called) == sorted(set(COMMANDS) - {"quickstart"})
 
 
 def test_prepare_imports_neither_torch_nor_transformers(tmp_path: Path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import run
 
-from .startup import start_inference
+from .startup import add_inference_options, start_inference
 
 
 def parser() -> CommandParser:
@@ -32,10 +32,7 @@ def parser() -> CommandParser:
     add("--add_to", type=Path, metavar="INDEX", help="also take the images of this index, which stays as it is")
     add("--approximate", action="store_true", help="also write a graph for approximate searches (extra search)")
     add("--quiet", action="store_true", help="show no progress bar")
-    add = made.advanced.add_argument
-    add("--batch_size", type=int, default=64, metavar="N", help="images encoded at a time (default 64)")
-    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default a GPU where there is one)")
-    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    add_inference_options(made, batch_size=64, workers=False)
     return made
 
 
@@ -44,7 +41,8 @@ def main(words: Sequence[str] | None = None) -> None:
     given = vars(parser().parse_args(words))
     output, quiet = given.pop("output"), given.pop("quiet")
     start_inference(given["device"])
-    from mlvicx_hf.prediction.indexing import TOP, build_index
+    from mlvicx_hf.prediction.indexing import build_index
+    from mlvicx_hf.scoring.neighbours import PRECISION_TOP
 
     content = build_index(given.pop("model"), given.pop("dataset"), output, **given, progress=not quiet)
     print(f"{output}: {content['images']} images")
@@ -52,9 +50,11 @@ def main(words: Sequence[str] | None = None) -> None:
         print("note: no validation images to compare, so there is no threshold for unlike images and no precision")
         return
     print(f"an image is unlike all of them if its greatest cosine is below {content['unlike_threshold']:.4f}")
-    macro = content[f"precision_at_{TOP}"]["macro"]
+    macro = content[f"precision_at_{PRECISION_TOP}"]["macro"]
     if macro["precision"] is not None:
-        print(f"precision@{TOP} on validation images: {macro['precision']:.3f} (chance {macro['chance']:.3f})")
+        print(
+            f"precision@{PRECISION_TOP} on validation images: {macro['precision']:.3f} (chance {macro['chance']:.3f})"
+        )
     if content["validation"]["own_patient_left_out"]:
         print("note: patients of the validation images are indexed, too; no image was compared with its own patient")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import run
 
-from .startup import start_inference
+from .startup import add_inference_options, start_inference
 
 
 def parser() -> CommandParser:
@@ -34,11 +34,7 @@ def parser() -> CommandParser:
     add("--masks", type=Path, metavar="DIR", help="folder of a segmenter's masks, absent or empty")
     add("--overwrite", action="store_true", help="replace earlier outputs once the new ones are complete")
     add("--quiet", action="store_true", help="show no progress bar")
-    add = made.advanced.add_argument
-    add("--batch_size", type=int, default=32, metavar="N", help="images a forward pass (default 32)")
-    add("--num_workers", type=int, default=2, metavar="N", help="processes that read files (default 2)")
-    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default a GPU where there is one)")
-    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    add_inference_options(made, batch_size=32)
     return made
 
 

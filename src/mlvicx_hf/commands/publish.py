@@ -56,12 +56,10 @@ def parser() -> CommandParser:
 def main(words: Sequence[str] | None = None) -> None:
     """Publish a model, its page or a cache."""
     arguments = parser().parse_args(words)
-    taken = {"dataset": ("public",), "space": OF_SPACE, "model": OF_MODEL + OF_CARD}
+    taken = {"dataset": ("public",), "space": ("space", *OF_SPACE), "model": OF_MODEL + OF_CARD}
     kind = "dataset" if arguments.dataset is not None else "space" if arguments.space else "model"
     known = dict.fromkeys(name for names in taken.values() for name in names)
     given = [f"--{name}" for name in known if name not in taken[kind] and getattr(arguments, name)]
-    if kind == "dataset" and arguments.space:
-        given.append("--space")
     if given:
         raise UserError(f"{', '.join(given)} found; --{kind} does not take it")
     seen_by = "private" if arguments.private or (kind == "dataset" and not arguments.public) else "public"

@@ -1,7 +1,19 @@
 # Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
-"""Prepare this process for commands that run a saved model."""
+"""What commands that run a saved model share: options, and how their process starts."""
 
 from __future__ import annotations
+
+from mlvicx_hf.common.arguments import CommandParser
+
+
+def add_inference_options(made: CommandParser, batch_size: int, workers: bool = True) -> None:
+    """Add the advanced options of a forward pass, with this default size of a batch."""
+    add = made.advanced.add_argument
+    add("--batch_size", type=int, default=batch_size, metavar="N", help=f"images a forward pass (default {batch_size})")
+    if workers:
+        add("--num_workers", type=int, default=2, metavar="N", help="processes that read images (default 2)")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default a GPU where there is one)")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
 
 
 def start_inference(device: str | None) -> None:

@@ -12,7 +12,7 @@ from mlvicx_hf.common.errors import run
 from mlvicx_hf.common.text import number
 from mlvicx_hf.data.vocabulary import COLLECTIONS
 
-from .startup import start_inference
+from .startup import add_inference_options, start_inference
 
 
 def parser() -> CommandParser:
@@ -33,11 +33,7 @@ def parser() -> CommandParser:
     names = ", ".join(COLLECTIONS)
     add("--collection", metavar="NAME", help=f"whose labels the model knows, if its results.json does not say: {names}")
     add("--allow_overlap", action="store_true", help="go on with images that the model has seen in training")
-    add = made.advanced.add_argument
-    add("--batch_size", type=int, default=64, metavar="N", help="images a forward pass (default 64)")
-    add("--num_workers", type=int, default=2, metavar="N", help="processes that read images (default 2)")
-    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default a GPU where there is one)")
-    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    add_inference_options(made, batch_size=64)
     return made
 
 
