@@ -118,6 +118,27 @@ def test_no_gradient_goes_where_it_is_stopped(name: str):
         assert value.grad is None or value.grad.isfinite().all()
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", SMALL)
+def test_traced_steps_equal_eager_ones(name: str):
+    """What `--compile` traces on a GPU, run here without its code generation: three steps with momentum and queue."""
+    torch.compiler.reset()
+    eager, traced = small_objective(name).double(), small_objective(name).double()
+    traced.compile(backend="aot_eager")
+    for step in range(3):
+        for objective in (eager, traced):
+            objective.start_step(step)
+            objective.zero_grad()
+            objective(*small_views(name)).loss.backward()
+            with torch.no_grad():
+                for parameter in objective.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.01 * parameter.grad
+            objective.update(step + 1)
+    for (key, found), wanted in zip(traced.state_dict().items(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_micro_batches_give_the_gradient_of_the_batch(name: str):
     """In evaluation mode, where batch normalisation does not depend on the batch."""

@@ -539,6 +539,19 @@ def test_resumed_is_the_same_run(finished: Path, cache: Path, tmp_path: Path, st
     assert not (output / ".checkpoint-10.tmp").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_part_of_an_epoch_ends_the_run_and_is_resumed(cache: Path, tmp_path: Path, workers: int):
+    words = ["--epochs", 1.6, "--num_workers", workers, "--checkpoint_steps", 6]
+    whole = pretrain(cache, tmp_path / "whole", *words)
+    assert [row["epoch"] for row in lines(whole)] == [0] * 5 + [1] * 3
+    assert lines(whole)[-1]["learning_rate"] == pytest.approx(learning_rate(7, 1.6 * 8 / 256, 5, 8, 0.001))
+    output = interrupted(whole, tmp_path / "run", 6)
+    pretrain(cache, output, "--resume", *words)
+    assert_same_bits(output, whole)
+    pretrain(cache, output, "--resume", *words)
+    assert_same_bits(output, whole)
+
+
 def test_resuming_a_finished_run_changes_nothing(finished: Path, cache: Path, tmp_path: Path):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -752,7 +765,7 @@ def test_the_folder_of_another_run_is_refused(finished: Path, cache: Path):
     [
         (["--batch_size", 45], "batch_size=45 found; expected at most 44"),
         (["--split", "test"], "split='test' found; .* has train"),
-        (["--epochs", 0], "epochs=0 found; expected 1 or more"),
+        (["--epochs", 0.01], "epochs=0.01 found; expected a step at least, of 5 in an epoch"),
         (["--checkpoint_steps", 0], "checkpoint_steps=0 found"),
         (["--logging_steps", 0], "logging_steps=0 found"),
         (["--save_total_limit", 0], "save_total_limit=0 found"),

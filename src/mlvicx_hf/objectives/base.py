@@ -53,13 +53,13 @@ class Schedule:
     seed: int
     batch_size: int  # images of a step, over all processes
     batches: int  # steps of an epoch
-    epochs: int
+    epochs: float  # the last may be a part of one
     images: int  # of an epoch
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.epochs * self.batches
+        return round(self.epochs * self.batches)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class PretrainingArguments:
     """How it is trained."""
 
     output_dir: str = option("Folder of the run: model, checkpoints, metrics.jsonl.", first=True, metavar="DIR")
-    epochs: int = option("Passes over the data.", 300, first=True)
+    epochs: float = option("Passes over the data; the last may be a part of one.", 300, first=True)
     batch_size: int = option("Images of a step, over all processes.", 64, first=True)
     base_learning_rate: float = option("Peak rate for a batch of 256 images; it is scaled.", 0.2, first=True)
     optimizer: str = option("LARS, AdamW or SGD.", "lars", choices=("lars", "adamw", "sgd"))

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.arguments.epochs * len(self.batches)
+        return round(self.arguments.epochs * len(self.batches))
 
     @property
     def warmup_steps(self) -> int:
@@ -91,10 +92,13 @@ class Run:
 
     def remaining_batches(self) -> Iterator[PlannedBatch]:
         """Every batch that is not done yet."""
-        first_epoch, first_step = divmod(self.step, len(self.batches))
-        for epoch in range(first_epoch, self.arguments.epochs):
-            self.batches.start_at(epoch, first_step if epoch == first_epoch else 0)
-            yield from self.loader
+        steps = len(self.batches)
+        first_epoch, first_step = divmod(self.step, steps)
+        whole, rest = divmod(self.total_steps, steps)
+        for epoch in range(first_epoch, whole + bool(rest)):
+            done = first_step if epoch == first_epoch else 0
+            self.batches.start_at(epoch, done)
+            yield from self.loader if epoch < whole else islice(self.loader, rest - done)
 
     def note_loss(self, loss: Tensor) -> None:
         """Remember the first loss that is not finite, on its device: reading it would wait for the device."""

@@ -78,9 +78,11 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     torch.manual_seed(arguments.seed)
     objective = create_objective(model_arguments)
     _check_accumulation(objective, model_arguments.objective, arguments)
-    objective.prepare(
-        Schedule(arguments.seed, arguments.batch_size, len(data.batches), arguments.epochs, data.batches.num_images)
-    )
+    batches = data.batches
+    schedule = Schedule(arguments.seed, arguments.batch_size, len(batches), arguments.epochs, batches.num_images)
+    if not schedule.total_steps:
+        raise UserError(f"epochs={arguments.epochs:g} found; expected a step at least, of {len(batches)} in an epoch")
+    objective.prepare(schedule)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     objective.to(device).to(memory_format=layout)
 
@@ -101,7 +103,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
                 "a list of layers, such as a ResNet"
             )
         objective.encoder.backbone.set_grad_checkpointing()
-    steps = arguments.epochs * len(data.batches) - (0 if checkpoint is None else checkpoint.step)
+    steps = schedule.total_steps - (0 if checkpoint is None else checkpoint.step)
     for norm in _backbone_norms(objective) if arguments.freeze_batch_norm else ():
         norm.requires_grad_(False)
     notes = [*_unused_arguments(objective, model_arguments), *objective.notes]
@@ -149,9 +151,11 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
         raise FileExistsError(
             f"output_dir={output} holds files of another run; choose another folder, or --resume that run"
         )
-    counts = ("epochs", "checkpoint_steps", "logging_steps", "save_total_limit", "probe_steps")
+    counts = ("checkpoint_steps", "logging_steps", "save_total_limit", "probe_steps")
     least = dict.fromkeys((*counts, "gradient_accumulation_steps"), 1)
-    least |= dict.fromkeys(("seed", "warmup_epochs", "backbone_thaw_epochs", "backbone_learning_rate_ratio"), 0)
+    least |= dict.fromkeys(
+        ("seed", "epochs", "warmup_epochs", "backbone_thaw_epochs", "backbone_learning_rate_ratio"), 0
+    )
     for name, smallest in least.items():
         if getattr(arguments, name) < smallest:
             raise UserError(f"{name}={getattr(arguments, name)} found; expected {smallest} or more")

@@ -31,7 +31,7 @@ SUBGROUPS = ("view", "sex", "age")  # of which a card says at least that they we
 ENCODER_FIELDS = ("backbone", "num_channels", "use_context", "context_reduction")
 RUN_FIELDS: dict[str, type | tuple[type, ...]] = {
     "model": dict, "data.dataset": str, "data.images": int, "data.data_hash": str, "training.output_dir": str,
-    "training.epochs": int, "training.batch_size": int, "training.base_learning_rate": NUMBER, "synthetic": bool,
+    "training.epochs": NUMBER, "training.batch_size": int, "training.base_learning_rate": NUMBER, "synthetic": bool,
     "code.mlvicx_hf": str, "code.commit": str,
 }  # fmt: skip
 
