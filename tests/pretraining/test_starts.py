@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_config
+from methods import SMALL
 from runs import assert_same_bits, interrupted, pretrain, start, weights
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.pretraining.arguments import DataArguments, ModelArguments, PretrainingArguments
+from mlvicx_hf.pretraining.loop import train
 from mlvicx_hf.pretraining.optimizer import create_optimizer, set_learning_rate
 from mlvicx_hf.pretraining.settings import BEFORE, of_early_checkpoints
 
@@ -93,6 +95,18 @@ def test_frozen_batch_normalisation_stays_as_it_starts(cache: Path, tmp_path: Pa
     assert moved > 3  # the kernels have learned
     cut = interrupted(whole, tmp_path / "cut", 3)
     assert_same_bits(pretrain(cache, cut, *flags, *CHECKPOINTS, "--resume"), whole)
+
+
+@pytest.mark.parametrize(("name", "copied"), [("byol", "target_model"), ("moco_v2", "key_model")])
+def test_frozen_batch_normalisation_is_frozen_in_a_momentum_copy_as_well(
+    name: str, copied: str, cache: Path, tmp_path: Path
+):
+    options = [f"{key}={value}" for key, value in SMALL[name].items()]
+    run = start(cache, tmp_path / "run", "--freeze_batch_norm", "--objective", name, "--objective_options", *options)
+    train(run)
+    found = {key: value.any().item() for key, value in run.objective.state_dict().items() if "running_mean" in key}
+    assert {key for key, moved in found.items() if not moved} == {key for key in found if "backbone" in key}
+    assert any(key.startswith(copied) for key in found)
 
 
 def test_the_run_says_where_it_started(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

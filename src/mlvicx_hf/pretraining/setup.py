@@ -26,6 +26,7 @@ from mlvicx_hf.encoders.loading import check_source
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starting_processor
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 from mlvicx_hf.objectives import Objective, find_objective, make_objective, read_options
 from mlvicx_hf.objectives.base import Schedule
 
@@ -205,7 +206,9 @@ def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
 
 
 def _backbone_norms(objective: Objective) -> list[nn.Module]:
-    return [part for part in objective.encoder.backbone.modules() if isinstance(part, _BatchNorm)]
+    """Those of a momentum copy, too: it would else see other statistics than the encoder that it follows."""
+    encoders = [part for part in objective.modules() if isinstance(part, MLVICXModel)]
+    return [part for encoder in encoders for part in encoder.backbone.modules() if isinstance(part, _BatchNorm)]
 
 
 def synchronise_norms(objective: Objective) -> Objective:
