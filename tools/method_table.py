@@ -173,7 +173,7 @@ class Table:
             rate = row["base_learning_rate"] = (self.data.rate or METHODS[method].rate) * factor
             words = [*self.words(method), "--seed", seed, "--base_learning_rate", rate, "--output_dir", output]
             begin = time.time()
-            failure = run("pretrain", *words, log=output)
+            failure = "" if (output / "model.safetensors").exists() else run("pretrain", *words, log=output)
             row["seconds"] = round(time.time() - begin)
             if failure:
                 if not any(sign in failure for sign in ("FloatingPointError", "loss nan", "loss inf")):

@@ -22,8 +22,8 @@ from mlvicx_hf.models.layers_mlvicx import (
 )
 from mlvicx_hf.models.loss_mlvicx import multi_label_loss, variance_covariance_loss
 from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
+from mlvicx_hf.pretraining.model import create_objective
 from mlvicx_hf.pretraining.optimizer import create_optimizer
-from mlvicx_hf.pretraining.setup import create_objective
 
 CHANNELS = [32, 32, 48, 192, 96]  # of test_resnet, stem first
 

@@ -34,8 +34,8 @@ from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
 from mlvicx_hf.pretraining.checkpoints import Checkpoints
 from mlvicx_hf.pretraining.curves import plot_curves
 from mlvicx_hf.pretraining.loop import train
+from mlvicx_hf.pretraining.model import create_objective
 from mlvicx_hf.pretraining.optimizer import create_optimizer, learning_rate, set_learning_rate
-from mlvicx_hf.pretraining.setup import create_objective
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, view_draws
 
 TINY = ModelArguments(backbone="test_resnet", image_size=32, expander_dims=[32, 32], aggregation_channels=16)

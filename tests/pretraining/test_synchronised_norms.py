@@ -8,7 +8,7 @@ from torch import nn
 
 from mlvicx_hf import MLVICXForPreTraining
 from mlvicx_hf.objectives import OBJECTIVES
-from mlvicx_hf.pretraining.setup import synchronise_norms
+from mlvicx_hf.pretraining.model import backbone_norms, synchronise_norms
 
 
 def test_queries_must_not_be_told_by_the_statistics_of_their_keys():
@@ -26,6 +26,14 @@ def test_norms_of_other_methods_are_converted(name: str):
     assert not any(type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) for module in found.modules())
     assert found.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in found.state_dict().items())
+
+
+def test_norms_to_freeze_are_found_after_the_conversion():
+    objective = small_objective("byol")
+    before = backbone_norms(objective)
+    found = backbone_norms(synchronise_norms(objective))
+    assert len(found) == len(before) > 0
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in found)
 
 
 @pytest.mark.parametrize("final_norm", [False, True])

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mlvicx_hf.pretraining.arguments import ModelArguments
 from mlvicx_hf.pretraining.batches import PlannedBatch
 from mlvicx_hf.pretraining.loop import train
-from mlvicx_hf.pretraining.setup import create_objective
+from mlvicx_hf.pretraining.model import create_objective
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, view_draws
 
 # Operations whose result the processor must have before it can go on

@@ -36,8 +36,9 @@ from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import markdown_table
 from mlvicx_hf.objectives import Objective
 from mlvicx_hf.pretraining.arguments import DataArguments, ModelArguments, PretrainingArguments
+from mlvicx_hf.pretraining.model import create_objective
 from mlvicx_hf.pretraining.optimizer import create_optimizer, set_learning_rate
-from mlvicx_hf.pretraining.setup import create_objective, set_up
+from mlvicx_hf.pretraining.setup import set_up
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, ViewPlan, view_draws
 
 from .inference import benchmark_inference

@@ -17,7 +17,8 @@ from mlvicx_hf.objectives import OBJECTIVES, read_options
 from mlvicx_hf.objectives.base import Schedule
 from mlvicx_hf.pretraining.arguments import DataArguments, ModelArguments
 from mlvicx_hf.pretraining.batches import Planner
-from mlvicx_hf.pretraining.setup import create_augmentation, create_objective
+from mlvicx_hf.pretraining.data import create_augmentation
+from mlvicx_hf.pretraining.model import create_objective
 from mlvicx_hf.pretraining.view_sets import ViewSet
 
 from .timing import compare, peak_memory

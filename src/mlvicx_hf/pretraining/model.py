@@ -1,0 +1,152 @@
+"""What a run trains: the objective with its starting weights, and its batch normalisations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+from mlvicx_hf.common.errors import UserError, user_input
+from mlvicx_hf.encoders.loading import check_source
+from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights
+from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
+from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
+from mlvicx_hf.objectives import Objective, find_objective, make_objective
+from mlvicx_hf.objectives.base import Schedule
+
+from .arguments import ModelArguments, PretrainingArguments
+
+
+def create_config(arguments: ModelArguments) -> MLVICXConfig:
+    """Make the configuration of what a run trains.
+
+    Raises:
+        UserError: an unknown objective.
+        ValueError: a value that no model can have.
+    """
+    values = asdict(arguments)
+    for name in ("init_from", "objective", "objective_options"):
+        del values[name]
+    return MLVICXConfig(**find_objective(arguments.objective).configure(values))
+
+
+def prepare_objective(
+    model_arguments: ModelArguments, arguments: PretrainingArguments, schedule: Schedule
+) -> tuple[Objective, list[str]]:
+    """Make what a run trains, ready for its schedule, from the seed of the run.
+
+    Returns:
+        the objective, and lines to print when training begins.
+
+    Raises:
+        UserError: see `create_objective`; or arguments that the objective or the schedule cannot obey.
+    """
+    torch.manual_seed(arguments.seed)
+    objective = create_objective(model_arguments)
+    _check_accumulation(objective, model_arguments.objective, arguments)
+    if not schedule.total_steps:
+        raise UserError(
+            f"epochs={schedule.epochs:g} found; expected a step at least, of {schedule.batches} in an epoch"
+        )
+    objective.prepare(schedule)
+    if arguments.gradient_checkpointing:
+        if not objective.encoder.is_plain:
+            raise UserError(
+                f"gradient_checkpointing found with backbone={model_arguments.backbone!r}; expected a backbone that is "
+                "a list of layers, such as a ResNet"
+            )
+        objective.encoder.backbone.set_grad_checkpointing()
+    for norm in backbone_norms(objective) if arguments.freeze_batch_norm else ():
+        norm.requires_grad_(False)
+    notes = [*_unused_arguments(objective, model_arguments), *objective.notes]
+    return objective, notes + ([objective.start] if objective.start else [])
+
+
+def create_objective(arguments: ModelArguments) -> Objective:
+    """Make what a run trains, with the starting weights that `init_from` names.
+
+    Raises:
+        UserError: an unknown objective, a model that cannot be built, or an earlier model that does not fit.
+    """
+    objective_class, source, start = find_objective(arguments.objective), arguments.init_from, ""
+    with user_input():
+        config = create_config(arguments)
+        if source is None:
+            model = objective_class.model_class(config)
+        elif is_timm_source(source):
+            model = objective_class.model_class(config)
+            start = load_timm_weights(objective_class.encoder_of(model), source)
+        else:
+            model, start = _load_earlier(objective_class.model_class, config, source)
+    objective = make_objective(arguments.objective, model, arguments.objective_options)
+    objective.start = start
+    return objective
+
+
+def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, source: str) -> tuple[PreTrainedModel, str]:
+    """A model with the weights of an earlier one, which must hold all of the encoder but gates, and what is new."""
+    loaded: Any = model_class.from_pretrained(
+        check_source(source), config=config, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, report = loaded
+    encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lacking = sorted(key for key in report["missing_keys"] if key.startswith(encoder))
+    gates = {key for key in model.state_dict() if key.startswith(f"{encoder}context.")}
+    start = f"started from {source}"
+    if gates and gates <= set(lacking):  # a plain network gets gates
+        lacking = [key for key in lacking if key not in gates]
+        start += ", which has no context bottlenecks: they start anew"
+    if lacking:
+        raise UserError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
+    wrong = sorted(str(row[0]) for row in report["mismatched_keys"])
+    if wrong:
+        raise UserError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
+    return model, start
+
+
+def _check_accumulation(objective: Objective, name: str, arguments: PretrainingArguments) -> None:
+    steps = arguments.gradient_accumulation_steps
+    if objective.inexact_accumulation and (steps > 1 or arguments.find_batch_size):
+        found = f"gradient_accumulation_steps={steps}" if steps > 1 else "find_batch_size"
+        raise UserError(f"{found} found with objective={name}; expected neither: {objective.inexact_accumulation}")
+
+
+def _unused_arguments(objective: Objective, arguments: ModelArguments) -> list[str]:
+    """Say which arguments that differ from their defaults change nothing."""
+    usual = ModelArguments()
+    found = [name for name in objective.unused if getattr(arguments, name) != getattr(usual, name)]
+    return [f"objective={arguments.objective} does not use {', '.join(found)}"] if found else []
+
+
+def backbone_norms(objective: Objective) -> list[nn.Module]:
+    """Batch normalisations of the backbone and of its momentum copy, which must see what the encoder sees."""
+    encoders = [part for part in objective.modules() if isinstance(part, MLVICXModel)]
+    return [part for encoder in encoders for part in encoder.backbone.modules() if isinstance(part, _BatchNorm)]
+
+
+def synchronise_norms(objective: Objective) -> Objective:
+    """Take batch statistics over all processes, unless the objective needs those of each process.
+
+    The shifts of an expander's last norm are buffers, for which torch's conversion has no place: they are parameters
+    while it runs.
+    """
+    if not objective.synchronise_norms:
+        return objective
+    norms = {
+        n: m for n, m in objective.named_modules() if isinstance(m, _BatchNorm) and "bias" in dict(m.named_buffers())
+    }
+    for norm in norms.values():
+        shift = norm.bias
+        del norm.bias
+        norm.bias = nn.Parameter(shift, requires_grad=False)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    for name in norms:
+        norm = synchronised.get_submodule(name)
+        shift = norm.bias.detach()
+        del norm.bias
+        norm.register_buffer("bias", shift)
+    return synchronised
