@@ -287,7 +287,7 @@ def test_an_encoder_without_context_gets_new_gates_and_the_run_says_so(tmp_path:
     encoder = MLVICXModel(tiny_config(use_context=False))
     encoder.save_pretrained(tmp_path)
     objective = create_objective(replace(TINY, init_from=str(tmp_path)))
-    assert objective.start == f"started from {tmp_path}, which has no context bottlenecks: they start anew"
+    assert objective.notes == [f"started from {tmp_path}, which has no context bottlenecks: they start anew"]
     state = objective.encoder.state_dict()
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(state[name], tensor), name

@@ -125,13 +125,12 @@ class Objective(nn.Module, ABC):
     synchronise_norms: ClassVar[bool] = True  # on several GPUs, batch statistics are those of the global batch
     inexact_accumulation: ClassVar[str] = ""  # why micro-batches would train another method; empty if they do not
     target_deviation: float = 0.0  # standard deviation of healthy embeddings; far below it a run warns; 0: no warning
-    start: str = ""  # where the weights came from, if they are not random
     remedy: str = ""  # what may help against a collapse, such as "a higher variance_weight, "
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.notes: list[str] = []  # lines to print when training begins
+        self.notes: list[str] = []  # lines to print when training begins, such as where the weights came from
 
     @property
     def encoder(self) -> MLVICXModel:

@@ -64,7 +64,7 @@ class BYOLObjective(Objective):
     def prepare(self, schedule: Schedule) -> None:
         """The momentum depends on the batch and on the number of steps."""
         self.schedule = schedule
-        self.notes = note_on_momentum(self.momentum(0), schedule.total_steps, "target_momentum")
+        self.notes += note_on_momentum(self.momentum(0), schedule.total_steps, "target_momentum")
 
     def embed(self, view: Tensor) -> Embeddings:
         """The prediction, and the target for the other view, [B, projection_size] each."""

@@ -87,7 +87,7 @@ class MomentumContrast(Objective):
             )
         if options.scale_momentum:
             self.momentum = scale_momentum(options.key_momentum, batch, options.reference_batch)
-        self.notes = note_on_momentum(self.momentum, schedule.total_steps, "key_momentum")
+        self.notes += note_on_momentum(self.momentum, schedule.total_steps, "key_momentum")
 
     @torch.no_grad()
     def make_keys(self, view: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -36,11 +36,8 @@ def create_config(arguments: ModelArguments) -> MLVICXConfig:
 
 def prepare_objective(
     model_arguments: ModelArguments, arguments: PretrainingArguments, schedule: Schedule
-) -> tuple[Objective, list[str]]:
+) -> Objective:
     """Make what a run trains, ready for its schedule, from the seed of the run.
-
-    Returns:
-        the objective, and lines to print when training begins.
 
     Raises:
         UserError: see `create_objective`; or arguments that the objective or the schedule cannot obey.
@@ -62,8 +59,8 @@ def prepare_objective(
         objective.encoder.backbone.set_grad_checkpointing()
     for norm in backbone_norms(objective) if arguments.freeze_batch_norm else ():
         norm.requires_grad_(False)
-    notes = [*_unused_arguments(objective, model_arguments), *objective.notes]
-    return objective, notes + ([objective.start] if objective.start else [])
+    objective.notes[:0] = _unused_arguments(objective, model_arguments)
+    return objective
 
 
 def create_objective(arguments: ModelArguments) -> Objective:
@@ -83,7 +80,7 @@ def create_objective(arguments: ModelArguments) -> Objective:
         else:
             model, start = _load_earlier(objective_class.model_class, config, source)
     objective = make_objective(arguments.objective, model, arguments.objective_options)
-    objective.start = start
+    objective.notes += [start] if start else []
     return objective
 
 

@@ -68,7 +68,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     batches = data.batches
     schedule = Schedule(arguments.seed, arguments.batch_size, len(batches), arguments.epochs, batches.num_images)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
-    objective, notes = prepare_objective(model_arguments, arguments, schedule)
+    objective = prepare_objective(model_arguments, arguments, schedule)
     objective.to(device).to(memory_format=layout)
 
     def make_views(batch: PlannedBatch) -> Views:
@@ -82,6 +82,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         return make_views(planner.plan(0, images, np.arange(count)))
 
     steps = schedule.total_steps - (0 if checkpoint is None else checkpoint.step)
+    notes = list(objective.notes)
     if steps:
         trial = Trial(accelerator, objective, views_of_noise, data.batches.share)
         settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
