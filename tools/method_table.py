@@ -7,7 +7,7 @@
     python tools/method_table.py suite > methods.yaml # the best rates with their three seeds, for mlvicx evaluate
 
 `--data imagenet` (the default) starts from ImageNet's weights with recipe from_imagenet, the same for all; `random`
-starts from random weights with the recipe of each method; `phantoms` does so for 300 steps, at two rates, on synthetic
+starts from random weights with the recipe of each method; `phantoms` does so for 300 steps on synthetic
 radiographs. `caches/` holds pool, A, B and phantoms; docs/results/methods.md says how to make them. Each pretraining
 becomes a row of docs/results/methods_DATA.jsonl, and what has a row is never done again. Rates are chosen on validation
 images.
@@ -57,7 +57,7 @@ DATA = {
         ("--image_size", 96, "--batch_size", 64, "--epochs", 4.07),
     ),
     "phantoms": Data(
-        *("phantoms", ("phantoms",), (10, 3), (0,), 192, 27),
+        *("phantoms", ("phantoms",), (10, 3, 1), (0,), 192, 27),
         ("--backbone", "test_resnet", "--image_size", 64, "--batch_size", 32, "--epochs", 10),
     ),
 }
