@@ -275,7 +275,7 @@ def test_the_best_checkpoint_of_a_run_is_kept(cache: Path, unfinished: Path):
     [
         (["--batch_size", 4], "training.batch_size was 8, now 4"),
         (["--seed", 1], "training.seed was 0, now 1"),
-        (["--epochs", 3], "training.epochs was 2.0, now 3.0"),
+        (["--epochs", 3], "training.epochs was 2, now 3"),
         (["--deterministic"], "training.deterministic was False, now True"),
         (["--channels_last", "false"], "training.channels_last was True, now False"),
         (["--aggregation_size", 2], "model.aggregation_size was 4, now 2"),
