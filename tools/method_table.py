@@ -36,29 +36,32 @@ CACHES = Path("caches")
 class Data:
     """What all methods see and how they are scored."""
 
-    pool: str
-    tasks: tuple[str, ...]
-    factors: tuple[float, ...]  # of the rate
-    seeds: tuple[int, ...]
-    queue: int  # a quarter of the images at most
-    local_size: int  # 3/7 of the image, as published
     words: tuple[object, ...]
+    pool: str = "pool"
+    tasks: tuple[str, ...] = ("A", "B")
+    factors: tuple[float, ...] = (10, 3, 1)  # of the rate; short runs want much, so the highest goes first
+    seeds: tuple[int, ...] = (0, 1, 2)
+    queue: int = 1152  # a quarter of the images at most
+    local_size: int = 41  # 3/7 of the image, as published
     rate: float | None = None  # of all methods; otherwise each has its own
 
 
 DATA = {
     "imagenet": Data(
-        *("pool", ("A", "B"), (1, 3, 0.3), (0, 1, 2), 1152, 41),
-        ("--recipe", "from_imagenet", "--backbone", "tf_efficientnet_lite0", "--init_from", "runs/start/lite0"),
-        0.012,
+        words=("--recipe", "from_imagenet", "--backbone", "tf_efficientnet_lite0", "--init_from", "runs/start/lite0"),
+        factors=(1, 3, 0.3),
+        rate=0.012,
     ),
-    "random": Data(  # short runs want much, so the highest rate goes first
-        *("pool", ("A", "B"), (10, 3, 1), (0, 1, 2), 1152, 41),
-        ("--image_size", 96, "--batch_size", 64, "--epochs", 4.07),
+    "random": Data(
+        words=("--image_size", 96, "--batch_size", 64, "--epochs", 4.07),
     ),
     "phantoms": Data(
-        *("phantoms", ("phantoms",), (10, 3, 1), (0,), 192, 27),
-        ("--backbone", "test_resnet", "--image_size", 64, "--batch_size", 32, "--epochs", 10),
+        words=("--backbone", "test_resnet", "--image_size", 64, "--batch_size", 32, "--epochs", 10),
+        pool="phantoms",
+        tasks=("phantoms",),
+        seeds=(0,),
+        queue=192,
+        local_size=27,
     ),
 }
 
@@ -175,9 +178,11 @@ class Table:
             begin = time.time()
             failure = "" if (output / "model.safetensors").exists() else run("pretrain", *words, log=output)
             row["seconds"] = round(time.time() - begin)
+            if failure and not any(sign in failure for sign in ("FloatingPointError", "loss nan", "loss inf")):
+                raise RuntimeError(f"{output}: {failure}")
+            made = json.loads((output / "run.json").read_text())
+            row |= {"pool": made["data"]["data_hash"], "pretrained_by": made["code"]["commit"]}
             if failure:
-                if not any(sign in failure for sign in ("FloatingPointError", "loss nan", "loss inf")):
-                    raise RuntimeError(f"{output}: {failure}")
                 return row | {"validation": {}, "failure": failure.splitlines()[-1]}
             last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
             row |= {"images": last["images"], "loss": last["loss"]}
@@ -191,13 +196,13 @@ class Table:
             results = json.loads((scored / "results.json").read_text())
             row["validation"][task] = round(results["validation"]["auroc_macro"], 4)
             row["data"][task] = results["data"]["data_hash"]
-        return row | {"code": results["code"]["commit"], "hardware": results["hardware"]["name"]}
+        return row | {"scored_by": results["code"]["commit"], "hardware": results["hardware"]["name"]}
 
     def words(self, method: str) -> list[object]:
         """Flags of a pretraining but for its rate, seed and folder."""
         setting, data = METHODS[method], self.data
-        words: list[object] = [*data.words, "--dataset", CACHES / data.pool, "--num_workers", 1, "--resume"]
-        words += ["--checkpoint_steps", 78]
+        words: list[object] = [*data.words, "--dataset", CACHES / data.pool, "--num_workers", 1]
+        words += ["--checkpoint_steps", 78, "--resume"]
         options = [option.format(queue=data.queue, local=data.local_size) for option in setting.options]
         if self.name == "imagenet":
             if method == "vicreg":

@@ -765,7 +765,9 @@ def test_the_folder_of_another_run_is_refused(finished: Path, cache: Path):
     [
         (["--batch_size", 45], "batch_size=45 found; expected at most 44"),
         (["--split", "test"], "split='test' found; .* has train"),
-        (["--epochs", 0.01], "epochs=0.01 found; expected a step at least, of 5 in an epoch"),
+        (["--epochs", 0], "epochs=0 found; expected a step at least, of 5 in an epoch"),
+        (["--epochs", -1], "epochs=-1 found; expected a step at least"),
+        (["--epochs", 0.01], "epochs=0.01 found; expected a step at least"),
         (["--checkpoint_steps", 0], "checkpoint_steps=0 found"),
         (["--logging_steps", 0], "logging_steps=0 found"),
         (["--save_total_limit", 0], "save_total_limit=0 found"),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .distortions import Distortion
@@ -48,13 +49,21 @@ class LossOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The course of a run, as far as an objective may need it."""
+    """The course of a run, as far as an objective may need it.
+
+    Raises:
+        UserError: epochs that are less than a step.
+    """
 
     seed: int
     batch_size: int  # images of a step, over all processes
     batches: int  # steps of an epoch
     epochs: float  # the last may be a part of one
     images: int  # of an epoch
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise UserError(f"epochs={self.epochs:g} found; expected a step at least, of {self.batches} in an epoch")
 
     @property
     def total_steps(self) -> int:

@@ -40,15 +40,11 @@ def prepare_objective(
     """Make what a run trains, ready for its schedule, from the seed of the run.
 
     Raises:
-        UserError: see `create_objective`; or arguments that the objective or the schedule cannot obey.
+        UserError: see `create_objective`; or arguments that the objective cannot obey.
     """
     torch.manual_seed(arguments.seed)
     objective = create_objective(model_arguments)
     _check_accumulation(objective, model_arguments.objective, arguments)
-    if not schedule.total_steps:
-        raise UserError(
-            f"epochs={schedule.epochs:g} found; expected a step at least, of {schedule.batches} in an epoch"
-        )
     objective.prepare(schedule)
     if arguments.gradient_checkpointing:
         if not objective.encoder.is_plain:

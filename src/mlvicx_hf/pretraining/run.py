@@ -23,6 +23,7 @@ from mlvicx_hf.data.reading.sampling import EpochBatches
 from mlvicx_hf.data.reading.streaming import StreamBatches
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.objectives import Objective
+from mlvicx_hf.objectives.base import Schedule
 
 from .arguments import PretrainingArguments
 from .batches import PlannedBatch
@@ -45,6 +46,7 @@ class Run:
     wrapped: nn.Module  # the objective as Accelerate prepared it, perhaps for several processes; call this one
     optimizer: AcceleratedOptimizer
     processor: MLVICXImageProcessor  # saved beside the model
+    schedule: Schedule
     batches: EpochBatches | StreamBatches  # which images form the batches of an epoch
     loader: Iterable[PlannedBatch]  # the same, with their images and what happens to them
     make_views: Callable[[PlannedBatch], Views]
@@ -68,7 +70,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return round(self.arguments.epochs * len(self.batches))
+        return self.schedule.total_steps
 
     @property
     def warmup_steps(self) -> int:

@@ -105,6 +105,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         wrapped=wrapped,
         optimizer=prepared,
         processor=processor,
+        schedule=schedule,
         batches=data.batches,
         loader=data.loader,
         make_views=make_views,
@@ -129,9 +130,7 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
         )
     counts = ("checkpoint_steps", "logging_steps", "save_total_limit", "probe_steps")
     least = dict.fromkeys((*counts, "gradient_accumulation_steps"), 1)
-    least |= dict.fromkeys(
-        ("seed", "epochs", "warmup_epochs", "backbone_thaw_epochs", "backbone_learning_rate_ratio"), 0
-    )
+    least |= dict.fromkeys(("seed", "warmup_epochs", "backbone_thaw_epochs", "backbone_learning_rate_ratio"), 0)
     for name, smallest in least.items():
         if getattr(arguments, name) < smallest:
             raise UserError(f"{name}={getattr(arguments, name)} found; expected {smallest} or more")
