@@ -53,7 +53,7 @@ DATA = {
         rate=0.012,
     ),
     "random": Data(
-        words=("--image_size", 96, "--batch_size", 64, "--epochs", 4.07),
+        words=("--image_size", 96, "--batch_size", 64, "--epochs", 4.07, "--mixed_precision", "bf16"),
     ),
     "phantoms": Data(
         words=("--backbone", "test_resnet", "--image_size", 64, "--batch_size", 32, "--epochs", 10),

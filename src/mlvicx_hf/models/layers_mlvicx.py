@@ -118,21 +118,23 @@ class _Refinement(torch.autograd.Function):
         maps, slopes = x.flatten(2), gradient.flatten(2)  # [B, C, N] of N pixels, in either memory format
         gate = ctx.channel_gate.detach().flatten(2).to(x.dtype)  # [B, C, 1]; autocast may have made it half
         at_spatial_gate = (gate.mT @ (slopes * maps)).view_as(ctx.spatial_gate)
-        *spatial, at_planes = torch.autograd.grad(
+        *spatial_weights, at_planes = torch.autograd.grad(
             ctx.spatial_gate, [*ctx.spatial_weights, ctx.planes], at_spatial_gate.to(ctx.spatial_gate.dtype), True
         )
         at_mean, at_maximum = at_planes.flatten(2).split(1, 1)  # [B, 1, N] each
         at_y = slopes * ctx.spatial_gate.detach().flatten(2)  # [B, C, N]
         at_y += at_mean / x.shape[1]
-        at_y.scatter_add_(1, channel.flatten(2), at_maximum)
+        # Indexing, since a scatter copies the whole map where it is half-precision on a CPU.
+        images, channels, pixels = (torch.arange(size, device=x.device) for size in maps.shape)
+        at_y[images[:, None], channel.flatten(1), pixels] += at_maximum.squeeze(1)
         at_channel_gate = (at_y * maps).sum(2).view_as(ctx.channel_gate).to(ctx.channel_gate.dtype)
-        *channels, at_average, at_maximum = torch.autograd.grad(
+        *channel_weights, at_average, at_maximum = torch.autograd.grad(
             ctx.channel_gate, [*ctx.channel_weights, *ctx.pooled], at_channel_gate, True
         )
         at_x = at_y.mul_(gate)
         at_x += at_average.flatten(2) / maps.shape[2]
-        at_x.scatter_add_(2, place.flatten(2), at_maximum.flatten(2))
-        return at_x.view_as(x), None, *channels, *spatial
+        at_x[images[:, None], channels, place.flatten(1)] += at_maximum.flatten(1)
+        return at_x.view_as(x), None, *channel_weights, *spatial_weights
 
     @staticmethod
     def _plain_backward(ctx: Any, x: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
