@@ -8,9 +8,9 @@
 
 `--data imagenet` (the default) starts from ImageNet's weights with recipe from_imagenet, the same for all; `random`
 starts from random weights with the recipe of each method; `phantoms` does so for 300 steps on synthetic
-radiographs. `caches/` holds pool, A, B and phantoms; docs/results/methods.md says how to make them. Each pretraining
-becomes a row of docs/results/methods_DATA.jsonl, and what has a row is never done again. Rates are chosen on validation
-images.
+radiographs. `recipe` changes one thing of recipe from_imagenet at a time. `caches/` holds pool, A, B and phantoms;
+docs/results/methods.md says how to make them, and pool500. Each pretraining becomes a row of
+docs/results/methods_DATA.jsonl, and what has a row is never done again. Rates are chosen on validation images.
 """
 
 from __future__ import annotations
@@ -23,13 +23,68 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 CACHES = Path("caches")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: the base rate of a method's publication, its options for a short run, its recipe for random weights."""
+
+    rate: float = 0.012  # of recipe from_imagenet
+    flags: tuple[object, ...] = ()  # in place of those of the recipe
+    options: tuple[str, ...] = ()
+    lars: bool = False  # its publication warms up for 10 of hundreds of epochs
+    recipe: str | None = None
+
+
+# A copy that forgets after 1,000 steps would hardly move in 300.
+QUEUE = ("queue_size={queue}", "scale_momentum=false", "key_momentum=0.99")
+METHODS = {
+    "mlvicx": Method(0.2, lars=True, recipe="small"),
+    "vicreg": Method(0.2, lars=True),
+    "barlow_twins": Method(0.2, options=("projector_dims=1024,1024,1024",), lars=True),
+    "simclr": Method(0.3, lars=True),
+    "byol": Method(0.3, options=("scale_momentum=false",), lars=True),
+    "simsiam": Method(0.05),
+    "moco_v2": Method(0.03, options=QUEUE),
+    "inter_moco": Method(0.12, options=QUEUE),
+    "caid": Method(0.03, options=QUEUE),
+    "pcrl_v1": Method(0.004, options=QUEUE),
+    "pcrl_v2": Method(0.04, options=("local_size={local}",)),
+}
+
+# One thing of recipe from_imagenet changed at a time, MLVICX.
+RECIPE = {
+    "base": Method(),
+    "pool-500": Method(flags=("--dataset", CACHES / "pool500", "--epochs", 22)),  # as many steps
+    "epochs-6": Method(flags=("--epochs", 6)),
+    "gates-middle": Method(flags=("--use_context", "true", "--context_gain", 2, "--context_init_scale", 0)),
+    "gates-drawn": Method(flags=("--use_context", "true", "--context_gain", 2, "--context_init_scale", 1)),
+    "crop-0.08": Method(flags=("--crop_area", 0.08, 1)),
+    "crop-0.4": Method(flags=("--crop_area", 0.4, 1)),
+    "lambda-0.25": Method(flags=("--multi_level_weight", 0.25)),
+    "lambda-4": Method(flags=("--multi_level_weight", 4)),
+    "width-512": Method(flags=("--expander_dims", 512, 512, 512)),
+    "width-2048": Method(flags=("--expander_dims", 2048, 2048, 2048)),
+    "aggregation-1": Method(flags=("--aggregation_size", 1)),
+    "aggregation-7": Method(flags=("--aggregation_size", 7)),
+    "no-rotation": Method(flags=("--rotation", 0)),
+    "no-solarisation": Method(flags=("--solarize", 0, 0)),
+    "no-flip": Method(flags=("--flip", 0)),
+    "same-patient": Method(flags=("--positives", "same_patient")),
+    "lars": Method(1.6, flags=("--optimizer", "lars", "--backbone_learning_rate_ratio", 1)),
+    **{
+        f"without-level-{level}": Method(flags=("--aggregation_levels", *(x for x in range(5) if x != level)))
+        for level in range(5)
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -44,17 +99,20 @@ class Data:
     queue: int = 1152  # a quarter of the images at most
     local_size: int = 41  # 3/7 of the image, as published
     rate: float | None = None  # of all methods; otherwise each has its own
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
 
 
+FROM_IMAGENET = ("--recipe", "from_imagenet", "--backbone", "tf_efficientnet_lite0", "--init_from", "runs/start/lite0")
 DATA = {
     "imagenet": Data(
-        words=("--recipe", "from_imagenet", "--backbone", "tf_efficientnet_lite0", "--init_from", "runs/start/lite0"),
+        words=FROM_IMAGENET,
         factors=(1, 3, 0.3),
         rate=0.012,
     ),
     "random": Data(
         words=("--image_size", 96, "--batch_size", 64, "--epochs", 4.07, "--mixed_precision", "bf16"),
     ),
+    "recipe": Data(words=FROM_IMAGENET, factors=(1,), seeds=(0,), methods=RECIPE),
     "phantoms": Data(
         words=("--backbone", "test_resnet", "--image_size", 64, "--batch_size", 32, "--epochs", 10),
         pool="phantoms",
@@ -66,47 +124,23 @@ DATA = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method: the base rate of its publication, its options for a short run, and its recipe for random weights."""
-
-    rate: float
-    options: tuple[str, ...] = ()
-    lars: bool = False  # its publication warms up for 10 of hundreds of epochs
-    recipe: str | None = None
-
-
-# A copy that forgets after 1,000 steps would hardly move in 300.
-QUEUE = ("queue_size={queue}", "scale_momentum=false", "key_momentum=0.99")
-METHODS = {
-    "mlvicx": Method(0.2, lars=True, recipe="small"),
-    "vicreg": Method(0.2, lars=True),
-    "barlow_twins": Method(0.2, ("projector_dims=1024,1024,1024",), lars=True),
-    "simclr": Method(0.3, lars=True),
-    "byol": Method(0.3, ("scale_momentum=false",), lars=True),
-    "simsiam": Method(0.05),
-    "moco_v2": Method(0.03, QUEUE),
-    "inter_moco": Method(0.12, QUEUE),
-    "caid": Method(0.03, QUEUE),
-    "pcrl_v1": Method(0.004, QUEUE),
-    "pcrl_v2": Method(0.04, ("local_size={local}",)),
-}
-
-
 def main() -> None:
     """Train, show, or print a suite."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("train", "show", "suite"))
     parser.add_argument("--data", choices=list(DATA), default="imagenet")
     parser.add_argument("--core", type=int, help="run on this core alone, with one thread")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these rows")
     arguments = parser.parse_args()
     table = Table(arguments.data)
+    methods = arguments.methods or list(table.data.methods)
+    if unknown := sorted(set(methods) - set(table.data.methods)):
+        parser.error(f"--methods {', '.join(unknown)} found; expected {', '.join(table.data.methods)}")
     if arguments.action == "train":
         if arguments.core is not None:
             os.sched_setaffinity(0, {arguments.core})
         table.runs.mkdir(parents=True, exist_ok=True)
-        while table.train_next(arguments.methods):
+        while table.train_next(methods):
             pass
     elif arguments.action == "show":
         table.show()
@@ -136,7 +170,8 @@ class Table:
     def wanted(self, methods: list[str]) -> list[Cell]:
         """Every pretraining that can be begun: rates first, then random weights, then the seeds of the best rates."""
         cells = [(method, factor, 0) for factor in self.data.factors for method in methods]
-        cells += [("random", 0, seed) for seed in self.data.seeds]
+        if self.name != "recipe":
+            cells += [("random", 0, seed) for seed in self.data.seeds]
         best = {method: factor for method in methods if (factor := self.best_factor(method)) is not None}
         cells += [(method, factor, seed) for seed in self.data.seeds[1:] for method, factor in best.items()]
         done = {(row["method"], row["factor"], row["seed"]) for row in self.rows()}
@@ -173,7 +208,7 @@ class Table:
         if method == "random":
             model = ("--model", "random", "--architecture", self.folder("vicreg", self.data.factors[0], 0))
         else:
-            rate = row["base_learning_rate"] = (self.data.rate or METHODS[method].rate) * factor
+            rate = row["base_learning_rate"] = (self.data.rate or self.data.methods[method].rate) * factor
             words = [*self.words(method), "--seed", seed, "--base_learning_rate", rate, "--output_dir", output]
             begin = time.time()
             failure = "" if (output / "model.safetensors").exists() else run("pretrain", *words, log=output)
@@ -200,10 +235,12 @@ class Table:
 
     def words(self, method: str) -> list[object]:
         """Flags of a pretraining but for its rate, seed and folder."""
-        setting, data = METHODS[method], self.data
+        setting, data = self.data.methods[method], self.data
         words: list[object] = [*data.words, "--dataset", CACHES / data.pool, "--num_workers", 1]
         words += ["--checkpoint_steps", 78, "--resume"]
         options = [option.format(queue=data.queue, local=data.local_size) for option in setting.options]
+        if self.name == "recipe":
+            return [*words, *setting.flags]
         if self.name == "imagenet":
             if method == "vicreg":
                 return [*words, "--multi_level_weight", 0]
@@ -220,7 +257,7 @@ class Table:
         tasks = self.data.tasks
         print("| method | rate | seed |", " | ".join((*tasks, "mean", "minutes")), "|")
         print("|---|---:|---" + "|---:" * (2 + len(tasks)) + "|")
-        order = ["random", *METHODS]
+        order = ["random", *self.data.methods]
         for row in sorted(self.rows(), key=lambda row: (order.index(row["method"]), row["factor"], row["seed"])):
             chosen = "**" if row["factor"] == self.best_factor(row["method"]) and row["factor"] else ""
             scores = [f"{row['validation'][task]:.3f}" if row["validation"] else "failed" for task in tasks]
@@ -230,7 +267,7 @@ class Table:
     def suite(self) -> dict[str, Any]:
         """The frozen protocol for random weights and every method at its best rate, MLVICX being the one compared."""
         models: dict[str, Any] = {"random": {"random": str(self.folder("vicreg", self.data.factors[0], 0))}}
-        for method in METHODS:
+        for method in self.data.methods:
             if (factor := self.best_factor(method)) is not None:
                 models[method] = [str(self.folder(method, factor, seed)) for seed in self.data.seeds]
         return {
