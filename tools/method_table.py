@@ -131,8 +131,9 @@ def main() -> None:
     parser.add_argument("--data", choices=list(DATA), default="imagenet")
     parser.add_argument("--core", type=int, help="run on this core alone, with one thread")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these rows")
+    parser.add_argument("--seeds_first", action="store_true", help="more seeds of the best rate so far, then rates")
     arguments = parser.parse_args()
-    table = Table(arguments.data)
+    table = Table(arguments.data, arguments.seeds_first)
     methods = arguments.methods or list(table.data.methods)
     if unknown := sorted(set(methods) - set(table.data.methods)):
         parser.error(f"--methods {', '.join(unknown)} found; expected {', '.join(table.data.methods)}")
@@ -154,8 +155,8 @@ Cell = tuple[str, float, int]  # method, factor of its rate, seed; "random" has 
 class Table:
     """The pretrainings on one collection and what is known of them."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.data = name, DATA[name]
+    def __init__(self, name: str, seeds_first: bool = False) -> None:
+        self.name, self.data, self.seeds_first = name, DATA[name], seeds_first
         self.runs, self.file = Path(f"runs/methods_{name}"), Path(f"docs/results/methods_{name}.jsonl")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -163,17 +164,19 @@ class Table:
         return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
 
     def best_factor(self, method: str) -> float | None:
-        """Which of the rates is best for seed 0; None while one is missing."""
+        """Which of the rates is best for seed 0; None while one is missing, unless seeds go first."""
         tried = [row for row in self.rows() if (row["method"], row["seed"]) == (method, 0)]
-        return max(tried, key=score)["factor"] if len(tried) == len(self.data.factors) else None
+        enough = bool(tried) if self.seeds_first else len(tried) == len(self.data.factors)
+        return max(tried, key=score)["factor"] if enough else None
 
     def wanted(self, methods: list[str]) -> list[Cell]:
-        """Every pretraining that can be begun: rates first, then random weights, then the seeds of the best rates."""
-        cells = [(method, factor, 0) for factor in self.data.factors for method in methods]
+        """Every pretraining that can be begun: rates, then random weights, then the seeds of the best rates."""
+        rates = [(method, factor, 0) for factor in self.data.factors for method in methods]
         if self.name != "recipe":
-            cells += [("random", 0, seed) for seed in self.data.seeds]
+            rates += [("random", 0, seed) for seed in self.data.seeds]
         best = {method: factor for method in methods if (factor := self.best_factor(method)) is not None}
-        cells += [(method, factor, seed) for seed in self.data.seeds[1:] for method, factor in best.items()]
+        seeds = [(method, factor, seed) for seed in self.data.seeds[1:] for method, factor in best.items()]
+        cells = [*seeds, *rates] if self.seeds_first else [*rates, *seeds]
         done = {(row["method"], row["factor"], row["seed"]) for row in self.rows()}
         return [cell for cell in cells if cell not in done]
 
