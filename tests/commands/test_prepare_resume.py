@@ -366,7 +366,7 @@ def chosen(changes: list[list[str]], most: int) -> list[int]:
     return sorted(last | set(random.Random(0).sample(rest, most - len(last))))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("more", "most"), [((), 8), (("--overwrite",), 10), (("--overwrite", "--drop_duplicates", "identical"), 8)]
 )

@@ -85,7 +85,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(forks: Forks, whole: Path, cac
     assert lines(killed) == lines(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     output = tmp_path / "run"
     done = run_python(

@@ -117,14 +117,13 @@ def test_a_signal_to_one_of_two_processes_stops_both_behind_the_same_step(cache:
 # -- SIGKILL -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.thorough)])
-def test_kills_end_in_the_same_bits(forks: Forks, tmp_path: Path, capsys: pytest.CaptureFixture[str], kills: int):
-    faults = kill_often(forks, tmp_path, kills, random.Random(5))
+@pytest.mark.thorough
+def test_thirty_kills_end_in_the_same_bits(forks: Forks, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    faults = kill_often(forks, tmp_path, 30, random.Random(5))
     output = capsys.readouterr().out
     assert not faults, output
     found = [line for line in output.splitlines() if line.startswith("kill ")]
-    assert len(found) == kills
+    assert len(found) == 30
     assert all(re.search(r"step \d+, .* killed (after|before) .* -> (resumed at|killed again)", line) for line in found)
     assert any("killed before" in line and "checkpoint-" in line for line in found)
     assert re.search(r"run-\d ended: the same bits", output)

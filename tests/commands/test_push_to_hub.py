@@ -214,7 +214,7 @@ def test_a_name_that_is_not_there_and_one_that_is_private(hub: LoopbackHub, tmp_
     assert_users_error(revision, "v9")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_download_that_breaks_and_one_that_is_corrupted(hub: LoopbackHub, tmp_path: Path):
     hub.cut("model.safetensors", after=100_000)
     broken = load(hub, tmp_path)

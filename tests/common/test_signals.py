@@ -116,6 +116,7 @@ sys.kept = (loader, iterator)  # so that nobody tells the workers to end
 """
 
 
+@pytest.mark.thorough
 def test_a_process_ends_although_its_image_workers_are_kept():
     done = run_code(KEPT, timeout=90)
     assert done.returncode == 0, done.stderr

@@ -162,7 +162,7 @@ def prepare_damaged(folder: Path, seed: int, count: int = 1000) -> tuple[Watched
     return done, *check_outcome(folder / "cache", whole, special)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not (PROC / "self" / "status").is_file(), reason="peak memory is read from /proc")
 def test_of_a_thousand_damaged_files_each_is_read_or_rejected_in_little_memory(tmp_path: Path):
     done, read, rejected = prepare_damaged(tmp_path, seed=0)

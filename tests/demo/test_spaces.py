@@ -28,7 +28,7 @@ snapshot_download("org/radiographs", repo_type="space", local_dir=sys.argv[1])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_space_is_published_and_starts_as_it_is(classifier: Path, segmenter: Path, tmp_path: Path):
     words = ["publish", "--model", classifier, "--space", "--segmenter", segmenter, "--repo_id", NAME, "--private"]
     with LoopbackHub(token="hf_secret") as hub:

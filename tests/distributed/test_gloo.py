@@ -15,7 +15,7 @@ from mlvicx_hf import MLVICXForPreTraining
 from mlvicx_hf.models.loss_mlvicx import gather_batch, variance_covariance_loss
 from mlvicx_hf.objectives import OBJECTIVES, Objective
 
-WORLDS = (2, 3)
+WORLDS = (2, pytest.param(3, marks=pytest.mark.thorough))
 
 
 def embeddings(batch: int, dimension: int) -> tuple[Tensor, Tensor]:

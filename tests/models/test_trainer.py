@@ -116,7 +116,7 @@ def _two_processes(rank: int, folder: str) -> None:
     torch.save(results, f"{folder}/{rank}.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_do_not_multiply(tmp_path: Path):
     in_two_processes(_two_processes, tmp_path)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]

@@ -94,7 +94,7 @@ def process(rank: int, folder: str) -> None:
     accelerator.end_training()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_with_micro_batches_equal_one_without(tmp_path: Path):
     in_two_processes(process, tmp_path)
     whole = model().eval()

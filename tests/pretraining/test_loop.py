@@ -482,7 +482,7 @@ class Float16Accelerator(Accelerator):
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_float16_with_scaled_gradients(
     cache: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
 ):
@@ -503,7 +503,7 @@ def test_float16_with_scaled_gradients(
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_the_run_goes_on(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
 ):

@@ -157,7 +157,7 @@ def process(rank: int, folder: str) -> None:
     tried.accelerator.end_training()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_all_processes_take_the_most_of_any(tmp_path: Path):
     in_two_processes(process, tmp_path)
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["4", "4"]

@@ -73,7 +73,7 @@ def drop_behind(run: Path, step: int) -> None:
     (run / "model.safetensors").unlink()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_one_process_then_two_then_one_see_what_one_sees(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     rows = [{"patient_id": f"p{i}", "view": "LATERAL" if i % 5 == 0 else "PA", "_draw": {}} for i in range(40)]
     make_cache(tmp_path, rows)
