@@ -300,6 +300,9 @@ def test_opening_names_the_file_and_what_is_wrong(copied: Path, tmp_path: Path):
     for name in ("index.json", "items.parquet", "embeddings.safetensors"):
         refused(lambda folder, name=name: (folder / name).unlink(), rf"{name}: no such file")
     refused(lambda folder: change_json(folder, format=9), "index.json: format=9 found; expected 1")
+    refused(
+        lambda folder: change_json(folder, caches=[]), r"index.json: caches=\[\] found; expected the cache of every"
+    )
     refused(lambda folder: change_json(folder, weights_sha256="absent"), "no field 'weights_sha256' found")
     refused(lambda folder: change_json(folder, caches=[{"path": "x"}]), "no field 'fit' found")
     refused(lambda folder: change_json(folder, unlike_threshold="high"), "unlike_threshold='high' found")

@@ -62,6 +62,8 @@ class ImageIndex:
             raise UserError(f"{file}: format={form} found; expected {INDEX_FORMAT}")
         for name, kind in (("model", str), ("weights_sha256", dict), ("caches", list), ("validation.images", int)):
             json_field(self.content, name, kind, file, EXPECTED)
+        if not self.content["caches"]:
+            raise UserError(f"{file}: caches=[] found; expected the cache of every image")
         for cache in self.content["caches"]:
             for name in ("path", "fit", *HASHES):
                 json_field(cache, name, str, file, EXPECTED)
