@@ -268,11 +268,13 @@ class Table:
             print("|", " | ".join(map(str, [*cells, round(row.get("seconds", 0) / 60)])), "|")
 
     def suite(self) -> dict[str, Any]:
-        """The frozen protocol for random weights and every method at its best rate, MLVICX being the one compared."""
+        """The frozen protocol for random weights and the methods whose seeds are done, each compared with MLVICX."""
         models: dict[str, Any] = {"random": {"random": str(self.folder("vicreg", self.data.factors[0], 0))}}
         for method in self.data.methods:
             if (factor := self.best_factor(method)) is not None:
-                models[method] = [str(self.folder(method, factor, seed)) for seed in self.data.seeds]
+                folders = [self.folder(method, factor, seed) for seed in self.data.seeds]
+                if all((folder / "model.safetensors").exists() for folder in folders):
+                    models[method] = list(map(str, folders))
         return {
             "title": "The methods of the paper's tables, real radiographs",
             "tasks": {task: {"kind": "classification", "dataset": str(CACHES / task)} for task in self.data.tasks},
@@ -281,7 +283,7 @@ class Table:
             "label_fractions": [0.1, 0.3, 1],
             "seeds": list(self.data.seeds),
             "pair_seeds": True,
-            "compare": [["mlvicx", name] for name in models if name != "mlvicx"],
+            "compare": [["mlvicx", name] for name in models if name != "mlvicx" in models],
             "shortcuts": [],
         }
 
