@@ -283,7 +283,7 @@ class Table:
             "label_fractions": [0.1, 0.3, 1],
             "seeds": list(self.data.seeds),
             "pair_seeds": True,
-            "compare": [["mlvicx", name] for name in models if name != "mlvicx" in models],
+            "compare": [["mlvicx", name] for name in models if "mlvicx" in models and name != "mlvicx"],
             "shortcuts": [],
         }
 
