@@ -145,6 +145,8 @@ def main() -> None:
             pass
     elif arguments.action == "show":
         table.show()
+    elif table.data.methods is not METHODS:
+        parser.error(f"suite of --data {arguments.data} found; expected data that compare methods")
     else:
         print(yaml.safe_dump(table.suite(), sort_keys=False), end="")
 
@@ -172,7 +174,7 @@ class Table:
     def wanted(self, methods: list[str]) -> list[Cell]:
         """Every pretraining that can be begun: rates, then random weights, then the seeds of the best rates."""
         rates = [(method, factor, 0) for factor in self.data.factors for method in methods]
-        if self.name != "recipe":
+        if self.data.methods is METHODS:
             rates += [("random", 0, seed) for seed in self.data.seeds]
         best = {method: factor for method in methods if (factor := self.best_factor(method)) is not None}
         seeds = [(method, factor, seed) for seed in self.data.seeds[1:] for method, factor in best.items()]
@@ -242,7 +244,7 @@ class Table:
         words: list[object] = [*data.words, "--dataset", CACHES / data.pool, "--num_workers", 1]
         words += ["--checkpoint_steps", 78, "--resume"]
         options = [option.format(queue=data.queue, local=data.local_size) for option in setting.options]
-        if self.name == "recipe":
+        if self.data.methods is not METHODS:
             return [*words, *setting.flags]
         if self.name == "imagenet":
             if method == "vicreg":

@@ -124,7 +124,7 @@ class _Refinement(torch.autograd.Function):
         at_mean, at_maximum = at_planes.flatten(2).split(1, 1)  # [B, 1, N] each
         at_y = slopes * ctx.spatial_gate.detach().flatten(2)  # [B, C, N]
         at_y += at_mean / x.shape[1]
-        # Indexing, since a scatter copies the whole map where it is half-precision on a CPU.
+        # Indexing, for no place comes twice, and a scatter on a CPU copies the whole map where it is half-precision.
         images, channels, pixels = (torch.arange(size, device=x.device) for size in maps.shape)
         at_y[images[:, None], channel.flatten(1), pixels] += at_maximum.squeeze(1)
         at_channel_gate = (at_y * maps).sum(2).view_as(ctx.channel_gate).to(ctx.channel_gate.dtype)
