@@ -10,7 +10,7 @@ from mlvicx_hf.common.arguments import CommandParser, add_sections
 from mlvicx_hf.common.errors import run
 from mlvicx_hf.common.text import number
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS
-from mlvicx_hf.recipes import add_recipe, fill_sections
+from mlvicx_hf.recipes import add_recipe, fill_sections, load_recipe
 
 
 def parser() -> CommandParser:
@@ -26,7 +26,7 @@ def parser() -> CommandParser:
         ],
     )
     add_recipe(made, "classification")
-    add_sections(made, *CLASSIFICATION_SECTIONS)
+    add_sections(made, *CLASSIFICATION_SECTIONS, defaults=load_recipe("default", None, "classification"))
     return made
 
 

@@ -14,7 +14,7 @@ from mlvicx_hf.pretraining.arguments import (
     ModelArguments,
     PretrainingArguments,
 )
-from mlvicx_hf.recipes import add_recipe, fill_sections
+from mlvicx_hf.recipes import add_recipe, fill_sections, load_recipe
 
 
 def parser() -> CommandParser:
@@ -30,7 +30,7 @@ def parser() -> CommandParser:
         ],
     )
     add_recipe(made, "pretraining")
-    add_sections(made, *SECTIONS_OF_PRETRAINING)
+    add_sections(made, *SECTIONS_OF_PRETRAINING, defaults=load_recipe("default", None, "pretraining"))
     return made
 
 

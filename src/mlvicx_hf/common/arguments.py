@@ -16,7 +16,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -182,7 +182,7 @@ def _options(section: type) -> list[_Option]:
     return found
 
 
-def add_sections(parser: CommandParser, *sections: type) -> None:
+def add_sections(parser: CommandParser, *sections: type, defaults: Mapping[str, Any] | None = None) -> None:
     """Add the fields of dataclasses as flags. What the user does not give is not in the parsed namespace.
 
     A bool is `--flag`, `--flag true` or `--flag false`, and `--no_flag` where the default is true or depends; a list
@@ -191,9 +191,11 @@ def add_sections(parser: CommandParser, *sections: type) -> None:
     Args:
         parser: of a command.
         sections: dataclasses whose fields are of bool, int, float, str, lists of these, dictionaries, or optional.
+        defaults: field → value that the help shows in place of the field's own default, such as a recipe's.
     """
     parser.rest = _rest_of(sections)
     for each in (each for section in sections for each in _options(section)):
+        each = replace(each, default=(defaults or {}).get(each.name, each.default))
         group = parser if each.metadata.get("first") else parser.advanced
         settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(each)}
         read: Callable[[str], Any] = each.read if each.choices is not None or each.kind is bool else each.kind
