@@ -283,6 +283,8 @@ def test_grey_levels_are_those_of_pydicoms_own_pipeline(name: str, syntax: uid.U
 def test_damaged_or_senseless_windows_and_voi_luts_are_ignored(attributes: dict[str, Any]):
     content = dicom(shade(20, 3900), **attributes)
     assert_same(read(content), by_pydicom(content, ignored=tuple(attributes)))
+    note = decode_dicom(content, "scan").info["note"]
+    assert re.fullmatch("(VOI LUT|window) 1 (cannot be read|makes .*): the range of the pixels was used", note)
 
 
 CT = {"WindowCenter": 40, "WindowWidth": 400}
@@ -301,6 +303,7 @@ RIGHT = {"WindowCenter": 2000, "WindowWidth": 3000}
         ({"VOILUTSequence": [BRIGHT, DARK], **RIGHT}, RIGHT, "VOI LUT 1 makes .* VOI LUT 2 makes [^:]*white$"),
         ({"VOILUTSequence": [BRIGHT, VOI]}, {"VOILUTSequence": [VOI]}, "^VOI LUT 1 makes [^:]*white$"),
         ({"VOILUTSequence": [BRIGHT], **CT}, {}, "VOI LUT 1 makes .*; window 1 makes .*: the range"),
+        ({"WindowCenter": [40, 2000], "WindowWidth": 400}, {}, "window 1 makes .*; window 2 cannot be read: the range"),
     ],
 )
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])

@@ -115,3 +115,12 @@ def test_size_mask_and_boxes_of_a_halved_jpeg_are_those_of_the_file(tmp_path: Pa
     image, mask = (np.asarray(Image.open(io.BytesIO(png))) for png in (picture.png, picture.mask.png))
     assert ((image > 100) == (mask == 1)).mean() > 0.99
     assert picture.boxes == (Box("disc", 4, 12, 24, 22),)
+
+
+def test_a_mask_beside_a_turned_image_is_noted(tmp_path: Path):
+    mask = tmp_path / "m.png"
+    Image.fromarray(UPRIGHT).save(mask)
+    record = Record("a.jpg", "p", path=save_turned(tmp_path / "a.jpg"), mask_path=mask)
+    note = "turned by EXIF orientation 6; mask and boxes are taken as upright already"
+    assert make_picture(record, 30, "squash", ("disc",)).note == note
+    assert make_picture(record, 30, "squash").note == ""  # without masks nothing can differ

@@ -236,3 +236,52 @@ def test_the_command_says_positives_negatives_and_unknown(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "Mass: 2 positive (66.7%), 1 negative, 1 unknown" in done.stdout
     assert "Edema: 1 positive (33.3%), 2 negative, 1 unknown" in done.stdout
+
+
+@pytest.mark.parametrize("cells", [["-1", "0", "1"], ["-1.00", "0.00", "1.00"], ["-1", "1", "1"]])
+def test_minus_one_is_no_class(cells: Cells):
+    with pytest.raises(UserError, match=r"row 2, column label: '-1(\.00)?' found; expected .*--uncertain ignore|ones"):
+        read_csv(cells, "label")
+    for uncertain, first in (("ignore", (NAN, NAN)), ("ones", (0, 1)), ("zeros", (1, 0))):
+        names, rows = read_csv([cells[0], "0", "1"], "label", uncertain=uncertain)
+        assert names == ("0", "1")
+        assert_rows(rows, [first, (1, 0), (0, 1)])
+
+
+def test_numbers_of_two_signs_are_two_classes():
+    names, _ = read_csv(["-2", "2", "7"], "label")
+    assert names == ("-2", "2", "7")
+
+
+@pytest.mark.parametrize("column", ["label", None])
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+def test_a_column_of_numbers_with_minus_one_stops_typed_tables(tmp_path: Path, kind: str, column: str | None):
+    with pytest.raises(UserError, match=r"'-1' found; expected .*--uncertain"):
+        read_typed(tmp_path, kind, [-1, 0, 1], "label", label_columns=None if column is None else [column])
+
+
+@pytest.mark.parametrize(
+    ("yes", "no"), [("1.00", "0.00"), ("1,0", "0,0"), ("1,000", "0,000"), ("+1", "-0"), ("1.", "0")]
+)
+def test_labels_in_other_decimals_are_labels(yes: str, no: str):
+    cells = {"file_name": [""] * 4, "Edema": [yes, no, "", no], "Mass": [no, no, yes, yes]}
+    if yes == "1.":  # no number that a program writes
+        with pytest.raises(UserError, match=r"column Edema: '1\.' found"):
+            read_labels(Path("m.csv"), cells)
+        return
+    for explicit in (None, ("Edema", "Mass")):
+        found = read_labels(Path("m.csv"), cells, explicit)
+        assert (found.names, found.notes) == (("Edema", "Mass"), ())
+        assert_rows(found.rows, [(1, 0), (0, 0), (NAN, 1), (0, 1)])
+
+
+def test_measurements_that_begin_like_labels_stay_measurements():
+    found = read_labels(Path("m.csv"), {"file_name": [""] * 3, "score": ["0.00", "0.35", "1.20"]})
+    assert (found.names, found.notes) == ((), ("columns ignored: score (holds '0.35')",))
+
+
+@pytest.mark.parametrize("option", [{"explicit": ("Edema", "Edema")}, {"label_names": ("A", "B", "A")}])
+def test_a_label_that_is_given_twice_is_refused(option: dict[str, Any]):
+    columns = {"file_name": ["a"], "Edema": ["1"], "labels": ["[1, 0, 1]"]}
+    with pytest.raises(UserError, match=r"label_(columns|names) with (Edema|A) twice found; expected each once"):
+        read_labels(Path("m.csv"), columns, **option)

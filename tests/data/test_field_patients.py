@@ -28,7 +28,16 @@ def write(root: Path, patients: list[str], splits: list[str] | None = None) -> P
     return root
 
 
-PAIRS = [("1", "1.0"), ("1", "001"), ("P6", "p6"), ("P 6", "P6"), ("1.0", "01"), ("P006", "p6"), ("7.00", "7")]
+PAIRS = [
+    ("1", "1.0"),
+    ("1", "001"),
+    ("P6", "p6"),
+    ("P 6", "P6"),
+    ("1.0", "01"),
+    ("P006", "p6"),
+    ("7.00", "7"),
+    ("M\u00fcller", "Mu\u0308ller"),
+]
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)

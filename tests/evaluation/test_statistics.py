@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from helpers import mlvicx
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.evaluation.runs import Predictions
 from mlvicx_hf.evaluation.statistics import compare_runs, estimate
 
@@ -49,6 +50,20 @@ def test_runs_on_other_images_or_without_predictions_are_refused(tmp_path: Path)
         compare_runs([run], [other], samples=10)
     with pytest.raises(FileNotFoundError, match=r"absent holds no test_predictions\.csv and no test_overlaps\.csv"):
         compare_runs([run], [tmp_path / "absent"], samples=10)
+    with pytest.raises(UserError, match="samples=0 found; expected 1 or more"):
+        compare_runs([run], [run], samples=0)
+    table = run / "test_predictions.csv"
+    for content, message in (
+        ("", "expected the table that the run wrote"),
+        (table.read_text().replace(",", ";"), "expected source, patient_id, label:…"),
+        (table.read_text().replace("patient_id", "patient"), "expected patient_id as well"),
+        (table.read_text().replace("probability:", "score:"), "expected probability:Edema as well"),
+    ):
+        table.write_text(content)
+        with pytest.raises(UserError, match=rf"test_predictions\.csv: .*{message}"):
+            compare_runs([run], [other], samples=10)
+        write_run(tmp_path / "again", 1, 0).joinpath("test_predictions.csv").rename(table)
+        (tmp_path / "again").rmdir()
 
 
 def test_a_macro_score_is_the_same_mean_in_every_draw() -> None:

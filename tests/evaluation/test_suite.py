@@ -202,6 +202,18 @@ def test_a_changed_cache_recipe_or_configuration_is_refused(parts: dict[str, Any
         ({"compare": [["pretrained", "simclr"]]}, "compare simclr found; expected some of pretrained, random"),
         ({"tasks": {"a": {"kind": "detection", "dataset": "x"}}}, "task a"),
         ({"models": {"a": {"architecture": "x"}}}, "model a {'architecture': 'x'} found"),
+        ({"models": ["runs/a"]}, "models: ['runs/a'] found; expected a mapping with one entry at least"),
+        ({"models": {}}, "models: {} found; expected a mapping"),
+        ({"tasks": {"a": "caches/a"}}, "task a caches/a found; expected a kind"),
+        ({"seeds": 3}, "seeds: 3 found; expected a list of whole numbers from 0 on"),
+        ({"seeds": ["a"]}, "seeds: ['a'] found"),
+        ({"label_fractions": 0.1}, "label_fractions: 0.1 found; expected a list of numbers above 0, up to 1"),
+        ({"label_fractions": ["10%"]}, "label_fractions: ['10%'] found"),
+        ({"label_fractions": [2]}, "label_fractions: [2] found"),
+        ({"compare": ["random", "pretrained"]}, "compare: ['random', 'pretrained'] found; expected a list of pairs"),
+        ({"classification": ["patience"]}, "classification: ['patience'] found; expected a mapping of flags"),
+        ({"shortcuts": None}, "shortcuts: None found; expected a list of names"),
+        ({"protocols": []}, "protocols: [] found"),
     ],
 )
 def test_suites_that_are_wrong(change: dict[str, Any], message: str, parts: dict[str, Any], tmp_path: Path):
@@ -256,3 +268,11 @@ def test_models_with_flags_of_their_own(small: dict[str, Any], tmp_path: Path):
     assert [r["hyperparameters"]["pooled_levels"] for r in results] == ["last", "all"] * 2
     assert [r["drop_context"] for r in results] == [False, False, True, True]
     assert len({json.dumps(r["validation"]["auroc"]) for r in results}) == 4
+
+
+@pytest.mark.parametrize("content", [b"tasks:\n\ta: b", b"a: b: c", "title: é".encode("latin-1"), b"- a"])
+def test_files_that_are_no_suite(content: bytes, tmp_path: Path):
+    file = tmp_path / "s.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"(?s)s\.yaml.*expected (YAML in UTF-8|a mapping)"):
+        read_suite(file)

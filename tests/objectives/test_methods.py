@@ -237,6 +237,21 @@ def test_key_networks_normalise_small_groups():
 
 
 @pytest.mark.parametrize(
+    ("images", "size", "groups"),
+    [(64, 16, [16] * 4), (16, 16, [8, 8]), (8, 16, [4, 4]), (4, 16, [2, 2]), (3, 16, [3]), (16, 0, [16])],
+)
+def test_keys_never_share_the_statistics_of_all_queries_unless_asked(
+    images: int, size: int, groups: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    objective = small_objective("moco_v2", key_images=size)
+    seen: list[int] = []
+    refined = objective.key_model.refined_maps
+    monkeypatch.setattr(objective.key_model, "refined_maps", lambda view: (seen.append(len(view)), refined(view))[1])
+    objective.make_keys(torch.randn(images, 1, 32, 32))
+    assert seen == groups
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"queue_size": 12}, "queue_size=12 found with batch_size=8; expected a multiple of the batch"),

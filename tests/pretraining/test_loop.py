@@ -630,6 +630,10 @@ def test_a_run_is_watched_and_the_best_checkpoint_kept(
     with Image.open(output / "curves.png") as picture:
         assert picture.size[0] > 500
     assert_same_weights(output, finished)  # who is watched is not changed
+    words = ("--checkpoint_steps", 100, "--probe_dataset", probe, "--probe_steps", 2, "--save_total_limit", 1)
+    seldom = pretrain(cache, tmp_path / "seldom", *words)  # a probe between checkpoints makes one
+    assert json.loads((seldom / "best.json").read_text()) == best
+    assert (seldom / f"checkpoint-{best['step']}").is_dir()
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

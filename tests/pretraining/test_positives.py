@@ -13,6 +13,8 @@ from runs import assert_same_bits, interrupted, pretrain, start
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.reading.sampling import PatientPartners
+from mlvicx_hf.objectives.base import ViewSpecification
+from mlvicx_hf.pretraining.view_sets import ViewSet
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, view_draws
 
 PATIENTS = ["a", "b", "a", "c", "a", "b"]
@@ -99,3 +101,12 @@ def test_other_methods_take_them(pairs: Path, tmp_path: Path, objective: str):
 def test_what_cannot_be_paired_is_refused(pairs: Path, tmp_path: Path, flags: tuple[str, ...], message: str):
     with pytest.raises(UserError, match=message):
         start(pairs, tmp_path / "run", *flags)
+
+
+def test_small_views_are_flipped_as_the_views_that_they_are_compared_with():
+    augment = TwoViewAugmentation(image_size=32, crop_area=(1.0, 1.0), rotation=0, flip_together=True)
+    wanted = ViewSpecification(extras=("local",), local_views=3, local_size=16)
+    plans, more = ViewSet(augment, wanted).plan(0, 0, np.arange(16))
+    sides = torch.stack([plan.warp[:, 0, 0].sign() for plan in (*plans, *more.local)])
+    assert (sides == sides[:1]).all()
+    assert len(sides[0].unique()) == 2

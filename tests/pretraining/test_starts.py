@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_config
-from methods import SMALL
+from methods import SMALL, small_objective
 from runs import assert_same_bits, interrupted, pretrain, start, weights
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor, MLVICXModel
@@ -126,3 +126,50 @@ def test_a_checkpoint_from_before_these_options_still_resumes():
         assert getattr(sections[section], field) == before, name
     assert of_early_checkpoints({}, {}) == (BEFORE, {})
     assert of_early_checkpoints({"model.context_placement": "taps"}, {})[0]["model.context_placement"] == "taps"
+
+
+def test_gates_go_on_with_the_settings_that_they_were_trained_with(cache: Path, tmp_path: Path):
+    MLVICXModel(tiny_config(context_gain=2.0)).save_pretrained(tmp_path / "start")
+    MLVICXImageProcessor(32).save_pretrained(tmp_path / "start")
+    earlier = ("--init_from", tmp_path / "start")
+    with pytest.raises(ValueError, match=r"context_gain=1\.0 found; expected 2\.0, as the gates of init_from="):
+        start(cache, tmp_path / "run", *earlier)
+    with pytest.raises(ValueError, match="context_placement=taps found; expected between, as the gates"):
+        start(cache, tmp_path / "run", *earlier, "--context_gain", 2, "--context_placement", "taps")
+    assert not (tmp_path / "run").exists()
+    start(cache, tmp_path / "run", *earlier, "--context_gain", 2)
+    plain = start(cache, tmp_path / "plain", *earlier, "--use_context", False)
+    assert any("start, without its context bottlenecks (" in note for note in plain.notes)
+
+
+def test_no_weight_is_left_without_a_gradient(cache: Path, tmp_path: Path):
+    message = r"\d+ weights without a gradient found, such as model\..*; expected a loss that reaches all of them"
+    with pytest.raises(ValueError, match=message):
+        start(cache, tmp_path / "run", "--global_weight", 0, "--aggregation_levels", 0, 1)
+    with pytest.raises(ValueError, match=message):
+        start(cache, tmp_path / "run", "--objective", "vicreg", "--use_context", "--context_placement", "taps")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_in_a_backbone_draws_by_chance(cache: Path, tmp_path: Path):
+    run = start(cache, tmp_path / "run", "--backbone", "test_vit_relpos", "--image_size", 32)
+    assert any("dropout and stochastic depth of 9 layers are off" in note for note in run.notes)
+    view = torch.randn(4, 1, 32, 32)
+    one, two = (run.objective.train().embed(view) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_only_lars_lets_the_vectors_of_barlow_twins_learn_slowly():
+    objective = small_objective("barlow_twins")
+    for name, ratios in (("lars", {1.0, objective.options.vector_rate_ratio}), ("adamw", {1.0})):
+        optimizer = create_optimizer(objective, arguments(optimizer=name), own_rates=objective.own_rates())
+        assert {group.get("rate_ratio", 1.0) for group in optimizer.param_groups if group["params"]} == ratios
+
+
+def test_a_last_step_that_breaks_the_weights_saves_no_model(cache: Path, tmp_path: Path):
+    run = start(cache, tmp_path / "run")
+    with torch.no_grad():
+        next(run.objective.model.parameters()).view(-1)[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="is not finite after step 0; expected finite weights"):
+        run.save_model()
+    assert not (tmp_path / "run" / "model.safetensors").exists()

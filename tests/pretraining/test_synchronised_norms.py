@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import tiny_config
 from methods import small_objective
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from mlvicx_hf import MLVICXForPreTraining
@@ -47,3 +48,17 @@ def test_norms_are_converted_with_their_shifts(final_norm: bool):
     assert found.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.state_dict().items())
     assert {name for name, _ in found.named_parameters()} == trained
+
+
+def test_activations_inside_norms_survive_the_conversion():
+    """EfficientNet, DenseNet, RegNet and others of timm have norm and activation in one module."""
+    torch.manual_seed(0)
+    objective = OBJECTIVES["mlvicx"](MLVICXForPreTraining(tiny_config(backbone="test_efficientnet"))).eval()
+    assert any(isinstance(module, BatchNormAct2d) for module in objective.modules())
+    view = torch.randn(2, 1, 64, 64)
+    before, keys = objective.embed(view), objective.state_dict().keys()
+    found = synchronise_norms(objective).eval()
+    assert not any(type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d) for module in found.modules())
+    assert found.state_dict().keys() == keys
+    for name, embedding in found.embed(view).items():
+        torch.testing.assert_close(embedding, before[name])

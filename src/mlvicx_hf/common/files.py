@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, read JSON with checks, compute hashes."""
+"""Write files and folders whole or not at all, read JSON and YAML with checks, compute hashes."""
 
 from __future__ import annotations
 
@@ -67,6 +67,24 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}; expected JSON") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: {type(content).__name__} found; expected a JSON object")
+    return content
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: the file holds anything else.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}; expected YAML in UTF-8") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected a mapping of keys to values")
     return content
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -13,6 +15,13 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     if value not in choices:
         raise UserError(f"{name}={value!r} found; expected one of {', '.join(choices)}")
     return value
+
+
+def check_once(option: str, values: Iterable[str]) -> None:
+    """Refuse a value that is given twice."""
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise UserError(f"{option} with {some(twice)} twice found; expected each once")
 
 
 def check_least(least: int, **options: int | None) -> None:

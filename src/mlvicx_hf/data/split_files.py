@@ -42,6 +42,6 @@ def read_split_file(path: Path) -> dict[str, str]:
     require_columns(path, columns, (name, "split"))
     images = read_cells(path, name, columns[name], FILLED)
     if name == "source":
-        images = [image.partition(":")[2] for image in images]
+        images = [image.partition(":")[2] or image for image in images]
     check_unique(path, images)
     return dict(zip(images, read_cells(path, "split", columns["split"], SPLIT), strict=True))

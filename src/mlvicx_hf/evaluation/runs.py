@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
 from mlvicx_hf.scoring.bootstrap import weighted_areas, weighted_mean
 from mlvicx_hf.scoring.overlap import overlap_per_image
 
@@ -126,6 +127,7 @@ def read_run(run: Path) -> RunResults:
 
     Raises:
         FileNotFoundError: the folder has none.
+        UserError: the table is not what was written.
     """
     kind = next((kind for kind in (Predictions, Overlaps) if (run / kind.file).is_file()), None)
     if kind is None:
@@ -134,10 +136,20 @@ def read_run(run: Path) -> RunResults:
             "mlvicx segment"
         )
     texts = ("source", "patient_id", *GROUPS)
-    table = pd.read_csv(run / kind.file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""])
-    table = table.fillna(dict.fromkeys(texts, ""))
+    file = run / kind.file
+    try:
+        table = pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""])
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}; expected the table that the run wrote") from error
     truth = "label:" if kind is Predictions else "true:"
     names = tuple(column.removeprefix(truth) for column in table.columns if column.startswith(truth))
+    measured = ("label", "probability") if kind is Predictions else ("overlap", "predicted", "true")
+    wanted = ["source", "patient_id", *(f"{each}:{name}" for name in names or ("…",) for each in measured)]
+    if absent := [column for column in wanted if column not in table]:
+        raise UserError(
+            f"{file}: columns {some(table.columns)} found; expected {some(absent)} as well, as the run wrote them"
+        )
+    table = table.fillna(dict.fromkeys(texts, ""))
 
     def values(kind: str) -> np.ndarray:
         return table[[f"{kind}:{name}" for name in names]].to_numpy(float)  # [N, L]

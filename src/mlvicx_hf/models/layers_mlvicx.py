@@ -183,13 +183,18 @@ class MultiLevelAggregator(nn.Module):
         """[B, C, H, W] to [B, C, size, size]."""
         if self.resize is not None:
             x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", align_corners=False)
-        if not torch.are_deterministic_algorithms_enabled():
-            return F.adaptive_avg_pool2d(x, self.size)
-        # On GPUs the gradient of that is not deterministic. Matrix products give the same averages, and are.
-        rows, columns = (_averages(side, self.size).to(x) for side in x.shape[2:])
-        x = columns @ x.permute(0, 2, 3, 1)  # [B, H, size, C]
-        x = (rows @ x.flatten(2)).unflatten(2, (self.size, -1))  # [B, size, size, C]
-        return x.permute(0, 3, 1, 2)
+        return average_pool(x, self.size)
+
+
+def average_pool(x: Tensor, size: int) -> Tensor:
+    """Average a map [B, C, H, W] on a grid, [B, C, size, size], with a deterministic gradient if that is asked for."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.adaptive_avg_pool2d(x, size)
+    # On GPUs the gradient of that is not deterministic. Matrix products give the same averages, and are.
+    rows, columns = (_averages(side, size).to(x) for side in x.shape[2:])
+    x = columns @ x.permute(0, 2, 3, 1)  # [B, H, size, C]
+    x = (rows @ x.flatten(2)).unflatten(2, (size, -1))  # [B, size, size, C]
+    return x.permute(0, 3, 1, 2)
 
 
 def _averages(side: int, size: int) -> Tensor:

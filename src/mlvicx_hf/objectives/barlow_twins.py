@@ -32,8 +32,8 @@ class BarlowTwinsOptions:
 class BarlowTwinsObjective(Objective):
     """Σ_i (1−C_ii)² + λ Σ_{i≠j} C_ij² on a projector of three layers without biases.
 
-    The rate of vectors is smaller, since LARS adapts the rate of matrices alone: the loss is a sum over D² entries, and
-    norms would run away.
+    Under LARS the rate of vectors is smaller, since LARS adapts the rate of matrices alone: the loss is a sum over D²
+    entries, and norms would run away.
 
     Args:
         model: the encoder.
@@ -51,7 +51,7 @@ class BarlowTwinsObjective(Objective):
     def own_rates(self) -> list[OwnRate]:
         """Vectors."""
         vectors = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
-        return [OwnRate(vectors, self.options.vector_rate_ratio)]
+        return [OwnRate(vectors, self.options.vector_rate_ratio, under_lars=True)]
 
     def embed(self, view: Tensor) -> Embeddings:
         """Project the pooled features: [B, D]."""

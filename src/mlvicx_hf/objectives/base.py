@@ -109,11 +109,13 @@ class OwnRate(NamedTuple):
         parameters: of the objective, all of them trained.
         ratio: of their rate over that of the rest.
         constant: their rate is the peak, times the ratio, in every step.
+        under_lars: for LARS alone, which adapts the rate of matrices and not of vectors.
     """
 
     parameters: Sequence[nn.Parameter]
     ratio: float = 1.0
     constant: bool = False
+    under_lars: bool = False
 
 
 class Objective(nn.Module, ABC):

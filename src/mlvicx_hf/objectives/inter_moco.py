@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mlvicx_hf.common.arguments import option
-from mlvicx_hf.models.layers_mlvicx import Expander
+from mlvicx_hf.models.layers_mlvicx import Expander, average_pool
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .barlow_twins import correlation_terms
@@ -103,7 +102,7 @@ class InterMoCoObjective(MomentumContrast):
 def _distance(query: Tensor, key: Tensor, grid: int) -> Tensor:
     """Mean square of the difference of two maps on a grid, of each image: [B]."""
     side = min(grid, *query.shape[2:])  # a smaller map stays as it is
-    query, key = (F.adaptive_avg_pool2d(each, side) for each in (query, key))
+    query, key = (average_pool(each, side) for each in (query, key))
     if query.dtype != torch.float64:
         query, key = query.float(), key.float()
     return (query - key).square().flatten(1).mean(1)

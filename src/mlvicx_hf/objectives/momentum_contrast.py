@@ -92,8 +92,10 @@ class MomentumContrast(Objective):
     @torch.no_grad()
     def make_keys(self, view: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Keys [B, projection_size], of any length, and the maps of all levels, by groups of images."""
-        size = self.contrast.key_images or len(view)
-        groups = view.tensor_split(max(1, min(-(-len(view) // size), len(view) // 2)))  # of two images or more
+        size, count = self.contrast.key_images, 1
+        if size:  # two groups at least, each of two images or more: one group would be the query's batch again
+            count = max(1, min(max(2, -(-len(view) // size)), len(view) // 2))
+        groups = view.tensor_split(count)
         maps = [self.key_model.refined_maps(group) for group in groups]
         keys = [self.key_projector(self.key_model.pool(each)) for each in maps]
         return torch.cat(keys), [torch.cat(level) for level in zip(*maps, strict=True)]

@@ -65,7 +65,7 @@ class PCRLv1Objective(MomentumContrast):
         self.seed, self.batches, self.step = 0, 1, 0
         self.register_buffer("normaliser", torch.zeros(()))  # Z; 0 until the first step has found it
         self.normaliser: Tensor
-        self.found_normaliser: Tensor = self.normaliser
+        self.found_normaliser: Tensor | None = None
 
     @classmethod
     def views(cls, options: PCRLv1Options) -> ViewSpecification:
@@ -150,15 +150,16 @@ class PCRLv1Objective(MomentumContrast):
         with torch.autocast(queue.device.type, enabled=False):
             values = [noise_values(*pair, queue, temperature) for pair in pairs]
             first = mean_over_batch(values[0]).detach() * self.batches
-            self.found_normaliser = torch.where(self.normaliser == 0, first, self.normaliser)
-            losses = [noise_contrast(each / self.found_normaliser, 1 / self.batches) for each in values]
+            self.found_normaliser = normaliser = torch.where(self.normaliser == 0, first, self.normaliser)
+            losses = [noise_contrast(each / normaliser, 1 / self.batches) for each in values]
         self.new_keys += [gather(keys) for _, keys in pairs]
         return torch.stack([mean_over_batch(each) for each in losses]).mean()
 
     def update(self, step: int) -> None:
         """As of the base class, and keep Z."""
         super().update(step)
-        self.normaliser.copy_(self.found_normaliser)
+        if self.found_normaliser is not None:
+            self.normaliser.copy_(self.found_normaliser)
 
 
 def noise_values(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:

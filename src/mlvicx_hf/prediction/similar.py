@@ -148,10 +148,16 @@ def search_batches(
         near: Iterator[tuple[list[float], list[int]]] = iter(())
         if len(batch.pixels):
             cosines, rows = index.nearest(infer(loaded, batch.pixels, embed=True)[1], top, fast)
-            near = zip(cosines.tolist(), rows.tolist(), strict=True)
+            near = (_found(*each) for each in zip(cosines.tolist(), rows.tolist(), strict=True))
         for reason in batch.errors:
             path = next(remaining).path
             yield Neighbours(path, reason, [], []) if reason else Neighbours(path, "", *next(near))
+
+
+def _found(cosines: list[float], rows: list[int]) -> tuple[list[float], list[int]]:
+    """Leave out the rows of -1, where an approximate search found fewer images."""
+    count = sum(row >= 0 for row in rows)  # those of -1 come last
+    return cosines[:count], rows[:count]
 
 
 def write_neighbours(

@@ -62,7 +62,8 @@ def train(run: Run) -> Path:
                 if run.step == run.total_steps:  # the last checkpoint belongs to the end of the run
                     continue
                 stopped_by = signals.agreed(accelerator)
-                if stopped_by or run.step % arguments.checkpoint_steps == 0:
+                # The checkpoint of every probe is written, or the best one could not be kept.
+                if stopped_by or run.step % arguments.checkpoint_steps == 0 or score is not None:
                     run.save_checkpoint(score)
                 if stopped_by:
                     accelerator.end_training()

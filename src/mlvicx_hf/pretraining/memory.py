@@ -66,6 +66,7 @@ class Trial:
     ) -> None:
         self.accelerator, self.objective, self.make_views, self.share = accelerator, objective, make_views, share
         self.device = accelerator.device
+        self.unreached: list[str] = []  # trained weights that had no gradient in the last trial
         self.weights = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
         # The momentum, and DDP's buckets, which hold the gradients once more.
         self.besides = self.weights * (2 if accelerator.num_processes > 1 else 1)
@@ -206,6 +207,7 @@ class Trial:
                 self.objective.train()
                 yield
             finally:
+                self.unreached = [n for n, p in self.objective.named_parameters() if p.requires_grad and p.grad is None]
                 self.objective.zero_grad(set_to_none=True)
                 with torch.no_grad():
                     for buffer, value in buffers:
@@ -227,8 +229,8 @@ def micro_batch(share: int, steps: int) -> int:
     """
     if share % steps or share // steps < FEWEST_IMAGES:
         raise UserError(
-            f"gradient_accumulation_steps={steps} found for {share} images of a process; expected a divisor that "
-            "leaves two images or more"
+            f"gradient_accumulation_steps={steps} found for {share} images of a process (batch_size over processes); "
+            "expected a divisor that leaves two images or more"
         )
     return share // steps
 

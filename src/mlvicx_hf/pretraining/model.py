@@ -6,8 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from timm.layers import DropPath, convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from mlvicx_hf.common.errors import UserError, user_input
@@ -55,7 +57,7 @@ def prepare_objective(
         objective.encoder.backbone.set_grad_checkpointing()
     for norm in backbone_norms(objective) if arguments.freeze_batch_norm else ():
         norm.requires_grad_(False)
-    objective.notes[:0] = _unused_arguments(objective, model_arguments)
+    objective.notes[:0] = [*_unused_arguments(objective, model_arguments), *_leave_nothing_to_chance(objective)]
     return objective
 
 
@@ -88,17 +90,31 @@ def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, sour
     model, report = loaded
     encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
     lacking = sorted(key for key in report["missing_keys"] if key.startswith(encoder))
+    left = [key for key in report["unexpected_keys"] if f".{key}".find(".context.") >= 0]
     gates = {key for key in model.state_dict() if key.startswith(f"{encoder}context.")}
     start = f"started from {source}"
     if gates and gates <= set(lacking):  # a plain network gets gates
         lacking = [key for key in lacking if key not in gates]
         start += ", which has no context bottlenecks: they start anew"
+    elif gates:
+        _check_gates(source, config)
+    elif left:
+        start += f", without its context bottlenecks ({len(left)} weights)"
     if lacking:
         raise UserError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
     wrong = sorted(str(row[0]) for row in report["mismatched_keys"])
     if wrong:
         raise UserError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
     return model, start
+
+
+def _check_gates(source: str, config: MLVICXConfig) -> None:
+    """Refuse settings of the gates that differ from those the earlier model was trained with: no weight shows them."""
+    earlier = MLVICXConfig.from_pretrained(source)
+    for name, usual in (("context_gain", 1.0), ("context_placement", "between")):
+        then, now = (getattr(each, name) or usual for each in (earlier, config))
+        if then != now:
+            raise UserError(f"{name}={now} found; expected {then}, as the gates of init_from={source} were trained")
 
 
 def _check_accumulation(objective: Objective, name: str, arguments: PretrainingArguments) -> None:
@@ -113,6 +129,20 @@ def _unused_arguments(objective: Objective, arguments: ModelArguments) -> list[s
     usual = ModelArguments()
     found = [name for name in objective.unused if getattr(arguments, name) != getattr(usual, name)]
     return [f"objective={arguments.objective} does not use {', '.join(found)}"] if found else []
+
+
+def _leave_nothing_to_chance(objective: Objective) -> list[str]:
+    """Turn off the dropout and the stochastic depth that some backbones of timm have by default.
+
+    They would draw from torch's generator, which a checkpoint does not keep and the two passes of a micro-batch do not
+    share: a resumed run would be another one. Return a note.
+    """
+    found = 0
+    for part in objective.modules():
+        for name in ("p",) if isinstance(part, _DropoutNd) else ("drop_prob",) if isinstance(part, DropPath) else ():
+            found += getattr(part, name) > 0
+            setattr(part, name, 0.0)
+    return [f"dropout and stochastic depth of {found} layers are off"] if found else []
 
 
 def backbone_norms(objective: Objective) -> list[nn.Module]:
@@ -136,7 +166,7 @@ def synchronise_norms(objective: Objective) -> Objective:
         shift = norm.bias
         del norm.bias
         norm.bias = nn.Parameter(shift, requires_grad=False)
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    synchronised = convert_sync_batchnorm(objective)  # of timm: torch's drops the activation inside timm's norms
     for name in norms:
         norm = synchronised.get_submodule(name)
         shift = norm.bias.detach()

@@ -51,6 +51,7 @@ def create_optimizer(
         own_rates: further parameters with a rate of their own.
     """
     inside = set() if backbone is None else set(backbone.parameters())
+    own_rates = [own for own in own_rates if arguments.optimizer == "lars" or not own.under_lars]
     special = {p: {"rate_ratio": own.ratio, "constant": own.constant} for own in own_rates for p in own.parameters}
     parts: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {(): []}  # by the marks of their groups
     for p in model.parameters():

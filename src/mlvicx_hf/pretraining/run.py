@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +54,8 @@ class Run:
     notes: list[str]  # lines to print when training begins
     frozen_norms: list[nn.Module]  # batch normalisations that stay in evaluation mode
     step: int = 0  # steps that are done
-    _first_bad: Tensor | None = None  # step and value of the first loss that is not finite; NaN, NaN before
+    # Step and value of the first loss that is not finite; -1 and 0 before.
+    _first_bad: tuple[Tensor, Tensor] | None = None
 
     @property
     def arguments(self) -> PretrainingArguments:
@@ -105,9 +105,11 @@ class Run:
     def note_loss(self, loss: Tensor) -> None:
         """Remember the first loss that is not finite, on its device: reading it would wait for the device."""
         if self._first_bad is None:
-            self._first_bad = torch.full((2,), torch.nan, dtype=torch.float64, device=loss.device)
-        found = torch.stack([torch.full_like(loss, self.step, dtype=torch.float64), loss.detach().double()])
-        self._first_bad = torch.where(self._first_bad[0].isnan() & ~loss.isfinite(), found, self._first_bad)
+            self._first_bad = torch.full_like(loss, -1, dtype=torch.int64), torch.zeros_like(loss, requires_grad=False)
+        step, value = self._first_bad
+        is_first = (step < 0) & ~loss.isfinite()
+        found = torch.full_like(step, self.step), loss.detach()
+        self._first_bad = torch.where(is_first, found[0], step), torch.where(is_first, found[1], value)
 
     def check_losses(self) -> None:
         """Stop the run if a loss was not finite. Called before anything is written.
@@ -117,7 +119,7 @@ class Run:
         Raises:
             FloatingPointError: names step, rate and the newest checkpoint whose weights gave a finite loss.
         """
-        if self._first_bad is None or math.isnan(self._first_bad[0].item()):
+        if self._first_bad is None or self._first_bad[0].item() < 0:
             return
         step, loss = int(self._first_bad[0].item()), self._first_bad[1].item()
         bad = self.checkpoints.path(step)
@@ -161,7 +163,14 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def save_model(self) -> None:
-        """Put model and image processor at the top of the output folder, by way of a folder of their own."""
+        """Put model and image processor at the top of the output folder, by way of a folder of their own.
+
+        Raises:
+            FloatingPointError: a weight that is not finite, which the loss of no further step shows.
+        """
+        for name, weight in self.objective.model.named_parameters():
+            if not bool(weight.isfinite().all()):
+                raise FloatingPointError(f"{name} is not finite after step {self.step}; expected finite weights")
         if self.accelerator.is_main_process:
             final = self.output / "final"
             with self.checkpoints.saying_what_is_left(final), new_folder(final) as folder:

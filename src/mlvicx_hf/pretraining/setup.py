@@ -86,6 +86,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     if steps:
         trial = Trial(accelerator, objective, views_of_noise, data.batches.share)
         settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
+        _check_reached(trial.unreached)
         notes += more
     if accelerator.num_processes > 1 and device.type == "cuda":
         objective = synchronise_norms(objective)
@@ -120,6 +121,16 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         if on_main:
             print(f"resuming {checkpoint.path} at step {run.step} of {run.total_steps}", flush=True)
     return run
+
+
+def _check_reached(unreached: list[str]) -> None:
+    """Refuse weights that no embedding depends on: they would stay as they start, and be saved as pretrained."""
+    if unreached:
+        raise UserError(
+            f"{len(unreached)} weights without a gradient found, such as {unreached[0]}; expected a loss that reaches "
+            "all of them: aggregation_levels with the last level or a global_weight above 0; context bottlenecks "
+            "between the stages, or none, for objectives that use the last level alone"
+        )
 
 
 def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> None:

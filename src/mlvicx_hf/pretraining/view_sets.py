@@ -96,6 +96,8 @@ class ViewSet:
             more = more._replace(turns=tuple(torch.from_numpy(each) for each in turns))
         if wanted.local_views:
             small = view_draws(seed, epoch, samples, wanted.local_views, LOCAL).double()
+            if self.augment.flip_together:
+                small[:, :, DRAWS.index("flip")] = draws[:, :1, DRAWS.index("flip")].double()
             more = more._replace(local=tuple(self.local.plan_view(each, 0) for each in small.unbind(1)))
         return plans, more
 

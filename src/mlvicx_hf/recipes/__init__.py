@@ -8,10 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlvicx_hf.common.arguments import CommandParser, from_values, names_of, takes_others
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import read_yaml
 
 OF_ONE_RUN = {"dataset", "output_dir", "model", "resume"}  # never in a recipe
 
@@ -33,15 +32,13 @@ def load_recipe(name: str, known: Collection[str] | None, kind: str = "pretraini
         UserError: an unknown recipe, a file that is not a mapping, or a key that does not exist.
     """
     if name.endswith((".yaml", ".yml")):
-        text = Path(name).read_text()
+        file = Path(name)
     elif name in recipe_names(kind):
-        text = (files(__name__) / kind / f"{name}.yaml").read_text()
+        file = Path(str(files(__name__) / kind / f"{name}.yaml"))
     else:
         names = ", ".join(recipe_names(kind))
         raise UserError(f"recipe {name!r} found; expected {names}, or the path of a .yaml file")
-    recipe = yaml.safe_load(text)
-    if not isinstance(recipe, dict):
-        raise UserError(f"recipe {name} holds a {type(recipe).__name__}; expected a mapping of keys to values")
+    recipe = read_yaml(file)
     for key in recipe:
         if key in OF_ONE_RUN:
             raise UserError(f"recipe {name} has the key {key!r}, which belongs to a single run; give it as --{key}")

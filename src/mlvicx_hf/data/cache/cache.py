@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import sha256
+from mlvicx_hf.common.files import json_field, read_json, sha256
 from mlvicx_hf.common.progress import no_datasets_bars
 
 from ..images.pixels import CACHE_MARK
@@ -105,12 +106,18 @@ def load_cache(path: str | Path, splits: Sequence[str] | None = None, check: boo
     for name in (MANIFEST, "dataset_dict.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: holds no {name}, so it is no prepared cache ({_HINT})")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{folder}: format {manifest.get('format')} found; expected {FORMAT} ({_HINT} anew)")
     with no_datasets_bars():
-        loaded = datasets.DatasetDict.load_from_disk(str(folder))
-    for split, counts in manifest["splits"].items():
+        try:
+            loaded = datasets.DatasetDict.load_from_disk(str(folder))
+        except (pyarrow.ArrowException, json.JSONDecodeError) as error:
+            raise UserError(f"{folder}: {error}; expected whole files ({_HINT} anew)") from error
+    expected = "the manifest of a cache"
+    for name, kind in (("label_names", list), ("exclusive", bool)):
+        json_field(manifest, name, kind, folder / MANIFEST, expected)
+    for split, counts in json_field(manifest, "splits", dict, folder / MANIFEST, expected).items():
         if split not in loaded or len(loaded[split]) != counts["images"]:
             found = len(loaded[split]) if split in loaded else 0
             raise UserError(f"{folder}: {found} images of {split} found; expected {counts['images']} ({_HINT} anew)")

@@ -152,7 +152,7 @@ def _replacing(output: Path) -> Iterator[Path]:
     with _locked(output) as folder:
         try:
             yield folder
-        except ValueError:
+        except UserError:
             shutil.rmtree(folder)
             raise
         (folder / "shards").rename(folder / USED)
@@ -196,7 +196,8 @@ def _spelled_out(listing: Listing) -> Listing:
         else replace(record, name=spell(record.name), patient_id=spell(record.patient_id))
         for record in listing.records
     ]
-    return replace(listing, records=records)
+    texts = {name: getattr(listing, name) for name in ("label_names", "missing", "notes", "mask_names")}
+    return replace(listing, records=records, **{name: type(found)(map(spell, found)) for name, found in texts.items()})
 
 
 def _present(listing: Listing, allow_missing: bool) -> list[Record]:

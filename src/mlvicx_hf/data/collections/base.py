@@ -180,6 +180,13 @@ class ReleasedCollection(Collection):
         return replace(listing, records=records, missing=missing)
 
 
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link in a circle, for example
+        return False
+
+
 def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ...]]:
     """Keep the records whose image, and mask if any, are on the disk. Also return the names of the others.
 
@@ -191,7 +198,7 @@ def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ..
         folder, name = os.path.split(path)
         if folder not in files:
             with suppress(OSError), os.scandir(folder) as entries:
-                files[folder] = {entry.name for entry in entries if entry.is_file()}
+                files[folder] = {entry.name for entry in entries if _is_file(entry)}
         return name in files.setdefault(folder, set())
 
     present, missing = [], []

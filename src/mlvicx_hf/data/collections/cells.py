@@ -23,12 +23,15 @@ from .tables import CellType
 
 NO_FINDING = "no finding"
 UNKNOWN_LABELS = ("", "nan", "na", "n/a", "#n/a", "<na>", "none", "null")  # in any case
-_YES = ("1", "1.0", "true", "yes", "positive", "present")
-_NO = ("0", "0.0", "false", "no", "negative", "absent")
-BINARY = dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(UNKNOWN_LABELS, math.nan)  # in any case
-MINUS_ONE = ("-1", "-1.0")  # text of an uncertain label
+_YES = ("1", "true", "yes", "positive", "present")
+_NO = ("0", "false", "no", "negative", "absent")
+BINARY = (
+    dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(UNKNOWN_LABELS, math.nan)
+)  # as `plain_cell` writes it
+MINUS_ONE = "-1"  # an uncertain label, as `plain_cell` writes it
 UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # policy → value of an uncertain label
 SEPARATORS = ("|", ";", ",")  # of names, the first that a column holds
+_FLAG = re.compile(r"[+-]?[01](?=([.,]0+)?$)")  # 1, 1.0, 1.00, and 1,0 where the comma is decimal
 _NUMERIC = re.compile(r"[\s\d.eE+-]*\d[\s\d.eE+-]*")  # 1, 0.5, 1e-3, and 0 1 0 as well
 
 
@@ -44,14 +47,20 @@ def label_cells(uncertain: str | None, hint: str = "") -> CellType:
     """
     values = binary_values(uncertain)
     also = "" if uncertain is None else ", -1"
-    return CellType(lambda text: values[text.lower()], f"0, 1{also}, or empty for unknown{hint}")
+    return CellType(lambda text: values[plain_cell(text)], f"0, 1{also}, or empty for unknown{hint}")
 
 
 def binary_values(uncertain: str | None) -> Mapping[str, float]:
-    """Map the texts of a binary label, in lower case, to 1, 0 or NaN."""
+    """Map the texts of a binary label, as `plain_cell` writes them, to 1, 0 or NaN."""
     if uncertain is None:
         return BINARY
-    return BINARY | dict.fromkeys(MINUS_ONE, UNCERTAIN[check_choice("uncertain", uncertain, UNCERTAIN)])
+    return BINARY | {MINUS_ONE: UNCERTAIN[check_choice("uncertain", uncertain, UNCERTAIN)]}
+
+
+def plain_cell(text: str) -> str:
+    """Write 1, 0 and -1 without sign, decimals and their point or comma, and anything else in lower case."""
+    found = _FLAG.match(text)
+    return text.lower() if found is None else str(int(found[0]))
 
 
 def is_unknown(text: str) -> bool:
@@ -138,7 +147,7 @@ class FindingsReader:
             return math.nan if value is None else float(value)
         text = "" if isinstance(value, float) and math.isnan(value) else str(value)
         try:
-            return binary_values(self.uncertain)[text.lower()]
+            return binary_values(self.uncertain)[plain_cell(text)]
         except KeyError:
             raise ValueError(text) from None
 
@@ -181,5 +190,10 @@ def one_spelling(names: Iterable[str]) -> dict[str, str]:
     chosen: dict[str, str] = {}
     counts = Counter(names)
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
-        chosen.setdefault(same_name(name), name)
-    return {name: chosen[same_name(name)] for name in counts}
+        chosen.setdefault(_spelled(name), name)
+    return {name: chosen[_spelled(name)] for name in counts}
+
+
+def _spelled(name: str) -> str:
+    """What spellings of one finding share. Of numbers every sign counts: 1 is not -1."""
+    return name if is_number(name) else same_name(name)

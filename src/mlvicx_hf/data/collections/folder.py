@@ -165,8 +165,12 @@ class FolderCollection(Collection):
         )
 
     def _relative(self, names: Sequence[str]) -> list[str]:
-        """Write absolute paths below the root relative to it. Others stay as they are, and are refused later."""
+        """Write absolute paths below the root relative to it, and slashes for the backslashes of Windows.
+
+        Other paths stay as they are, and are refused later.
+        """
         root = Path(os.path.abspath(self.folder))
+        names = [name.replace("\\", "/") for name in names]
         paths = (Path(name) for name in names)
         return [
             path.relative_to(root).as_posix() if path.is_absolute() and path.is_relative_to(root) else name

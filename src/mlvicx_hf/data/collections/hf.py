@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -28,14 +29,15 @@ from .tables import Columns, as_text
 
 
 @cache
-def _open_column(file: str, column: str) -> Any:
-    """Open a column of images of an Arrow file, once per process."""
+def _open_column(file: str, column: str, changed: int) -> Any:
+    """Open a column of images of an Arrow file, once per process and time of its last change."""
+    del changed  # a key of the memory
     return _undecoded(datasets.Dataset.from_file(file), column)
 
 
 def load_row(file: str, column: str, row: int, folder: str | None = None) -> bytes:
     """Read the image of one row of an Arrow file, for `Record.load`. The arguments are small to send to a worker."""
-    return read_cell(_open_column(file, column)[row][column], folder)
+    return read_cell(_open_column(file, column, os.stat(file).st_mtime_ns)[row][column], folder)
 
 
 def load_mask(file: str, column: str, row: int, folder: str | None = None) -> np.ndarray:

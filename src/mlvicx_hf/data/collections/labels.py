@@ -13,6 +13,7 @@ from pathlib import Path
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
+from ..options import check_once
 from .cells import (
     BINARY,
     MINUS_ONE,
@@ -25,6 +26,7 @@ from .cells import (
     is_unknown,
     label_cells,
     one_spelling,
+    plain_cell,
     same_name,
 )
 from .tables import CellType, Columns, numbered, read_cells, require_columns
@@ -84,6 +86,7 @@ def read_labels(
     cell_type = label_cells(uncertain, f"{hint}; --label_columns names the label columns if this is none")
     lone = _lone_column(table, columns, explicit)
     rest = [name for name in columns if name not in (*RESERVED_COLUMNS, *skip) and not name.endswith("_file_name")]
+    check_once("label_names", label_names or ())
     if label_names is not None and lone is None:
         raise UserError(f"{table}: columns {some(columns, 30)} found; expected label or labels, for --label_names")
     if lone is not None:
@@ -91,6 +94,7 @@ def read_labels(
         return _lone_labels(table, lone, columns[lone], FindingsReader("|", label_names, uncertain), ignored)
     if explicit is not None:
         require_columns(table, columns, explicit)
+        check_once("label_columns", explicit)
         return LabelTable(binary_labels(table, columns, explicit, cell_type), tuple(explicit))
     chosen, notes = _label_columns(table, columns, rest)
     return LabelTable(binary_labels(table, columns, chosen, cell_type), tuple(chosen), notes=notes)
@@ -100,11 +104,17 @@ def _lone_column(table: Path, columns: Columns, explicit: Sequence[str] | None) 
     """Find the column that holds all labels, if there is one."""
     if explicit is not None:
         lone = explicit[0] if len(explicit) == 1 and explicit[0] in LONE_COLUMNS else ""
-        binary = all(cell.lower() in BINARY or cell in MINUS_ONE for cell in columns.get(lone, []))
+        cells = columns.get(lone, [])
+        # With a comma it may be a list of two numbers.
+        binary = all(_is_flag(cell) and "," not in cell for cell in cells)
         return None if binary else lone
     if all(name in columns for name in LONE_COLUMNS):
         raise UserError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
     return next((name for name in LONE_COLUMNS if name in columns), None)
+
+
+def _is_flag(text: str) -> bool:
+    return plain_cell(text) in BINARY or plain_cell(text) == MINUS_ONE
 
 
 def note_ignored(columns: Iterable[str]) -> tuple[str, ...]:
@@ -118,7 +128,7 @@ def _label_columns(table: Path, columns: Columns, candidates: list[str]) -> tupl
     ignored, chosen, described = [], [], []
     for name in candidates:
         known = [value for value in columns[name] if not is_unknown(value)]
-        strange = [value for value in known if value.lower() not in BINARY and value not in MINUS_ONE]
+        strange = [value for value in known if not _is_flag(value)]
         words = [value for value in strange if not is_number(value)]
         # A column with labels and words: report the words as mistakes later, do not lose the column. A column of other
         # numbers holds measurements, unless most of them are labels.
@@ -157,16 +167,31 @@ def _lone_labels(
     if all(map(is_unknown, values)):
         return LabelTable([()] * len(values), notes=(*notes, f"column {column} is empty: no labels"))
     lists = any(map(is_literal, values))
-    if reader.uncertain is not None and not lists:
+    numbers = all(is_number(value) or is_unknown(value) for value in values) and not lists
+    if reader.uncertain is not None and not (lists or numbers):
         raise UserError(f"{table}: column {column} holds names, where no -1 can be; --uncertain does not fit")
     if column == "labels" or lists or reader.names is not None or any("|" in value for value in values):
         return _findings(table, column, values, reader, notes)
+    if numbers:
+        values = _settle_uncertain(table, column, values, reader.uncertain)
     return _class_labels(table, column, values, notes)
+
+
+def _settle_uncertain(table: Path, column: str, values: list[str], uncertain: str | None) -> list[str]:
+    """Write what -1 means in a column of numbers, which is no class: 0, 1, or nothing for unknown."""
+    for row, value in numbered(table, values):
+        if uncertain is None and plain_cell(value) == MINUS_ONE:
+            raise UserError(
+                f"{table}: row {row}, column {column}: {value!r} found; expected the number of a class, from 0 on "
+                f"(--uncertain {'|'.join(UNCERTAIN)} says what -1 means)"
+            )
+    meant = {"ignore": "", "ones": "1", "zeros": "0"}[uncertain or "ignore"]
+    return [meant if plain_cell(value) == MINUS_ONE else value for value in values]
 
 
 def _class_labels(table: Path, column: str, values: list[str], notes: tuple[str, ...]) -> LabelTable:
     """Read one class name per row. Sort whole numbers as numbers, names alphabetically."""
-    flags = all(value.lower() in ("true", "false", "0", "1", "0.0", "1.0") or is_unknown(value) for value in values)
+    flags = all(plain_cell(value) in ("true", "false", "0", "1") or is_unknown(value) for value in values)
     kind = CellType(lambda text: _class_name(text, flags), "a class name or whole number")
     read = read_cells(table, column, values, kind)
     spelling = one_spelling(name for name in read if name)
@@ -190,7 +215,7 @@ def _class_name(text: str, flags: bool) -> str:
     if is_unknown(text):
         return ""
     if flags:
-        return str(int(BINARY[text.lower()]))
+        return str(int(BINARY[plain_cell(text)]))
     try:
         number = float(text)
     except ValueError:

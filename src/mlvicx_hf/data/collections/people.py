@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from .cells import is_unknown
 from .tables import CellType, numbered
 
 SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
-_AGE = re.compile(r"(\d+(?:\.\d+)?)([YMWD]?)", re.IGNORECASE)
+_AGE = re.compile(r"(\d+(?:[.,]\d+)?)([YMWD]?)", re.IGNORECASE)
 UNITS_PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
 OLDEST = 120  # years; a higher age is a mistake of the table
 
@@ -46,7 +47,7 @@ def _years(text: str) -> float:
     found = _AGE.fullmatch(text)
     if found is None:
         raise ValueError(text)
-    return float(found[1]) / UNITS_PER_YEAR[found[2].upper()]
+    return float(found[1].replace(",", ".")) / UNITS_PER_YEAR[found[2].upper()]
 
 
 SEX = CellType(lambda text: SEXES[text.lower()], "F, M or nothing")
@@ -66,8 +67,12 @@ _ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 
 
 def plain_patient(patient: str) -> str:
-    """Write a patient without leading zeros, a final `.0`, upper case and blanks: 001, 1.0 and 1 are the same."""
-    return _ZEROS.sub("", _DECIMALS.sub("", "".join(patient.split()).lower()))
+    """Write a patient without leading zeros, a final `.0`, upper case and blanks: 001, 1.0 and 1 are the same.
+
+    An ü of one character and one of two (u and dots, as macOS writes it) are the same, too.
+    """
+    text = unicodedata.normalize("NFKC", "".join(patient.split())).casefold()
+    return _ZEROS.sub("", _DECIMALS.sub("", text))
 
 
 def spelled_alike(patients: Iterable[str]) -> list[list[str]]:

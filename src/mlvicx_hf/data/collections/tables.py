@@ -192,7 +192,11 @@ def _read_json(table: Path) -> Columns:
 
 def _read_jsonl(table: Path) -> Columns:
     rows = []
-    for number, line in enumerate(table.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    try:
+        lines = table.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table}: not JSON in UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

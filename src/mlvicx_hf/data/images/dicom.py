@@ -497,6 +497,9 @@ def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> tuple[n
     inside: np.ndarray = np.where(padding, 0, counts) if counts[~padding].any() else counts
     passed_over: list[str] = []
     for name, unit in _scales(dataset, outputs):
+        if unit is None:
+            passed_over.append(f"{name} cannot be read")
+            continue
         table = _table(unit, padding, invert)
         reason = _misfit(table, values, inside)
         if reason is None:
@@ -507,25 +510,23 @@ def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> tuple[n
     return _look_up(_table(unit, padding, invert), words), "; ".join(passed_over)
 
 
-def _scales(dataset: Dataset, outputs: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Name every VOI LUT and every window of the file that is not damaged, with what it makes of `outputs`."""
+def _scales(dataset: Dataset, outputs: np.ndarray) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Name every VOI LUT and every window of the file, with what it makes of `outputs`; None for a damaged one."""
     for number in range(_length(dataset, "VOILUTSequence")):
-        unit = _voi_lut(dataset, outputs, number)
-        if unit is not None:
-            yield f"VOI LUT {number + 1}", unit
+        yield f"VOI LUT {number + 1}", _voi_lut(dataset, outputs, number)
     for number in range(_length(dataset, "WindowCenter")):
-        unit = _window(dataset, outputs, number)
-        if unit is not None:
-            yield f"window {number + 1}", unit
+        yield f"window {number + 1}", _window(dataset, outputs, number)
 
 
 def _length(dataset: Dataset, keyword: str) -> int:
-    """How many values an attribute has. 0 where it is absent or damaged."""
+    """How many values an attribute has: 0 where it is absent, 1 where it is damaged."""
     try:
         element = dataset[keyword]
         return element.VM if element.VR != "SQ" else len(element.value)
-    except (KeyError, *DAMAGED_DICOM):
+    except KeyError:
         return 0
+    except DAMAGED_DICOM:
+        return 1
 
 
 def _misfit(table: np.ndarray, values: np.ndarray, counts: np.ndarray) -> str | None:
@@ -654,7 +655,7 @@ def _number(dataset: Dataset, keyword: str, index: int = 0) -> float | None:
     """One value of a decimal string; None where it is absent or not finite."""
     try:
         value = dataset.get(keyword)
-        number = float(value[index] if isinstance(value, MultiValue) else value)
+        number = float((value if isinstance(value, MultiValue) else [value])[index])
     except DAMAGED_DICOM:
         return None
     return number if math.isfinite(number) else None

@@ -18,7 +18,7 @@ from ..collections.base import Box, Record
 from ..copies.duplicates import is_flat, perceptual_hash
 from ..masks import Mask, class_indices, decode_mask, encode_mask
 from .errors import UnreadableImageError
-from .pixels import decode_gray, fit_square_gray, original_size, read_content
+from .pixels import TURNED, decode_gray, fit_square_gray, original_size, read_content
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EIGHT_BIT_GRAY = (8, 0, 0, 0, 0)  # end of the PNG header: depth, colour type, compression, filters, not interlaced
@@ -37,7 +37,7 @@ class Picture:
     mask: Mask | None = None  # None if it is unknown
     boxes: tuple[Box, ...] | None = None  # in pixels of the square; None if they are unknown
     reason: str = ""  # why there is no picture; empty if there is one
-    note: str = ""  # what to know of its grey scale; mostly empty
+    note: str = ""  # what to know of its grey scale, or of a mask beside a turned image; mostly empty
     flat: bool = False  # whether the square is without contrast or texture
 
 
@@ -71,6 +71,9 @@ def make_picture(
     if record.boxes is not None:
         fitted = (fit_box(box, record.frame or original, size, fit) for box in record.boxes)
         boxes = tuple(box for box in fitted if box is not None)
+    notes = [gray.info["note"]] if gray.info.get("note") else []
+    if TURNED in gray.info and (mask is not None or boxes is not None):
+        notes.append(f"turned by EXIF orientation {gray.info[TURNED]}; mask and boxes are taken as upright already")
     digest = hashlib.sha256(content).hexdigest()
     return Picture(
         encode_png(square),
@@ -79,7 +82,7 @@ def make_picture(
         *original,
         mask,
         boxes,
-        note=gray.info.get("note", ""),
+        note="; ".join(notes),
         flat=is_flat(square),
     )
 

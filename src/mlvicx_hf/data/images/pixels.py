@@ -47,6 +47,8 @@ CACHE_MARK = "cache.json"  # a folder with this file is a prepared cache
 # their pixels. With 4 instead of 5 one in three differs by 2 levels somewhere, with 2 nearly all, by up to 8 levels.
 HALVED_REDUCTION = 5
 _ORIGINAL_SIZE = "original_size"  # key of `Image.info`
+TURNED = "turned"  # key of `Image.info`: the EXIF orientation by which the image was turned upright
+_ORIENTATION = 0x0112  # EXIF tag
 MAX_BYTES = 2**30  # of a file: three times the size of the largest uncompressed image that Pillow accepts
 # Tags of TIFF
 _PHOTOMETRIC = 262  # 0 means that small values are white
@@ -175,9 +177,11 @@ def decode_gray(data: bytes, file: str | Path, *, padded_to: int | None = None) 
         return decode_dicom(data, file)
     image = decode(data, file, padded_to=padded_to)
     try:
-        return _gray(image)
+        gray = _gray(image)
     except UserError as error:
         raise UnreadableImageError(file, str(error)) from error
+    gray.info |= {name: image.info[name] for name in (TURNED,) if name in image.info}
+    return gray
 
 
 def is_dicom(data: bytes) -> bool:
@@ -247,7 +251,9 @@ def _load(data: bytes, formats: tuple[str, ...], padded_to: int | None) -> Image
     if not isinstance(image.info.get("xmp", b""), bytes):  # a damaged tag
         del image.info["xmp"]
     image.load()
-    image.getexif()  # holds the orientation; the bytes are dropped, since a damaged tag cannot be written back
+    orientation = image.getexif().get(
+        _ORIENTATION
+    )  # kept in this object; the bytes are dropped, since a damaged tag cannot be written back
     for name in (
         "exif",
         "Raw profile type exif",
@@ -255,6 +261,8 @@ def _load(data: bytes, formats: tuple[str, ...], padded_to: int | None) -> Image
     ):  # "note" is what `decode_dicom` has to say, not a file's text
         image.info.pop(name, None)
     ImageOps.exif_transpose(image, in_place=True)
+    if orientation in range(2, 9):
+        image.info[TURNED] = orientation
     image.info[_ORIGINAL_SIZE] = (2 * image.width, 2 * image.height) if halved else image.size
     if deep_colour and np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max() < 64:
         # Pillow keeps the high byte. If only 14 bits or fewer are used, next to nothing is left in it.

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 
 from mlvicx_hf import recipes
 from mlvicx_hf.common.arguments import names_of
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import sha256
+from mlvicx_hf.common.files import read_yaml, sha256
 from mlvicx_hf.data.cache.cache import MANIFEST
 from mlvicx_hf.encoders.external import ADAPTERS, is_external
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, SEGMENTATION_SECTIONS
@@ -197,15 +195,16 @@ def read_suite(path: Path) -> Suite:
     Raises:
         UserError: a key, kind, protocol, model or flag that does not exist, or one that is missing.
     """
-    text = path.read_text(encoding="utf-8")
-    suite = yaml.safe_load(text)
-    if not isinstance(suite, dict) or not {"tasks", "models"} <= set(suite):
-        raise UserError(f"{path}: expected a mapping with tasks and models at least")
+    suite = read_yaml(path)
+    _check_names(path, "key(s)", suite, KEYS)
+    for key in ("tasks", "models"):
+        if not isinstance(suite.get(key), dict) or not suite[key]:
+            raise UserError(f"{path}: {key}: {suite.get(key)!r} found; expected a mapping with one entry at least")
     first, *others = suite["models"]
     usual: dict[str, Any] = {"protocols": ["frozen", "finetuned"], "label_fractions": [1.0], "seeds": [0]}
     usual |= {"pair_seeds": False, "paper_tables": (), "shortcuts": SHORTCUTS, "title": path.stem}
     suite = usual | {"compare": [[other, first] for other in others]} | suite
-    _check_names(path, "key(s)", suite, KEYS)
+    _check_values(path, suite)
     _check_names(path, "protocols", suite["protocols"], PROTOCOL_FLAGS)
     _check_names(path, "paper_tables", suite["paper_tables"], paper_tables())
     _check_names(path, "shortcuts", suite["shortcuts"], SHORTCUTS)
@@ -214,7 +213,7 @@ def read_suite(path: Path) -> Suite:
     return Suite(
         title=suite["title"],
         path=path,
-        digest=hashlib.sha256(text.encode()).hexdigest(),
+        digest=sha256(path),
         cells=tuple(_cells(path, suite)),
         metrics=metrics,
         paper={task: about["paper"] for task, about in suite["tasks"].items() if "paper" in about},
@@ -224,10 +223,47 @@ def read_suite(path: Path) -> Suite:
     )
 
 
+def _check_values(path: Path, suite: Mapping[str, Any]) -> None:
+    """Refuse values of another type than `read_suite` names."""
+    names = "a list of names"
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "title": (lambda value: isinstance(value, str), "text"),
+        "pair_seeds": (lambda value: isinstance(value, bool), "true or false"),
+        "protocols": (_is_named_flags, "a list of names, or a mapping of names to flags"),
+        "label_fractions": (_all(lambda x: _is_number(x) and 0 < x <= 1), "a list of numbers above 0, up to 1"),
+        "seeds": (_all(lambda x: _is_number(x, int) and x >= 0), "a list of whole numbers from 0 on"),
+        "compare": (_all(lambda pair: isinstance(pair, list) and len(pair) == len(set(pair)) == 2), "a list of pairs"),
+        "paper_tables": (_all(_is_text), names),
+        "shortcuts": (_all(_is_text), names),
+        **dict.fromkeys(TASK_METRICS, (lambda value: isinstance(value, dict), "a mapping of flags")),
+    }
+    for key, (fits, expected) in checks.items():
+        if key in suite and not fits(suite[key]):
+            raise UserError(f"{path}: {key}: {suite[key]!r} found; expected {expected}")
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(fits, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any, kind: Any = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_named_flags(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(flags is None or isinstance(flags, dict) for flags in value.values())
+    return bool(value) and _all(_is_text)(value)
+
+
 def _metric(path: Path, task: str, about: Mapping[str, Any]) -> str:
     """The score that a task shows, after a check of its entry."""
     kinds = " or ".join(TASK_METRICS)
-    if about.get("kind") not in TASK_METRICS or "dataset" not in about:
+    if not isinstance(about, dict) or about.get("kind") not in TASK_METRICS or "dataset" not in about:
         raise UserError(f"{path}: task {task} {about} found; expected a kind ({kinds}) and a dataset")
     known = TASK_METRICS[about["kind"]]
     metric = str(about.get("metric", known[0]))
