@@ -248,6 +248,14 @@ def test_minus_one_is_no_class(cells: Cells):
         assert_rows(rows, [first, (1, 0), (0, 1)])
 
 
+def test_minus_one_beside_three_classes_can_only_be_unknown():
+    names, rows = read_csv(["-1", "0", "2"], "label", uncertain="ignore")
+    assert names == ("0", "2")
+    assert_rows(rows, [(NAN, NAN), (1, 0), (0, 1)])
+    with pytest.raises(UserError, match="row 4, column label: '2' found; expected 0, 1 or -1 with --uncertain ones"):
+        read_csv(["-1", "0", "2"], "label", uncertain="ones")
+
+
 def test_numbers_of_two_signs_are_two_classes():
     names, _ = read_csv(["-2", "2", "7"], "label")
     assert names == ("-2", "2", "7")

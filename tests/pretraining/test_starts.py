@@ -166,10 +166,10 @@ def test_only_lars_lets_the_vectors_of_barlow_twins_learn_slowly():
         assert {group.get("rate_ratio", 1.0) for group in optimizer.param_groups if group["params"]} == ratios
 
 
-def test_a_last_step_that_breaks_the_weights_saves_no_model(cache: Path, tmp_path: Path):
+def test_a_last_step_that_breaks_the_weights_saves_nothing(cache: Path, tmp_path: Path):
     run = start(cache, tmp_path / "run")
     with torch.no_grad():
         next(run.objective.model.parameters()).view(-1)[0] = torch.nan
     with pytest.raises(FloatingPointError, match="is not finite after step 0; expected finite weights"):
-        run.save_model()
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+        run.save_checkpoint()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -149,10 +149,13 @@ class Run:
             score: of a probe at this step; the checkpoint with the highest score is kept.
 
         Raises:
-            FloatingPointError: see `check_losses`.
+            FloatingPointError: see `check_losses`; or a weight that is not finite.
             OSError: it cannot be written; names the checkpoint that is still good.
         """
         self.check_losses()
+        for name, weight in self.objective.model.named_parameters():
+            if not bool(weight.isfinite().all()):  # no loss has shown it yet, and behind the last step none would
+                raise FloatingPointError(f"{name} is not finite after step {self.step}; expected finite weights")
         if self.accelerator.is_main_process:
             metrics = self.output / METRICS_FILE
             if metrics.exists():
@@ -163,14 +166,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def save_model(self) -> None:
-        """Put model and image processor at the top of the output folder, by way of a folder of their own.
-
-        Raises:
-            FloatingPointError: a weight that is not finite, which the loss of no further step shows.
-        """
-        for name, weight in self.objective.model.named_parameters():
-            if not bool(weight.isfinite().all()):
-                raise FloatingPointError(f"{name} is not finite after step {self.step}; expected finite weights")
+        """Put model and image processor at the top of the output folder, by way of a folder of their own."""
         if self.accelerator.is_main_process:
             final = self.output / "final"
             with self.checkpoints.saying_what_is_left(final), new_folder(final) as folder:

@@ -25,10 +25,9 @@ NO_FINDING = "no finding"
 UNKNOWN_LABELS = ("", "nan", "na", "n/a", "#n/a", "<na>", "none", "null")  # in any case
 _YES = ("1", "true", "yes", "positive", "present")
 _NO = ("0", "false", "no", "negative", "absent")
-BINARY = (
-    dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(UNKNOWN_LABELS, math.nan)
-)  # as `plain_cell` writes it
-MINUS_ONE = "-1"  # an uncertain label, as `plain_cell` writes it
+# As `plain_cell` writes them:
+BINARY = dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(UNKNOWN_LABELS, math.nan)
+MINUS_ONE = "-1"  # an uncertain label
 UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # policy → value of an uncertain label
 SEPARATORS = ("|", ";", ",")  # of names, the first that a column holds
 _FLAG = re.compile(r"[+-]?[01](?=([.,]0+)?$)")  # 1, 1.0, 1.00, and 1,0 where the comma is decimal

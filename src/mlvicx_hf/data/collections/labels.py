@@ -185,6 +185,11 @@ def _settle_uncertain(table: Path, column: str, values: list[str], uncertain: st
                 f"{table}: row {row}, column {column}: {value!r} found; expected the number of a class, from 0 on "
                 f"(--uncertain {'|'.join(UNCERTAIN)} says what -1 means)"
             )
+        if uncertain in ("ones", "zeros") and not (_is_flag(value) or is_unknown(value)):
+            raise UserError(
+                f"{table}: row {row}, column {column}: {value!r} found; expected 0, 1 or -1 with "
+                f"--uncertain {uncertain} (ignore goes with any classes)"
+            )
     meant = {"ignore": "", "ones": "1", "zeros": "0"}[uncertain or "ignore"]
     return [meant if plain_cell(value) == MINUS_ONE else value for value in values]
 

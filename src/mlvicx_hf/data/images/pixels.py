@@ -251,9 +251,7 @@ def _load(data: bytes, formats: tuple[str, ...], padded_to: int | None) -> Image
     if not isinstance(image.info.get("xmp", b""), bytes):  # a damaged tag
         del image.info["xmp"]
     image.load()
-    orientation = image.getexif().get(
-        _ORIENTATION
-    )  # kept in this object; the bytes are dropped, since a damaged tag cannot be written back
+    orientation = image.getexif().get(_ORIENTATION)  # the bytes are dropped: a damaged tag cannot be written back
     for name in (
         "exif",
         "Raw profile type exif",

@@ -232,7 +232,7 @@ def _check_values(path: Path, suite: Mapping[str, Any]) -> None:
         "protocols": (_is_named_flags, "a list of names, or a mapping of names to flags"),
         "label_fractions": (_all(lambda x: _is_number(x) and 0 < x <= 1), "a list of numbers above 0, up to 1"),
         "seeds": (_all(lambda x: _is_number(x, int) and x >= 0), "a list of whole numbers from 0 on"),
-        "compare": (_all(lambda pair: isinstance(pair, list) and len(pair) == len(set(pair)) == 2), "a list of pairs"),
+        "compare": (_all(lambda pair: _all(_is_text)(pair) and len(pair) == len(set(pair)) == 2), "a list of pairs"),
         "paper_tables": (_all(_is_text), names),
         "shortcuts": (_all(_is_text), names),
         **dict.fromkeys(TASK_METRICS, (lambda value: isinstance(value, dict), "a mapping of flags")),
