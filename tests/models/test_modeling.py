@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import timm
 import torch
@@ -321,6 +322,21 @@ def test_context_under_autocast(dtype: torch.dtype):
         results.append(torch.autograd.grad(refined.float().square().sum(), [leaf, *block.parameters()]))
     for found, wanted in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.05 * wanted.abs().max().item())
+
+
+def test_context_keeps_no_memory_behind_a_step():
+    """What autograd holds in a circle is seen by no garbage collector; it once was 6 MB in each step of a ResNet-18."""
+    block = ContextBottleneck(2)
+    x = torch.randn(8, 2, 128, 128, requires_grad=True)  # the gates keep 1.5 MB of it
+
+    def grow(steps: int) -> int:
+        before = psutil.Process().memory_info().rss
+        for _ in range(steps):
+            block(x).sum().backward()
+        return psutil.Process().memory_info().rss - before
+
+    grow(20)
+    assert grow(100) < 40 * 2**20
 
 
 def test_of_equal_maxima_one_takes_the_gradient_of_context():

@@ -76,8 +76,11 @@ class ContextBottleneck(nn.Module):
 
 @contextmanager
 def _small_graph() -> Iterator[None]:
-    """Record operations of a few values. Gradient checkpointing must not forget them: it would repeat all for each."""
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+    """Record operations of a few values. Gradient checkpointing must not forget them: it would repeat all for each.
+
+    Keep them detached: a sigmoid that keeps its own output with the graph behind it is never freed.
+    """
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _as_it_is):
         yield
 
 
