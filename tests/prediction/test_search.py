@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from mlvicx_hf.data.images.pixels import fit_square_gray
 from mlvicx_hf.encoders.inference import load
 from mlvicx_hf.prediction.indexing import build_index
 from mlvicx_hf.prediction.search import ImageIndex, open_index
-from mlvicx_hf.prediction.similar import find_similar
+from mlvicx_hf.prediction.similar import find_similar, search_batches
 from mlvicx_hf.scoring import neighbours
 from mlvicx_hf.scoring.neighbours import nearest_rows, precision_of_neighbours
 
@@ -449,6 +450,16 @@ def test_an_approximate_search_of_few_images_is_exact(
     (copied / "hnsw.faiss").write_bytes(b"IHNf")
     with pytest.raises(UserError, match=r"hnsw\.faiss: .*expected a whole file of faiss"):
         open_index(copied).nearest(index.embeddings, 1, approximate=True)
+
+
+def test_places_for_which_the_graph_found_no_image_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    found = torch.tensor([[0.9, 0.8, -3e38]]), torch.tensor([[4, 0, -1]])
+    monkeypatch.setattr("mlvicx_hf.prediction.similar.infer", lambda *_, **__: (None, torch.zeros(1, 2)))
+    index = SimpleNamespace(nearest=lambda *_: found)
+    batch = SimpleNamespace(pixels=torch.zeros(1, 1, 4, 4), errors=[""])
+    (near,) = search_batches(None, index, [SimpleNamespace(path=Path("a.png"))], [batch], 3, True)
+    assert near.rows == [4, 0]
+    assert near.cosines == pytest.approx([0.9, 0.8])
 
 
 def test_without_faiss_the_extra_is_named(
