@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlvicx_hf.common.arguments import CommandParser, add_sections
+from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import run
 from mlvicx_hf.common.text import number
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS
-from mlvicx_hf.recipes import add_recipe, fill_sections, load_recipe
+from mlvicx_hf.recipes import add_recipe, fill_sections
 
 
 def parser() -> CommandParser:
@@ -25,8 +25,7 @@ def parser() -> CommandParser:
             "mlvicx classify --model random --dataset caches/mine --output_dir runs/baseline  # without pretraining",
         ],
     )
-    add_recipe(made, "classification")
-    add_sections(made, *CLASSIFICATION_SECTIONS, defaults=load_recipe("default", None, "classification"))
+    add_recipe(made, "classification", *CLASSIFICATION_SECTIONS)
     return made
 
 

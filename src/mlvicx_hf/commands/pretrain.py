@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mlvicx_hf.common.arguments import CommandParser, add_sections
+from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import run
 from mlvicx_hf.pretraining.arguments import (
     SECTIONS_OF_PRETRAINING,
@@ -14,7 +14,7 @@ from mlvicx_hf.pretraining.arguments import (
     ModelArguments,
     PretrainingArguments,
 )
-from mlvicx_hf.recipes import add_recipe, fill_sections, load_recipe
+from mlvicx_hf.recipes import add_recipe, fill_sections
 
 
 def parser() -> CommandParser:
@@ -29,8 +29,7 @@ def parser() -> CommandParser:
             "accelerate launch -m mlvicx_hf.commands.pretrain --dataset caches/mine --output_dir runs/first",
         ],
     )
-    add_recipe(made, "pretraining")
-    add_sections(made, *SECTIONS_OF_PRETRAINING, defaults=load_recipe("default", None, "pretraining"))
+    add_recipe(made, "pretraining", *SECTIONS_OF_PRETRAINING)
     return made
 
 

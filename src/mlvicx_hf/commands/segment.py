@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlvicx_hf.common.arguments import CommandParser, add_sections
+from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import run
 from mlvicx_hf.common.text import number
 from mlvicx_hf.finetuning.arguments import SEGMENTATION_SCORES, SEGMENTATION_SECTIONS
-from mlvicx_hf.recipes import add_recipe, fill_sections, load_recipe
+from mlvicx_hf.recipes import add_recipe, fill_sections
 
 
 def parser() -> CommandParser:
@@ -25,8 +25,7 @@ def parser() -> CommandParser:
             "mlvicx segment --model random --recipe paper --dataset caches/lungs --output_dir runs/baseline",
         ],
     )
-    add_recipe(made, "segmentation")
-    add_sections(made, *SEGMENTATION_SECTIONS, defaults=load_recipe("default", None, "segmentation"))
+    add_recipe(made, "segmentation", *SEGMENTATION_SECTIONS)
     return made
 
 

@@ -90,7 +90,7 @@ def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, sour
     model, report = loaded
     encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
     lacking = sorted(key for key in report["missing_keys"] if key.startswith(encoder))
-    left = [key for key in report["unexpected_keys"] if f".{key}".find(".context.") >= 0]
+    left = [key for key in report["unexpected_keys"] if ".context." in f".{key}"]
     gates = {key for key in model.state_dict() if key.startswith(f"{encoder}context.")}
     start = f"started from {source}"
     if gates and gates <= set(lacking):  # a plain network gets gates
@@ -137,11 +137,13 @@ def _leave_nothing_to_chance(objective: Objective) -> list[str]:
     They would draw from torch's generator, which a checkpoint does not keep and the two passes of a micro-batch do not
     share: a resumed run would be another one. Return a note.
     """
-    found = 0
-    for part in objective.modules():
-        for name in ("p",) if isinstance(part, _DropoutNd) else ("drop_prob",) if isinstance(part, DropPath) else ():
-            found += getattr(part, name) > 0
-            setattr(part, name, 0.0)
+    dropouts = [part for part in objective.modules() if isinstance(part, _DropoutNd) and part.p > 0]
+    paths = [part for part in objective.modules() if isinstance(part, DropPath) and part.drop_prob > 0]
+    for dropout in dropouts:
+        dropout.p = 0.0
+    for path in paths:
+        path.drop_prob = 0.0
+    found = len(dropouts) + len(paths)
     return [f"dropout and stochastic depth of {found} layers are off"] if found else []
 
 

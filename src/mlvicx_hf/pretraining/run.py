@@ -104,12 +104,11 @@ class Run:
 
     def note_loss(self, loss: Tensor) -> None:
         """Remember the first loss that is not finite, on its device: reading it would wait for the device."""
-        if self._first_bad is None:
-            self._first_bad = torch.full_like(loss, -1, dtype=torch.int64), torch.zeros_like(loss, requires_grad=False)
-        step, value = self._first_bad
+        loss = loss.detach()
+        step, value = self._first_bad or (torch.full_like(loss, -1, dtype=torch.int64), torch.zeros_like(loss))
         is_first = (step < 0) & ~loss.isfinite()
-        found = torch.full_like(step, self.step), loss.detach()
-        self._first_bad = torch.where(is_first, found[0], step), torch.where(is_first, found[1], value)
+        now = torch.full_like(step, self.step)
+        self._first_bad = torch.where(is_first, now, step), torch.where(is_first, loss, value)
 
     def check_losses(self) -> None:
         """Stop the run if a loss was not finite. Called before anything is written.

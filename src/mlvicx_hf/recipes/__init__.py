@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mlvicx_hf.common.arguments import CommandParser, from_values, names_of, takes_others
+from mlvicx_hf.common.arguments import CommandParser, add_sections, from_values, names_of, takes_others
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import read_yaml
 
@@ -50,11 +50,12 @@ def load_recipe(name: str, known: Collection[str] | None, kind: str = "pretraini
     return recipe
 
 
-def add_recipe(parser: CommandParser, kind: str) -> None:
-    """Add the option `--recipe` of a kind of training."""
+def add_recipe(parser: CommandParser, kind: str, *sections: type) -> None:
+    """Add the option `--recipe` of a kind of training, and its sections, with the values of the default recipe."""
     names = ", ".join(recipe_names(kind))
     text = f"hyper-parameters that further flags override: {names}, or a .yaml file (default default)"
     parser.add_argument("--recipe", default="default", metavar="NAME", help=text)
+    add_sections(parser, *sections, defaults=load_recipe("default", None, kind))
 
 
 def fill_sections(sections: Sequence[type], values: Mapping[str, Any], kind: str) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ from ..images.encoding import Picture, make_picture
 ROWS_PER_BATCH = 100  # images that a worker holds in memory before it writes them
 IMAGES_PER_SHARD = 128  # at least
 SHARDS_PER_SPLIT = 256  # at most: a reader of the cache keeps every shard open
-LAYOUT = 4  # of the notes; another version makes its shards anew
+LAYOUT = 3  # of the notes; another version makes its shards anew
 DIED = (
     "a worker process died. Out of memory? Fewer --num_workers may help. A Python script that calls prepare needs a "
     "file of its own, with the call below `if __name__ == '__main__':`; or use num_workers=0"
@@ -93,8 +93,6 @@ def identity(shard: Shard, making: Making) -> str:
         digest.update(repr((*plain, record.boxes, record.frame, *map(_stamp, files))).encode())
         for maker in (record.draw, record.load, record.draw_mask):
             digest.update(b"" if maker is None else pickle.dumps(maker))
-            read_from = getattr(maker, "args", ())[:1]  # the Arrow file of `collections.hf.load_row`
-            digest.update(repr([_stamp(Path(file)) for file in read_from if isinstance(file, str)]).encode())
     return digest.hexdigest()
 
 

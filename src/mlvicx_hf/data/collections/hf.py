@@ -30,19 +30,19 @@ from .tables import Columns, as_text
 
 @cache
 def _open_column(file: str, column: str, changed: int) -> Any:
-    """Open a column of images of an Arrow file, once per process and time of its last change."""
+    """Open a column of images of an Arrow file, once per process and time of its last change in nanoseconds."""
     del changed  # a key of the memory
     return _undecoded(datasets.Dataset.from_file(file), column)
 
 
-def load_row(file: str, column: str, row: int, folder: str | None = None) -> bytes:
+def load_row(file: str, changed: int, row: int, column: str, folder: str | None = None) -> bytes:
     """Read the image of one row of an Arrow file, for `Record.load`. The arguments are small to send to a worker."""
-    return read_cell(_open_column(file, column, os.stat(file).st_mtime_ns)[row][column], folder)
+    return read_cell(_open_column(file, column, changed)[row][column], folder)
 
 
-def load_mask(file: str, column: str, row: int, folder: str | None = None) -> np.ndarray:
+def load_mask(file: str, changed: int, row: int, column: str, folder: str | None = None) -> np.ndarray:
     """Read the values [H, W] of the mask in one row of an Arrow file, for `Record.draw_mask`."""
-    return decode_mask(load_row(file, column, row, folder), f"{column} of row {row + 1}")
+    return decode_mask(load_row(file, changed, row, column, folder), f"{column} of row {row + 1}")
 
 
 class HFCollection(Collection):
@@ -130,8 +130,8 @@ class HFCollection(Collection):
         rows, known = read_records(Path(self.path), text, names, self.patient_column, notes, self.patient_ids)
         labels = self._labels(features, columns, text, len(names))
         folder = folder_of(self.path)
-        files = [] if self.streaming else self._rows(opened, counts)
-        loaders: list[Any] = [partial(load_row, file, image, row, folder) for file, row in files] or [None] * len(names)
+        places = [] if self.streaming else self._rows(opened, counts)
+        loaders: list[Any] = [partial(load_row, *place, image, folder) for place in places] or [None] * len(names)
         masks = self._masks(opened, counts, self.mask_column) if self.mask_column else [None] * len(names)
         records = [
             replace(row, labels=label, load=load, draw_mask=draw)
@@ -217,11 +217,12 @@ class HFCollection(Collection):
         numbers = {name: [as_text(value) for value in columns[name]] for name in chosen}  # 0 and 1 instead of names
         return read_labels(Path(self.path), text | numbers, self.label_columns, skip, self.uncertain, self.label_names)
 
-    def _rows(self, opened: Opened, counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-        """Yield the Arrow file and the row in it of every record."""
+    def _rows(self, opened: Opened, counts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
+        """Yield the Arrow file, the time of its last change, and the row in it, of every record."""
         for split in counts:
             for file in (entry["filename"] for entry in opened.splits[split].cache_files):
-                yield from ((file, row) for row in range(len(datasets.Dataset.from_file(file))))
+                changed = os.stat(file).st_mtime_ns
+                yield from ((file, changed, row) for row in range(len(datasets.Dataset.from_file(file))))
 
     def _masks(self, opened: Opened, counts: Mapping[str, int], column: str) -> list[Any]:
         """What reads each mask; None where there is none."""
@@ -231,7 +232,7 @@ class HFCollection(Collection):
             content, path = (pyarrow.compute.struct_field(cells, name) for name in ("bytes", "path"))
             known += pyarrow.compute.or_(content.is_valid(), path.is_valid()).to_pylist()
         rows = zip(self._rows(opened, counts), known, strict=True)
-        return [partial(load_mask, file, column, row, folder) if there else None for (file, row), there in rows]
+        return [partial(load_mask, *place, column, folder) if there else None for place, there in rows]
 
     def _contents(self, counts: Mapping[str, int], image: str, start: int) -> Iterator[bytes]:
         """Files of the rows from one on, in order. What comes before it in its split is read as well, and dropped."""
