@@ -19,5 +19,5 @@ while [ $# -gt 0 ]; do
 done
 
 cd "$root"
-. scripts/setup.sh report
+. scripts/setup.sh report,dicom
 exec .venv/bin/python -m mlvicx_hf.commands quickstart ${arguments[@]+"${arguments[@]}"}

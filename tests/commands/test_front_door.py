@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,13 @@ def test_every_option_says_what_it_does(name: str):
 def test_without_a_command_it_lists_them():
     assert mlvicx().stdout == mlvicx("--help").stdout
     assert mlvicx("--version").stdout == f"mlvicx {__version__}\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m mlvicx_hf.commands --help | true", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
 
 
 def test_an_unknown_command_is_told_its_neighbours():

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from helpers import mlvicx
+from helpers import assert_users_error, mlvicx
 from PIL import Image
 from safetensors import safe_open
 
@@ -60,6 +60,24 @@ def test_pretraining_on_several_gpus_is_launched_by_accelerate(
     assert capsys.readouterr().out.startswith("$ accelerate launch --num_machines 1 --num_processes 2")
 
 
+def test_folders_of_others_stay_as_they_are(tmp_path: Path) -> None:
+    images = tmp_path / "radio"
+    (images / "a").mkdir(parents=True)
+    write_folder(images, labelled=False)
+    (tmp_path / "empty").mkdir()
+    for output, given, message in (
+        (images, images, "lies in"),
+        (images / "a", images / "a", "lies in"),
+        (images, tmp_path / "empty", "holds other files; expected a new folder, or one of an earlier quick start"),
+        (tmp_path / "new", tmp_path / "absent", "absent: no such folder; expected the radiographs"),
+        (tmp_path / "new", tmp_path / "empty", "no images found"),
+        (tmp_path / "new", tmp_path / "empty", "no images found"),  # again: what the first one left is its own
+    ):
+        assert_users_error(mlvicx("quickstart", "--images", given, "--output", output), message)
+    assert len(list(images.glob("*.png"))) == 40
+    assert {file.name for file in tmp_path.iterdir()} == {"radio", "empty", "new", "new.previous"}
+
+
 @pytest.mark.slow
 def test_labelled_folder_gives_the_whole_report(tmp_path: Path) -> None:
     images = tmp_path / "images"
@@ -94,6 +112,7 @@ def test_folder_without_labels_gives_neighbours_and_keeps_the_last_report(
     write_folder(images, labelled=False)
     output = tmp_path / "report"
     output.mkdir()
+    (output / "report.json").write_text("{}")  # of an earlier quick start
     (output / "mine.txt").write_text("kept")
     report = run_quickstart(images, output)
     assert "frozen" not in report

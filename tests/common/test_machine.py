@@ -102,3 +102,31 @@ def test_threads_wait_passively_unless_the_user_chose(chosen: dict[str, str], fo
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | chosen
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [found, "False"]
+
+
+@pytest.mark.skipif(machine.platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
+def test_a_worker_does_not_hold_the_memory_that_training_freed():
+    code = """
+import os, psutil, torch
+from mlvicx_hf.common.machine import begin_worker, keep_freed_memory
+
+keep_freed_memory()
+freed, kept = [torch.ones(2**18) for _ in range(300)], torch.ones(1)  # 300 MiB
+del freed
+if os.fork() == 0:
+    before = psutil.Process().memory_info().rss
+    begin_worker(0)
+    os._exit((before - psutil.Process().memory_info().rss) // 2**20 < 250)
+raise SystemExit(os.wait()[1])
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_gpu_of_several_is_used_without_a_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    found = property(lambda settings: 1 if settings.__dict__.get("_n_gpu") == 1 else 2)
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", found)
+    settings = trainer_settings(ClassificationArguments(output_dir=str(tmp_path)), 1e-3, tmp_path)
+    assert settings.n_gpu == 1
+    assert "2 GPUs found, one of them is used; `accelerate launch` uses all" in caplog.text

@@ -34,6 +34,17 @@ def test_outside_a_checkout_the_commit_is_unknown(tmp_path: Path):
     assert git_commit(tmp_path / "absent") == "unknown"
 
 
+def test_a_package_inside_another_repository_has_no_commit(tmp_path: Path):
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    git(tmp_path, "add", ".gitignore")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    package = tmp_path / ".venv" / "package"
+    package.mkdir(parents=True)
+    (package / "code.py").write_text("1\n")
+    assert git_commit(package) == "unknown"
+
+
 def test_code_version_names_package_and_libraries():
     version = code_version()
     assert version["mlvicx_hf"] == __version__

@@ -217,6 +217,8 @@ def test_missing_files_are_listed_and_the_others_kept(root: Path):
         ("file_name,patient_id\n", r"no rows found; expected one row an image"),
         ("name,patient_id\na.png,1\n", r"columns name, patient_id found; expected the file in file_name or file or"),
         ("file_name,patient_id\na.png\n", r"row 2 has 1 fields; expected 2"),
+        ('file_name,note\na.png,"portable\nb.png,\n', "not a readable CSV file in UTF-8: unexpected end of data"),
+        ('file_name,note\na.png,"left\nb.png,"right\nc.png,\n', "not a readable CSV file in UTF-8: .* expected after"),
         ("file_name,a,a\na.png,1,1\n", r"column\(s\) a found twice"),
         ("file_name,patient_id\na.png,1\nb.png,\n", r"row 3 \(b\.png\): empty patient_id found"),
         ("file_name,patient_id\n,1\n", r"row 2, column file_name: '' found"),

@@ -298,6 +298,7 @@ RIGHT = {"WindowCenter": 2000, "WindowWidth": 3000}
         (CT, {}, "window 1 makes 100.0 %.*: the range of the pixels was used"),
         ({"WindowCenter": 2000, "WindowWidth": 1}, {}, "window 1 makes 100.0 %"),
         ({"WindowCenter": 32768, "WindowWidth": 65536}, {}, r"window 1 leaves 1\d grey levels: the range"),
+        ({"WindowCenter": 16384, "WindowWidth": 32768}, {}, r"window 1 leaves 2\d grey levels: the range"),
         ({"WindowCenter": [40, 2000], "WindowWidth": [400, 3000]}, RIGHT, "^window 1 makes [^:]*white$"),
         ({"VOILUTSequence": [BRIGHT], **RIGHT}, RIGHT, "^VOI LUT 1 makes [^:]*white$"),
         ({"VOILUTSequence": [BRIGHT, DARK], **RIGHT}, RIGHT, "VOI LUT 1 makes .* VOI LUT 2 makes [^:]*white$"),

@@ -1,4 +1,5 @@
 import io
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 
@@ -8,7 +9,16 @@ import scipy.fft
 from PIL import Image, ImageDraw, ImageOps
 
 from mlvicx_hf.data.copies import duplicates
-from mlvicx_hf.data.copies.duplicates import NEAR, SAME, agreement, confirm, groups, near_pairs, perceptual_hash
+from mlvicx_hf.data.copies.duplicates import (
+    NEAR,
+    SAME,
+    agreement,
+    confirm,
+    find_copies,
+    groups,
+    near_pairs,
+    perceptual_hash,
+)
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
 Alteration = Callable[[Image.Image], Image.Image]
@@ -172,6 +182,14 @@ def test_pairs_are_confirmed_between_two_lists(chests: list[Image.Image]):
     assert confirm(pairs, square, copies.__getitem__) == [(3, 0, 0), (4, 1, 0), (5, 2, 0)]
     assert asked == dict.fromkeys(range(3, 8), 1)  # read once, however many pairs there are
     assert confirm(pairs, square, copies.__getitem__, least=-1) == pairs
+
+
+def test_films_that_look_alike_need_no_memory_for_their_pairs():
+    tracemalloc.start()
+    assert find_copies(["0" * 64] * 1000, lambda row: Image.new("L", (96, 96))) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6  # half a million pairs would be twice as much
 
 
 def test_groups_join_what_pairs_join():

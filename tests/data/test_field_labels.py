@@ -261,6 +261,13 @@ def test_numbers_of_two_signs_are_two_classes():
     assert names == ("-2", "2", "7")
 
 
+def test_a_sign_behind_a_name_counts():
+    names, _ = read_csv(["TB", "TB-", "COVID+", "COVID-", "Grade 1", "Grade -1"], "label")
+    assert set(names) == {"TB", "TB-", "COVID+", "COVID-", "Grade 1", "Grade -1"}
+    names, _ = read_csv(["COVID-19", "covid_19", "COVID 19", "Viral - Pneumonia", "viral pneumonia"], "label")
+    assert len(names) == 2
+
+
 @pytest.mark.parametrize("column", ["label", None])
 @pytest.mark.parametrize("kind", ["parquet", "hf"])
 def test_a_column_of_numbers_with_minus_one_stops_typed_tables(tmp_path: Path, kind: str, column: str | None):

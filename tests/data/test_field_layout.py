@@ -62,9 +62,10 @@ def test_a_division_that_is_unclear_is_refused_and_the_option_named(tmp_path: Pa
     assert len(FolderCollection(tmp_path, folders="ignore").read().records) == len(names)
 
 
-def test_a_test_folder_beside_other_images_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"a folder test found beside images that lie in no split, such as a/a\.png"):
-        FolderCollection(write(tmp_path, "a/a.png", "test/a.png")).read()
+@pytest.mark.parametrize("folder", ["test", "Testing", "val", "validation", "test_images"])
+def test_a_test_folder_beside_other_images_is_refused(tmp_path: Path, folder: str):
+    with pytest.raises(UserError, match=rf"folder {folder} found beside images that lie in no split, such as a/a\.png"):
+        FolderCollection(write(tmp_path, "a/a.png", f"{folder}/a.png")).read()
 
 
 def test_folders_without_splits_are_classes_only_if_the_user_says_so(tmp_path: Path):
@@ -75,6 +76,27 @@ def test_folders_without_splits_are_classes_only_if_the_user_says_so(tmp_path: P
     assert {record.split for record in listing.records} == {None}
     with pytest.raises(UserError, match="folders='maybe' found"):
         FolderCollection(root, folders="maybe")
+
+
+@pytest.mark.parametrize("names", [("train_images", "test_images"), ("images-train", "images-test")])
+def test_folders_of_images_of_a_split(tmp_path: Path, names: tuple[str, str]):
+    listing = FolderCollection(write(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(2)))).read()
+    assert {record.name: record.split for record in listing.records} == {
+        f"{name}/{i}.png": split for name, split in zip(names, ("train", "test"), strict=True) for i in range(2)
+    }
+
+
+@pytest.mark.parametrize(
+    "names", [("images/a.png", "masks/a.png"), ("train/images/a.png", "train/Mask/a.png", "test/images/a.png")]
+)
+def test_masks_are_no_radiographs(tmp_path: Path, names: tuple[str, ...]):
+    root = write(tmp_path, *names)
+    with pytest.raises(
+        UserError, match=r"folder [Mm]asks? found beside images such as .*images/a\.png; .*mask_file_name"
+    ):
+        FolderCollection(root).read()
+    assert len(FolderCollection(root, folders="ignore").read().records) == len(names)
+    assert len(FolderCollection(write(tmp_path / "only", "masks/a.png")).read().records) == 1
 
 
 def test_a_lone_train_folder_divides_nothing(tmp_path: Path):

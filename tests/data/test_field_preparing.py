@@ -60,7 +60,8 @@ def test_an_error_of_the_program_keeps_what_was_made(root: Path, tmp_path: Path,
     )
 
 
-def test_a_dataset_that_was_saved_anew_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_that_was_saved_anew_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool):
     def save(shade: int) -> None:
         pictures = [Image.fromarray(np.full((8, 8), shade + number, np.uint8)) for number in range(4)]
         datasets.Dataset.from_dict({"image": pictures}, datasets.Features({"image": datasets.Image()})).save_to_disk(
@@ -74,10 +75,10 @@ def test_a_dataset_that_was_saved_anew_is_read_anew(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patched:
         patched.setattr("mlvicx_hf.data.cache.prepare.assemble", stop)
         with pytest.raises(RuntimeError, match="killed"):
-            make(HFCollection(tmp_path / "saved"), tmp_path / "cache")
+            make(HFCollection(tmp_path / "saved", streaming=streaming), tmp_path / "cache")
     shutil.rmtree(tmp_path / "saved")
     save(200)
-    make(HFCollection(tmp_path / "saved"), tmp_path / "cache")
+    make(HFCollection(tmp_path / "saved", streaming=streaming), tmp_path / "cache")
     assert min(np.asarray(image).max() for image in load_cache(tmp_path / "cache").datasets["train"]["image"]) >= 200
 
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from helpers import make_cache, mlvicx, tiny_config
 from PIL import Image
+from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 from transformers import (
     Dinov2Backbone,
@@ -83,6 +84,27 @@ def test_the_crop_of_an_image_processor_is_the_side(tmp_path: Path):
     file = tmp_path / "vit" / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | size | {"image_processor_type": "BitImageProcessor"}))
     assert adapt(source).processor.image_size == 14
+
+
+def test_a_timm_model_on_the_hub_keeps_its_size_and_constants(tmp_path: Path):
+    network = timm.create_model("test_resnet")
+    network.pretrained_cfg |= {"mean": MEAN, "std": STD, "interpolation": "bicubic"}
+    save_for_hf(network, str(tmp_path), safe_serialization=True)
+    about = json.loads((tmp_path / "config.json").read_text())
+    del about["model_args"]  # timm's own repositories have none here
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    processor = adapt(f"hub:{tmp_path}").processor
+    assert (processor.image_size, processor.num_channels) == (network.pretrained_cfg["input_size"][-1], 3)
+    assert ([*processor.image_mean], [*processor.image_std], processor.resample) == (MEAN, STD, 3)
+
+
+def test_an_image_processor_is_followed_or_refused(tmp_path: Path):
+    model = Dinov2Model(Dinov2Config(**SMALL))
+    plain = adapt(save(tmp_path / "plain", model, do_normalize=False)).processor
+    gray = Image.new("L", (28, 28), 51)
+    assert plain(gray, return_tensors="pt")["pixel_values"].unique().tolist() == pytest.approx([0.2])
+    with pytest.raises(UserError, match=r"do_rescale=False, .*expected one that gives grey values from 0 to 1"):
+        adapt(save(tmp_path / "raw", model, do_rescale=False))
 
 
 def test_a_poolers_random_weights_are_refused(tmp_path: Path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import mlvicx
 
 from mlvicx_hf.common.errors import UserError
@@ -53,6 +54,11 @@ def test_runs_on_other_images_or_without_predictions_are_refused(tmp_path: Path)
     with pytest.raises(UserError, match="samples=0 found; expected 1 or more"):
         compare_runs([run], [run], samples=0)
     table = run / "test_predictions.csv"
+    alone = write_run(tmp_path / "alone", 1, 0)
+    one_each = pd.read_csv(table).assign(patient_id=lambda rows: rows.index)
+    one_each.to_csv(alone / "test_predictions.csv", index=False)
+    with pytest.raises(UserError, match="alone names other patients of the same test images than"):
+        compare_runs([run], [alone], samples=10)
     for content, message in (
         ("", "expected the table that the run wrote"),
         (table.read_text().replace(",", ";"), "expected source, patient_id, label:…"),
@@ -91,11 +97,17 @@ def test_what_cannot_be_scored_is_said(tmp_path: Path) -> None:
     for name in ("one", "two"):
         file = write_run(tmp_path / name, 1, 0) / "test_predictions.csv"
         pd.read_csv(file).assign(**{"label:Edema": 1}).to_csv(file, index=False)
+    (tmp_path / "two" / "results.json").write_text('{"seed": 3, "data": {"data_hash": "ab"}, "epochs_trained": 2}')
     output = tmp_path / "found.json"
     words = ["--runs", tmp_path / "one", "--baselines", tmp_path / "two", "--samples", 20, "--output", output]
     said = mlvicx("compare", *words).stdout
     assert "AUROC macro n/a (SD n/a) against n/a (SD n/a): difference n/a" in said
-    assert json.loads(output.read_text())["difference"] == "n/a"
+    found = json.loads(output.read_text())
+    assert found["difference"] == "n/a"
+    assert (found["labels"], found["images"], found["patients"]) == (["Edema"], 2 * PATIENTS, PATIENTS)
+    assert [each["folder"] for each in found["run_folders"]] == [str(tmp_path / "one")]
+    assert found["baseline_folders"] == [{"folder": str(tmp_path / "two"), "seed": 3, "data": {"data_hash": "ab"}}]
+    assert found["code"]["torch"] == torch.__version__
 
 
 def write_overlaps(folder: Path, share: float, seed: int) -> Path:

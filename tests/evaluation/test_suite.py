@@ -214,6 +214,8 @@ def test_a_changed_cache_recipe_or_configuration_is_refused(parts: dict[str, Any
         ({"classification": ["patience"]}, "classification: ['patience'] found; expected a mapping of flags"),
         ({"shortcuts": None}, "shortcuts: None found; expected a list of names"),
         ({"protocols": []}, "protocols: [] found"),
+        ({"seeds": [0, 1, 1]}, "/frozen/1/1"),
+        ({"label_fractions": [0.1, 0.1000000001]}, "/frozen/0.1/0"),
     ],
 )
 def test_suites_that_are_wrong(change: dict[str, Any], message: str, parts: dict[str, Any], tmp_path: Path):

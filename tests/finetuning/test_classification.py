@@ -248,6 +248,10 @@ def test_a_store_encodes_every_image_once(cache: Path, pretrained: Path):
         next(model.mlvicx.parameters()).mul_(1.5)  # another encoder
     store.encode(model.mlvicx, few, 64, device)
     assert len(counts) == 6
+    for placement in ("taps", "between"):  # the same weights, used otherwise
+        model.mlvicx.config.context_placement = placement
+        store.encode(model.mlvicx, few, 64, device)
+    assert len(counts) == 8
 
 
 def test_other_squares_of_the_same_images_have_features_of_their_own(pretrained: Path, tmp_path: Path):

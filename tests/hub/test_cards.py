@@ -284,6 +284,19 @@ def test_pretraining_data_and_recipe(render: Render, saved: dict[str, Path], tmp
     assert "a part of that split, which shows 777 patients" in render("backbone", cache=cache).text
 
 
+def test_a_card_names_method_and_optimiser_of_its_run(render: Render, tmp_path: Path):
+    changes = {"model.objective": "simclr", "training.optimizer": "adamw", "training.epochs": 1.5}
+    text = render("backbone", pretraining=write_run(tmp_path / "mine", **changes)).text
+    assert "pretrained without labels by **SimCLR**" in text
+    assert "| optimiser | AdamW |" in text
+    assert "| steps, images seen | 22, 1,408 |" in text  # 1.5 epochs of 15 steps: 22.5, rounded to the even number
+    assert "expanders" not in text
+    assert "Differences from the paper" not in section(render("backbone", pretraining=tmp_path / "mine"), "Citation")
+    plain = render("backbone").text
+    assert "| optimiser | LARS, momentum 0.9 |" in plain
+    assert "pretrained without labels by **MLVICX**" in plain
+
+
 def test_files_of_older_runs_say_less_about_the_machine(render: Render, saved: dict[str, Path], tmp_path: Path):
     run = json.loads(write_run(tmp_path / "mine", hardware=None).read_text())
     older = write(tmp_path / "mine" / "run.json", run | {"device": "cpu", "num_processes": 2})

@@ -23,6 +23,7 @@ from mlvicx_hf import (
     MLVICXModel,
     MLVICXPreTrainedModel,
 )
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.hub.exports import Tensors, compare_onnx, export_onnx, export_timm, export_torchvision
 
 HEADS = {
@@ -179,7 +180,21 @@ def test_torchvision_gets_the_trunk(tmp_path: Path, backbone: str, channels: int
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
     assert "its features differ" in (folder / "README.md").read_text()
     constants = json.loads((folder / "preprocessing.json").read_text())
-    assert constants == {"image_size": 64, "num_channels": 3, "image_mean": 0.45, "image_std": 0.2, "fit": "pad"}
+    assert constants == {"image_size": 64, "num_channels": 3, "image_mean": 0.45, "image_std": 0.2, "fit": "pad"} | {
+        "resample": 2, "do_resize": True, "do_rescale": True, "rescale_factor": None, "do_normalize": True
+    }  # fmt: skip
+
+
+def test_timm_gets_the_images_of_the_processor(tmp_path: Path):
+    model = tmp_path / "model"
+    MLVICXModel(tiny_config()).save_pretrained(model)
+    MLVICXImageProcessor(32, resample=3, do_normalize=False).save_pretrained(model)
+    export_timm(model, tmp_path / "timm")
+    about = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    assert (about["mean"], about["std"], about["interpolation"]) == ([0.0], [1.0], "bicubic")
+    MLVICXImageProcessor(32, rescale_factor=1 / 4095).save_pretrained(model)
+    with pytest.raises(UserError, match=r"rescale_factor=0\.0002.* found; expected grey values from 0 to 1"):
+        export_timm(model, tmp_path / "other")
 
 
 def test_every_resnet_of_torchvision_has_timms_names():

@@ -130,6 +130,12 @@ def test_what_does_not_fit_is_named(options: dict[str, Any], message: str):
 
 
 @torch.no_grad()
+def test_a_network_made_for_a_size_is_made_for_ours():
+    model = MLVICXModel(MLVICXConfig(backbone="efficientformerv2_s0", image_size=96)).eval()
+    assert model(torch.zeros(1, 1, 96, 96)).last_hidden_state.shape[2:] == (3, 3)
+
+
+@torch.no_grad()
 def test_taps_leave_a_resnet_as_it_is():
     model = MLVICXModel(config("test_resnet", context_placement="taps", context_init_scale=1e-30)).eval()
     x = torch.randn(2, 1, SIZE, SIZE)

@@ -218,3 +218,14 @@ def test_the_last_stage_is_the_default_of_a_backbone(tmp_path: Path):
     config.save_pretrained(tmp_path)
     loaded = MLVICXConfig.from_pretrained(tmp_path)
     assert (loaded.out_features, loaded.out_indices) == (["stem", "stage2"], [0, 2])
+
+
+def test_other_labels_leave_thresholds_and_calibration_behind(tmp_path: Path):
+    kept = {"decision_thresholds": {"method": "youden", "values": {"a": 0.3, "b": 0.4}}, "positive_weights": [1.0, 2.0]}
+    config = tiny_config(id2label={0: "a", 1: "b"}, **kept)
+    config.save_pretrained(tmp_path)
+    same = MLVICXConfig.from_pretrained(tmp_path, id2label={0: "a", 1: "b"})
+    assert same.decision_thresholds == kept["decision_thresholds"]
+    for change in ({"id2label": {0: "b", 1: "a"}}, {"num_labels": 3}):
+        other = MLVICXConfig.from_pretrained(tmp_path, **change)
+        assert other.decision_thresholds is other.positive_weights is None

@@ -1,5 +1,6 @@
 """The segmentation head and the backbone class."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from mlvicx_hf import MLVICXBackbone, MLVICXConfig, MLVICXForPreTraining, MLVICXForSemanticSegmentation, MLVICXModel
+from mlvicx_hf import (
+    MLVICXBackbone,
+    MLVICXConfig,
+    MLVICXForImageClassification,
+    MLVICXForPreTraining,
+    MLVICXForSemanticSegmentation,
+    MLVICXModel,
+)
 from mlvicx_hf.models.configuration_mlvicx import backbone_stages
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -23,6 +31,41 @@ STAGES = ["stage1", "stage2", "stage3", "stage4"]
 def segmenter(labels: int = 1, **values: Any) -> MLVICXForSemanticSegmentation:
     torch.manual_seed(0)
     return MLVICXForSemanticSegmentation(tiny_config(id2label={i: f"class {i}" for i in range(labels)}, **values))
+
+
+# -- torch.nn.DataParallel, which a user's Trainer takes on several GPUs -----------------------------------------------
+
+
+@pytest.fixture
+def replicas(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `nn.DataParallel` makes of a model, on the CPU: torch's own function, with differentiable copies."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copies(tensors: Any, devices: Any, detach: bool = False) -> Any:
+        return [[t.detach().clone() if detach else t * 1 for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(module, "_get_device_index", lambda device, *_: device)
+    return lambda model: module.replicate(model, [0, 1])
+
+
+@pytest.mark.parametrize("model_class", [MLVICXForSemanticSegmentation, MLVICXForImageClassification])
+def test_replicas_train_every_weight(replicas: Any, model_class: Any):
+    model = model_class(tiny_config(num_labels=2)).train()
+    images = torch.rand(4, 1, 32, 32)
+    masks = model_class is MLVICXForSemanticSegmentation
+    labels = torch.randint(0, 2, (4, 32, 32)) if masks else torch.ones(4, 2)
+    parts = [copy(images[i::2], labels=labels[i::2]).loss for i, copy in enumerate(replicas(model))]
+    torch.stack(parts).mean().backward()
+    assert not [name for name, value in model.named_parameters() if value.grad is None]
+
+
+def test_replicas_that_would_be_wrong_are_refused(replicas: Any):
+    images = torch.rand(4, 1, 32, 32)
+    with pytest.raises(RuntimeError, match=r"DataParallel found; .* loss of its own: start one process a GPU"):
+        replicas(MLVICXForPreTraining(tiny_config()))[0](images, images)
+    with pytest.raises(RuntimeError, match=r"DataParallel found; .* context bottlenecks of the first GPU"):
+        replicas(MLVICXModel(tiny_config(backbone="test_efficientnet")))[1](images)
 
 
 # -- segmentation ------------------------------------------------------------------------------------------------------

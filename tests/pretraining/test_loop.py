@@ -634,6 +634,12 @@ def test_a_run_is_watched_and_the_best_checkpoint_kept(
     seldom = pretrain(cache, tmp_path / "seldom", *words)  # a probe between checkpoints makes one
     assert json.loads((seldom / "best.json").read_text()) == best
     assert (seldom / f"checkpoint-{best['step']}").is_dir()
+    other = start(cache, tmp_path / "other", *words)
+    other.watcher = None  # as on every process but the main one: all save together, or they wait for each other
+    saved: list[int] = []
+    monkeypatch.setattr(other, "save_checkpoint", lambda score: saved.append(other.step))
+    train(other)
+    assert set(saved) == set(probed)
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

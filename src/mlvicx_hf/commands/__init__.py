@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
-        print(_help())
+        _show(_help())
     elif name == "--version":
-        print(f"mlvicx {__version__}")
+        _show(f"mlvicx {__version__}")
     elif name in COMMANDS:
         command = importlib.import_module(f".{name}", __name__)
         run(partial(command.main, words[1:]))
@@ -66,6 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"mlvicx: error: command {name!r} found; expected {' or '.join(close)}; see mlvicx --help", file=sys.stderr
         )
         raise SystemExit(2)
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has left, such as `head`; at the end Python would write once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help() -> str:

@@ -49,6 +49,8 @@ def find_template(model: Path, name: str | None = None) -> Path:
     from mlvicx_hf.hub.cards.rendering import CARD_KINDS
 
     if name is None:
+        if not model.is_dir():
+            raise FileNotFoundError(f"{model}: no such folder; expected that of a model")
         saved = saved_class(model).__name__
         name = next(kind for kind, facts in CARD_KINDS.items() if saved in facts.architectures)
     return Path(str(files("mlvicx_hf.hub.cards") / "templates" / f"{name}.md")) if name in CARD_KINDS else Path(name)

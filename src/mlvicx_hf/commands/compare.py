@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import run
@@ -35,6 +36,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Compare runs."""
     arguments = parser().parse_args(words)
     from mlvicx_hf.common.files import write_json
+    from mlvicx_hf.common.provenance import code_version
     from mlvicx_hf.evaluation.statistics import compare_runs
 
     found = compare_runs(arguments.runs, arguments.baselines, arguments.samples, arguments.seed)
@@ -42,7 +44,18 @@ def main(words: Sequence[str] | None = None) -> None:
     gain, low, high = (number(found[name], "+.4f") for name in ("difference", "low", "high"))
     print(f"test {found['metric']} {ours} against {theirs}: difference {gain}, 95 % interval {low} to {high}")
     if arguments.output:
-        write_json(arguments.output, found | {"samples": arguments.samples, "seed": arguments.seed})
+        found |= {"samples": arguments.samples, "seed": arguments.seed, "code": code_version()}
+        groups = {"run_folders": arguments.runs, "baseline_folders": arguments.baselines}
+        write_json(arguments.output, found | {name: list(map(_describe, group)) for name, group in groups.items()})
+
+
+def _describe(run: Path) -> dict[str, Any]:
+    """Folder of a run, and what its results say about seed, share of the labels, data and code."""
+    from mlvicx_hf.common.files import read_json
+
+    results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
+    kept = ("protocol", "label_fraction", "seed", "data", "code")
+    return {"folder": str(run), **{name: results[name] for name in kept if name in results}}
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def main(words: Sequence[str] | None = None) -> None:
         from mlvicx_hf.data.cache.sharing import push_cache
         from mlvicx_hf.data.cache.summary import CARD
 
-        text = (Path(arguments.dataset) / CARD).read_text(encoding="utf-8")
         done = push_cache(arguments.dataset, arguments.repo_id, **_chosen(arguments, *OF_BOTH, "public"))
+        text = (Path(arguments.dataset) / CARD).read_text(encoding="utf-8")
     elif kind == "space":
         from mlvicx_hf.hub.publishing import push_space
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .signals import leave_signals_to_the_main_process
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help does not have
     import torch
@@ -83,6 +84,17 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def begin_worker(worker: int) -> None:
+    """Begin a worker of training's DataLoader, for its `worker_init_fn`: leave signals and memory to the main process.
+
+    A forked worker shares the pages that `keep_freed_memory` keeps, until training writes to them: from then on each of
+    them would be in memory twice.
+    """
+    leave_signals_to_the_main_process(worker)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def refuse_other_launches() -> None:

@@ -33,8 +33,13 @@ def made_by(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str:
-    """Find the commit of a checkout; append "+changes" if tracked files differ. "unknown" outside a checkout."""
+    """Find the commit of a checkout; append "+changes" if tracked files differ.
+
+    "unknown" outside a checkout, and in a folder that a repository around it does not track, such as site-packages.
+    """
     try:
+        if not _git(folder, "ls-files", "--", "."):
+            return "unknown"
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):

@@ -18,7 +18,7 @@ import torch
 from jinja2 import StrictUndefined, Template
 from transformers import AutoImageProcessor, AutoModel
 
-from mlvicx_hf.common.errors import MissingExtraError
+from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.common.files import write_json
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import markdown_table, number
@@ -32,6 +32,7 @@ from mlvicx_hf.scoring.embeddings import rankme
 
 PROTOCOLS = {"frozen": "Frozen encoder", "finetuned": "Fine-tuned"}
 STARTS = ("pretrained", "random")
+STARTED = ".quickstart"  # marks a folder that a quick start made
 
 
 class Quickstart:
@@ -84,11 +85,25 @@ class Quickstart:
         print(f"\n{text}\nReport: {self.output / 'report.md'} ({report['seconds']} s)", flush=True)
 
     def _clear(self) -> None:
-        if self.output.exists():
-            previous = self.output.with_name(self.output.name + ".previous")
+        """Keep an earlier report as OUTPUT.previous. Move and remove nothing but folders of quick starts."""
+        place = self.output.resolve()  # `.` has no name
+        previous = place.with_name(place.name + ".previous")
+        if self.images is not None and not self.images.is_dir():
+            raise FileNotFoundError(f"{self.images}: no such folder; expected the radiographs")
+        for given in filter(None, (self.images, self.metadata)):
+            if any(given.resolve().is_relative_to(folder) for folder in (place, previous)):
+                raise UserError(
+                    f"{given} lies in {place} or {previous}, which are made anew; expected another --output"
+                )
+        for folder in (place, previous):
+            foreign = folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_report(folder))
+            if foreign:
+                raise UserError(f"{folder} holds other files; expected a new folder, or one of an earlier quick start")
+        if place.exists():
             shutil.rmtree(previous, ignore_errors=True)
-            os.replace(self.output, previous)
-        self.output.mkdir(parents=True)
+            os.replace(place, previous)
+        place.mkdir(parents=True)
+        (place / STARTED).touch()
 
     def _prepare(self) -> Cache:
         words: list[Any] = ["--size", 128, "--seed", self.seed, "--output", self.output / "cache"]
@@ -178,6 +193,10 @@ class Quickstart:
 
     def _say(self, text: str) -> None:
         print(f"\n== {text} ({time.monotonic() - self.started:.0f} s)", flush=True)
+
+
+def _is_report(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (STARTED, "report.json"))
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,15 +155,36 @@ def _adapt_hub(name: str, image_size: int | None) -> Adapted:
             )
         return pooled.flatten(1)
 
+    return Adapted(network, features, _hub_processor(name, config, image_size))
+
+
+def _hub_processor(name: str, config: Any, image_size: int | None) -> MLVICXImageProcessor:
+    """Make ours of the image processor of another model: size, constants and interpolation."""
     about = AutoImageProcessor.from_pretrained(name).to_dict()
-    size = about.get("crop_size") if about.get("do_center_crop") else about.get("size")
-    sides = [value for key, value in (size or {}).items() if key in ("height", "width", "shortest_edge")]
-    side = image_size or (sides[0] if sides else getattr(config, "image_size", 224))
-    channels = int(getattr(config, "num_channels", 3))
-    resample = about.get("resample")
-    options: Any = {"resample": int(resample)} if resample in PILLOW_NAMES.values() else {}
-    constants = about.get("image_mean", 0.5), about.get("image_std", 0.5)
-    return Adapted(network, features, MLVICXImageProcessor(side, channels, *constants, **options))
+    timms = about.get("data_config")  # the processor of a timm model keeps all there
+    if timms is not None:
+        resample = PILLOW_NAMES.get(timms["interpolation"])
+        sides, constants, normalized = timms["input_size"][1:], (timms["mean"], timms["std"]), True
+    else:
+        resample = about.get("resample")
+        size = about.get("crop_size") if about.get("do_center_crop") else about.get("size")
+        sides = [value for key, value in (size or {}).items() if key in ("height", "width", "shortest_edge")]
+        constants, normalized = (about.get("image_mean"), about.get("image_std")), bool(about.get("do_normalize"))
+        if not about.get("do_rescale", True) or not math.isclose(about.get("rescale_factor") or 1 / 255, 1 / 255):
+            raise UserError(
+                f"hub:{name}: an image processor with do_rescale={about.get('do_rescale')}, "
+                f"rescale_factor={about.get('rescale_factor')} found; expected one that gives grey values from 0 to 1, "
+                "or callable:module:function"
+            )
+    channels = timms["input_size"][0] if timms else getattr(config, "num_channels", 3)
+    side = image_size or (sides[0] if sides else getattr(config, "image_size", None))
+    if not isinstance(side, int) or (normalized and None in constants):
+        raise UserError(
+            f"hub:{name}: an image processor without size or constants found; expected size, image_mean and image_std"
+        )
+    options: Any = {"resample": resample} if resample in PILLOW_NAMES.values() else {}
+    mean, std = constants if normalized else (0.0, 1.0)
+    return MLVICXImageProcessor(side, channels, mean, std, do_normalize=normalized, **options)
 
 
 def _adapt_xrv(name: str, image_size: int | None) -> Adapted:

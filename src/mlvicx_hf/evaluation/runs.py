@@ -166,7 +166,7 @@ def read_run(run: Path) -> RunResults:
 
 
 def check_same_images(runs: Mapping[str, RunResults]) -> None:
-    """Refuse to compare runs, name → run, that were not tested on the same images and labels.
+    """Refuse to compare runs, name → run, that were not tested on the same images of the same patients and labels.
 
     Raises:
         UserError: naming two that differ.
@@ -178,4 +178,8 @@ def check_same_images(runs: Mapping[str, RunResults]) -> None:
         if not (same and np.array_equal(other.truth, first.truth, equal_nan=True)):
             raise UserError(
                 f"{other_name} was tested on other images or labels than {name}; expected the same test split"
+            )
+        if not np.array_equal(other.patients, first.patients):  # a draw of one's patients is no draw of the other's
+            raise UserError(
+                f"{other_name} names other patients of the same test images than {name}; expected runs on one cache"
             )

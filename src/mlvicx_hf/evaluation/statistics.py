@@ -93,8 +93,8 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
         seed: of the draws.
 
     Returns:
-        `metric`, `runs`, `baselines`, their standard deviations over seeds, `difference`, `low` and `high`; "n/a" for
-        what is not defined.
+        `metric`, `labels`, `images`, `patients`, `runs`, `baselines`, their standard deviations over seeds,
+        `difference`, `low` and `high`; "n/a" for what is not defined.
 
     Raises:
         UserError: runs that were not tested on the same images and labels, or no draws.
@@ -105,7 +105,8 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
     check_same_images(dict(zip(map(str, (*runs, *baselines)), groups[0] + groups[1], strict=True)))
     first = groups[0][0]
     ours, theirs = (estimate(group, samples, seed)[first.metric] for group in groups)
-    found: dict[str, Any] = {"metric": first.title}
+    found: dict[str, Any] = {"metric": first.title, "labels": list(first.names)}
+    found |= {"images": len(first.sources), "patients": len(set(first.patients))}
     for name, group in (("runs", ours.describe()), ("baselines", theirs.describe())):
         found |= {name: group["mean"], f"{name}_sd": group["sd"]}
     return found | difference(ours, theirs)

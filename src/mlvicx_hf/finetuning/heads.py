@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -144,7 +145,9 @@ class ExternalClassifier(nn.Module):
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Logits [B, L] of images [B, C, S, S], and the loss if labels are given."""
-        logits = self.classifier(self.mlvicx(pixel_values).pooler_output.float())
+        features = self.mlvicx(pixel_values).pooler_output
+        with torch.autocast(features.device.type, enabled=False):  # rounded to bfloat16, many scores would be equal
+            logits = self.classifier(features.float())
         return {"logits": logits} if labels is None else {"loss": self.compute_loss(logits, labels), "logits": logits}
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:

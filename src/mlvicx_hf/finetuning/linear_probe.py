@@ -65,7 +65,8 @@ class LinearProbe(nn.Module):
         if self.encoder is not None:
             features = self.encoder(pixel_values).pooler_output
         assert features is not None
-        logits = self.classifier((features - self.mean) / self.deviation)
+        with torch.autocast(features.device.type, enabled=False):  # rounded to bfloat16, many scores would be equal
+            logits = self.classifier((features.to(self.mean.dtype) - self.mean) / self.deviation)
         return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
 
     @torch.no_grad()
@@ -109,8 +110,9 @@ class FeatureStore:
 def _hash_of(encoder: MLVICXModel) -> str:
     """Of weights and of what is done with them."""
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    gain = {"context_gain": str(float(encoder.config.context_gain))}
-    return hashlib.sha256(safetensors.torch.save(tensors, gain)).hexdigest()
+    config = encoder.config
+    use = {"backbone": config.backbone, "gain": str(float(config.context_gain)), "place": str(config.context_placement)}
+    return hashlib.sha256(safetensors.torch.save(tensors, use)).hexdigest()
 
 
 def prepare_probe(

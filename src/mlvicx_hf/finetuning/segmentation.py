@@ -85,9 +85,9 @@ def load_masked_cache(path: str, allow_leak: bool = False) -> Cache:
 
 
 def load_segmenter(
-    arguments: EncoderArguments, cache: Cache
+    arguments: EncoderArguments, cache: Cache, image_size: int | None = None
 ) -> tuple[MLVICXForSemanticSegmentation, MLVICXImageProcessor]:
-    """Load a segmenter for the masks of a cache, and its image processor.
+    """Load a segmenter for the masks of a cache, and its image processor, with another size of its input if wanted.
 
     A single structure becomes two classes, background and structure: softmax over two logits is the sigmoid of their
     difference, and pipelines find a name for both.
@@ -99,7 +99,7 @@ def load_segmenter(
     names = cache.mask_names if len(cache.mask_names) > 1 else ("background", *cache.mask_names)
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     config.positive_weights = config.decision_thresholds = config.calibration = None
-    return load_for_task(MLVICXForSemanticSegmentation, config, arguments, cache.manifest["fit"])
+    return load_for_task(MLVICXForSemanticSegmentation, config, arguments, cache.manifest["fit"], image_size)
 
 
 def decide(logits: Tensor, labels: Tensor) -> Tensor:
@@ -132,11 +132,8 @@ class Segmentation(FinetuningTask):
     def _load_model(self) -> tuple[MLVICXForSemanticSegmentation, MLVICXImageProcessor]:
         self.names = list(foreground(self.cache.mask_names))
         self.batches: list[np.ndarray] = []
-        model, processor = load_segmenter(self.encoder, self.cache)
-        if self.data.image_size is not None:
-            with user_input():
-                processor.image_size = model.config.image_size = self.data.image_size
-        return model, processor
+        with user_input():
+            return load_segmenter(self.encoder, self.cache, self.data.image_size)
 
     def _images(self, split: str) -> MaskedImages:
         return MaskedImages(self.cache.datasets[split], self.processor, self.data.augment and split == "train")

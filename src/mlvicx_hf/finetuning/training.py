@@ -7,6 +7,7 @@ at the end.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ from .data import select_training, used_images
 from .linear_probe import LinearProbe
 from .results import describe_run, score_subgroups
 
+logger = logging.getLogger(__name__)
 Split = Dataset[Any]
 
 
@@ -155,7 +157,11 @@ def trainer_settings(arguments: FinetuningArguments, learning_rate: float, folde
     fixed = {name: value for name, (value, _) in arguments.protocol.items()}
     options = {"dataloader_pin_memory": torch.cuda.is_available()} | arguments.trainer_options
     with user_input():
-        return TrainingArguments(**options | own | fixed | {"output_dir": str(folder)})
+        settings = TrainingArguments(**options | own | fixed | {"output_dir": str(folder)})
+    if settings.n_gpu > 1:  # else the Trainer would divide every batch by `nn.DataParallel`
+        logger.warning("%d GPUs found, one of them is used; `accelerate launch` uses all", settings.n_gpu)
+        settings._n_gpu = 1
+    return settings
 
 
 class EpochProgress(TrainerCallback):

@@ -7,6 +7,7 @@ model's, unless it was trained with `use_context=False`. ONNX gets the whole mod
 
 from __future__ import annotations
 
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import timm
 import torch
 import torchvision
 from jinja2 import StrictUndefined, Template
+from PIL.Image import Resampling
 from safetensors.torch import save_file
 from timm.models import FeatureListNet
 from timm.models._hub import save_for_hf
@@ -72,7 +74,7 @@ def timm_trunk(encoder: MLVICXModel) -> tuple[nn.Module, list[str], dict[str, An
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        full, sizes = (make(), {}) if encoder.is_plain else create_sized(make, config.image_size)
+        full, sizes = create_sized(make, config.image_size)
     full.eval()
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     if own.keys() <= full.state_dict().keys():  # networks that collect their maps have the full model's names
@@ -107,15 +109,21 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
     output = check_output(Path(output))
     encoder, processor = load_encoder(source)
     config = encoder.config
+    if not processor.do_rescale or not math.isclose(processor.rescale_factor or 1 / 255, 1 / 255):
+        raise UserError(
+            f"{source}: do_rescale={processor.do_rescale}, rescale_factor={processor.rescale_factor} found; expected "
+            "grey values from 0 to 1, as timm makes them"
+        )
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
     full, initial, sizes = timm_trunk(encoder)
     cfg: Any = full.pretrained_cfg
     for name in TIMM_FOREIGN:
         cfg.pop(name, None)
     cfg |= {
         "input_size": (config.num_channels, processor.image_size, processor.image_size),
-        "mean": _of_channels(processor.image_mean, config.num_channels),
-        "std": _of_channels(processor.image_std, config.num_channels),
-        "interpolation": "bilinear",
+        "mean": _of_channels(mean, config.num_channels),
+        "std": _of_channels(std, config.num_channels),
+        "interpolation": Resampling(processor.resample).name.lower(),
         "crop_pct": 1.0,
         "crop_mode": TIMM_CROP_MODES[processor.fit],
     }
@@ -184,7 +192,8 @@ def _of_channels(value: float | list[float], channels: int) -> tuple[float, ...]
 
 def preprocessing(processor: MLVICXImageProcessor) -> dict[str, Any]:
     """List the constants that make an image model input, for programs that do not use transformers."""
-    names = ("image_size", "num_channels", "image_mean", "image_std", "fit")
+    names = ["image_size", "num_channels", "image_mean", "image_std", "fit", "resample"]
+    names += ["do_resize", "do_rescale", "rescale_factor", "do_normalize"]
     return {name: getattr(processor, name) for name in names}
 
 

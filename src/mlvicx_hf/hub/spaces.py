@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import re
+import shutil
+from importlib.metadata import requires, version
+from importlib.resources import files
 from pathlib import Path
 
 import yaml
@@ -17,6 +20,7 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVIC
 
 from .folder import export
 
+EXTRAS = {"demo", "dicom", "explain"}
 ROLES = {"model": MLVICXForImageClassification, "segmenter": MLVICXForSemanticSegmentation}
 APP = '''"""The page of `mlvicx demo`. Research use only."""
 
@@ -39,7 +43,7 @@ README = """---
 Drop a chest radiograph on the page: the classifier's probabilities, where it looks, and how sure it is. Files are read
 in memory and not kept. Do not send images of patients to a server that is not yours.
 
-Made by `mlvicx publish --space` of [mlvicx_hf](https://pypi.org/project/mlvicx-hf/) {version}.
+Made by `mlvicx publish --space` of mlvicx_hf {version}, whose code lies in the folder `mlvicx_hf`.
 """
 
 
@@ -80,8 +84,22 @@ def write_space(output: str | Path, title: str, **models: str | Path | None) -> 
             export(source, folder / role)
         words = "".join(f'"--{role}", str(HERE / "{role}"), ' for role in given)
         (folder / "app.py").write_text(APP.format(words=words), encoding="utf-8")
-        (folder / "requirements.txt").write_text(f"mlvicx-hf[demo,dicom]=={__version__}\n", encoding="utf-8")
+        # The package itself goes along: no index of packages need have it, nor another one of its name.
+        package = Path(str(files("mlvicx_hf")))
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements()), encoding="utf-8")
         head = yaml.safe_dump(metadata, sort_keys=False)
         text = README.format(metadata=head, title=title, notice=NOTICE, version=__version__)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return output
+
+
+def _requirements() -> list[str]:
+    """What the package needs with the extras of the page, without itself."""
+    needed = set()
+    for line in requires("mlvicx-hf") or []:
+        name, _, condition = line.partition(";")
+        extras = re.findall(r"""extra == ['"]([^'"]+)""", condition)
+        if not name.startswith("mlvicx-hf") and (not extras or set(extras) & EXTRAS):
+            needed.add(name.strip())
+    return sorted(needed)

@@ -53,10 +53,7 @@ def create_backbone(config: MLVICXConfig, **weights: Any) -> Any:
 
 def _create(name: str, num_channels: int, image_size: int, **weights: Any) -> Any:
     try:
-        options = _options(name)
-        if options is None:
-            return create_features(name, in_chans=num_channels, **weights)
-        make = functools.partial(create_features, name, in_chans=num_channels, **options, **weights)
+        make = functools.partial(create_features, name, in_chans=num_channels, **_options(name), **weights)
         return create_sized(make, image_size)[0]
     except (RuntimeError, AttributeError, AssertionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -64,11 +61,11 @@ def _create(name: str, num_channels: int, image_size: int, **weights: Any) -> An
 
 
 @functools.cache
-def _options(name: str) -> dict[str, Any] | None:
-    """Options of a network that is no list of layers; None for one that is."""
+def _options(name: str) -> dict[str, Any]:
+    """Options of a network that is no list of layers; none for one that is."""
     with torch.device("meta"):
         network = create_features(name)
-    return None if is_plain(network) else even_levels(network)
+    return {} if is_plain(network) else even_levels(network)
 
 
 def create_sized(make: Callable[..., Any], image_size: int) -> tuple[Any, dict[str, Any]]:

@@ -15,8 +15,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from .hub_mlvicx import AUTO_MAP, save_code
+
+logger = logging.get_logger(__name__)
+
+OF_LABELS = ("decision_thresholds", "calibration", "positive_weights")  # of a configuration
 
 
 class Levels(NamedTuple):
@@ -236,11 +241,19 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As of the base class, but a configuration of another model is an error, not a warning.
 
-        The whole is validated after `kwargs` have replaced values of the dictionary.
+        The whole is validated after `kwargs` have replaced values of the dictionary. With other labels, what belongs to
+        the saved ones is left out: thresholds, calibration, weights of positives.
         """
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(f"configuration of a {found!r} model found; expected one of {cls.model_type!r}")
+        saved = list(config_dict.get("id2label", {}).values())
+        others = list(kwargs["id2label"].values()) != saved if "id2label" in kwargs else False
+        if others or kwargs.get("num_labels", len(saved)) != len(saved):
+            held = [name for name in OF_LABELS if config_dict.get(name) is not None]
+            if held:
+                logger.warning("other labels: %s of the saved ones left out", ", ".join(held))
+            config_dict = {name: value for name, value in config_dict.items() if name not in held}
         made = super().from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
         config.validate()

@@ -60,8 +60,11 @@ class ContextBottleneck(nn.Module):
     def _can_fuse(self, x: Tensor) -> bool:
         """Say whether everything is trained and nothing but autograd watches.
 
-        A compiler fuses the plain operations by itself. Tracers, torch.func and forward gradients need to see them.
+        A compiler fuses the plain operations by itself. Tracers, torch.func and forward gradients need to see them. The
+        replicas of `nn.DataParallel` have no parameters, only tensors in their place.
         """
+        if getattr(self, "_is_replica", False):
+            return False
         trained = torch.is_grad_enabled() and all(tensor.requires_grad for tensor in (x, *self.parameters()))
         return trained and values_are_readable(x) and forward_ad.unpack_dual(x).tangent is None
 

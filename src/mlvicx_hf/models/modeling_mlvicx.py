@@ -195,8 +195,14 @@ def _block_types(module: nn.Module) -> set[str]:
     return types
 
 
-def _refine_output(encoder: MLVICXModel, level: int, tap: Tap, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+def _refuse_replica(module: nn.Module, what: str) -> None:
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(f"torch.nn.DataParallel found; {what}: start one process a GPU, as `accelerate launch` does")
+
+
+def _refine_output(encoder: MLVICXModel, level: int, tap: Tap, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
     """Refine what a layer of the backbone gives, as a forward hook; the layers behind it see the refined map."""
+    _refuse_replica(layer, "its copies of this backbone would use the context bottlenecks of the first GPU")
     return refine(encoder.context[level], tap, encoder.input_ratio, output)
 
 
@@ -464,6 +470,7 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         Raises:
             ValueError: views of different shapes, or the loss of one image.
         """
+        _refuse_replica(self, "each part of the batch would have a loss of its own")
         if return_loss is None:
             return_loss = getattr(self.config, "return_loss", True)  # which transformers sets without declaring it
         if output_hidden_states is None:
@@ -574,8 +581,9 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
 
     def _head_dtype(self) -> torch.dtype:
         """Type of the head's weights; of one without float weights, such as a quantised one, that of the model's."""
-        weights = (weight.dtype for weight in self.classifier.parameters() if weight.is_floating_point())
-        return next(weights, self.dtype)
+        weights = [*self.classifier.parameters(), *getattr(self.classifier, "_former_parameters", {}).values()]
+        types = [weight.dtype for weight in weights if weight.is_floating_point()]  # `_former`: of nn.DataParallel
+        return types[0] if types else self.dtype
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss of the configuration's problem type, in float32 or more: masked BCE, or cross-entropy.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,10 @@ class PCRLv2Objective(Objective):
     def prepare(self, schedule: Schedule) -> None:
         """The scales are drawn from the seed, and β falls by the epochs."""
         self.schedule = schedule
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile the pyramid of a view alone: a compiler would make all the rest anew for every draw of scales."""
+        self.pyramid = torch.compile(self.pyramid, *arguments, **options)  # type: ignore[method-assign]
 
     def start_step(self, step: int) -> None:
         """Draw a scale for each pair of views, and find β."""

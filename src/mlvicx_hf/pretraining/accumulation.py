@@ -42,7 +42,8 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, views: Sequence[Ten
     micro_batch(len(views[0]), steps)
     pieces = list(zip(*(view.chunk(steps) for view in views), strict=True))
     with torch.no_grad(), _running_statistics_kept(wrapped):
-        parts = [wrapped(*piece, return_loss=False) for piece in pieces]
+        # Clones, because the CUDA graphs of a compiled model write the next piece into the same memory.
+        parts = [[_clone(view) for view in wrapped(*piece, return_loss=False)] for piece in pieces]
     leaves = [
         {name: torch.cat([part[view][name] for part in parts]).requires_grad_() for name in parts[0][view]}
         for view in (0, 1)
@@ -61,6 +62,10 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, views: Sequence[Ten
     embeddings = {name: (one.detach(), two.detach()) for name, (one, two) in output.embeddings.items()}
     terms = {name: value.detach() for name, value in output.terms.items()}
     return LossOutput(output.loss.detach(), terms, embeddings)
+
+
+def _clone(embeddings: Embeddings) -> Embeddings:
+    return {name: value.clone() for name, value in embeddings.items()}
 
 
 def _slopes(loss: Tensor, leaves: list[Embeddings]) -> dict[tuple[int, str], Tensor]:

@@ -15,7 +15,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mlvicx_hf.common.signals import leave_signals_to_the_main_process
+from mlvicx_hf.common.machine import begin_worker
 from mlvicx_hf.data.reading.sampling import EpochBatches, PatientPartners, PretrainingImages
 from mlvicx_hf.data.reading.streaming import StreamBatches
 
@@ -97,7 +97,7 @@ def cache_loader(
         collate_fn=planner,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=begin_worker,
         pin_memory=pin_memory,
     )
 

@@ -62,8 +62,10 @@ def train(run: Run) -> Path:
                 if run.step == run.total_steps:  # the last checkpoint belongs to the end of the run
                     continue
                 stopped_by = signals.agreed(accelerator)
-                # The checkpoint of every probe is written, or the best one could not be kept.
-                if stopped_by or run.step % arguments.checkpoint_steps == 0 or score is not None:
+                # The checkpoint of every probe is written, or the best one could not be kept. Only the main process has
+                # a score, and all processes save together.
+                probed = run.settings.data.probe_dataset is not None and run.step % arguments.probe_steps == 0
+                if stopped_by or probed or run.step % arguments.checkpoint_steps == 0:
                     run.save_checkpoint(score)
                 if stopped_by:
                     accelerator.end_training()

@@ -13,6 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections import Listing
@@ -190,6 +191,12 @@ def test_lists_of_classes_are_findings(tmp_path: Path):
     assert (listing.label_names, listing.exclusive) == (("Edema", "Mass"), False)
     assert [record.labels for record in listing.records[:3]] == [(1, 1), (0, 0), (0, 0)]
     assert same(listing.records[3].labels, math.nan, math.nan)
+    classes = List(ClassLabel(names=["No_Finding", *FINDINGS[1:]]))
+    path = write_parquet(tmp_path / "spelled", {"train": make(2, {"labels": (classes, [[0], [1]])})})
+    assert [record.labels for record in HFCollection(path).read().records] == [(0, 0), (1, 0)]
+    path = write_parquet(tmp_path / "both", {"train": make(2, {"labels": (classes, [[0], [0, 1]])})})
+    with pytest.raises(UserError, match="row 2: No_Finding, Edema found; expected 'no finding' alone"):
+        HFCollection(path).read()
 
 
 def test_columns_of_0_1_and_minus_1_as_in_a_folder(tmp_path: Path):

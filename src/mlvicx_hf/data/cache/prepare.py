@@ -95,7 +95,7 @@ def prepare(
     if max_images is not None:
         records = _first_patients(records, max_images, seed)
     features = cache_features(bool(listing.mask_names), any(record.boxes is not None for record in records))
-    making = Making(features.arrow_schema, collection.source, size, fit, listing.mask_names)
+    making = Making(features.arrow_schema, collection.source, size, fit, listing.mask_names, listing.origin)
     options = {"size": size, "fit": fit, "seed": seed, "max_images": max_images, "drop_flat": drop_flat}
     with _replacing(output) as folder:
         shards = plan_shards(folder / "shards", records, SPLITS)

@@ -50,6 +50,7 @@ class Making:
     size: int  # side of the squares in pixels
     fit: str  # "pad", "squash" or "crop"
     mask_names: tuple[str, ...] = ()  # see `Listing`
+    origin: str = ""  # see `Listing`
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def plan_shards(folder: Path, records: Sequence[Record], splits: Sequence[str]) 
 def identity(shard: Shard, making: Making) -> str:
     """Hash what a shard depends on: records, sizes and times of their files, options, version."""
     digest = hashlib.sha256(
-        repr((__version__, LAYOUT, making.source, making.size, making.fit, making.mask_names)).encode()
+        repr((__version__, LAYOUT, making.source, making.size, making.fit, making.mask_names, making.origin)).encode()
     )
     for record in shard.records:
         files = (record.path, record.mask_path)

@@ -108,6 +108,7 @@ class Listing:
         patient_source: the collection that numbers the patients, if it is another one. Caches with the same source can
             be compared patient by patient.
         contents: for collections that can only be read in order: gives the content of every record from a given number.
+        origin: what such contents depend on, such as a hash of the files' sizes and times; other records have files.
 
     Raises:
         UserError: mask names are empty or repeated.
@@ -123,6 +124,7 @@ class Listing:
     patients_known: bool = True
     patient_source: str | None = None
     contents: Callable[[int], Iterator[bytes]] | None = None
+    origin: str = ""
 
     def __post_init__(self) -> None:
         check_mask_names(self.mask_names)

@@ -180,8 +180,8 @@ def _python_literal(text: str) -> Any:
 
 
 def same_name(name: str) -> str:
-    """Write a finding so that case, blanks, `_` and `-` make no difference."""
-    return " ".join(re.sub(r"[\s_-]+", " ", name).lower().split())
+    """Write a finding so that case, blanks, `_`, and `-` between words make no difference. TB- is not TB."""
+    return " ".join(re.sub(r"\s-\s|(?<=[^\W_])-(?=[^\W_])|[\s_]+", " ", name).lower().split())
 
 
 def one_spelling(names: Iterable[str]) -> dict[str, str]:

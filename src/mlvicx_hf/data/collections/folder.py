@@ -17,7 +17,7 @@ from ..options import check_choice
 from .base import Collection, Listing, Record, file_below, keep_present
 from .cells import label_cells
 from .labels import FILE_COLUMNS, read_labels
-from .layout import FOLDER_MEANINGS, describe_layout, read_layout
+from .layout import FOLDER_MEANINGS, describe_layout, read_layout, refuse_masks
 from .metadata import MASK_COLUMN, chosen_policy, read_records, usual_names
 from .tables import FILLED, Columns, check_unique, find_table, numbered, read_cells, read_columns
 
@@ -117,6 +117,8 @@ class FolderCollection(Collection):
         if outside:
             notes.append(f"{outside} links that lead out of {self.folder} were skipped")
         notes += filter(None, [describe_skipped(skipped)])
+        if self.folders != "ignore":
+            refuse_masks(self.folder, names)
         layout = read_layout(self.folder, names, self.folders)
         notes += describe_layout(layout)
         splits: Sequence[str | None] = layout.splits or [None] * len(names)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from mlvicx_hf.common.text import some
 from ..images.errors import UnreadableImageError
 from ..masks import decode_mask
 from .base import SPLIT_NAMES, Collection, Listing
-from .cells import NO_FINDING
+from .cells import NO_FINDING, same_name
 from .labels import LONE_COLUMNS, RESERVED_COLUMNS, LabelTable, note_ignored, read_labels
 from .metadata import chosen_policy, read_records, usual_names
 from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, folder_of, kind, open_dataset, read_cell
@@ -146,6 +148,7 @@ class HFCollection(Collection):
             policy=chosen_policy(uncertain=self.uncertain, patient_ids=self.patient_ids),
             patients_known=known,
             contents=partial(self._contents, counts, image) if self.streaming else None,
+            origin=_origin(opened) if self.streaming else "",
         )
 
     def _choose_splits(self, opened: Opened) -> dict[str, str | None]:
@@ -245,6 +248,15 @@ class HFCollection(Collection):
             start = max(0, start - count)
 
 
+def _origin(opened: Opened) -> str:
+    """Hash the files of a dataset: address, and size and time of those on this machine. An address has the commit."""
+    digest = hashlib.sha256()
+    for file in itertools.chain(*opened.files.values()):
+        found = os.stat(file) if os.path.exists(file) else None
+        digest.update(repr((file, found and (found.st_size, found.st_mtime_ns))).encode())
+    return digest.hexdigest()
+
+
 def _undecoded(dataset: Any, column: str) -> Any:
     """A column of images alone, as files."""
     return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -304,6 +316,9 @@ def _typed_labels(where: str, feature: Any, values: list[Any], notes: tuple[str,
     strange = [row for row, value in enumerate(values, start=1) if value and min(value) < 0]
     if strange:
         raise UserError(f"{where}: row {strange[0]}: class -1 in a list found; expected the number of a class")
-    kept = [i for i, name in enumerate(names) if name.lower() != NO_FINDING]
+    kept = [i for i, name in enumerate(names) if same_name(name) != NO_FINDING]
+    for row, value in enumerate(values, start=1):
+        if value and len(set(value)) > 1 and not set(value) <= set(kept):
+            raise UserError(f"{where}: row {row}: {some(names[i] for i in value)} found; expected {NO_FINDING!r} alone")
     rows = [tuple(math.nan if value is None else float(i in value) for i in kept) for value in values]
     return LabelTable(rows, tuple(names[i] for i in kept), notes=notes)

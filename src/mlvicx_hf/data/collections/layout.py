@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .base import SPLIT_NAMES
 
 FOLDER_MEANINGS = ("read", "classes", "ignore")  # what the folders mean
 MOST_CLASSES = 50
+NOT_RADIOGRAPHS = {f"{name}{plural}" for name in ("mask", "segmentation", "annotation") for plural in ("", "s")}
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,27 @@ class Layout:
 
     splits: list[str] | None = None
     classes: list[str] | None = None
+
+
+def split_of(folder: str) -> str | None:
+    """Find the split that a folder is named for, such as `val`, `Testing` or `test_images`."""
+    return SPLIT_NAMES.get(re.sub(r"^images?[_-]|[_-]images?$", "", folder.lower()))
+
+
+def refuse_masks(root: Path, names: Sequence[str]) -> None:
+    """Refuse folders of masks beside those of radiographs: without a table they would be read as radiographs.
+
+    Raises:
+        UserError: naming such a folder and an image.
+    """
+    parts = [PurePosixPath(name).parts[:-1] for name in names]
+    inside = [next((part for part in found if part.lower() in NOT_RADIOGRAPHS), None) for found in parts]
+    if any(inside) and not all(inside):
+        raise UserError(
+            f"{root}: folder {next(filter(None, inside))} found beside images such as {names[inside.index(None)]}; "
+            "expected radiographs alone: a metadata.csv with a column mask_file_name names the masks, and --folders "
+            "ignore takes all for radiographs"
+        )
 
 
 def read_layout(root: Path, names: Sequence[str], folders: str | None = None) -> Layout:
@@ -43,22 +66,23 @@ def read_layout(root: Path, names: Sequence[str], folders: str | None = None) ->
     if folders == "ignore":
         return Layout()
     parts = [PurePosixPath(name).parts[:-1] for name in names]
-    levels = [[level for level, part in enumerate(found) if part.lower() in SPLIT_NAMES] for found in parts]
-    splits = {found[level[0]].lower() for found, level in zip(parts, levels, strict=True) if level}
-    if len({SPLIT_NAMES[split] for split in splits}) < 2:  # a lone folder `train` divides nothing
-        if "test" in splits or folders == "classes":
-            return _without_splits(root, names, parts, splits, folders)
-        return Layout()
+    levels = [[level for level, part in enumerate(found) if split_of(part)] for found in parts]
+    named = {found[level[0]] for found, level in zip(parts, levels, strict=True) if level}
+    splits = {split for name in named if (split := split_of(name))}
+    if len(splits) < 2:  # a lone folder `train` divides nothing
+        if folders == "classes":
+            return _without_splits(root, names, parts)
+        return _only(root, names, levels, *named) if splits - {"train"} else Layout()
     usual = Counter(level[0] for level in levels if len(level) == 1).most_common(1)
     odd = [name for name, level in zip(names, levels, strict=True) if not usual or level != [usual[0][0]]]
     if odd:
         listed = some(odd, 3)
         raise UserError(
-            f"{root}: folders {some(sorted(splits))} found beside images that lie in none of them, or in two, such as "
+            f"{root}: folders {some(sorted(named))} found beside images that lie in none of them, or in two, such as "
             f"{listed}; expected every image in one of train, validation (val) and test, or --folders ignore"
         )
     level = usual[0][0]
-    division = [SPLIT_NAMES[found[level].lower()] for found in parts]
+    division = [split_of(found[level]) or "" for found in parts]
     for place in (level + 1, level - 1):
         classes = [found[place] if 0 <= place < len(found) else "" for found in parts]
         if all(classes) and _are_classes(division, classes):
@@ -74,19 +98,19 @@ def _are_classes(splits: Sequence[str], folders: Sequence[str]) -> bool:
     return 2 <= len(seen) <= MOST_CLASSES and 2 * sum(len(found) > 1 for found in seen.values()) > len(seen)
 
 
-def _without_splits(
-    root: Path, names: Sequence[str], parts: Sequence[tuple[str, ...]], splits: set[str], folders: str | None
-) -> Layout:
-    """Read classes from the last folder of each image; refuse a test folder beside images without a split."""
-    if "test" in splits and folders != "classes":
-        inside = [any(part.lower() == "test" for part in found) for found in parts]
-        if not all(inside):
-            other = names[inside.index(False)]
-            raise UserError(
-                f"{root}: a folder test found beside images that lie in no split, such as {other}; expected train and "
-                "test, or --folders ignore"
-            )
-        return Layout(["test"] * len(names))
+def _only(root: Path, names: Sequence[str], levels: Sequence[list[int]], *named: str) -> Layout:
+    """Read a lone folder of images for validation or test; refuse it beside images without a split."""
+    if not all(levels):
+        other = names[[bool(level) for level in levels].index(False)]
+        raise UserError(
+            f"{root}: folder {some(named)} found beside images that lie in no split, such as {other}; expected train "
+            "as well, or --folders ignore"
+        )
+    return Layout([split_of(named[0]) or ""] * len(names))
+
+
+def _without_splits(root: Path, names: Sequence[str], parts: Sequence[tuple[str, ...]]) -> Layout:
+    """Read classes from the last folder of each image."""
     classes = [found[-1] if found else "" for found in parts]
     if not all(classes) or not 2 <= len(set(classes)) <= MOST_CLASSES:
         raise UserError(

@@ -159,7 +159,9 @@ def _read_csv(table: Path) -> Columns:
             header_line = file.readline()
             delimiter = max(DELIMITERS, key=header_line.count)
             file.seek(0)
-            rows = [[field.strip() for field in row] for row in csv.reader(file, delimiter=delimiter) if row]
+            # A quotation mark that nothing closes would swallow the rows after it: `strict` refuses it.
+            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            rows = [[field.strip() for field in row] for row in lines if row]
     except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{table}: not a readable CSV file in UTF-8: {error}") from error
     if not rows:

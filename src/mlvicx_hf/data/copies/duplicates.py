@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -64,7 +64,7 @@ def _thumbnail(gray: Image.Image) -> npt.NDArray[np.uint8]:
 def near_pairs(
     hashes: Sequence[str], max_distance: int = NEAR, others: Sequence[str] | None = None, *, progress: bool = False
 ) -> list[Pair]:
-    """Find all pairs of hashes that differ in few bits. This is exact, in bounded memory and quadratic time.
+    """Find all pairs of hashes that differ in few bits. This is exact, in quadratic time.
 
     Args:
         hashes: N results of `perceptual_hash`.
@@ -79,9 +79,13 @@ def near_pairs(
     Raises:
         UserError: a hash has another form.
     """
+    return sorted(_near(hashes, max_distance, others, progress))
+
+
+def _near(hashes: Sequence[str], max_distance: int, others: Sequence[str] | None, progress: bool) -> Iterator[Pair]:
+    """Yield the pairs of `near_pairs` block by block: of films that look alike there are too many to keep."""
     rows = _signs(hashes)
     columns = rows if others is None else _signs(others)
-    found: list[Pair] = []
     show = progress and max(len(rows), len(columns)) >= MANY
     with progress_bar(len(rows), "comparing", "img", show=show) as bar:
         for top in range(0, len(rows), _BLOCK):
@@ -92,11 +96,12 @@ def near_pairs(
                 near = np.argwhere(agreement >= BITS - 2 * max_distance)
                 if others is None and left == top:
                     near = near[near[:, 0] < near[:, 1]]
-                distances = (BITS - agreement[near[:, 0], near[:, 1]]).astype(int) // 2
-                first, second = (near + np.array([top, left])).T.tolist()
-                found += zip(first, second, distances.tolist(), strict=True)
+                for start in range(0, len(near), _BLOCK):
+                    piece = near[start : start + _BLOCK]
+                    distances = (BITS - agreement[piece[:, 0], piece[:, 1]]).astype(int) // 2
+                    first, second = (piece + np.array([top, left])).T.tolist()
+                    yield from zip(first, second, distances.tolist(), strict=True)
             bar.update(len(block))
-    return sorted(found)
 
 
 def _signs(hashes: Sequence[str]) -> npt.NDArray[np.int8]:
@@ -143,8 +148,8 @@ def find_copies(
 
     `skip` tells which pairs of indices to leave out. For all else see `near_pairs` and `confirm`.
     """
-    pairs = near_pairs(hashes, max_distance, others, progress=progress)
-    return confirm([pair for pair in pairs if not skip(*pair[:2])], square, other)
+    pairs = _near(hashes, max_distance, others, progress)
+    return sorted(confirm((pair for pair in pairs if not skip(*pair[:2])), square, other))
 
 
 def group_copies(

@@ -92,7 +92,7 @@ _PHOTOMETRIC = {
 MAX_INFLATED = 256 * 2**20  # bytes of a deflated file: 1.5 times the largest 16-bit image that Pillow accepts
 J2K_START = b"\xff\x4f\xff\x51"  # markers SOC and SIZ
 MAX_CLIPPED = 0.95  # of the pixels that are not padding: a grey scale that clips more does not belong to them
-MIN_LEVELS = 16  # a grey scale that leaves fewer does not belong to them either
+MIN_LEVELS = 32  # a grey scale that leaves fewer does not belong to them either
 _BLOCK = 2**16  # pixels to look up at a time, so that they fit into the processor's cache
 # What pydicom and its plug-ins raise for damaged content, as well as Pillow's.
 DAMAGED_DICOM = (
@@ -151,7 +151,7 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
 
     A VOI LUT or window does not fit if it is damaged, if its width is not a number or is too small (below 1 for
     LINEAR, 0 or less for the others), or if, of the pixels that are not padding, it makes 95 % or more black or white,
-    or leaves fewer than 16 grey levels of an image that has more. A rescale is ignored if it holds no numbers or leaves
+    or leaves fewer than 32 grey levels of an image that has more. A rescale is ignored if it holds no numbers or leaves
     one value. Pixels of the padding value or range become black. Colours become luminance.
 
     The grid of the file stays as it is, also where pixels are not square, since boxes and masks refer to that grid.

@@ -250,8 +250,11 @@ def _load(data: bytes, formats: tuple[str, ...], padded_to: int | None) -> Image
     deep_colour = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
     if not isinstance(image.info.get("xmp", b""), bytes):  # a damaged tag
         del image.info["xmp"]
-    image.load()
-    orientation = image.getexif().get(_ORIENTATION)  # the bytes are dropped: a damaged tag cannot be written back
+    turned = image.tag_v2.get(_ORIENTATION) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+    image.load()  # which turns a TIFF
+    orientation = turned or image.getexif().get(
+        _ORIENTATION
+    )  # the bytes are dropped: a damaged tag cannot be written back
     for name in (
         "exif",
         "Raw profile type exif",

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.signals import leave_signals_to_the_main_process
+from mlvicx_hf.common.machine import begin_worker
 from mlvicx_hf.common.text import some
 
 from ..cache.cache import MANIFEST, load_cache
@@ -355,7 +355,7 @@ class StreamBatches(GlobalBatches):
                 _Reader(self),
                 batch_size=None,
                 num_workers=self.num_workers,
-                worker_init_fn=leave_signals_to_the_main_process,
+                worker_init_fn=begin_worker,
             )
         )
         for step in range(self.first_step, len(self)):

@@ -10,6 +10,7 @@ import difflib
 import functools
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -22,6 +23,7 @@ from mlvicx_hf import recipes
 from mlvicx_hf.common.arguments import names_of
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import read_yaml, sha256
+from mlvicx_hf.common.text import some
 from mlvicx_hf.data.cache.cache import MANIFEST
 from mlvicx_hf.encoders.external import ADAPTERS, is_external
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, SEGMENTATION_SECTIONS
@@ -193,7 +195,7 @@ def read_suite(path: Path) -> Suite:
     - `title`.
 
     Raises:
-        UserError: a key, kind, protocol, model or flag that does not exist, or one that is missing.
+        UserError: a key, kind, protocol, model or flag that does not exist, one that is missing, or a cell twice.
     """
     suite = read_yaml(path)
     _check_names(path, "key(s)", suite, KEYS)
@@ -210,11 +212,14 @@ def read_suite(path: Path) -> Suite:
     _check_names(path, "shortcuts", suite["shortcuts"], SHORTCUTS)
     _check_names(path, "compare", itertools.chain(*suite["compare"]), suite["models"])
     metrics = {task: _metric(path, task, about) for task, about in suite["tasks"].items()}
+    cells = tuple(_cells(path, suite))
+    if twice := [str(place) for place, count in Counter(cell.path for cell in cells).items() if count > 1]:
+        raise UserError(f"{path}: {some(twice)} found twice; expected every protocol, label fraction and seed once")
     return Suite(
         title=suite["title"],
         path=path,
         digest=sha256(path),
-        cells=tuple(_cells(path, suite)),
+        cells=cells,
         metrics=metrics,
         paper={task: about["paper"] for task, about in suite["tasks"].items() if "paper" in about},
         paper_tables=tuple(suite["paper_tables"]),

@@ -27,6 +27,12 @@ RUN_FILE = "the run.json of a pretraining run"
 CARD_TAGS = ["mlvicx", "chest-x-ray", "radiology", "medical-imaging", "self-supervised-learning"]
 CARD_TAGS += ["not-a-medical-device"]
 PAGE = "---\n{{ card_data }}\n---\n\n{{ body }}"  # the form of huggingface_hub's own templates
+METHODS = {  # by the name that --objective takes
+    "mlvicx": "MLVICX", "vicreg": "VICReg", "barlow_twins": "Barlow Twins", "simclr": "SimCLR", "simsiam": "SimSiam",
+    "byol": "BYOL", "moco_v2": "MoCo v2", "inter_moco": "Inter-MoCo", "caid": "CAiD", "pcrl_v1": "PCRL",
+    "pcrl_v2": "PCRLv2",
+}  # fmt: skip
+OPTIMIZERS = {"lars": "LARS", "sgd": "SGD", "adamw": "AdamW"}
 SUBGROUPS = ("view", "sex", "age")  # of which a card says at least that they were not measured
 ENCODER_FIELDS = ("backbone", "num_channels", "use_context", "context_reduction")
 RUN_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -201,7 +207,9 @@ def _read_run(
     elif "source" in run:
         run["cache"] = run["source"]
     training = run["training"]
-    steps = training["epochs"] * (run["data"]["images"] // training["batch_size"])  # the last incomplete batch waits
+    batches = run["data"]["images"] // training["batch_size"]  # the last incomplete batch waits
+    steps = round(training["epochs"] * batches)  # as `objectives.base.Schedule`
+    optimizer = training.get("optimizer", "lars")  # older files do not say it
     rate = training["base_learning_rate"] * training["batch_size"] / 256
     start = run["model"].get("init_from")
     return run | {
@@ -209,6 +217,8 @@ def _read_run(
         "steps": steps,
         "images_seen": steps * training["batch_size"],
         "peak_learning_rate": rate,
+        "method": METHODS[run["model"].get("objective", "mlvicx")],
+        "optimizer": OPTIMIZERS[optimizer],
     }
 
 
