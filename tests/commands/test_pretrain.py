@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, assert_users_error, mlvicx, run_python, run_script, unlabelled_cache
+from helpers import ROOT, assert_users_error, make_cache, mlvicx, run_python, run_script, unlabelled_cache
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -88,9 +88,14 @@ def test_killed_and_resumed_ends_in_the_same_bits(forks: Forks, whole: Path, cac
 @pytest.mark.thorough
 def test_two_processes(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     output = tmp_path / "run"
+    splits = ("train", "validation")
+    rows = [{"patient_id": f"p{i}", "split": splits[i % 2], "disc": i // 2 % 2, "_draw": {}} for i in range(16)]
+    probe = make_cache(tmp_path, rows, name="probe")
     done = run_python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, SCRIPT),
-        *flags(cache, output, "--num_workers", 0, "--checkpoint_steps", 7),
+        *flags(
+            cache, output, "--num_workers", 0, "--checkpoint_steps", 7, "--probe_dataset", probe, "--probe_steps", 10
+        ),
         **({"ACCELERATE_USE_CPU": "true"} if torch.accelerator.is_available() else {}),  # two do not share a GPU
     )
     assert done.returncode == 0, done.stderr
@@ -100,7 +105,8 @@ def test_two_processes(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFix
     assert [row["step"] for row in lines(output)] == list(range(1, 25))  # one process writes
     assert lines(output)[-1]["images"] == 24 * 8
     assert all(torch.isfinite(p).all() for p in AutoModel.from_pretrained(output).parameters())
-    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-21", "checkpoint-24"}
+    assert {"checkpoint-21", "checkpoint-24"} <= {path.name for path in output.glob("checkpoint-*")}
+    assert [row["step"] for row in lines(output) if "probe_linear_auroc" in row] == [10, 20, 24]  # and none hangs there
     set_up(*parse_pretraining(flags(cache, output, "--num_workers", 0, "--resume")))
     assert any("processes was 2, now 1" in message for message in caplog.messages)
 

@@ -111,8 +111,10 @@ def _hash_of(encoder: MLVICXModel) -> str:
     """Of weights and of what is done with them."""
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
     config = encoder.config
-    use = {"backbone": config.backbone, "gain": str(float(config.context_gain)), "place": str(config.context_placement)}
-    return hashlib.sha256(safetensors.torch.save(tensors, use)).hexdigest()
+    use = f"{config.backbone}, {float(config.context_gain)}, {config.context_placement}"
+    return hashlib.sha256(
+        safetensors.torch.save(tensors, {"use": use})
+    ).hexdigest()  # of several entries the order varies
 
 
 def prepare_probe(
