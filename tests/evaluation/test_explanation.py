@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mlvicx_hf import MLVICXForImageClassification, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.commands.explain import parse_models
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import sha256
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.prepare import prepare
@@ -114,6 +115,17 @@ def peak(row: int, column: int, height: float = 1.0) -> np.ndarray:
     heat = np.zeros((8, 8))
     heat[row, column] = height
     return heat
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_backbones_that_collect_their_maps_have_heat_maps(context: bool):
+    pixels = torch.rand(2, 1, 64, 64)
+    for level in (0, None):
+        model = MLVICXForImageClassification(tiny_config(backbone="test_efficientnet", use_context=context)).eval()
+        assert grad_cam(model, pixels, 0, 32, level).shape == (2, 32, 32)
+    taps = tiny_config(backbone="test_efficientnet", context_placement="taps")
+    with pytest.raises(UserError, match="level=0 found; no layer of this test_efficientnet sees the map of that level"):
+        grad_cam(MLVICXForImageClassification(taps).eval(), pixels, 0, 32, 0)
 
 
 def test_a_map_that_is_the_region_gets_everything():

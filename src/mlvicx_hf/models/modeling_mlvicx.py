@@ -311,7 +311,7 @@ class MLVICXModel(MLVICXPreTrainedModel):
         maps = self.backbone(pixel_values)
         if layout_of(self.backbone) == "NHWC":
             maps = [level.permute(0, 3, 1, 2) for level in maps]
-        if not self.refines_between:
+        if not (self.refines_between and self.config.use_context):  # without gates these are places for hooks
             maps = [context(level) for context, level in zip(self.context, maps, strict=True)]
         return tuple(maps)
 

@@ -51,14 +51,22 @@ def grad_cam(
         [B, size, size], float32 of 0 or more, on the CPU.
 
     Raises:
-        UserError: a level that the encoder does not have.
+        UserError: a level that the encoder does not have, or that its scores do not depend on.
         FloatingPointError: a heat map that is not finite.
     """
     from captum.attr import LayerGradCam
 
     method = LayerGradCam(lambda pixels: model(pixels).logits, find_layer(model, level))
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        heat = method.attribute(pixel_values.detach().requires_grad_(), target=target, relu_attributions=True)
+        try:
+            heat = method.attribute(pixel_values.detach().requires_grad_(), target=target, relu_attributions=True)
+        except RuntimeError as error:
+            if "not have been used" not in str(error):
+                raise
+            raise UserError(
+                f"level={level} found; no layer of this {model.config.backbone} sees the map of that level, which is "
+                "taken beside them; expected the last level"
+            ) from error
     if not heat.isfinite().all():
         raise FloatingPointError("a heat map with values that are not finite found; expected a trained model")
     return F.interpolate(heat.detach(), (size, size), mode="bilinear", align_corners=False)[:, 0].cpu()
