@@ -26,7 +26,15 @@ from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections.base import Box, Collection, Drawing, Listing, Record
 from mlvicx_hf.evaluation.explanation.explaining import explain, grad_cam
-from mlvicx_hf.evaluation.explanation.localization import Subject, chance, find_subject, localize, summarize
+from mlvicx_hf.evaluation.explanation.localization import (
+    Localization,
+    Subject,
+    chance,
+    find_subject,
+    localize,
+    summarize,
+    usual_place,
+)
 from mlvicx_hf.evaluation.explanation.overlays import Panel, draw_grid, draw_overlay
 
 pytest.importorskip("captum")
@@ -212,11 +220,20 @@ def test_what_cannot_be_scored(heat: np.ndarray, region: np.ndarray):
         localize(heat, region)
 
 
+def test_the_usual_place_is_that_of_the_other_patients():
+    left, right = np.zeros((2, 8, 8), dtype=bool)
+    left[2:4, :2], right[2:4, 6:] = True, True
+    scores = usual_place([left, left, right, left], ["a", "a", "b", "c"])
+    assert [score.pointing for score in scores] == [0.5, 0.5, 0, 1]  # left once and right once; left; left twice
+    assert scores[3].energy == pytest.approx(2 / 3)
+    assert usual_place([left, left], ["a", "a"]) == [Localization(0, 0, 0)] * 2  # nobody else
+
+
 def test_intervals_resample_patients():
     generator = np.random.default_rng(1)
     good, poor, chances = generator.uniform(0.5, 1, (60, 3)), generator.uniform(0, 0.5, (60, 3)), np.full((60, 3), 0.1)
     scores = {"good": good, "poor": poor, "same": good}
-    found = summarize(scores, chances, np.arange(60).astype(str))
+    found = summarize(scores, {"chance": chances}, np.arange(60).astype(str))
     for name, table in scores.items():
         for column, (score, value) in enumerate(found["scores"][name].items()):
             assert score == ("pointing", "energy", "iou")[column]
@@ -229,11 +246,11 @@ def test_intervals_resample_patients():
     assert found["differences"]["same"]["iou"] == {"difference": 0, "low": 0, "high": 0}
     assert found["differences"]["poor"]["energy"]["difference"] == pytest.approx((good - poor)[:, 1].mean())
     assert found["differences"]["poor"]["energy"]["low"] > 0
-    assert summarize(scores, chances, np.arange(60).astype(str)) == found
+    assert summarize(scores, {"chance": chances}, np.arange(60).astype(str)) == found
 
-    one = summarize({"good": good}, chances, np.full(60, "p"))["scores"]["good"]["iou"]
+    one = summarize({"good": good}, {"chance": chances}, np.full(60, "p"))["scores"]["good"]["iou"]
     assert one["low"] == pytest.approx(one["mean"]) == pytest.approx(one["high"])
-    two = summarize({"good": good}, chances, np.repeat(["a", "b"], 30))["scores"]["good"]["iou"]
+    two = summarize({"good": good}, {"chance": chances}, np.repeat(["a", "b"], 30))["scores"]["good"]["iou"]
     assert [two["low"], two["high"]] == pytest.approx(sorted([good[:30, 2].mean(), good[30:, 2].mean()]))
 
 
@@ -458,6 +475,7 @@ def test_scores_are_those_of_the_heat_maps(boxed: Path, model: Path, tmp_path: P
     for column, score in enumerate(("pointing", "energy", "iou")):
         assert found["scores"]["m"][score]["mean"] == pytest.approx(np.mean(scores, 0)[column], abs=1e-3)
         assert found["scores"]["m"][score]["chance"] == pytest.approx(np.mean(chances, 0)[column])
+        assert 0 <= found["scores"]["m"][score]["usual_place"] <= 1
     assert found["empty_maps"] == {"m": empty}
     assert not (tmp_path / "out" / "grid_Nodule%2FMass.png").exists()
 

@@ -82,7 +82,8 @@ def _report(found: dict[str, Any]) -> None:
     """Print the scores of a finding, model by model."""
     for model, scores in found["scores"].items():
         values = (
-            f"{score} {value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f}, chance {value['chance']:.3f})"
+            f"{score} {value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f}, chance {value['chance']:.3f}, "
+            f"usual place {value['usual_place']:.3f})"
             for score, value in scores.items()
         )
         print(f"  {model}: {'; '.join(values)}; {found['empty_maps'][model]} empty maps")

@@ -29,7 +29,7 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from ..overlap import check_overlap, read_training
-from .localization import Localization, Subject, chance, find_subject, localize, summarize
+from .localization import Localization, Subject, chance, find_subject, localize, summarize, usual_place
 from .overlays import Panel, draw_grid, draw_overlay
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class HeatMaps:
     sources: list[str] = field(default_factory=list)  # names of the images that are drawn
     empty: int = 0  # number of heat maps that are zero everywhere
     scores: list[Localization] = field(default_factory=list)  # of each image whose region is known
-    chances: list[Localization] = field(default_factory=list)  # scores of a constant map, for the same images
+    regions: list[np.ndarray] = field(default_factory=list)  # of the same images
     patients: list[str] = field(default_factory=list)  # of the same images
 
 
@@ -170,8 +170,11 @@ class Explainer:
         if not first.scores:
             return found | {"scores": NOT_SCORED}
         scores = {model: np.array(maps.scores) for model, maps in done.items()}
-        patients = np.array(first.patients)
-        return found | {"patients": len(set(first.patients))} | summarize(scores, np.array(first.chances), patients)
+        levels = {
+            "chance": np.array([chance(region, self.tolerance) for region in first.regions]),
+            "usual_place": np.array(usual_place(first.regions, first.patients, self.tolerance)),
+        }
+        return found | {"patients": len(set(first.patients))} | summarize(scores, levels, np.array(first.patients))
 
     def _explain_by(self, model: str, subject: Subject, folder: Path, bar: Any) -> HeatMaps:
         maps, loaded, output = HeatMaps(), self.models[model], self.outputs[model][subject.finding]
@@ -186,7 +189,7 @@ class Explainer:
                 draw_overlay(folder / f"{quote(image, safe=' ')}_{quote(model, safe=' ')}.png", maps.drawn[-1])
             if self.score and region is not None:
                 maps.scores.append(localize(heat, region, self.tolerance))
-                maps.chances.append(chance(region, self.tolerance))
+                maps.regions.append(region)
                 maps.patients.append(row["patient_id"])
             bar.update()
         return maps

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -122,13 +123,33 @@ def chance(region: np.ndarray, tolerance: float = 0) -> Localization:
     return Localization(float(_widen(region, tolerance).mean()), area, area / (2 - area))
 
 
+def usual_place(regions: Sequence[np.ndarray], patients: Sequence[str], tolerance: float = 0) -> list[Localization]:
+    """Scores of a map that does not look at the image: of where the finding lies in the other patients.
+
+    Args:
+        regions: bool [H, W] of each of N images.
+        patients: of the N images.
+        tolerance: see `localize`.
+    """
+    total, own = np.zeros(regions[0].shape), defaultdict[str, Any](float)
+    for patient, region in zip(patients, regions, strict=True):
+        total += region
+        own[patient] = own[patient] + region
+    places = zip(patients, regions, strict=True)
+    return [localize(total - own[patient], region, tolerance) for patient, region in places]
+
+
 def _widen(region: np.ndarray, tolerance: float) -> np.ndarray:
     """The region and all pixels that are at most so far away from it, [H, W]."""
     return distance_transform_edt(~region) <= tolerance if tolerance else region
 
 
 def summarize(
-    scores: Mapping[str, np.ndarray], chances: np.ndarray, patients: np.ndarray, samples: int = 1000, seed: int = 0
+    scores: Mapping[str, np.ndarray],
+    levels: Mapping[str, np.ndarray],
+    patients: np.ndarray,
+    samples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Average the scores of every model, and compare the first with the others, each with a 95 % interval.
 
@@ -136,27 +157,26 @@ def summarize(
 
     Args:
         scores: model → [N, 3], a `Localization` of each of the same N images.
-        chances: [N, 3], result of `chance` for these images.
+        levels: what maps without a model score for these images: "chance" and "usual_place" → [N, 3].
         patients: of the N images.
         samples: draws of patients.
         seed: of the draws.
 
     Returns:
-        `scores`: model → score → `mean`, `low`, `high`, `chance`; `differences`: other model → score → `difference`
+        `scores`: model → score → `mean`, `low`, `high` and the mean of each level; `differences`: other model → score → `difference`
         (of the first model from it), `low`, `high`.
     """
     draws = list(draw_patients(patients, samples, seed))
     main, *others = scores
     found: dict[str, Any] = {"scores": {name: {} for name in scores}, "differences": {name: {} for name in others}}
-    for column, (score, level) in enumerate(zip(Localization._fields, chances.mean(0).tolist(), strict=True)):
-        estimates = {}
+    for column, score in enumerate(Localization._fields):
+        estimates, means = {}, {name: float(table[:, column].mean()) for name, table in levels.items()}
         for name, table in scores.items():
             values = table[:, column]
             drawn = np.concatenate([weighted_mean(values, weights) for weights in draws])
             estimates[name] = Estimate(np.array([values.mean()]), drawn)
             low, high = estimates[name].interval
-            described = {"mean": estimates[name].value, "low": low, "high": high, "chance": level}
-            found["scores"][name][score] = described
+            found["scores"][name][score] = {"mean": estimates[name].value, "low": low, "high": high} | means
         for name in others:
             found["differences"][name][score] = difference(estimates[main], estimates[name])
     return found
