@@ -163,8 +163,8 @@ def summarize(
         seed: of the draws.
 
     Returns:
-        `scores`: model → score → `mean`, `low`, `high` and the mean of each level; `differences`: other model → score → `difference`
-        (of the first model from it), `low`, `high`.
+        `scores`: model → score → `mean`, `low`, `high` and the mean of each level; `differences`: other model → score
+        → `difference` (of the first model from it), `low`, `high`.
     """
     draws = list(draw_patients(patients, samples, seed))
     main, *others = scores
