@@ -96,7 +96,7 @@ def test_what_the_documentation_says_is_not_found_is_not(chests: list[Image.Imag
 
 
 def test_strangers_and_two_films_of_one_patient_are_told_apart(chests: list[Image.Image]):
-    pairs = near_pairs([perceptual_hash(image) for image in chests], 110)
+    pairs = list(near_pairs([perceptual_hash(image) for image in chests], 110))
     assert sum(one // 2 == other // 2 for one, other, _ in pairs) >= 5  # what is told apart is there
     assert sum(one // 2 != other // 2 for one, other, _ in pairs) >= 50
     assert confirm(pairs, chests.__getitem__) == []
@@ -146,22 +146,22 @@ def test_pairs_are_those_of_the_naive_loop(monkeypatch: pytest.MonkeyPatch, limi
     monkeypatch.setattr(duplicates, "_BLOCK", block)
     hashes = planted_hashes(60)
     expected = [pair for pair in naive(hashes, hashes, limit) if pair[0] < pair[1]]
-    assert near_pairs(hashes, limit) == expected
+    assert sorted(near_pairs(hashes, limit)) == expected
     assert expected
     others = hashes[9:31]
-    assert near_pairs(hashes, limit, others) == naive(hashes, others, limit)
+    assert sorted(near_pairs(hashes, limit, others)) == naive(hashes, others, limit)
 
 
 def test_no_hashes_have_no_pairs():
-    assert near_pairs([]) == []
-    assert near_pairs([], 56, planted_hashes(2)) == []
-    assert near_pairs(planted_hashes(2), 56, []) == []
+    assert list(near_pairs([])) == []
+    assert list(near_pairs([], 56, planted_hashes(2))) == []
+    assert list(near_pairs(planted_hashes(2), 56, [])) == []
 
 
 @pytest.mark.parametrize("text", ["", "ab", "g" * 64, "A" * 64, "0" * 65])
 def test_a_hash_of_another_form_is_an_error(text: str):
     with pytest.raises(ValueError, match=rf"hash 1: '{text}' found; expected 64 hexadecimal characters"):
-        near_pairs(["0" * 64, text])
+        list(near_pairs(["0" * 64, text]))
 
 
 def test_flat_images_are_no_copies(chests: list[Image.Image]):

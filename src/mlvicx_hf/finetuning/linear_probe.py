@@ -111,10 +111,9 @@ def _hash_of(encoder: MLVICXModel) -> str:
     """Of weights and of what is done with them."""
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
     config = encoder.config
-    use = f"{config.backbone}, {float(config.context_gain)}, {config.context_placement}"
-    return hashlib.sha256(
-        safetensors.torch.save(tensors, {"use": use})
-    ).hexdigest()  # of several entries the order varies
+    # One entry, because the order of several would vary from call to call.
+    use = {"use": f"{config.backbone}, {float(config.context_gain)}, {config.context_placement}"}
+    return hashlib.sha256(safetensors.torch.save(tensors, use)).hexdigest()
 
 
 def prepare_probe(

@@ -92,7 +92,7 @@ class PCRLv2Objective(Objective):
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         """Compile the pyramid of a view alone: a compiler would make all the rest anew for every draw of scales."""
-        self.pyramid = torch.compile(self.pyramid, *arguments, **options)  # type: ignore[method-assign]
+        self.pyramid = torch.compile(self.pyramid, *arguments, **options)  # type: ignore[method-assign]  # hides the plain one
 
     def start_step(self, step: int) -> None:
         """Draw a scale for each pair of views, and find β."""

@@ -63,8 +63,8 @@ def _thumbnail(gray: Image.Image) -> npt.NDArray[np.uint8]:
 
 def near_pairs(
     hashes: Sequence[str], max_distance: int = NEAR, others: Sequence[str] | None = None, *, progress: bool = False
-) -> list[Pair]:
-    """Find all pairs of hashes that differ in few bits. This is exact, in quadratic time.
+) -> Iterator[Pair]:
+    """Find all pairs of hashes that differ in few bits. This is exact, in bounded memory and quadratic time.
 
     Args:
         hashes: N results of `perceptual_hash`.
@@ -72,18 +72,13 @@ def near_pairs(
         others: M further hashes. If given, each pair takes one of each list, otherwise two of `hashes`.
         progress: show a bar on stderr if there are many hashes.
 
-    Returns:
-        (index in `hashes`, index in `others`, distance) in ascending order. Without `others` the first index is the
-        smaller one.
+    Yields:
+        (index in `hashes`, index in `others`, distance), block by block: of films that look alike there are too many to
+        keep. Without `others` the first index is the smaller one.
 
     Raises:
         UserError: a hash has another form.
     """
-    return sorted(_near(hashes, max_distance, others, progress))
-
-
-def _near(hashes: Sequence[str], max_distance: int, others: Sequence[str] | None, progress: bool) -> Iterator[Pair]:
-    """Yield the pairs of `near_pairs` block by block: of films that look alike there are too many to keep."""
     rows = _signs(hashes)
     columns = rows if others is None else _signs(others)
     show = progress and max(len(rows), len(columns)) >= MANY
@@ -146,9 +141,10 @@ def find_copies(
 ) -> list[Pair]:
     """Search for pairs of images that are copies: `near_pairs` proposes them, `confirm` compares their pixels.
 
-    `skip` tells which pairs of indices to leave out. For all else see `near_pairs` and `confirm`.
+    `skip` tells which pairs of indices to leave out. The result is in ascending order. For all else see `near_pairs`
+    and `confirm`.
     """
-    pairs = _near(hashes, max_distance, others, progress)
+    pairs = near_pairs(hashes, max_distance, others, progress=progress)
     return sorted(confirm((pair for pair in pairs if not skip(*pair[:2])), square, other))
 
 

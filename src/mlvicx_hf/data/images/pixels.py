@@ -252,14 +252,9 @@ def _load(data: bytes, formats: tuple[str, ...], padded_to: int | None) -> Image
         del image.info["xmp"]
     turned = image.tag_v2.get(_ORIENTATION) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
     image.load()  # which turns a TIFF
-    orientation = turned or image.getexif().get(
-        _ORIENTATION
-    )  # the bytes are dropped: a damaged tag cannot be written back
-    for name in (
-        "exif",
-        "Raw profile type exif",
-        "note",
-    ):  # "note" is what `decode_dicom` has to say, not a file's text
+    orientation = turned or image.getexif().get(_ORIENTATION)
+    # A damaged tag cannot be written back, and "note" is what `decode_dicom` has to say, not a file's text.
+    for name in ("exif", "Raw profile type exif", "note"):
         image.info.pop(name, None)
     ImageOps.exif_transpose(image, in_place=True)
     if orientation in range(2, 9):
