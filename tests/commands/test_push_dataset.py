@@ -15,10 +15,10 @@ from mlvicx_hf.data.cache.cache import load_cache
 NAME = "org/radiographs"
 
 FETCH = """
+from huggingface_hub import snapshot_download
 from mlvicx_hf.data.cache.cache import load_cache
-from mlvicx_hf.data.cache.sharing import fetch_cache
 
-cache = load_cache(fetch_cache("org/radiographs"))
+cache = load_cache(snapshot_download("org/radiographs", repo_type="dataset"))
 print(cache.manifest["split_hash"], *(len(part) for part in cache.datasets.values()))
 """
 
@@ -48,11 +48,12 @@ def hub() -> Iterator[LoopbackHub]:
 
 def test_a_cache_is_published_fetched_and_loaded(cache: Path, hub: LoopbackHub, tmp_path: Path):
     environment = hub.environment(tmp_path / "home")
-    (done,) = mlvicx_elsewhere(("publish", "--dataset", cache, "--repo_id", NAME), **environment)
+    (done,) = mlvicx_elsewhere(("publish", "--dataset", cache, "--repo_id", NAME, "--tag", "v1"), **environment)
     assert done.returncode == 0, done.stderr
     assert f"published as {NAME} at " in done.stdout
     repository = hub.repositories[f"datasets/{NAME}"]
     assert repository.private
+    assert repository.tags.keys() == {"v1"}
     stored = repository.at("main").files
     assert stored.keys() - {".gitattributes"} == {str(f.relative_to(cache)) for f in cache.rglob("*") if f.is_file()}
     for name, file in stored.items():
@@ -71,14 +72,16 @@ def test_a_cache_is_published_fetched_and_loaded(cache: Path, hub: LoopbackHub, 
 
 
 def test_a_dry_run_shows_card_and_files_and_sends_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mlvicx_hf.data.cache.sharing.HfApi", None)
+    monkeypatch.setattr("mlvicx_hf.hub.publishing.HfApi", None)
     done = mlvicx("publish", "--dataset", cache, "--repo_id", NAME, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert "Research use only. Not a medical device." in done.stdout
     assert "bytes  splits.csv" in done.stdout
     assert f"would go to {NAME} (private, main); nothing was sent" in done.stdout
-    done = mlvicx("publish", "--dataset", cache, "--repo_id", NAME, "--tag", "v1", "--card", "x")
-    assert_users_error(done, "--tag, --card found; --dataset does not take it")
+    done = mlvicx("publish", "--dataset", cache, "--repo_id", "bad name!", "--dry_run")
+    assert_users_error(done, "bad name!")
+    done = mlvicx("publish", "--dataset", cache, "--repo_id", NAME, "--card", "x")
+    assert_users_error(done, "--card found; --dataset does not take it")
 
 
 def test_a_public_repository_is_not_filled_with_private_images(cache: Path, hub: LoopbackHub, tmp_path: Path):

@@ -13,10 +13,10 @@ from mlvicx_hf.common.errors import UserError, run
 
 from .card import add_sources, find_template
 
-OF_MODEL = ("private", "tag", "with_expanders")
-OF_SPACE = ("private", "tag", "segmenter")
+OF_MODEL = ("private", "with_expanders")
+OF_SPACE = ("private", "segmenter")
 OF_CARD = ("card", "results", "pretraining", "cache", "base_model")
-OF_BOTH = ("revision", "message", "dry_run")
+OF_ALL = ("revision", "tag", "message", "dry_run")
 
 
 def parser() -> CommandParser:
@@ -47,7 +47,7 @@ def parser() -> CommandParser:
     add("--card", metavar="FILE", help="with --model: a card that is ready, instead of one from the files of the runs")
     add("--with_expanders", action="store_true", help="with --model: publish what pretraining needs to go on, too")
     add("--segmenter", metavar="DIR", help="with --space: a segmenter, whose outlines the page shows")
-    add("--tag", metavar="NAME", help="with --model: name for the new commit, such as v1.0")
+    add("--tag", metavar="NAME", help="name for the new commit, such as v1.0")
     add("--revision", metavar="NAME", help="branch (default main), made if it is not there")
     add("--message", metavar="TEXT", help="of the commit")
     return made
@@ -62,24 +62,21 @@ def main(words: Sequence[str] | None = None) -> None:
     given = [f"--{name}" for name in known if name not in taken[kind] and getattr(arguments, name)]
     if given:
         raise UserError(f"{', '.join(given)} found; --{kind} does not take it")
-    seen_by = "private" if arguments.private or (kind == "dataset" and not arguments.public) else "public"
+    from mlvicx_hf.hub.publishing import push, push_cache, push_space
+
+    repo_id, how = arguments.repo_id, _chosen(arguments, *OF_ALL)
     if kind == "dataset":
-        from mlvicx_hf.data.cache.sharing import push_cache
         from mlvicx_hf.data.cache.summary import CARD
 
-        done = push_cache(arguments.dataset, arguments.repo_id, **_chosen(arguments, *OF_BOTH, "public"))
+        done = push_cache(arguments.dataset, repo_id, private=not arguments.public, **how)
         text = (Path(arguments.dataset) / CARD).read_text(encoding="utf-8")
     elif kind == "space":
-        from mlvicx_hf.hub.publishing import push_space
-
         text = ""
-        done = push_space(arguments.model, arguments.repo_id, **_chosen(arguments, *OF_BOTH, *OF_SPACE))
+        done = push_space(arguments.model, repo_id, **how, **_chosen(arguments, *OF_SPACE))
     else:
-        from mlvicx_hf.hub.publishing import push
-
         text = _make_card(arguments)
-        done = push(arguments.model, arguments.repo_id, text, **_chosen(arguments, *OF_BOTH, *OF_MODEL))
-    _report(arguments, done, text, seen_by)
+        done = push(arguments.model, repo_id, text, **how, **_chosen(arguments, *OF_MODEL))
+    _report(arguments, done, text)
 
 
 def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -98,7 +95,7 @@ def _make_card(arguments: argparse.Namespace) -> str:
     return str(render_card(find_template(model), model, results, **options))
 
 
-def _report(arguments: argparse.Namespace, done: dict[str, Any], card: str, seen_by: str) -> None:
+def _report(arguments: argparse.Namespace, done: dict[str, Any], card: str) -> None:
     """Print what was sent, or would be."""
     megabytes = sum(done["files"].values()) / 1e6
     if not arguments.dry_run:
@@ -109,6 +106,7 @@ def _report(arguments: argparse.Namespace, done: dict[str, Any], card: str, seen
     for name, size in done["files"].items():
         print(f"{size:12,} bytes  {name}")
     tag = f", tag {arguments.tag}" if arguments.tag else ""
+    seen_by = "private" if done["private"] else "public"
     where = f"{done['repo_id']} ({seen_by}, {done['revision']}{tag})"
     if arguments.dataset is not None:
         print("note: patient ids and file names go along, in the columns of the images and in splits.csv")

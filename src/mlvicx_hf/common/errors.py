@@ -40,8 +40,10 @@ def user_input() -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def is_users(error: BaseException) -> bool:

@@ -25,7 +25,8 @@ def available_cores() -> int:
     (as containers have), or by SLURM's `--cpus-per-task`. More threads than that would wait for one another.
     """
     counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    for limit, period in (text.split() for text in _group_files("cpu.max")):
+    for (quota,) in _group_files("cpu.max"):
+        limit, period = quota.split()
         if limit != "max":
             counts.append(int(limit) // int(period))
     if share := os.environ.get("SLURM_CPUS_PER_TASK", ""):
@@ -38,23 +39,25 @@ def available_memory() -> int:
     import psutil
 
     left = [psutil.virtual_memory().available]
-    files = (_group_files(f"memory.{name}") for name in ("max", "current", "stat"))
-    for limit, used, parts in zip(*files, strict=True):
+    for limit, used, parts in _group_files("memory.max", "memory.current", "memory.stat"):
         if limit != "max":
             cached = dict(line.split() for line in parts.splitlines())["inactive_file"]  # given back when needed
             left.append(int(limit) - int(used) + int(cached))
     return max(0, min(left))
 
 
-def _group_files(name: str) -> list[str]:
-    """Contents of a file in this process's control group (version 2) and in those around it that have the file."""
+def _group_files(*names: str) -> list[list[str]]:
+    """Contents of files in this process's control group (version 2) and in those around it that have all of them.
+
+    The outermost group has no limits, but some of the files.
+    """
     try:
         groups = [line.partition("::")[2] for line in _GROUP.read_text().splitlines() if line.startswith("0::")]
     except OSError:  # not Linux
         return []
     folders = [folder for group in groups for folder in (Path(group), *Path(group).parents)]
-    files = [_GROUPS / folder.relative_to("/") / name for folder in folders]
-    return [file.read_text().strip() for file in files if file.is_file()]
+    found = [[_GROUPS / folder.relative_to("/") / name for name in names] for folder in folders]
+    return [[file.read_text().strip() for file in files] for files in found if all(file.is_file() for file in files)]
 
 
 def use_cpu_threads(threads: int | None = None) -> None:

@@ -180,7 +180,7 @@ class Reader:
             for cosine, row in zip(cosines, rows, strict=True)
         ]
         threshold = self.index.unlike_threshold
-        return found, None if threshold is None else cosines[0] < threshold
+        return found, None if threshold is None else max(cosines, default=-1) < threshold
 
     def _findings_of(self, row: int) -> str:
         """What is known of an indexed image."""

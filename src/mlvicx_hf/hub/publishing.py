@@ -1,35 +1,37 @@
-"""Publish a model or its page on the Hub: export, card, one commit, and a tag if wanted."""
+"""Publish a model, its page or a cache on the Hub: one commit, and a tag if wanted."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.provenance import git_commit
+from mlvicx_hf.data.cache.cache import load_cache
 
 from .folder import export
 from .spaces import write_space
 
-# Files that earlier versions published, and that would no longer hold for new weights.
-OF_OLD_VERSIONS = ["SHA256SUMS", "integrity_mlvicx.py"]
+# Files of an earlier commit that would not hold for the new one: of earlier versions, and shards of an earlier cache.
+OUTDATED = {"model": ["SHA256SUMS", "integrity_mlvicx.py"], "dataset": ["*.arrow"], "space": []}
+
+
+class Sending(TypedDict, total=False):
+    """How to publish; nothing of it is required."""
+
+    private: bool  # make the repository private
+    revision: str | None  # branch, by default main; one that does not exist is created
+    tag: str | None  # name for the new commit
+    message: str | None  # of the commit
+    dry_run: bool  # say what would be sent, without using the network
 
 
 def push(
-    source: str | Path,
-    repo_id: str,
-    card: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    tag: str | None = None,
-    message: str | None = None,
-    with_expanders: bool = False,
-    dry_run: bool = False,
+    source: str | Path, repo_id: str, card: str, *, with_expanders: bool = False, **how: Unpack[Sending]
 ) -> dict[str, Any]:
     """Export a saved model and publish it as one commit, so that a repository never holds half of it.
 
@@ -37,12 +39,8 @@ def push(
         source: folder of a saved model of any class.
         repo_id: name on the Hub, "organisation/name"; a repository that does not exist is created.
         card: text of the model card.
-        private: make the repository private.
-        revision: branch, by default main; one that does not exist is created.
-        tag: name for the new commit.
-        message: of the commit.
         with_expanders: see `export`.
-        dry_run: export into a temporary folder and say what would be sent, without using the network.
+        how: see `Sending`.
 
     Returns:
         `repo_id`, `private`, `revision`, `tag`, `files` (name → bytes), and unless `dry_run` `commit` and `url`.
@@ -51,64 +49,82 @@ def push(
         OSError: no right to write, no connection, a tag that exists; or as `export`.
         UserError: a name that the Hub would not take, or a public repository where a private one was wanted.
     """
-    with user_input():
-        validate_repo_id(repo_id)
+    _check_name(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         folder = export(source, Path(temporary) / "export", with_expanders=with_expanders, card=card)
-        return _send(folder, repo_id, "model", private, revision, tag, message, dry_run)
+        return _send(folder, repo_id, "model", **how)
 
 
 def push_space(
-    model: str | Path,
-    repo_id: str,
-    *,
-    segmenter: str | Path | None = None,
-    private: bool = False,
-    revision: str | None = None,
-    tag: str | None = None,
-    message: str | None = None,
-    dry_run: bool = False,
+    model: str | Path, repo_id: str, *, segmenter: str | Path | None = None, **how: Unpack[Sending]
 ) -> dict[str, Any]:
     """Publish the page of `mlvicx demo` as a Space, in one commit.
 
     Args:
         model: folder or Hub name of a classifier.
-        repo_id: name on the Hub, "organisation/name"; a Space that does not exist is created.
+        repo_id: as in `push`.
         segmenter: folder or Hub name of a segmenter, whose outlines the page shows.
-        private: make the Space private.
-        revision: branch, by default main; one that does not exist is created.
-        tag: name for the new commit.
-        message: of the commit.
-        dry_run: write a temporary folder and say what would be sent, without using the network.
+        how: see `Sending`.
 
     Returns:
         As `push`.
 
     Raises:
-        OSError: no right to write, no connection, a tag that exists; or as `write_space`.
+        OSError: as `push` and `write_space`.
         UserError: as `push` and `write_space`.
     """
-    with user_input():
-        validate_repo_id(repo_id)
+    _check_name(repo_id)
     title = repo_id.rpartition("/")[2]
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_space(Path(temporary) / "space", title, model=model, segmenter=segmenter)
-        return _send(folder, repo_id, "space", private, revision, tag, message, dry_run)
+        return _send(folder, repo_id, "space", **how)
+
+
+def push_cache(path: str | Path, repo_id: str, **how: Unpack[Sending]) -> dict[str, Any]:
+    """Publish a prepared cache in one commit, with its card, splits, hashes and lists of rejected and duplicate images.
+
+    `load_cache(snapshot_download(repo_id, repo_type="dataset"))` reads it again.
+
+    Args:
+        path: folder of the cache. No patient may be in two splits.
+        repo_id: as in `push`.
+        how: see `Sending`. Radiographs should be private.
+
+    Returns:
+        As `push`.
+
+    Raises:
+        OSError: no such cache; or as `push`.
+        UserError: as `push`.
+    """
+    _check_name(repo_id)
+    cache = load_cache(path)
+    manifest = cache.manifest
+    about = f"{manifest['collection']}, split hash {manifest['split_hash'][:12]}"
+    how["message"] = how.get("message") or about
+    return _send(cache.path, repo_id, "dataset", **how)
+
+
+def _check_name(repo_id: str) -> None:
+    with user_input():
+        validate_repo_id(repo_id)
 
 
 def _send(
     folder: Path,
     repo_id: str,
     repo_type: str,
-    private: bool,
-    revision: str | None,
-    tag: str | None,
-    message: str | None,
-    dry_run: bool,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    message: str | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Send a folder in one commit, and say what was sent, or would be."""
     paths = sorted(file for file in folder.rglob("*") if file.is_file())
-    files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in paths}
+    paths = [path for path in paths if not path.name.startswith("cache-")]  # intermediate files of `datasets`
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     plan = {"repo_id": repo_id, "private": private, "revision": revision or "main", "tag": tag, "files": files}
     if dry_run:
         return plan
@@ -122,9 +138,10 @@ def _send(
         repo_id=repo_id,
         repo_type=repo_type,
         folder_path=folder,
+        allow_patterns=list(files),
         revision=revision,
         commit_message=message or f"mlvicx_hf {git_commit(Path(__file__).parent)[:12]}",
-        delete_patterns=OF_OLD_VERSIONS,
+        delete_patterns=OUTDATED[repo_type],
     )
     if tag is not None:
         api.create_tag(repo_id, repo_type=repo_type, tag=tag, revision=done.oid)

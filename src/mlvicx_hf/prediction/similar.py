@@ -181,7 +181,7 @@ def write_neighbours(
                 counts["errors"] += 1
             else:
                 threshold = index.unlike_threshold
-                unlike = "" if threshold is None else int(each.cosines[0] < threshold)
+                unlike = "" if threshold is None else int(max(each.cosines, default=-1) < threshold)
                 counts["unlike"] += unlike == 1
                 shown += [each] if len(shown) < SHEET_FILES else []
             for rank, (cosine, row) in enumerate(zip(each.cosines, each.rows, strict=True), 1):

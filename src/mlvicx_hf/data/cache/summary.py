@@ -166,10 +166,11 @@ def _card_text(manifest: Mapping[str, Any], notes: Sequence[str]) -> str:
         *(f"- {note}" for note in notes),
         "",
         "```python",
+        "from huggingface_hub import snapshot_download",
         "from mlvicx_hf.data.cache.cache import load_cache",
-        "from mlvicx_hf.data.cache.sharing import fetch_cache",
         "",
-        'cache = load_cache(fetch_cache("org/name"))  # or load_cache("folder"); cache.datasets["train"]',
+        'folder = snapshot_download("org/name", repo_type="dataset")  # or your folder',
+        'images = load_cache(folder).datasets["train"]',
         "```",
     ]
     return "\n".join(lines) + "\n"

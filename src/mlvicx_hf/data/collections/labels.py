@@ -35,6 +35,7 @@ FILE_COLUMNS = ("file_name", "file", "image", "path")
 RESERVED_COLUMNS = (*FILE_COLUMNS, "patient_id", "view", "split", "sex", "age", "source")
 LONE_COLUMNS = ("label", "labels")  # a column that holds all labels of an image
 _WHOLE = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 # A column of 0 and 1 with one of these words in its name describes the image or the patient, and is no finding.
 NOT_FINDINGS = re.compile(
@@ -206,7 +207,7 @@ def _class_labels(table: Path, column: str, values: list[str], notes: tuple[str,
         if len(parts) > 1 and parts & set(classes):
             raise UserError(
                 f"{table}: row {row}, column {column}: {name!r} found, and a part of it alone in other rows; "
-                " expected one class in each (a column of several findings must be called labels)"
+                "expected one class in each (a column of several findings must be called labels)"
             )
     names = set(classes) - {""}
     whole = all(_WHOLE.fullmatch(name) for name in names)
@@ -221,15 +222,13 @@ def _class_name(text: str, flags: bool) -> str:
         return ""
     if flags:
         return str(int(BINARY[plain_cell(text)]))
-    try:
-        number = float(text)
-    except ValueError:
-        return text.strip()
     if _WHOLE.fullmatch(text):
         return text
-    if not number.is_integer():
+    if not _NUMBER.fullmatch(text.strip()):  # such as 1_000, which Python would take for one
+        return text.strip()
+    if not float(text).is_integer():
         raise ValueError(text)
-    return str(int(number))
+    return str(int(float(text)))
 
 
 def _findings(

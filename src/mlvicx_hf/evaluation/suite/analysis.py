@@ -209,7 +209,8 @@ def _confidence(runs: Sequence[FinishedCell]) -> dict[str, Any] | None:
     }
     found |= {name: _mean([test["answers"][name] for test in tests]) for name in ("unsure", "error")}
     errors = [_errors_of_the_confident(run.predictions) for run in runs if isinstance(run.predictions, Predictions)]
-    return found | {"errors": {f"{share:g}": float(e) for share, e in zip(COVERAGES, np.mean(errors, 0), strict=True)}}
+    means = [NOT_SCORED if np.isnan(error) else float(error) for error in np.mean(errors, 0)]  # without known labels
+    return found | {"errors": {f"{share:g}": error for share, error in zip(COVERAGES, means, strict=True)}}
 
 
 def _mean(values: Sequence[float | str]) -> float | str:

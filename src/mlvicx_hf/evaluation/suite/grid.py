@@ -202,6 +202,9 @@ def read_suite(path: Path) -> Suite:
     for key in ("tasks", "models"):
         if not isinstance(suite.get(key), dict) or not suite[key]:
             raise UserError(f"{path}: {key}: {suite.get(key)!r} found; expected a mapping with one entry at least")
+        for name in suite[key]:
+            if not _is_text(name) or Path(name).name != name:  # a name is a folder of the results
+                raise UserError(f"{path}: {key}: name {name!r} found; expected text without a slash")
     first, *others = suite["models"]
     usual: dict[str, Any] = {"protocols": ["frozen", "finetuned"], "label_fractions": [1.0], "seeds": [0]}
     usual |= {"pair_seeds": False, "paper_tables": (), "shortcuts": SHORTCUTS, "title": path.stem}
@@ -235,8 +238,8 @@ def _check_values(path: Path, suite: Mapping[str, Any]) -> None:
         "title": (lambda value: isinstance(value, str), "text"),
         "pair_seeds": (lambda value: isinstance(value, bool), "true or false"),
         "protocols": (_is_named_flags, "a list of names, or a mapping of names to flags"),
-        "label_fractions": (_all(lambda x: _is_number(x) and 0 < x <= 1), "a list of numbers above 0, up to 1"),
-        "seeds": (_all(lambda x: _is_number(x, int) and x >= 0), "a list of whole numbers from 0 on"),
+        "label_fractions": (_all(lambda x: _is_number(x) and 0 < x <= 1, 1), "a list of numbers above 0, up to 1"),
+        "seeds": (_all(lambda x: _is_number(x, int) and x >= 0, 1), "a list of whole numbers from 0 on"),
         "compare": (_all(lambda pair: _all(_is_text)(pair) and len(pair) == len(set(pair)) == 2), "a list of pairs"),
         "paper_tables": (_all(_is_text), names),
         "shortcuts": (_all(_is_text), names),
@@ -247,8 +250,8 @@ def _check_values(path: Path, suite: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: {key}: {suite[key]!r} found; expected {expected}")
 
 
-def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (list, tuple)) and all(map(fits, value))
+def _all(fits: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and len(value) >= least and all(map(fits, value))
 
 
 def _is_text(value: Any) -> bool:
@@ -262,7 +265,7 @@ def _is_number(value: Any, kind: Any = (int, float)) -> bool:
 def _is_named_flags(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value) and all(flags is None or isinstance(flags, dict) for flags in value.values())
-    return bool(value) and _all(_is_text)(value)
+    return _all(_is_text, 1)(value)
 
 
 def _metric(path: Path, task: str, about: Mapping[str, Any]) -> str:
@@ -343,4 +346,8 @@ def _members(path: Path, name: str, entry: Any) -> list[tuple[str, str | None, d
     if given != ["weights"]:
         return [(given[0], str(entry[given[0]]), flags)]
     weights = entry["weights"] if isinstance(entry["weights"], list) else [entry["weights"]]
-    return [(str(source), None, flags) for source in weights]
+    if not _all(_is_text, 1)(weights):
+        raise UserError(
+            f"{path}: model {name}: weights {entry['weights']!r} found; expected a folder, or a list of them"
+        )
+    return [(source, None, flags) for source in weights]

@@ -253,7 +253,9 @@ def _add_confidence(document: Document, settings: Sequence[dict[str, Any]]) -> N
         "the likeliest class."
     )
     shares = [f"{100 * float(share):g} % answered" for share in rows[0]["confidence"]["errors"]]
-    errors = [[f"{r['task']}, {_setting(r)}", *(f"{e:.3f}" for e in r["confidence"]["errors"].values())] for r in rows]
+    errors = [
+        [f"{r['task']}, {_setting(r)}", *(number(e, ".3f") for e in r["confidence"]["errors"].values())] for r in rows
+    ]
     document.table(["task, protocol, labels, model", *shares], errors)
 
 

@@ -211,13 +211,13 @@ def _read_run(
     steps = round(training["epochs"] * batches)  # as `objectives.base.Schedule`
     optimizer = training.get("optimizer", "lars")  # older files do not say it
     rate = training["base_learning_rate"] * training["batch_size"] / 256
-    start = run["model"].get("init_from")
+    start, objective = run["model"].get("init_from"), run["model"].get("objective", "mlvicx")
     return run | {
         "start": "random weights" if start is None else "ImageNet" if start == "imagenet" else f"`{last_part(start)}`",
         "steps": steps,
         "images_seen": steps * training["batch_size"],
         "peak_learning_rate": rate,
-        "method": METHODS[run["model"].get("objective", "mlvicx")],
+        "method": METHODS.get(objective, objective),
         "optimizer": OPTIMIZERS[optimizer],
     }
 
