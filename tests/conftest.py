@@ -1,6 +1,8 @@
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -12,6 +14,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # compiles torch and transformers anew, which takes two thirds of its start.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_drawn() -> Iterator[None]:
+    """Caches and runs get no pictures, which take longer than all else in them; a few tests put the functions back."""
+    with (
+        mock.patch("mlvicx_hf.data.cache.assembly.write_pictures", return_value=[]),
+        mock.patch("mlvicx_hf.pretraining.reporting.plot_curves"),
+    ):
+        yield
 
 
 @pytest.fixture(scope="session")

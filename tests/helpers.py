@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -197,8 +196,7 @@ def make_cache(
         writer.writeheader()
         writer.writerows(table)
     collection = FolderCollection(images, mask_names=mask_names or None)
-    with mock.patch("mlvicx_hf.data.cache.assembly.write_pictures", return_value=[]):  # they take longer than the rest
-        prepare(collection, folder / name, size=size, num_workers=0, progress=False, **options)
+    prepare(collection, folder / name, size=size, num_workers=0, progress=False, **options)
     return folder / name
 
 

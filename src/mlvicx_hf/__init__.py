@@ -4,8 +4,6 @@ Importing the package makes `AutoModel.from_pretrained("org/mlvicx-resnet18")` f
 no transformers by itself, so that commands start quickly: importing transformers registers the classes.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from importlib.abc import MetaPathFinder

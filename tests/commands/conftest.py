@@ -8,5 +8,5 @@ from kills import Forks
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Starts commands in a moment, as processes that can be killed."""
-    with Forks() as forks:
+    with Forks(without=("matplotlib",)) as forks:  # which takes longer than the runs
         yield forks

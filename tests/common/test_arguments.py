@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 import pytest
 from transformers import HfArgumentParser
 
-from mlvicx_hf.common.arguments import CommandParser, add_sections, from_values
+from mlvicx_hf.common.arguments import CommandParser, add_sections, from_values, option
 from mlvicx_hf.common.errors import UserError
 
 
@@ -168,3 +168,19 @@ def test_a_field_for_the_rest_takes_unknown_flags():
 def test_a_field_for_the_rest_takes_unknown_values():
     (trainer,) = from_values([Trainer], {"optim": "sgd", "patience": 3}, {"optim": "adamw", "bf16": True})
     assert trainer == Trainer(3, {"optim": "sgd", "bf16": True})
+
+
+def test_numbers_out_of_range_are_refused():
+    limited = make_dataclass(
+        "Limited", [("rate", float, option("", 1.0, above=0)), ("seed", int, option("", 0, least=0, most=9))]
+    )
+    assert from_values([limited], {"rate": "0.5", "seed": 9})[0].seed == 9
+    for name, value, expected in (
+        ("rate", "0", "a number above 0"),
+        ("rate", float("nan"), "a number above 0"),
+        ("rate", "inf", "a number above 0"),
+        ("seed", -1, "at least 0 and at most 9"),
+        ("seed", "10", "at least 0 and at most 9"),
+    ):
+        with pytest.raises(UserError, match=rf"{name}=.* found; expected .*{expected}"):
+            from_values([limited], {name: value})

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from huggingface_hub.errors import HTTPError, StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from safetensors import SafetensorError
 
 from mlvicx_hf.common.errors import MissingExtraError, UserError, run, user_input
 
@@ -26,6 +27,8 @@ def raising(error: BaseException) -> Callable[[], None]:
         OSError("two\nlines"),
         FloatingPointError("two\nlines"),
         StrictDataclassFieldValidationError("size", ValueError("two\nlines")),
+        HTTPError("two\nlines"),
+        SafetensorError("I/O error: two\nlines"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -40,7 +43,16 @@ def test_what_the_user_can_mend_is_one_line_and_code_2(error: Exception, capsys:
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), AssertionError(), KeyError("x")])
+def test_the_name_of_a_validator_is_left_out(capsys: pytest.CaptureFixture[str]):
+    error = StrictDataclassClassValidationError("validate_ranges", ValueError("image_size=0 found; expected 1 or more"))
+    with pytest.raises(SystemExit):
+        run(raising(error))
+    assert capsys.readouterr().err == "error: image_size=0 found; expected 1 or more\n"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), TypeError("a bug"), AssertionError(), KeyError("x"), SafetensorError("a bug")]
+)
 def test_a_bug_keeps_its_traceback(error: Exception):
     with pytest.raises(type(error)):
         run(raising(error))

@@ -10,10 +10,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from mlvicx_hf.data.collections import FolderCollection, Listing, NIH14Collection, PhantomCollection
-from mlvicx_hf.data.collections.base import normalize_view
-from mlvicx_hf.data.collections.nih14 import NIH_FINDINGS
+from mlvicx_hf.data.collections.base import Listing, normalize_view
+from mlvicx_hf.data.collections.folder import FolderCollection
+from mlvicx_hf.data.collections.nih14 import NIH_FINDINGS, NIH14Collection
 from mlvicx_hf.data.collections.people import parse_age, parse_sex
+from mlvicx_hf.data.collections.phantom import PhantomCollection
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
 NAMES = ("a.png", "b.png", "sub/c.png", "sub/d.png")
@@ -660,3 +661,18 @@ def test_unknown_masks_of_phantoms_are_refused_with_the_known_ones():
 def test_no_phantoms_are_refused():
     with pytest.raises(ValueError, match="num_patients=0 found; expected 1 or more"):
         PhantomCollection(0)
+
+
+def test_names_that_python_takes_for_numbers_stay_names(root: Path):
+    listing = read_table(root, table("patient_id,label", "1,1_000", "2,2_0", "3,20", "4,20"))
+    assert listing.label_names == ("1_000", "20", "2_0")
+
+
+def test_cells_of_r_without_a_value_are_empty_in_every_column(root: Path):
+    rows = ("1,NA,NA,NA,NA,NA,NA", "2,PA,F,50,nan,NULL,1", *["3,PA,F,50,NA,NA,0"] * 2)
+    listing = read_table(root, table("patient_id,view,sex,age,split,mask_file_name,Edema", *rows), mask_names=("lung",))
+    first, second = listing.records[:2]
+    assert (first.view, first.split, first.mask_path) == ("UNKNOWN", None, None)
+    assert (second.view, second.split, second.mask_path) == ("PA", None, None)
+    assert (first.sex, first.age) != (second.sex, second.age)
+    assert not any("understood" in note for note in listing.notes)

@@ -25,8 +25,8 @@ from pydicom.uid import ImplicitVRLittleEndian
 
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
-from mlvicx_hf.data.collections import FolderCollection
 from mlvicx_hf.data.collections.base import Collection, Drawing, Listing, Record
+from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import MAX_BYTES, decode_gray
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
-from mlvicx_hf.data.collections import FolderCollection
+from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.copies.deduplication import Duplicate, choose_dropped
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
 from mlvicx_hf.finetuning.data import check_splits

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -609,6 +610,7 @@ def test_mutated_files_are_read_or_refused_and_nothing_else(syntax: uid.UID):
     assert 0 < refused < 60
 
 
+@cache
 def secret_files() -> dict[str, bytes]:
     made = dataset(shade(0, 255, np.uint8), WindowCenter="1234", WindowWidth="777", PatientComments=SECRET)
     made.PatientName = made.PatientID = made.OtherPatientNames = SECRET

@@ -65,7 +65,7 @@ def test_what_is_skipped_is_counted_and_named(tmp_path: Path):
     write(tmp_path / "DICOMDIR", bytes(128) + b"DICM")
     names, notes = found(tmp_path)
     assert names == ["a.png"]
-    (note,) = [note for note in notes if note.startswith("no images, skipped: 7")]
+    (note,) = [note for note in notes if note.startswith("skipped files that are no images: 7")]
     for part in ("hidden 1", ".txt 2", ".zip 1", "prepared cache 1", "no suffix 2"):
         assert part in note
 

@@ -199,21 +199,6 @@ def test_contact_sheet_puts_images_in_rows() -> None:
     assert (np.asarray(titled)[4:28] < 128).any()
 
 
-@pytest.mark.parametrize(
-    ("images", "columns", "titles", "message"),
-    [
-        ([], 2, None, "found 0 images"),
-        ([np.zeros((4, 4), np.uint8)], 0, None, "in 0 columns"),
-        ([np.zeros((4, 4), np.uint8), np.zeros((5, 4), np.uint8)], 1, None, r"\(5, 4\); expected"),
-        ([np.zeros((4, 4))], 1, None, "float64"),
-        ([np.zeros((4, 4), np.uint8)], 1, [], "found 0 titles"),
-    ],
-)
-def test_contact_sheet_names_bad_input(images: list, columns: int, titles: list | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        contact_sheet(images, columns, titles)
-
-
 def test_labels_without_a_drawing_are_those_of_the_drawing() -> None:
     for patient in range(40):
         assert phantom_labels(patient, seed=5) == draw_phantom(patient, size=32, seed=5).labels

@@ -375,3 +375,11 @@ def test_awkward_real_files_are_read(real_data: Path):
         gray = np.asarray(read_gray(path))
         assert min(gray.shape) > 50
         assert gray.std() > 20
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.webp"])
+def test_a_file_of_several_images_is_refused(tmp_path: Path, name: str):
+    pages = [Image.new("L", (8, 8), shade) for shade in (10, 200)]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    with pytest.raises(UnreadableImageError, match="2 images in one file found; expected one"):
+        read_gray(tmp_path / name)

@@ -15,8 +15,10 @@ from PIL import Image
 
 from mlvicx_hf.data.cache.cache import FORMAT, cache_features, load_cache
 from mlvicx_hf.data.cache.prepare import partial_folder, prepare
-from mlvicx_hf.data.collections import FolderCollection, PhantomCollection
+from mlvicx_hf.data.cache.summary import CONTACT_SHEET, HISTOGRAM, write_pictures
 from mlvicx_hf.data.collections.base import Collection, Drawing, Listing, Record
+from mlvicx_hf.data.collections.folder import FolderCollection
+from mlvicx_hf.data.collections.phantom import PhantomCollection
 from mlvicx_hf.data.images.pixels import fit_square_gray, read_gray
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
 
@@ -120,6 +122,18 @@ def test_manifest_counts_what_is_in_the_cache(root: Path, tmp_path: Path):
         }
     patients = [manifest["splits"][split]["patients"] for split in ("train", "validation", "test")]
     assert patients == [14, 2, 4]
+
+
+def test_pictures_show_the_images_and_their_grey_levels(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlvicx_hf.data.cache.assembly.write_pictures", write_pictures)
+    make(root, tmp_path / "cache")
+    with (
+        Image.open(tmp_path / "cache" / CONTACT_SHEET) as sheet,
+        Image.open(tmp_path / "cache" / HISTOGRAM) as histogram,
+    ):
+        assert sheet.mode == "L"
+        assert sheet.width > 300
+        assert histogram.size == (800, 300)
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -481,7 +495,7 @@ def test_an_empty_folder_is_used_and_a_file_is_not(root: Path, tmp_path: Path):
     make(root, tmp_path / "empty")
     assert load_cache(tmp_path / "empty").label_names == ("Edema",)
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="a file found; expected a folder"):
+    with pytest.raises(FileExistsError, match="no folder found; expected a folder"):
         make(root, tmp_path / "file", overwrite=True)
 
 

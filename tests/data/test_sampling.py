@@ -56,7 +56,7 @@ def test_over_many_epochs_patients_and_the_images_of_one_are_drawn_alike():
     assert np.abs(first / 3000 - expected).max() < 4 * math.sqrt(0.25 / 3000)  # nor does the place tell
 
 
-def test_the_order_of_many_images_takes_no_time():
+def test_the_order_of_many_images_is_as_even():
     patients = [f"p{number // 4 if number % 5 else 0}" for number in range(200_000)]  # one has 40,000
     order = patient_balanced_order(patients, order_generator(0, 0))
     counts = np.unique(np.array(patients)[order], return_counts=True)[1]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
-from mlvicx_hf.data.collections import FolderCollection
+from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.split_files import read_split_file, split_file
 
 

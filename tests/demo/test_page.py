@@ -148,9 +148,15 @@ def test_no_event_is_an_open_interface(server: str):
 def test_a_port_that_is_taken_is_named(reader: Reader, server: str):
     port = int(server.rstrip("/").rpartition(":")[2])
     with (
-        pytest.raises(UserError, match=f"--port {port} found; expected a free port"),
+        pytest.raises(UserError, match=f"--port {port} found; expected a free address of this machine: .*in use"),
         serving(reader, "127.0.0.1", port),
     ):
+        pass
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("127.0.0.1", -1), ("203.0.113.1", 0)])
+def test_an_address_that_cannot_be_is_named(reader: Reader, host: str, port: int):
+    with pytest.raises(UserError, match=f"--host {host} --port {port} found"), serving(reader, host, port):
         pass
 
 

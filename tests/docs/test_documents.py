@@ -217,9 +217,6 @@ def test_shown_commands_run(page: Path, world: Path, tmp_path: Path, monkeypatch
     folder = tmp_path / "world"
     shutil.copytree(world, folder)
     monkeypatch.chdir(folder)
-    # slow, and tested elsewhere
-    monkeypatch.setattr("mlvicx_hf.data.cache.assembly.write_pictures", lambda *_, **__: [])
-    monkeypatch.setattr("mlvicx_hf.pretraining.reporting.plot_curves", lambda *_, **__: None)
     for block in RUN[page]:
         for words in commands(block):
             command = smaller(words[1:])

@@ -560,6 +560,15 @@ def test_no_labels_are_an_error(pretrained: Path, tmp_path: Path):
         run(tmp_path / "run", pretrained, unlabelled_cache(tmp_path, 12))
 
 
+def test_what_an_interrupted_run_left_is_done_again(cache: Path, pretrained: Path, tmp_path: Path):
+    (tmp_path / "out" / "trainer" / "checkpoint-9").mkdir(parents=True)
+    (tmp_path / "out" / ".trainer.writing").touch()
+    run(tmp_path / "out", pretrained, cache, freeze_backbone=True, num_train_epochs=1)
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"results.json", "model.safetensors", "splits.csv"} <= left
+    assert not left & {"trainer", ".trainer.writing", "final"}
+
+
 def test_a_folder_in_use_is_refused(cache: Path, frozen: Path, pretrained: Path):
     before = (frozen / "results.json").read_bytes()
     with pytest.raises(FileExistsError, match="is there already; expected a new or an empty"):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -40,12 +38,6 @@ def _fresh_state() -> None:
     """Accelerate keeps its state for the whole process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    with mock.patch("mlvicx_hf.pretraining.reporting.plot_curves"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,8 @@
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from helpers import unlabelled_cache
 from runs import pretrain
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    """Runs draw none, which takes longer than their steps; one test of the loop takes this back."""
-    with mock.patch("mlvicx_hf.pretraining.reporting.plot_curves"):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Good weights at the start: the optimisers, the backbone's own rate, its thaw, and frozen batch normalisation."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from runs import assert_same_bits, interrupted, pretrain, start, weights
 from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.pretraining.arguments import DataArguments, ModelArguments, PretrainingArguments
 from mlvicx_hf.pretraining.loop import train
+from mlvicx_hf.pretraining.model import create_objective
 from mlvicx_hf.pretraining.optimizer import create_optimizer, set_learning_rate
 from mlvicx_hf.pretraining.settings import BEFORE, of_early_checkpoints
 
@@ -140,6 +142,15 @@ def test_gates_go_on_with_the_settings_that_they_were_trained_with(cache: Path, 
     start(cache, tmp_path / "run", *earlier, "--context_gain", 2)
     plain = start(cache, tmp_path / "plain", *earlier, "--use_context", False)
     assert any("start, without its context bottlenecks (" in note for note in plain.notes)
+
+
+def test_gates_behind_the_levels_go_on_where_the_backbone_allows_no_others(tmp_path: Path):
+    arguments = ModelArguments(backbone="hrnet_w18_small", image_size=32, expander_dims=[8], aggregation_size=1)
+    earlier = create_objective(arguments).model
+    assert earlier.config.context_placement == "taps"
+    earlier.save_pretrained(tmp_path / "start")
+    again = create_objective(replace(arguments, init_from=str(tmp_path / "start"))).model.state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in earlier.state_dict().items() if "mlvicx." in name)
 
 
 def test_no_weight_is_left_without_a_gradient(cache: Path, tmp_path: Path):

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """MLVICX as its authors' code computes it, written from the paper's equations and the README's table of differences.
 
 Plain torch around torchvision's ResNet, slow and literal, with nothing of the package in it: what the benchmark

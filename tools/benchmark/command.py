@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `python -m benchmark`: sections, table, JSON."""
 
 from __future__ import annotations

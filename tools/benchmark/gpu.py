@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """All that a GPU should show, in one command: is it right, and how fast is it?
 
     python -m benchmark.gpu --output results/gpu        (in tools/)

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The classifier's forward pass against timm's own network."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The training step of every method of pretraining, against the bare backbone on two views."""
 
 from __future__ import annotations

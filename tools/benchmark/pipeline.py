@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """What lies around the step: views, the input path, the whole command, several processes."""
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from mlvicx_hf.common.machine import available_cores
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
-from mlvicx_hf.data.collections import PhantomCollection
+from mlvicx_hf.data.collections.phantom import PhantomCollection
 from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
 from mlvicx_hf.pretraining.run import METRICS_FILE
 from mlvicx_hf.pretraining.views import TwoViewAugmentation, view_draws

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Preparing a cache against a bare loop over the same files."""
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from mlvicx_hf.data.cache.prepare import prepare
-from mlvicx_hf.data.collections import FolderCollection
+from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.images.pixels import image_files
 
 

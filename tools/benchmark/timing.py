@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Candidates that take turns, and what they take: seconds and memory."""
 
 from __future__ import annotations

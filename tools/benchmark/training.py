@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The training step against a bare backbone, the authors' order of operations and lightly's VICReg; the covariance."""
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `mlvicx`. Each command is a module of its name with `parser()` and `main(words)`.
 
 `parser` and what a module imports at its top import neither torch nor transformers: `--help` must be quick.
 """
-
-from __future__ import annotations
 
 import difflib
 import importlib

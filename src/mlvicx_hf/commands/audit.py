@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `mlvicx audit`."""
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +6,14 @@ from pathlib import Path
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import run
 
-_DESCRIPTION = """\
-Look for leaks in prepared caches: patients, files or copies of an image that two splits share.
-
-Every split is compared with every other one, of all caches. What the splits of one cache share is a leak, and so is
-what the train split of one cache shares with the validation or test split of another. The last line is `no leak found`
-with exit code 0, or `N leak(s)` with exit code 1. An error of the user has exit code 2. A crash has exit code 1, too,
-as always in Python, but it ends in a traceback, without this last line and without the JSON file."""
+_DESCRIPTION = (
+    "Look for leaks in prepared caches: patients, files or copies of an image that two splits share.\n\n"
+    "Every split is compared with every other one, of all caches. What the splits of one cache share is a leak, and so "
+    "is what the train split of one cache shares with the validation or test split of another. The last line is `no "
+    "leak found` with exit code 0, or `N leak(s)` with exit code 1. An error of the user has exit code 2. A crash has "
+    "exit code 1, too, as always in Python, but it ends in a traceback, without this last line and without the JSON "
+    "file."
+)
 
 
 def parser() -> CommandParser:

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `mlvicx explain`."""
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `mlvicx index`."""
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if content["unlike_threshold"] is None:
         print("note: no validation images to compare, so there is no threshold for unlike images and no precision")
         return
-    print(f"an image is unlike all of them if its greatest cosine is below {content['unlike_threshold']:.4f}")
+    print(f"an image is unlike all of them if its greatest cosine is below {content['unlike_threshold']:.6f}")
     macro = content[f"precision_at_{PRECISION_TOP}"]["macro"]
     if macro["precision"] is not None:
         print(

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `mlvicx prepare`."""
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from mlvicx_hf.common.errors import UserError, run
 from mlvicx_hf.data.collections import KINDS
 
 if TYPE_CHECKING:  # importing the collections takes seconds, which --help does not have
-    from mlvicx_hf.data.collections import Collection
+    from mlvicx_hf.data.collections.base import Collection
 
 NAMES = tuple(KINDS)
 OF_CACHE = (

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `mlvicx pretrain`."""
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Sequence

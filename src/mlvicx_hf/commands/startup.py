@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """What commands that run a saved model share: options, and how their process starts."""
-
-from __future__ import annotations
 
 from mlvicx_hf.common.arguments import CommandParser
 

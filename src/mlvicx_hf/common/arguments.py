@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Make command-line flags of dataclasses, and dataclasses of parsed flags or of YAML files, without importing torch.
 
 A dataclass whose fields are flags is called a section. `--help` shows a field with the metadata `{"first": True}` among
@@ -8,10 +7,9 @@ flags that no section knows, by name; its section checks them itself. Any other 
 NAME=VALUE; the values stay words.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
+import math
 import sys
 import textwrap
 import types
@@ -30,6 +28,7 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 def option(text: str, default: Any = MISSING, **metadata: Any) -> Any:
     """Make a field of a section: the help, the default if there is one, and further metadata.
 
+    Of a number, `least` and `most` are the smallest and the largest that is taken, and `above` one that is too small.
     Every object gets its own copy of a list or dictionary.
     """
     metadata["help"] = text
@@ -144,10 +143,20 @@ class _Option:
             self._refuse(whole)
         if self.choices is not None and value not in self.choices:
             self._refuse(whole)
+        if self.kind in (int, float) and not self._in_range(value):
+            self._refuse(whole)
         return self.kind(value)
+
+    def _in_range(self, number: float) -> bool:
+        limits = self.metadata
+        lowest, highest = limits.get("least", -math.inf), limits.get("most", math.inf)
+        return math.isfinite(number) and lowest <= number <= highest and number > limits.get("above", -math.inf)
 
     def _refuse(self, value: Any) -> NoReturn:
         expected = _EXPECTED[self.kind] if self.choices is None else f"one of {', '.join(map(str, self.choices))}"
+        words = {"least": "at least", "above": "above", "most": "at most"}
+        limits = [f"{word} {self.metadata[name]}" for name, word in words.items() if name in self.metadata]
+        expected = " ".join([expected, " and ".join(limits)]).strip()
         expected = f"a list, each {expected}" if self.many else expected
         expected = "NAME=VALUE, or a mapping of names to values" if self.named else expected
         hint = ", in quotes in YAML" if self.kind is str and self.choices is None and not self.named else ""

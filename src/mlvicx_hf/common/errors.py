@@ -1,9 +1,7 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Errors that the user can mend, and how a command ends: one line for these, a traceback for anything else."""
 
-from __future__ import annotations
-
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
+_VALIDATOR = re.compile(r"^Class validation error for validator '\w+': \w+: ")  # what huggingface_hub puts in front
 
 
 class UserError(ValueError):
@@ -53,8 +52,10 @@ def is_users(error: BaseException) -> bool:
     """
     if isinstance(error, (UserError, OSError, FloatingPointError)):
         return True
-    hub = sys.modules.get("huggingface_hub.errors")  # not imported: then it raised nothing
-    return hub is not None and isinstance(error, hub.StrictDataclassError)
+    hub, weights = map(sys.modules.get, ("huggingface_hub.errors", "safetensors"))  # not imported: they raised nothing
+    if hub is not None and isinstance(error, (hub.StrictDataclassError, hub.HTTPError)):  # of the HTTP library, too
+        return True
+    return weights is not None and isinstance(error, weights.SafetensorError) and "I/O error" in str(error)
 
 
 def run(main: Callable[[], T]) -> T:
@@ -73,5 +74,6 @@ def run(main: Callable[[], T]) -> T:
     except Exception as error:  # everything else goes on its way
         if not is_users(error) or os.environ.get("MLVICX_TRACEBACK") == "1":
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        print(f"error: {_VALIDATOR.sub('', text)}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,7 +1,5 @@
 """Write files and folders whole or not at all, read JSON and YAML with checks, compute hashes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -26,24 +24,54 @@ def check_output(output: Path) -> Path:
     """Refuse to write over something.
 
     Raises:
-        FileExistsError: a file, or a folder with something in it.
+        FileExistsError: a folder with something in it, or anything that is no folder.
     """
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"{output} is there already; expected a new or an empty folder")
     return output
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Make a file appear at `path` only when it is complete and on the disk. Yield the temporary file beside it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def only_writer(path: Path) -> Iterator[None]:
+    """Lock what is going to be written, so that one process at a time writes it. The lock is a file beside `path`.
+
+    Raises:
+        FileExistsError: another process holds the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.writing")
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        lock = FileLock(file).acquire(blocking=False)
+    except Timeout:
+        raise FileExistsError(f"{path}: another run is writing it; expected one at a time") from None
+    with lock:
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # while it is locked: afterwards it may be another run's
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Make a file appear at `path` only when it is complete and on the disk. Yield the temporary file beside it.
+
+    Raises:
+        FileExistsError: something at `path` that is no file, such as a device; or another process writes it.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is there already and is no file; expected a file to write")
+    temporary = path.with_name(f".{path.name}.tmp")
+    with only_writer(path):
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -124,21 +152,25 @@ def new_folder(path: Path) -> Iterator[Path]:
     Yields:
         The temporary folder beside `path`. An exception removes it and leaves `path` as it was. A temporary folder
         that an earlier kill left is removed first.
+
+    Raises:
+        FileExistsError: another process writes the folder.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync(file)
-        sync(temporary)
-        replace_folder(temporary, path)
-    except BaseException:
+    with only_writer(path):
         shutil.rmtree(temporary, ignore_errors=True)
-        restore_folder(path)
-        raise
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync(file)
+            sync(temporary)
+            replace_folder(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            restore_folder(path)
+            raise
 
 
 def old_folder(path: Path) -> Path:

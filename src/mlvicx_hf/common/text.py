@@ -1,7 +1,5 @@
 """Text that several rooms use."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Segmentation masks: read files of several kinds as class indices, and fit these to the squares of a cache."""
-
-from __future__ import annotations
 
 import hashlib
 import io

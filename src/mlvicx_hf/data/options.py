@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Refuse options that do not fit, with the name and the value in the message."""
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable

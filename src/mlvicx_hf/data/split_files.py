@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Split files, which say which image is in which split: `splits.csv` of a cache and of a fine-tuning run."""
-
-from __future__ import annotations
 
 import csv
 import io

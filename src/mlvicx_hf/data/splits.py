@@ -1,10 +1,7 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Divide images into splits and label fractions: by patient, stratified, seeded, whatever the order of the images.
 
 Labels are [N, L] arrays of 1, 0 and NaN (unknown, which is not positive), or None for collections without labels.
 """
-
-from __future__ import annotations
 
 import hashlib
 import math

@@ -1,10 +1,7 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """One vocabulary: find the labels of different collections that mean the same finding, and say where they differ.
 
 Labels are spelled as in the releases. Counts in comments are those of the training tables of VinBigData and CheXpert.
 """
-
-from __future__ import annotations
 
 import re
 from collections import Counter

@@ -1,11 +1,8 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The page of `mlvicx demo`: drop a radiograph, see what the models say of it, where they look, and what is similar.
 
 The browser sends a file's content alone, without its name, and nothing is written to the disk: a file and its reading
 live in the memory of this process until the next file, or until an hour after the last use.
 """
-
-from __future__ import annotations
 
 import base64
 import binascii
@@ -131,37 +128,42 @@ def serving(reader: Reader, host: str, port: int) -> Iterator[tuple[gr.Blocks, s
         port: 0 for any free one.
 
     Raises:
-        UserError: a port that is taken.
+        UserError: a host or port at which the page cannot listen.
     """
+    port = _check_address(host, port)
     with tempfile.TemporaryDirectory(prefix="mlvicx-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # of which the page makes no use
         page = make_page(reader).queue(default_concurrency_limit=1, api_open=False)
-        try:
-            _, where, _ = page.launch(
-                server_name=host,
-                server_port=port or _free_port(host),
-                prevent_thread_lock=True,
-                quiet=True,
-                max_file_size=1,  # nothing is uploaded in gradio's way
-                state_session_capacity=50,
-                footer_links=[],
-                run_history=False,
-                ssr_mode=False,
-                theme=_theme(),
-                css=CSS,
-            )
-        except OSError as error:
-            raise UserError(f"--port {port} found; expected a free port: {error}") from error
+        _, where, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=1,  # nothing is uploaded in gradio's way
+            state_session_capacity=50,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            theme=_theme(),
+            css=CSS,
+        )
         try:
             yield page, where
         finally:
             page.close(verbose=False)
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as found:
-        found.bind((host, 0))
-        return int(found.getsockname()[1])
+def _check_address(host: str, port: int) -> int:
+    """Try to listen, since gradio tells no reason. Return the port, or a free one instead of 0."""
+    try:
+        with socket.socket() as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gradio's server does
+            found.bind((host, port))
+            return int(found.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--host {host} --port {port} found; expected a free address of this machine: {error}"
+        ) from error
 
 
 def _theme() -> gr.Theme:

@@ -1,7 +1,5 @@
 """The whole of MLVICX in one go: prepare, pretrain, load, classify against random weights, report."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """What a classifier, a segmenter and an index say of one radiograph. The page shows it; nothing here knows the page."""
-
-from __future__ import annotations
 
 import math
 import threading

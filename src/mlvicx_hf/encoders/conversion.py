@@ -4,8 +4,6 @@ The keys of a file tell its format. Every key of the file must have its place in
 model must come from the file; an error names the keys that do not fit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -1,12 +1,9 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Encoders of other libraries, so that they can be compared with ours under the same protocol.
 
 A source is `KIND:NAME`: `timm:resnet50.a1_in1k`, `timm:resnet50:FILE`, `hub:microsoft/rad-dino`,
 `xrv:densenet121-res224-all`, `callable:module:function`. Each becomes a module that turns images into pooled features
 [B, D], with an image processor of its own size, channels and normalisation.
 """
-
-from __future__ import annotations
 
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Features of the images of a prepared cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Load a saved model for inference, and record where it came from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Load models by the name or folder that a user gives."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file

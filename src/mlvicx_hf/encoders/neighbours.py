@@ -1,7 +1,5 @@
 """Draw the nearest neighbours of images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Weights that exist: read files of them, and start a backbone from timm's, torchvision's or another checkpoint's."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import pickle

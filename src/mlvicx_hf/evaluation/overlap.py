@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Has a classifier seen the images that it is tested on? Its files and the cache of its training can tell."""
-
-from __future__ import annotations
 
 import logging
 from dataclasses import dataclass

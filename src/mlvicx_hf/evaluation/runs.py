@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """What finished runs found on their test images, and the scores of weighted images."""
-
-from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Scores of finished runs with intervals by resampling patients, and the comparison of two groups of runs."""
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Score a saved classifier on a prepared cache of its own or another collection. Labels are matched by meaning."""
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence

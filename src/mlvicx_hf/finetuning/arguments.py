@@ -1,9 +1,6 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Arguments of fine-tuning. Imports neither torch nor transformers, so that `--help` is quick."""
 
 # ruff: noqa: RUF009 - `option` makes a field
-
-from __future__ import annotations
 
 import argparse
 import difflib
@@ -39,7 +36,8 @@ class EncoderArguments:
 
     model: str = option(
         "Pretrained model (folder or Hub name), 'random', 'imagenet' (timm's weights, without context blocks), a file "
-        "of timm weights, or an encoder of another library: timm:NAME, hub:NAME, xrv:NAME, callable:MODULE:FUNCTION.",
+        "of timm weights, or for classify an encoder of another library: timm:NAME, hub:NAME, xrv:NAME, "
+        "callable:MODULE:FUNCTION.",
         first=True,
         metavar="MODEL",
     )
@@ -55,7 +53,7 @@ class LabelledDataArguments:
     """Which labelled images."""
 
     dataset: str = option(
-        "Cache written by `mlvicx prepare`, labelled, with three splits.", first=True, metavar="CACHE"
+        "Cache written by `mlvicx prepare`, with labels (segment: masks) and three splits.", first=True, metavar="CACHE"
     )
     label_fraction: float = option(
         "Share of the training patients whose labels are used, stratified and nested.", 1.0, first=True
@@ -76,24 +74,26 @@ class FinetuningArguments:
     protocol: ClassVar[Mapping[str, tuple[Any, str]]] = PROTOCOL
 
     output_dir: str = option("Folder of the results: model, scores, predictions.", first=True, metavar="DIR")
-    num_train_epochs: float = option("At most this many epochs.", 100, first=True)
-    patience: int = option("Stop after this many epochs without a better validation score.", 10, first=True)
-    per_device_train_batch_size: int = option("Images of a training step, a device.", 64, first=True)
-    per_device_eval_batch_size: int = option("Images of an evaluation step, a device.", 64)
+    num_train_epochs: float = option("At most this many epochs.", 100, first=True, above=0)
+    patience: int = option("Stop after this many epochs without a better validation score.", 10, first=True, least=1)
+    per_device_train_batch_size: int = option("Images of a training step, a device.", 64, first=True, least=1)
+    per_device_eval_batch_size: int = option("Images of an evaluation step, a device.", 64, least=1)
     learning_rate: float | None = option(
-        "Peak of AdamW; by default 1e-3, and 1e-4 to fine-tune a classifier.", None, first=True
+        "Peak of AdamW; by default 1e-3, and 1e-4 for classify without --freeze_backbone.", None, first=True, above=0
     )
-    weight_decay: float = option("Of weight matrices; vectors have none.", 0.0)
+    weight_decay: float = option("Of weight matrices; vectors have none.", 0.0, least=0)
     lr_scheduler_type: str = option("Schedule of the rate, by transformers' name.", "linear")
     warmup_steps: float = option("Steps of rising rate; below 1 the share of all steps.", 0)
     max_steps: int = option("Stop after this many steps; -1 leaves it to the epochs.", -1)
-    gradient_accumulation_steps: int = option("Batches that make one step.", 1)
+    gradient_accumulation_steps: int = option("Batches that make one step.", 1, least=1)
     max_grad_norm: float = option("Shorten gradients that are longer.", 1.0)
-    seed: int = option("Of the head, the order of images and the label fraction.", 0, first=True)
+    seed: int = option(
+        "Of the head, the order of images and the label fraction.", 0, first=True, least=0, most=2**32 - 1
+    )
     bf16: bool = option("Train in bfloat16 where that is safe.", False)
     fp16: bool = option("Train in float16 where that is safe; GPUs only.", False)
     use_cpu: bool = option("Leave GPUs alone.", False)
-    dataloader_num_workers: int = option("Processes that read images; 0 reads them in this one.", 0)
+    dataloader_num_workers: int = option("Processes that read images; 0 reads them in this one.", 0, least=0)
     report_to: str = option("Tracker: none, tensorboard, wandb, trackio, all.", "none")
     trainer_options: dict[str, Any] = option("Other arguments of transformers.TrainingArguments.", {}, rest=True)
 

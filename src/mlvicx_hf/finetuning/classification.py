@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Classification on a prepared cache: a linear layer on the encoder, frozen or fine-tuned (section IV-B)."""
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """What a run trains, chooses and tests on: three splits without a common image, and the chosen part of the first."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Load an encoder, pretrained or not, under a new head."""
 
 from __future__ import annotations

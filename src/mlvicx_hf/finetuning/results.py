@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """What a run writes of its scores: subgroups, a table of the test images, and what made the result."""
-
-from __future__ import annotations
 
 import csv
 import hashlib

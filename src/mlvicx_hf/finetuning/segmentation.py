@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Segmentation on a prepared cache with masks: a U-Net decoder on the encoder, frozen or fine-tuned (section IV-B)."""
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,16 +1,15 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The protocol of fine-tuning (sections IV-B and IV-C of the paper), the same for every task.
 
 Train a head on the encoder, frozen or not. The validation split chooses the epoch. The test split is looked at once,
 at the end.
 """
 
-from __future__ import annotations
-
 import logging
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer_utils import set_seed
 
 from mlvicx_hf.common.errors import UserError, user_input
-from mlvicx_hf.common.files import check_output, write_json
+from mlvicx_hf.common.files import check_output, only_writer, write_json
 from mlvicx_hf.common.machine import keep_freed_memory, refuse_other_launches, use_cpu_threads
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.data.cache.cache import Cache
@@ -40,6 +39,7 @@ from .results import describe_run, score_subgroups
 
 logger = logging.getLogger(__name__)
 Split = Dataset[Any]
+UNFINISHED = "trainer"  # folder within the output, of checkpoints and of files before all of them are written
 
 
 class FinetuningTask(ABC):
@@ -59,11 +59,15 @@ class FinetuningTask(ABC):
         """Train, restore the best epoch, test it once, write model and predictions, and write and return the results.
 
         Raises:
-            FileExistsError: an output folder that is not empty.
+            FileExistsError: an output folder that holds more than an interrupted run left, or another run writing it.
             UserError: a cache that does not suit the task, or a model that does not fit.
         """
-        output = check_output(Path(self.arguments.output_dir))
-        self.settings = trainer_settings(self.arguments, self.learning_rate, output / "trainer")
+        output = Path(self.arguments.output_dir)
+        unfinished = output / UNFINISHED
+        left = {unfinished.name, f".{unfinished.name}.writing"}
+        if not output.is_dir() or {entry.name for entry in output.iterdir()} - left:
+            check_output(output)
+        self.settings = trainer_settings(self.arguments, self.learning_rate, unfinished)
         if self.settings.device.type == "cpu":
             use_cpu_threads()
             keep_freed_memory()
@@ -72,6 +76,14 @@ class FinetuningTask(ABC):
         self.model, self.processor = self._load_model()
         splits = {split: self._images(split) for split in SPLITS}
         trained, prepare = self._prepare(splits["train"])
+        with nullcontext() if self.settings.process_index else only_writer(unfinished):
+            if not self.settings.process_index:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            return self._train_and_test(output, trained, prepare, splits)
+
+    def _train_and_test(
+        self, output: Path, trained: nn.Module, prepare: Callable[[Split], Split], splits: Mapping[str, Split]
+    ) -> dict[str, Any]:
         chosen_on = {split: prepare(splits[split]) for split in ("train", "validation")}
         patients = self.cache.datasets["train"]["patient_id"][:] if self.data.patient_balanced else None
         trainer = self._train(trained, chosen_on, patients)
@@ -86,12 +98,15 @@ class FinetuningTask(ABC):
         run["hyperparameters"] |= results.pop("hyperparameters")
         results |= run
         if trainer.is_world_process_zero():
-            self.model.save_pretrained(output)
-            self.processor.save_pretrained(output)
-            self._write_test(output, test)
-            (output / SPLIT_FILE).write_text(used_images(self.cache), encoding="utf-8")
+            final = output / UNFINISHED / "final"
+            self.model.save_pretrained(final)
+            self.processor.save_pretrained(final)
+            self._write_test(final, test)
+            (final / SPLIT_FILE).write_text(used_images(self.cache), encoding="utf-8")
+            for file in sorted(final.iterdir()):
+                os.replace(file, output / file.name)
             write_json(output / "results.json", results)
-            shutil.rmtree(output / "trainer", ignore_errors=True)
+            shutil.rmtree(output / UNFINISHED, ignore_errors=True)
         return results
 
     @abstractmethod

@@ -5,8 +5,6 @@ transfer it. The model itself refines every level before the next sees it, so th
 model's, unless it was trained with `use_context=False`. ONNX gets the whole model.
 """
 
-from __future__ import annotations
-
 import math
 from importlib.resources import files
 from pathlib import Path

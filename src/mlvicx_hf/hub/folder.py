@@ -1,7 +1,5 @@
 """Make a folder that can be published on the Hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError

@@ -1,7 +1,5 @@
 """Publish a model, its page or a cache on the Hub: one commit, and a tag if wanted."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -132,6 +130,8 @@ def _send(
     api.create_repo(repo_id, repo_type=repo_type, space_sdk=sdk, private=private, exist_ok=True)
     if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise UserError(f"{repo_id} is there already and is public; expected a private or a new repository")
+    if tag is not None and tag in {found.name for found in api.list_repo_refs(repo_id, repo_type=repo_type).tags}:
+        raise FileExistsError(f"{repo_id} has the tag {tag} already; expected a new one. Nothing was published")
     if revision is not None:
         api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
     done = api.upload_folder(

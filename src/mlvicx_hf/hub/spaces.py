@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Write the page of `mlvicx demo` as a Space of the Hugging Face Hub: the app, what it needs, and the models."""
-
-from __future__ import annotations
 
 import re
 import shutil

@@ -1,7 +1,5 @@
 """What pretraining minimises. A new method is one file beside `mlvicx.py` and one line here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, get_origin, get_type_hints
 

@@ -2,8 +2,6 @@
 
 # ruff: noqa: RUF009 - `option` makes a field
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

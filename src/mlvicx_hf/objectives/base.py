@@ -1,7 +1,5 @@
 """The seam between the pretraining loop and what it minimises."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """BYOL (Grill et al., NeurIPS 2020): predict what a slowly moving copy says of the other view."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

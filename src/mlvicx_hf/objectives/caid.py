@@ -1,7 +1,5 @@
 """CAiD (Hosseinzadeh Taher et al., MIDL 2022) on MoCo v2: contrast, and a decoder that undoes distortions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

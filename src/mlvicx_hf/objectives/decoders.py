@@ -1,7 +1,5 @@
 """Decoders that restore an image from the maps of an encoder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Distortions that a network has to undo: boxes of an image that are erased or overwritten."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple

@@ -1,7 +1,5 @@
 """MLVICX: variance, invariance and covariance of global and of multi-level embeddings (Eq. 5)."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """MoCo v2 (Chen et al., 2020): InfoNCE of a query, its key, and a queue of keys."""
 
-from __future__ import annotations
-
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput

@@ -1,7 +1,5 @@
 """What the methods of MoCo's family share: a momentum copy that makes keys, and a queue of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

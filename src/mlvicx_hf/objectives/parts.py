@@ -1,7 +1,5 @@
 """What several methods share: heads, momentum copies, queues, and batches that are spread over processes."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -1,7 +1,5 @@
 """PCRL (Zhou et al., ICCV 2021), in its authors' improved form: contrast, and restored crops of mixed features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

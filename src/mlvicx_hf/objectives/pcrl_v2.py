@@ -1,7 +1,5 @@
 """PCRLv2 (Zhou et al., TPAMI 2023): a pyramid of a decoder's scales, which agree across views, and a restored crop."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple

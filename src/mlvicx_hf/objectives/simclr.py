@@ -1,7 +1,5 @@
 """SimCLR (Chen et al., ICML 2020): each view finds its partner among all other views of the batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """SimSiam (Chen and He, CVPR 2021): a predictor and a stopped gradient, with neither negatives nor momentum."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

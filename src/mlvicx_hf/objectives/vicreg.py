@@ -1,7 +1,5 @@
 """VICReg (Bardes et al., ICLR 2022): MLVICX's global loss on a plain backbone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from .base import OF_LEVELS

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Answer "present", "absent" or "unsure", or a class, by the bands that a classifier is saved with."""
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Make an index of the images of a prepared cache, or add them to an index."""
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path

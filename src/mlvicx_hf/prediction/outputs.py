@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The columns and files of a prediction."""
-
-from __future__ import annotations
 
 import json
 import math

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Run a saved model on image files: probabilities, masks or embeddings, and a record of what made them."""
-
-from __future__ import annotations
 
 import csv
 import math

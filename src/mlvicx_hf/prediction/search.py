@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """An index of images: their embeddings, what is known of them, and the search for the nearest ones."""
-
-from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Find the indexed images that are most similar to image files."""
-
-from __future__ import annotations
 
 import csv
 import dataclasses

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The exact gradient of a batch that is too large for the memory, by micro-batches.
 
 The loss uses statistics of the whole batch. The mean of the micro-batches' losses is another loss, so adding up their
@@ -8,8 +7,6 @@ weights. This costs one more forward pass.
 
 Batch normalisation works on micro-batches, in both passes alike. Its running statistics move in the second pass only.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -2,8 +2,6 @@
 
 # ruff: noqa: RUF009 - `option` makes a field
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +92,7 @@ class DataArguments:
     probe_dataset: str | None = option(
         "Labelled cache; nearest neighbours and a linear probe on it show what is learned.", None, metavar="CACHE"
     )
-    num_workers: int = option("Processes that decode images.", 2)
+    num_workers: int = option("Processes that decode images.", 2, least=0)
     crop_area: list[float] = option("Smallest and largest share of the image's area in a crop.", [0.2, 1.0])
     flip: float = option("Probability of a horizontal flip.", 0.5)
     rotation: float = option("Largest angle in degrees.", 10.0)
@@ -110,14 +108,14 @@ class PretrainingArguments:
     """How it is trained."""
 
     output_dir: str = option("Folder of the run: model, checkpoints, metrics.jsonl.", first=True, metavar="DIR")
-    epochs: float = option("Passes over the data; the last may be a part of one.", 300, first=True)
+    epochs: float = option("Passes over the data; the last may be a part of one.", 300, first=True, above=0)
     batch_size: int = option("Images of a step, over all processes.", 64, first=True)
-    base_learning_rate: float = option("Peak rate for a batch of 256 images; it is scaled.", 0.2, first=True)
+    base_learning_rate: float = option("Peak rate for a batch of 256 images; it is scaled.", 0.2, first=True, above=0)
     optimizer: str = option("LARS, AdamW or SGD.", "lars", choices=("lars", "adamw", "sgd"))
-    weight_decay: float = option("Weight decay of matrices; vectors have none.", 1e-6)
+    weight_decay: float = option("Weight decay of matrices; vectors have none.", 1e-6, least=0)
     momentum: float = option("Momentum of LARS and SGD.", 0.9)
     trust_coefficient: float = option("Trust coefficient of LARS.", 0.001)
-    warmup_epochs: float = option("Epochs in which the rate rises linearly.", 2.0)
+    warmup_epochs: float = option("Epochs in which the rate rises linearly.", 2.0, least=0)
     final_learning_rate_ratio: float = option("Last rate of the cosine over its peak.", 0.001)
     backbone_learning_rate_ratio: float = option("Rate of the backbone over that of the rest.", 1.0)
     backbone_thaw_epochs: float = option(
@@ -126,7 +124,7 @@ class PretrainingArguments:
     freeze_batch_norm: bool = option(
         "Keep statistics, scales and shifts of the backbone's batch normalisation as they start.", False
     )
-    seed: int = option("Seed of weights, order and views.", 0)
+    seed: int = option("Seed of weights, order and views.", 0, least=0, most=2**32 - 1)
     mixed_precision: str = option("Precision; fp16 on GPUs only.", "no", choices=("no", "bf16", "fp16"), first=True)
     cpu_threads: int | None = option("Threads of a process on the CPU; by default its share of the cores.", None)
     torch_compile: bool = option("Compile the model.", False, aliases=["--compile"])

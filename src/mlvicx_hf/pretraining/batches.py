@@ -4,8 +4,6 @@ All of this is made where the images are read, in a loader's workers, so that a 
 moves the tensors to the device without blocking, and the device needs no more than these.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ every other file. A kill at any moment leaves the newest whole checkpoint as it 
 under a hidden name and renames it; a checkpoint to remove is renamed to a hidden name first.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -4,8 +4,6 @@ The loss of a run that collapses may go on falling. `Watcher` measures what show
 a remedy.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

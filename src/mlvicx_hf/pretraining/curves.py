@@ -1,7 +1,5 @@
 """Pictures of a run: its curves, and the views of its images."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """What a run is pretrained on: images of a cache or a stream, and the views that are drawn of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

@@ -5,10 +5,10 @@ the order of samples is a function of (seed, epoch) and the views are a function
 that was killed and resumed ends in the same weights as one that was not.
 """
 
-from __future__ import annotations
-
+from contextlib import nullcontext
 from pathlib import Path
 
+from mlvicx_hf.common.files import only_writer
 from mlvicx_hf.common.signals import StopSignals
 from mlvicx_hf.objectives.base import LossOutput
 
@@ -21,8 +21,14 @@ from .setup import set_up
 
 
 def pretrain(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: PretrainingArguments) -> Path:
-    """Set up a run and train it; see `set_up` and `train`."""
-    return train(set_up(model_arguments, data_arguments, arguments))
+    """Set up a run and train it; see `set_up` and `train`.
+
+    Raises:
+        FileExistsError: another process writes the run.
+    """
+    run = set_up(model_arguments, data_arguments, arguments)
+    with only_writer(run.output / "run") if run.accelerator.is_main_process else nullcontext():
+        return train(run)
 
 
 def train(run: Run) -> Path:

@@ -4,8 +4,6 @@ Trial steps on random images run through the objective before it is compiled and
 that no process waits for another. They leave no trace in the run.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +53,7 @@ class Trial:
         objective: on its device, neither compiled nor wrapped.
         make_views: gives the views of B images; takes no numbers of torch's global generators.
         share: images of a process.
+        buffers: values that the optimiser keeps for each weight.
     """
 
     def __init__(
@@ -63,13 +62,14 @@ class Trial:
         objective: Objective,
         make_views: Callable[[int], Sequence[Tensor]],
         share: int,
+        buffers: int = 1,
     ) -> None:
         self.accelerator, self.objective, self.make_views, self.share = accelerator, objective, make_views, share
         self.device = accelerator.device
         self.unreached: list[str] = []  # trained weights that had no gradient in the last trial
         self.weights = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-        # The momentum, and DDP's buckets, which hold the gradients once more.
-        self.besides = self.weights * (2 if accelerator.num_processes > 1 else 1)
+        # The optimiser's buffers, and DDP's buckets, which hold the gradients once more.
+        self.besides = self.weights * (buffers + (accelerator.num_processes > 1))
         if self.device.type != "cuda":
             self._count()
 

@@ -1,7 +1,5 @@
 """What a run trains: the objective with its starting weights, and its batch normalisations."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 
@@ -97,7 +95,7 @@ def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, sour
         lacking = [key for key in lacking if key not in gates]
         start += ", which has no context bottlenecks: they start anew"
     elif gates:
-        _check_gates(source, config)
+        _check_gates(source, model.config)  # in which the backbone has said where its gates are
     elif left:
         start += f", without its context bottlenecks ({len(left)} weights)"
     if lacking:
@@ -108,7 +106,7 @@ def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, sour
     return model, start
 
 
-def _check_gates(source: str, config: MLVICXConfig) -> None:
+def _check_gates(source: str, config: Any) -> None:
     """Refuse settings of the gates that differ from those the earlier model was trained with: no weight shows them."""
     earlier = MLVICXConfig.from_pretrained(source)
     for name, usual in (("context_gain", 1.0), ("context_placement", "between")):

@@ -1,7 +1,5 @@
 """Optimisers, and the learning rate of every step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +11,8 @@ from torch import nn
 from mlvicx_hf.objectives.base import OwnRate
 
 from .arguments import PretrainingArguments
+
+BUFFERS = {"lars": 1, "sgd": 1, "adamw": 2}  # optimiser → values that it keeps for each weight
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int, final_ratio: float) -> float:

@@ -4,8 +4,6 @@ The probes are fitted on the train split of a labelled cache and scored on its v
 never read. Nothing is random: the same encoder and cache give the same scores, and random generators do not move.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One run of pretraining: its parts, its position, and its files."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

@@ -1,7 +1,5 @@
 """Put a run together: check its arguments, read the data, build what is trained, find the checkpoint to resume."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import asdict, replace
@@ -25,7 +23,7 @@ from .collapse import Watcher
 from .data import create_augmentation, load_data
 from .memory import Trial
 from .model import backbone_norms, create_config, prepare_objective, synchronise_norms
-from .optimizer import create_optimizer
+from .optimizer import BUFFERS, create_optimizer
 from .run import Run
 from .settings import RunSettings, of_early_checkpoints
 from .view_sets import Views, ViewSet
@@ -84,7 +82,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     steps = schedule.total_steps - (0 if checkpoint is None else checkpoint.step)
     notes = list(objective.notes)
     if steps:
-        trial = Trial(accelerator, objective, views_of_noise, data.batches.share)
+        trial = Trial(accelerator, objective, views_of_noise, data.batches.share, BUFFERS[arguments.optimizer])
         settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
         _check_reached(trial.unreached)
         notes += more

@@ -1,7 +1,5 @@
 """Everything that a step sees of its images: two views, and what the objective asks for besides."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 

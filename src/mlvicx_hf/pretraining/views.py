@@ -3,8 +3,6 @@
 These are the six transforms of section III-A of the paper. It gives no magnitudes; they are arguments here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

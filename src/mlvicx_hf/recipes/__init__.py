@@ -1,7 +1,5 @@
 """Named sets of hyper-parameters, one YAML file each, in a folder for each kind of training."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The bootstrap over patients: a draw of them is a weight of every image, and a metric scores many draws at once."""
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Calibrated probabilities, answers that may be "unsure", and how good both are. Arrays in, numbers out, in float64."""
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Measures of embeddings [N, D] that tell learning from collapse without labels, in float64."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

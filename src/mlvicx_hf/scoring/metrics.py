@@ -1,11 +1,8 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The package's scores as metrics of the library `evaluate`, for use outside of it: `metric.compute(…)`.
 
 Each class calls a function of `labels` or `overlap`, which fine-tuning calls directly, without the Arrow tables that
 `evaluate` builds. So both give the same numbers. Nothing is read from the network or kept on the disk.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Exact nearest neighbours by cosine, and how often they have a query's finding."""
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any

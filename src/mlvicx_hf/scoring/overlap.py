@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Dice and intersection over union of masks, averaged over images. A mask may be empty."""
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any

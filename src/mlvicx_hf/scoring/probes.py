@@ -1,7 +1,5 @@
 """Nearest neighbours and a linear probe: measure in seconds what a set of features is worth."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,11 +207,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
             case, folder = CASES[name], tmp_path_factory.mktemp("case")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf-cache")
-                patch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed: drawing takes seconds
                 root = () if case.write is None else (case.write(folder / "root"),)
                 collection = collection_class(case.kind)(*root, **case.options)
                 prepare(collection, folder / "cache", size=SIZE, num_workers=0, progress=False)
-                patch.setattr("mlvicx_hf.pretraining.reporting.plot_curves", lambda *_: None)
                 pretrain(folder / "cache", folder / "run")
             made[name] = Prepared(case, load_cache(folder / "cache"), folder / "run")
         return made[name]

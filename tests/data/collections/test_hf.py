@@ -16,7 +16,7 @@ from PIL import Image
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.cache.prepare import prepare
-from mlvicx_hf.data.collections import Listing
+from mlvicx_hf.data.collections.base import Listing
 from mlvicx_hf.data.collections.hf import HFCollection
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import decode_gray

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Assemble finished shards into a cache: a `DatasetDict` in a folder, with tables, pictures and a card beside it."""
 
 from __future__ import annotations

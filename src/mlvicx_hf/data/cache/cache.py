@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """A prepared cache: its columns, and how to open it."""
-
-from __future__ import annotations
 
 import csv
 import json

@@ -1,9 +1,7 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Turn a collection into a prepared cache: 8-bit grey squares in a `datasets` folder, with a manifest beside them."""
 
-from __future__ import annotations
-
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,7 +85,7 @@ def prepare(
     check_choice("fit", fit, CACHE_FITS)
     check_choice("drop_duplicates", drop_duplicates, DROPS)
     check_least(1, size=size, max_images=max_images)
-    check_least(0, num_workers=num_workers)
+    check_least(0, num_workers=num_workers, seed=seed)
     output = Path(output).resolve()
     check_cache_output(output, overwrite)
     listing = _spelled_out(collection.read())
@@ -114,8 +112,8 @@ def prepare(
 
 def check_cache_output(output: Path, overwrite: bool) -> None:
     """Refuse an output that is neither absent nor an empty folder nor, with `overwrite`, a cache."""
-    if output.is_file():
-        raise FileExistsError(f"{output}: a file found; expected a folder to write, absent or empty")
+    if os.path.lexists(output) and not output.is_dir():
+        raise FileExistsError(f"{output}: no folder found; expected a folder to write, absent or empty")
     _put_right(output.resolve())
     if not output.is_dir() or not any(output.iterdir()):
         return

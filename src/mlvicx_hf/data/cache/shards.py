@@ -1,11 +1,8 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Write the Arrow files of a cache in worker processes, each complete or absent, so that a killed run can resume.
 
 A shard is a fixed piece of a split, whatever the number of workers. Its note (`.json`) is written last. If the note
 exists and still describes the records, the shard is finished.
 """
-
-from __future__ import annotations
 
 import hashlib
 import multiprocessing

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Summarise a cache for people: counts, a histogram, a contact sheet and a dataset card."""
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

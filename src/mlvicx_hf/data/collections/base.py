@@ -1,14 +1,10 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Collections of radiographs: their records and listings, and what all of them need (tables, views, file names)."""
-
-from __future__ import annotations
 
 import math
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -154,16 +150,16 @@ class ReleasedCollection(Collection):
 
     Attributes:
         root: folder of the release.
-        folder: the same as a path.
         layout: where the images lie, for the error message if there are none.
     """
 
     root: str | Path
-    folder: Path = field(init=False, repr=False)
     layout: ClassVar[str] = "the images that its tables list"
 
-    def __post_init__(self) -> None:
-        self.folder = Path(self.root)
+    @property
+    def folder(self) -> Path:
+        """The root as a path."""
+        return Path(self.root)
 
     @abstractmethod
     def list_all(self) -> Listing:
@@ -182,32 +178,13 @@ class ReleasedCollection(Collection):
         return replace(listing, records=records, missing=missing)
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link in a circle, for example
-        return False
-
-
 def keep_present(records: Iterable[Record]) -> tuple[list[Record], tuple[str, ...]]:
-    """Keep the records whose image, and mask if any, are on the disk. Also return the names of the others.
-
-    List each folder once, which is faster than a check of every file.
-    """
-    files: dict[str, set[str]] = {}
-
-    def there(path: Path) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in files:
-            with suppress(OSError), os.scandir(folder) as entries:
-                files[folder] = {entry.name for entry in entries if _is_file(entry)}
-        return name in files.setdefault(folder, set())
-
+    """Keep the records whose image, and mask if any, are on the disk. Also return the names of the others."""
     present, missing = [], []
     for record in records:
-        if not (there(record.path) if record.path is not None else record.draw or record.load):
+        if not (os.path.isfile(record.path) if record.path is not None else record.draw or record.load):
             missing.append(record.name)
-        elif record.mask_path is not None and not there(record.mask_path):
+        elif record.mask_path is not None and not os.path.isfile(record.mask_path):
             missing.append(f"{record.mask_path} (mask of {record.name})")
         else:
             present.append(record)

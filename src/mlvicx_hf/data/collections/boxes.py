@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read boxes in the frame of NIH's images, which the RSNA challenge uses as well."""
-
-from __future__ import annotations
 
 from mlvicx_hf.common.errors import UserError
 

@@ -1,32 +1,25 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read one cell of labels: a number, a class name, names, a list or an object. The same for every kind of table.
 
 Tables give text. Lists and objects of typed tables come as JSON, which `tables.as_text` writes.
 """
 
-from __future__ import annotations
-
 import ast
-import io
 import json
 import math
 import re
-import tokenize
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from ..options import check_choice
-from .tables import CellType
+from .tables import NO_VALUE, CellType
 
 NO_FINDING = "no finding"
-UNKNOWN_LABELS = ("", "nan", "na", "n/a", "#n/a", "<na>", "none", "null")  # in any case
 _YES = ("1", "true", "yes", "positive", "present")
 _NO = ("0", "false", "no", "negative", "absent")
 # As `plain_cell` writes them:
-BINARY = dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(UNKNOWN_LABELS, math.nan)
+BINARY = dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(NO_VALUE, math.nan)
 MINUS_ONE = "-1"  # an uncertain label
 UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # policy → value of an uncertain label
 SEPARATORS = ("|", ";", ",")  # of names, the first that a column holds
@@ -64,7 +57,7 @@ def plain_cell(text: str) -> str:
 
 def is_unknown(text: str) -> bool:
     """Whether a cell stands for a label that is not known."""
-    return text.lower() in UNKNOWN_LABELS
+    return text.lower() in NO_VALUE
 
 
 def is_literal(text: str) -> bool:
@@ -83,10 +76,6 @@ class Findings:
 
     values: dict[str, float] = field(default_factory=dict)
     others: float = 0.0
-
-    def get(self, name: str) -> float:
-        """Value of a finding."""
-        return self.values.get(name, self.others)
 
 
 NOTHING_KNOWN = Findings(others=math.nan)
@@ -169,13 +158,11 @@ def _literal(text: str) -> Any:
 
 def _python_literal(text: str) -> Any:
     try:
-        tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
         # NumPy writes ['a' 'b'] without a comma, which Python would read as the one text 'ab'.
-        solid = [kind for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE)]
-        if any(pair == (tokenize.STRING, tokenize.STRING) for pair in pairwise(solid)):
+        if re.search(r"""['"]\s+['"]""", text):
             raise ValueError(text)
         return ast.literal_eval(text)
-    except (SyntaxError, tokenize.TokenError, MemoryError, RecursionError, TypeError) as error:
+    except (SyntaxError, MemoryError, RecursionError, TypeError) as error:
         raise ValueError(text) from error
 
 

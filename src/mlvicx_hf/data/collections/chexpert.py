@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """CheXpert: 223,414 training radiographs of 64,540 patients, 13 findings mined from reports, some of them uncertain."""
-
-from __future__ import annotations
 
 import math
 import re
@@ -60,7 +57,6 @@ class CheXpertCollection(ReleasedCollection):
     seed: int = 0  # for the choice of the validation patients
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.label_cells = label_cells(self.uncertain)
 
     def list_all(self) -> Listing:

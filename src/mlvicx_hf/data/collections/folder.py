@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Any folder of radiographs, with or without a table of metadata (the `imagefolder` convention)."""
-
-from __future__ import annotations
 
 import os
 from collections import Counter

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Any `datasets` dataset: a name on the Hub, a folder, parquet or Arrow files, a folder of `save_to_disk`."""
-
-from __future__ import annotations
 
 import hashlib
 import itertools

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read the labels of a table: columns of 0 and 1, class names, or findings. `cells` reads each cell."""
-
-from __future__ import annotations
 
 import math
 import re

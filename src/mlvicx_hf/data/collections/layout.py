@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read splits and classes from the folders in which images lie, such as `train/PNEUMONIA/a.png`."""
-
-from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict

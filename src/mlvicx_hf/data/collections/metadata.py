@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read what a table of any origin says of each image: patient, view, split, sex and age."""
-
-from __future__ import annotations
 
 import math
 import re

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """MIMIC-CXR-JPG: 377,110 radiographs of 65,379 patients, 13 findings mined from reports, with an official split."""
-
-from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
@@ -39,7 +36,6 @@ class MIMICCXRJPGCollection(ReleasedCollection):
     uncertain: str = "ignore"  # what a label of -1 becomes: "ignore" (unknown), "ones" or "zeros"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.label_cells = label_cells(self.uncertain)
 
     def list_all(self) -> Listing:

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """NIH ChestX-ray14 as released: 112,120 frontal radiographs of 30,805 patients, 14 text-mined findings."""
-
-from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Open `datasets` datasets on the Hub, in a folder, in parquet or Arrow files, whole or as a stream."""
-
-from __future__ import annotations
 
 import glob
 import os

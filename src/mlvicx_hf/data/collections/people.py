@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read sex, age and patient as tables spell them."""
-
-from __future__ import annotations
 
 import math
 import re
@@ -14,7 +11,6 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..options import check_choice
-from .cells import is_unknown
 from .tables import CellType, numbered
 
 SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
@@ -101,9 +97,8 @@ def read_patients(
     if spelling is not None:
         check_choice("patient_ids", spelling, PATIENT_IDS)
     for (row, value), name in zip(numbered(table, values), names, strict=True):
-        if is_unknown(value):
-            found = "empty" if not value else f"{value!r} in"
-            raise UserError(f"{table}: row {row} ({name}): {found} {column} found; expected a patient")
+        if not value:
+            raise UserError(f"{table}: row {row} ({name}): empty {column} found; expected a patient")
     if spelling == "normalised":
         return [plain_patient(value) for value in values]
     alike = spelled_alike(values) if spelling is None else []

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Synthetic chest radiographs, drawn while the cache is written: no data to download, every label known."""
-
-from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from functools import partial

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read findings that several readers drew, as VinBigData and VinDr-CXR release them."""
-
-from __future__ import annotations
 
 import math
 import os

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """RSNA Pneumonia Detection Challenge as released: 26,684 radiographs, 6,012 with boxes around lung opacities."""
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
@@ -65,7 +62,6 @@ class RSNACollection(ReleasedCollection):
     headers: str | Path | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_choice("classes", self.classes, ("target", "detailed"))
 
     def list_all(self) -> Listing:

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """SIIM-ACR pneumothorax segmentation as released: 12,047 radiographs, 2,669 with masks in a table of run lengths."""
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
@@ -46,7 +43,6 @@ class SIIMCollection(ReleasedCollection):
     masks: str = "table"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_choice("masks", self.masks, ("table", "files"))
 
     def list_all(self) -> Listing:

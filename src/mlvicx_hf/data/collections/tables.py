@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read tables: .csv (perhaps .gz), .json, .jsonl and .parquet. A collection declares what each column holds."""
-
-from __future__ import annotations
 
 import csv
 import gzip
@@ -19,6 +16,7 @@ from mlvicx_hf.common.text import some
 from .base import SPLIT_NAMES, normalize_view
 
 DELIMITERS = (",", ";", "\t")  # of CSV files, the most frequent in the header line
+NO_VALUE = ("", "nan", "na", "n/a", "#n/a", "<na>", "none", "null")  # cells without a value, in any case
 Columns = dict[str, list[str]]  # a table by column, all text
 Value = TypeVar("Value")
 
@@ -122,7 +120,9 @@ def find_table(root: Path, *names: str, expected: str, given: str | Path | None 
 
 
 def read_columns(table: Path) -> Columns:
-    """Read a .csv (or .csv.gz), .json, .jsonl or .parquet table by column, all as text. Absent values are empty.
+    """Read a .csv (or .csv.gz), .json, .jsonl or .parquet table by column, all as text. Unknown values are empty.
+
+    R writes NA into every empty cell, and others NaN or null.
 
     Raises:
         UserError: the file is damaged, of another kind, or has no rows.
@@ -134,7 +134,7 @@ def read_columns(table: Path) -> Columns:
     columns = readers[suffix](table)
     if not any(columns.values()):
         raise UserError(f"{table}: no rows found; expected one row an image")
-    return columns
+    return {name: ["" if cell.lower() in NO_VALUE else cell for cell in cells] for name, cells in columns.items()}
 
 
 def require_columns(table: Path, columns: Columns, names: Iterable[str]) -> None:

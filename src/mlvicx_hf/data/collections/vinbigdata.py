@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """VinBigData as released on Kaggle: 15,000 radiographs, 14 findings boxed by three readers each."""
-
-from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import KW_ONLY, dataclass
@@ -56,7 +53,6 @@ class VinBigDataCollection(ReleasedCollection):
     readers: str = "any"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.needed = votes_needed(self.readers)
 
     def list_all(self) -> Listing:

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """VinDr-CXR as released on PhysioNet: 18,000 frontal radiographs, 27 findings, an official test part."""
-
-from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import KW_ONLY, dataclass, replace
@@ -74,7 +71,6 @@ class VinDrCollection(ReleasedCollection):
     seed: int = 0  # for the choice of the validation images
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.needed = votes_needed(self.readers)
 
     def list_all(self) -> Listing:

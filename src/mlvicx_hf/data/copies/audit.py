@@ -1,12 +1,9 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Audit prepared caches: report what they hold, and the patients, files and copies that their splits share.
 
 A leak is anything that two splits of one cache share, and anything that the train split of one cache shares with the
 validation or test split of another. The report also names other things that caches share, and copies inside a split;
 these are no leaks. Images without contrast or texture are never copies of one another.
 """
-
-from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Find copies of a radiograph: a perceptual hash proposes pairs, the fine detail of their pixels confirms them.
 
 This finds copies that were saved again, scaled, windowed or marked. It does not find copies that were flipped,
@@ -8,8 +7,6 @@ An image without contrast or texture is no copy of anything: such images look al
 
 Functions import SciPy where they need it: the workers that hash images do not, and it takes a second.
 """
-
-from __future__ import annotations
 
 import re
 from collections import defaultdict
@@ -112,8 +109,6 @@ def confirm(
     pairs: Iterable[Pair],
     square: Callable[[int], Image.Image],
     other: Callable[[int], Image.Image] | None = None,
-    *,
-    least: float = SAME,
 ) -> list[Pair]:
     """Keep the pairs whose details agree at least so much that they are copies. Flat images are never copies.
 
@@ -124,7 +119,7 @@ def confirm(
     found = []
     for one, two, distance in pairs:
         details = first(one), second(two)
-        if details[0] is not None and details[1] is not None and _agree(details[0], details[1]) >= least:
+        if details[0] is not None and details[1] is not None and _agree(details[0], details[1]) >= SAME:
             found.append((one, two, distance))
     return found
 
@@ -183,15 +178,6 @@ def group_copies(
             members[number] = group[:1]
             members += [[index] for index in group[1:]]
     return members, pairs
-
-
-def agreement(one: Image.Image, other: Image.Image) -> float:
-    """Correlate the fine detail of two squares, at the displacement with the highest correlation: from -1 to 1.
-
-    The detail is what a blur removes, divided by its local deviation. Edges of ribs and vessels count. The bright heart
-    between dark lungs, which all chests share, does not, and neither does the exposure. A flat image gives 0.
-    """
-    return _agree(_detail(one), _detail(other))
 
 
 def is_flat(gray: Image.Image) -> bool:

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Turn a record into what a cache holds of it: a square PNG, hashes, mask and boxes."""
-
-from __future__ import annotations
 
 import hashlib
 import struct

@@ -1,7 +1,5 @@
 """Errors of files that cannot be read: ours, and those of the libraries that read them."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from pathlib import Path

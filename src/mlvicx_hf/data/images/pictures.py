@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mlvicx_hf.common.errors import UserError
-
 MARGIN = 4
 TITLE_LINE = 12
 
@@ -15,17 +13,13 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, titles: Sequence[s
     """Lay grey images out in rows, each under its title.
 
     Args:
-        images: uint8 images [H, W], all of the same shape.
+        images: uint8 images [H, W], one at least, all of the same shape.
         columns: number of images in a row.
         titles: one string for each image, drawn above it; lines are separated by "\\n".
 
     Returns:
         A grey (mode "L") sheet.
-
-    Raises:
-        ValueError: there are no images, their shapes or types differ, or the titles do not match them.
     """
-    _check_images(images, columns, titles)
     height, width = images[0].shape
     title_height = TITLE_LINE * max((title.count("\n") + 1 for title in titles), default=0) if titles else 0
     cell_height, cell_width = height + title_height + MARGIN, width + MARGIN
@@ -39,15 +33,3 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, titles: Sequence[s
             draw.multiline_text((left, top - 1), titles[index], fill=0, font_size=10, spacing=1)
         sheet.paste(Image.fromarray(image), (left, top + title_height))
     return sheet
-
-
-def _check_images(images: Sequence[np.ndarray], columns: int, titles: Sequence[str] | None) -> None:
-    if not images or columns < 1:
-        raise UserError(f"found {len(images)} images in {columns} columns; expected at least one of each")
-    for image in images:
-        if image.ndim != 2 or image.dtype != np.uint8 or image.shape != images[0].shape:
-            raise UserError(
-                f"found an image {image.dtype} {image.shape}; expected uint8 [H, W] like the first, {images[0].shape}"
-            )
-    if titles is not None and len(titles) != len(images):
-        raise UserError(f"found {len(titles)} titles; expected one for each of {len(images)} images")

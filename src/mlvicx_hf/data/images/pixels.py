@@ -1,10 +1,7 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read any image file as 8-bit grey, and fit 8-bit grey to a square.
 
 This module needs Pillow and NumPy alone: worker processes start without waiting for torch.
 """
-
-from __future__ import annotations
 
 import io
 import logging
@@ -112,7 +109,8 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
     found = {kind: count for kind, count in skipped.items() if count}
     if not found:
         return ""
-    return f"no images, skipped: {sum(found.values())} ({some((f'{kind} {n}' for kind, n in found.items()), 12)})"
+    listed = some((f"{kind} {count}" for kind, count in found.items()), 12)
+    return f"skipped files that are no images: {sum(found.values())} ({listed})"
 
 
 def _has_signature(path: Path) -> bool:
@@ -246,6 +244,9 @@ def decode(
 
 def _load(data: bytes, formats: tuple[str, ...], padded_to: int | None) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=formats)
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1 and image.format != "MPO":  # of a camera's MPO the first is the picture, and others are previews
+        raise UserError(f"{pages} images in one file found; expected one")
     halved = padded_to is not None and _halve(image, padded_to)
     deep_colour = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
     if not isinstance(image.info.get("xmp", b""), bytes):  # a damaged tag

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Choose the values that become black and white where a file does not say so: one rule for DICOM, PNG and TIFF."""
-
-from __future__ import annotations
 
 import numpy as np
 

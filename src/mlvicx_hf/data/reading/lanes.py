@@ -1,12 +1,9 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The order of a stream. It depends on (seed, epoch, buffer) and the data, not on processes and workers.
 
 Divide the rows of all shards into lanes, whose number depends on the shards alone. Each lane has its own shuffle buffer
 and its own random numbers. The order of an epoch takes one image of every lane in turn: the image at position p is
 number p // lanes of lane p % lanes. So whoever needs the images at some positions reads some lanes, and no others.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

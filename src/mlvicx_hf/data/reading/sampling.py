@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Choose the images of a cache for training, and their order, which depends on (seed, epoch) alone."""
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any

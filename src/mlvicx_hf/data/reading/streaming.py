@@ -1,4 +1,3 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Read pretraining images in order from start to end, for data that is larger than disk or memory.
 
 A cache gives two things for nothing that a stream must provide itself.
@@ -130,7 +129,8 @@ def open_stream(
         "split_hash": "",
         "data_hash": _identity(opened.files[split]),
     }
-    shards = _shards(stream, lengths, image, view, _class_names(features, view))
+    read = partial(_read_shard, stream, image, view, _class_names(features, view), None)
+    shards = Shards(read, stream.num_shards, lengths)
     return Stream(shards, num_images or counted or 0, left_out, size, manifest["fit"], manifest, folder_of(path))
 
 
@@ -144,7 +144,8 @@ def _open_cache(path: str, split: str, views: str, num_images: int | None) -> St
     view = "view" if views == "frontal" else None
     lengths = count_in_pieces([view is None or is_frontal(value) for value in images["view"][:]])
     stream = as_stream(images.cast_column("image", datasets.Image(decode=False)))
-    shards, manifest = _shards(stream, lengths, "image", view, name="source"), cache.manifest
+    read = partial(_read_shard, stream, "image", view, None, "source")
+    shards, manifest = Shards(read, stream.num_shards, lengths), cache.manifest
     return Stream(shards, num_images or len(chosen), left_out, manifest["size"], manifest["fit"], manifest)
 
 
@@ -172,30 +173,14 @@ def _identity(files: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _shards(
-    stream: Any,
-    lengths: list[int] | None,
-    image: str,
-    view: str | None,
-    names: list[str] | None = None,
-    name: str | None = None,
-) -> Shards:
-    """Make the shards of a stream with an undecoded image.
-
-    Args:
-        stream: `datasets.IterableDataset`.
-        lengths: number of wanted rows of each shard, if known.
-        image: column of images.
-        view: column of views, to leave out the lateral ones. None leaves out nothing.
-        names: names of the views, if the column holds classes.
-        name: column with the names of the images.
-    """
-    return Shards(partial(_read_shard, stream, image, view, names, name), stream.num_shards, lengths)
-
-
 def _read_shard(
     stream: Any, image: str, view: str | None, names: list[str] | None, name: str | None, shard: int
 ) -> Iterator[StreamRow]:
+    """Read the undecoded images of a shard of a `datasets.IterableDataset`, without the lateral ones.
+
+    `image`, `view` and `name` are columns; without `view` nothing is left out. `names` are those of views that are
+    classes.
+    """
     part = stream.shard(num_shards=stream.num_shards, index=shard)
     # Iterate by batches: row by row, `datasets` would divide the rows among the workers.
     batches = part.iter(batch_size=IMAGE_ROWS)

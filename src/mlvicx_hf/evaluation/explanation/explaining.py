@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Show what classifiers look at: Grad-CAM heat maps of the images of a prepared cache, drawn and scored."""
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Does a heat map point at the finding? True regions, scores against them, and intervals over patients."""
-
-from __future__ import annotations
 
 import math
 from collections import defaultdict

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """What the finished cells of a suite say: scores with intervals, comparisons, calibration, subgroups, paper tables."""
-
-from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """One text as Markdown and as a single HTML file."""
-
-from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Pictures of a suite's report: label efficiency, differences with intervals, reliability."""
-
-from __future__ import annotations
 
 import io
 import math

@@ -1,10 +1,7 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The suite: a grid of fine-tuning runs, read from one YAML file.
 
 The grid is models × protocols × label fractions × seeds × tasks. A cell is one ordinary fine-tuning run.
 """
-
-from __future__ import annotations
 
 import difflib
 import functools

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The figures of the paper's Tables I to IV (arXiv 2403.11504)."""
-
-from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """The report of a suite: `report.html`, which needs nothing else, and its twins `report.md` and `report.json`."""
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,10 +1,7 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Run a suite and report on it. What is finished is never done again; what fails is reported.
 
 The folder of a cell is there as a whole or not at all, so a grid that was killed goes on with the same command.
 """
-
-from __future__ import annotations
 
 import sys
 import traceback

@@ -1,7 +1,4 @@
-# Copyright 2026 The mlvicx_hf authors. Licensed under the Apache License, Version 2.0.
 """Shortcut audit: how well the frozen features that classify findings also tell view, sex and source; and search."""
-
-from __future__ import annotations
 
 import json
 from collections.abc import Sequence

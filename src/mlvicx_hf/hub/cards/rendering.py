@@ -3,8 +3,6 @@
 Every figure comes from a file; a placeholder without a source is an error.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Read the files that a model card is made from, check every field, and word what they say."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

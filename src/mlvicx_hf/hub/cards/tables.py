@@ -4,8 +4,6 @@ Results of different data never share a table. Several seeds of otherwise equal 
 deviation; where a seed occurs twice, the runs are listed one by one.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
