@@ -112,7 +112,7 @@ DATA = {
     "random": Data(
         words=("--image_size", 96, "--batch_size", 64, "--epochs", 4.07, "--mixed_precision", "bf16"),
     ),
-    "recipe": Data(words=FROM_IMAGENET, factors=(1,), seeds=(0,), methods=RECIPE),
+    "recipe": Data(words=FROM_IMAGENET, factors=(1,), methods=RECIPE),
     "phantoms": Data(
         words=("--backbone", "test_resnet", "--image_size", 64, "--batch_size", 32, "--epochs", 10),
         pool="phantoms",

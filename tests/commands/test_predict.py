@@ -88,7 +88,7 @@ def test_a_kill_leaves_no_half_written_results(forks: Forks, model: Path, tmp_pa
         time.sleep(0.02)
     process.kill()
     assert process.wait(10) == KILLED
-    assert {path.name for path in tmp_path.iterdir()} == {"in", ".out.csv.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", ".out.csv.tmp", ".out.csv.writing"}
     record = predict(str(model), folder / "0.png", tmp_path / "out.csv", num_workers=0, device="cpu", progress=False)
     assert record["images"] == 1  # what is left over is in nobody's way
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out.csv", "out.json"}

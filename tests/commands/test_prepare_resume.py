@@ -30,6 +30,7 @@ from kills import KILLED, Forks
 from mlvicx_hf.data.cache.cache import cache_features
 from mlvicx_hf.data.cache.prepare import check_cache_output, partial_folder
 from mlvicx_hf.data.cache.shards import Making, Shard, is_made, make_shard, read_note, write_shards
+from mlvicx_hf.data.cache.summary import write_pictures
 from mlvicx_hf.data.collections.base import Record
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
@@ -238,8 +239,9 @@ def files(output: Path) -> dict[str, tuple[int, int]]:
 
 
 def call_script(words: list[str]) -> None:
-    """The command in this process."""
+    """The command in this process, with the pictures that the killed processes draw as well."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlvicx_hf.data.cache.assembly.write_pictures", write_pictures)
         patch.setattr(sys, "argv", [str(SCRIPT), *words])
         runpy.run_path(str(SCRIPT), run_name="__main__")
 

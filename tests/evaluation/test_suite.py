@@ -260,7 +260,7 @@ def test_an_impossible_value_of_a_flag_fails_its_cell_alone(small: dict[str, Any
     wrong = {"weights": model, "num_train_epochs": "many"}
     cells = read_suite(write(tmp_path, small | {"models": {"wrong": wrong, "right": model}})).cells
     assert run_cells(cells, tmp_path / "out") == ([cells[1]], [cells[0]])
-    expected = "mlvicx_hf.common.errors.UserError: num_train_epochs='many' found; expected a number"
+    expected = "mlvicx_hf.common.errors.UserError: num_train_epochs='many' found; expected a number above 0"
     assert cells[0].failure(tmp_path / "out") == expected
 
 
