@@ -11,6 +11,7 @@ from helpers import assert_users_error, make_cache, mlvicx, mlvicx_elsewhere, ru
 from loopback_hub import LoopbackHub
 
 from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.hub.publishing import push_cache
 
 NAME = "org/radiographs"
 
@@ -78,6 +79,7 @@ def test_a_dry_run_shows_card_and_files_and_sends_nothing(cache: Path, monkeypat
     assert "Research use only. Not a medical device." in done.stdout
     assert "bytes  splits.csv" in done.stdout
     assert f"would go to {NAME} (private, main); nothing was sent" in done.stdout
+    assert push_cache(cache, NAME, dry_run=True)["private"]
     done = mlvicx("publish", "--dataset", cache, "--repo_id", "bad name!", "--dry_run")
     assert_users_error(done, "bad name!")
     done = mlvicx("publish", "--dataset", cache, "--repo_id", NAME, "--card", "x")

@@ -561,12 +561,12 @@ def test_no_labels_are_an_error(pretrained: Path, tmp_path: Path):
 
 
 def test_what_an_interrupted_run_left_is_done_again(cache: Path, pretrained: Path, tmp_path: Path):
-    (tmp_path / "out" / "trainer" / "checkpoint-9").mkdir(parents=True)
-    (tmp_path / "out" / ".trainer.writing").touch()
+    (tmp_path / "out" / ".unfinished" / "checkpoint-9").mkdir(parents=True)
+    (tmp_path / "out" / "..unfinished.writing").touch()
     run(tmp_path / "out", pretrained, cache, freeze_backbone=True, num_train_epochs=1)
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"results.json", "model.safetensors", "splits.csv"} <= left
-    assert not left & {"trainer", ".trainer.writing", "final"}
+    assert not left & {".unfinished", "..unfinished.writing", "final"}
 
 
 def test_a_folder_in_use_is_refused(cache: Path, frozen: Path, pretrained: Path):

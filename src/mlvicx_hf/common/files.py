@@ -33,7 +33,9 @@ def check_output(output: Path) -> Path:
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Lock what is going to be written, so that one process at a time writes it. The lock is a file beside `path`.
+    """Lock what is going to be written, so that one process at a time writes it.
+
+    The lock is a file beside `path`, whose folder is made if it is not there.
 
     Raises:
         FileExistsError: another process holds the lock.

@@ -156,9 +156,10 @@ def serving(reader: Reader, host: str, port: int) -> Iterator[tuple[gr.Blocks, s
 def _check_address(host: str, port: int) -> int:
     """Try to listen, since gradio tells no reason. Return the port, or a free one instead of 0."""
     try:
-        with socket.socket() as found:
+        kind, *_, where = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0]  # [::1] is IPv6
+        with socket.socket(kind) as found:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gradio's server does
-            found.bind((host, port))
+            found.bind((where[0], port, *where[2:]))
             return int(found.getsockname()[1])
     except (OSError, OverflowError) as error:
         raise UserError(

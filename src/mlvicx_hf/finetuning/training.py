@@ -39,7 +39,7 @@ from .results import describe_run, score_subgroups
 
 logger = logging.getLogger(__name__)
 Split = Dataset[Any]
-UNFINISHED = "trainer"  # folder within the output, of checkpoints and of files before all of them are written
+UNFINISHED = ".unfinished"  # folder in the output, of checkpoints, and of files until all of them are written
 
 
 class FinetuningTask(ABC):

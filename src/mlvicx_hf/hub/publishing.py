@@ -21,7 +21,7 @@ OUTDATED = {"model": ["SHA256SUMS", "integrity_mlvicx.py"], "dataset": ["*.arrow
 class Sending(TypedDict, total=False):
     """How to publish; nothing of it is required."""
 
-    private: bool  # make the repository private
+    private: bool  # make the repository private, as that of a cache is by default
     revision: str | None  # branch, by default main; one that does not exist is created
     tag: str | None  # name for the new commit
     message: str | None  # of the commit
@@ -86,7 +86,7 @@ def push_cache(path: str | Path, repo_id: str, **how: Unpack[Sending]) -> dict[s
     Args:
         path: folder of the cache. No patient may be in two splits.
         repo_id: as in `push`.
-        how: see `Sending`. Radiographs should be private.
+        how: see `Sending`. Without `private=False` the repository is private, as radiographs should be.
 
     Returns:
         As `push`.
@@ -97,10 +97,9 @@ def push_cache(path: str | Path, repo_id: str, **how: Unpack[Sending]) -> dict[s
     """
     _check_name(repo_id)
     cache = load_cache(path)
-    manifest = cache.manifest
-    about = f"{manifest['collection']}, split hash {manifest['split_hash'][:12]}"
-    how["message"] = how.get("message") or about
-    return _send(cache.path, repo_id, "dataset", **how)
+    about = f"{cache.manifest['collection']}, split hash {cache.manifest['split_hash'][:12]}"
+    usual: Sending = {"private": True}
+    return _send(cache.path, repo_id, "dataset", **(usual | how | {"message": how.get("message") or about}))
 
 
 def _check_name(repo_id: str) -> None:
