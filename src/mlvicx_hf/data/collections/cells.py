@@ -4,12 +4,15 @@ Tables give text. Lists and objects of typed tables come as JSON, which `tables.
 """
 
 import ast
+import io
 import json
 import math
 import re
+import tokenize
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from ..options import check_choice
@@ -158,11 +161,13 @@ def _literal(text: str) -> Any:
 
 def _python_literal(text: str) -> Any:
     try:
+        tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
         # NumPy writes ['a' 'b'] without a comma, which Python would read as the one text 'ab'.
-        if re.search(r"""['"]\s+['"]""", text):
+        solid = [kind for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE)]
+        if any(pair == (tokenize.STRING, tokenize.STRING) for pair in pairwise(solid)):
             raise ValueError(text)
         return ast.literal_eval(text)
-    except (SyntaxError, MemoryError, RecursionError, TypeError) as error:
+    except (SyntaxError, tokenize.TokenError, MemoryError, RecursionError, TypeError) as error:
         raise ValueError(text) from error
 
 

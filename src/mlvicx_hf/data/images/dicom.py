@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.special import expit
 
 from mlvicx_hf.common.errors import MissingExtraError, UserError
 
@@ -32,7 +31,7 @@ try:
     from pydicom.errors import BytesLengthException
     from pydicom.filereader import read_dataset, read_preamble
     from pydicom.multival import MultiValue
-    from pydicom.pixels import get_decoder
+    from pydicom.pixels import apply_windowing, get_decoder
     from pydicom.tag import Tag
     from pydicom.uid import (
         JPEG2000,
@@ -51,6 +50,7 @@ try:
         JPEGTransferSyntaxes,
         RLELossless,
     )
+    from pydicom.valuerep import DSfloat
 except ModuleNotFoundError as error:
     raise MissingExtraError('DICOM files need pydicom: pip install "mlvicx-hf[dicom]"') from error
 
@@ -677,13 +677,14 @@ def _window(dataset: Dataset, values: np.ndarray, index: int) -> np.ndarray | No
         return None
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         return None
-    if function == "SIGMOID":
-        return np.asarray(expit(4 * (values - center) / width))
-    if function == "LINEAR":
-        center, width = center - 0.5, width - 1
-    if not width:
-        return (values > center).astype(np.float64)
-    return np.clip((values - center) / width + 0.5, 0, 1)
+    window = Dataset()
+    window.PhotometricInterpretation = "MONOCHROME2"  # pydicom asks for this, and for some range of outputs
+    window.BitsStored, window.PixelRepresentation = 16, 0
+    window.WindowCenter, window.WindowWidth = (DSfloat(number, auto_format=True) for number in (center, width))
+    window.VOILUTFunction = function
+    with np.errstate(over="ignore"):  # the exponential of SIGMOID
+        outputs = apply_windowing(np.append(values, (-np.inf, np.inf)), window)
+    return _to_unit(outputs[:-2], outputs[-2], outputs[-1])
 
 
 def _to_unit(outputs: np.ndarray, low: float, high: float) -> np.ndarray:
