@@ -170,6 +170,7 @@ def test_what_kills_have_left_is_cleared(tmp_path: Path):
     for name in (".checkpoint-7.tmp", ".checkpoint-3.old"):
         shutil.copytree(checkpoints.path(5), tmp_path / name)
     (tmp_path / ".mine").touch()
+    (tmp_path / ".checkpoint-8.writing").touch()  # of a lock
     checkpoints.begin(5)
     assert names(tmp_path) == [".mine", "checkpoint-5"]
 

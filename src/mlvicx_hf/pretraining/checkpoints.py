@@ -129,8 +129,8 @@ class Checkpoints:
 
     def begin(self, step: int) -> None:
         """Before a run goes on from a step, remove what kills left and set newer checkpoints aside: damaged ones."""
-        for left in self.folder.glob(".checkpoint-*"):
-            shutil.rmtree(left)
+        for left in self.folder.glob(".checkpoint-*"):  # folders, and the locks of folders
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         for path in self.paths():
             if _step(path) > step:
                 self.set_aside(path, "damaged")
