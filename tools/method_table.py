@@ -132,8 +132,9 @@ def main() -> None:
     parser.add_argument("--core", type=int, help="run on this core alone, with one thread")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument("--seeds_first", action="store_true", help="more seeds of the best rate so far, then rates")
+    parser.add_argument("--remake", action="store_true", help="the best rates whose weights are not on this disk, too")
     arguments = parser.parse_args()
-    table = Table(arguments.data, arguments.seeds_first)
+    table = Table(arguments.data, arguments.seeds_first, arguments.remake)
     methods = arguments.methods or list(table.data.methods)
     if unknown := sorted(set(methods) - set(table.data.methods)):
         parser.error(f"--methods {', '.join(unknown)} found; expected {', '.join(table.data.methods)}")
@@ -154,11 +155,16 @@ def main() -> None:
 Cell = tuple[str, float, int]  # method, factor of its rate, seed; "random" has factor 0
 
 
+def cell_of(row: Mapping[str, Any]) -> Cell:
+    """What pretraining a row tells of."""
+    return row["method"], row["factor"], row["seed"]
+
+
 class Table:
     """The pretrainings on one collection and what is known of them."""
 
-    def __init__(self, name: str, seeds_first: bool = False) -> None:
-        self.name, self.data, self.seeds_first = name, DATA[name], seeds_first
+    def __init__(self, name: str, seeds_first: bool = False, remake: bool = False) -> None:
+        self.name, self.data, self.seeds_first, self.remake = name, DATA[name], seeds_first, remake
         self.runs, self.file = Path(f"runs/methods_{name}"), Path(f"docs/results/methods_{name}.jsonl")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -177,14 +183,34 @@ class Table:
         if self.data.methods is METHODS:
             rates += [("random", 0, seed) for seed in self.data.seeds]
         best = {method: factor for method in methods if (factor := self.best_factor(method)) is not None}
-        seeds = [(method, factor, seed) for seed in self.data.seeds[1:] for method, factor in best.items()]
+        seeds = [(method, factor, seed) for method, factor in best.items() for seed in self.data.seeds]
         cells = [*seeds, *rates] if self.seeds_first else [*rates, *seeds]
-        done = {(row["method"], row["factor"], row["seed"]) for row in self.rows()}
+        done = set(map(cell_of, self.rows()))
+        if self.remake:
+            done -= {cell for cell in seeds if not self.weights(*cell).exists()}
         return [cell for cell in cells if cell not in done]
 
     def folder(self, method: str, factor: float, seed: int) -> Path:
         """Of one pretraining."""
         return self.runs / f"{method}-x{factor}-{seed}"
+
+    def weights(self, method: str, factor: float, seed: int) -> Path:
+        """The file that ends a pretraining."""
+        return self.folder(method, factor, seed) / "model.safetensors"
+
+    def architecture(self) -> Path:
+        """A pretraining that gives random weights their configuration: VICReg's, which has no context bottlenecks."""
+        folders = [self.folder("vicreg", factor, 0) for factor in self.data.factors]
+        return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Put a row in the place of an earlier one of the same pretraining, or behind the others."""
+        with open(self.runs / "rows.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            rows = {cell_of(row): row for row in [*self.rows(), row]}
+            new = self.file.with_suffix(".new")
+            new.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+            new.replace(self.file)
 
     def train_next(self, methods: list[str]) -> bool:
         """Pretrain and score the first cell that no other process has; False if there is none."""
@@ -195,9 +221,7 @@ class Table:
                 except BlockingIOError:
                     continue
                 if cell in self.wanted(methods):  # it was not done meanwhile
-                    row = self.train(*cell)
-                    with self.file.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    self.keep(self.train(*cell))
                 return True
         return False
 
@@ -207,16 +231,17 @@ class Table:
         Raises:
             RuntimeError: a command failed for another reason than a loss that is not finite.
         """
-        output = self.folder(method, factor, seed)
+        cell = (method, factor, seed)
+        output = self.folder(*cell)
         row: dict[str, Any] = {"method": method, "factor": factor, "seed": seed}
         model: tuple[object, ...] = ("--model", output)
         if method == "random":
-            model = ("--model", "random", "--architecture", self.folder("vicreg", self.data.factors[0], 0))
+            model = ("--model", "random", "--architecture", self.architecture())
         else:
             rate = row["base_learning_rate"] = (self.data.rate or self.data.methods[method].rate) * factor
             words = [*self.words(method), "--seed", seed, "--base_learning_rate", rate, "--output_dir", output]
             begin = time.time()
-            failure = "" if (output / "model.safetensors").exists() else run("pretrain", *words, log=output)
+            failure = "" if self.weights(*cell).exists() else run("pretrain", *words, log=output)
             row["seconds"] = round(time.time() - begin)
             if failure and not any(sign in failure for sign in ("FloatingPointError", "loss nan", "loss inf")):
                 raise RuntimeError(f"{output}: {failure}")
@@ -271,12 +296,12 @@ class Table:
 
     def suite(self) -> dict[str, Any]:
         """The frozen protocol for random weights and the methods whose seeds are done, each compared with MLVICX."""
-        models: dict[str, Any] = {"random": {"random": str(self.folder("vicreg", self.data.factors[0], 0))}}
+        models: dict[str, Any] = {"random": {"random": str(self.architecture())}}
         for method in self.data.methods:
             if (factor := self.best_factor(method)) is not None:
-                folders = [self.folder(method, factor, seed) for seed in self.data.seeds]
-                if all((folder / "model.safetensors").exists() for folder in folders):
-                    models[method] = list(map(str, folders))
+                cells = [(method, factor, seed) for seed in self.data.seeds]
+                if all(self.weights(*cell).exists() for cell in cells):
+                    models[method] = [str(self.folder(*cell)) for cell in cells]
         return {
             "title": "The methods of the paper's tables, real radiographs",
             "tasks": {task: {"kind": "classification", "dataset": str(CACHES / task)} for task in self.data.tasks},

@@ -279,6 +279,13 @@ def heading_links(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_rows_of_a_table_are_as_long_as_its_header(page: Path) -> None:
+    for table in re.findall(r"(?:^\|.*\n)+", FENCE.sub("", page.read_text()), re.M):
+        header, *rows = (len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines())
+        assert all(row == header for row in rows), table
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
         if target.startswith(("http://", "https://")):
