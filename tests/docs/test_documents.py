@@ -144,7 +144,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(40)
     ]
     caches = folder / "caches"
-    for name in ("mine", "labelled", "other"):
+    for name in ("mine", "other"):
         make_cache(caches, rows, name=name)
     no_labels = [{key: value for key, value in row.items() if key not in ("disc", "stripes")} for row in rows]
     make_cache(caches, no_labels, name="masked", mask_names=("disc",))

@@ -24,7 +24,7 @@ def parser() -> CommandParser:
     add = made.add_argument
     add("--model", required=True, metavar="MODEL", help="folder or Hub name of a classifier")
     add("--segmenter", metavar="MODEL", help="folder or Hub name of a segmenter, whose outlines are shown")
-    add("--index", type=Path, metavar="INDEX", help="folder that mlvicx index wrote with the same encoder")
+    add("--index", type=Path, metavar="INDEX", help="folder that mlvicx index wrote with this model")
     add("--port", type=int, default=7860, metavar="N", help="of the page (default 7860; 0 for any free one)")
     add = made.advanced.add_argument
     text = "explanations.json of mlvicx explain --score (default the one in the model's folder, if there is one)"

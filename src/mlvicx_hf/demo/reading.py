@@ -69,7 +69,7 @@ class Reader:
     Args:
         model: folder or Hub name of a classifier.
         segmenter: of a segmenter, whose outlines are shown.
-        index: folder that `mlvicx index` wrote with the same encoder weights.
+        index: folder that `mlvicx index` wrote with the same model.
         explanations: `explanations.json` of `mlvicx explain --score`; by default the one in the model's folder.
         device: of torch.
         top: number of similar images.
