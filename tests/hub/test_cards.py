@@ -421,7 +421,7 @@ def test_a_card_loads_as_one_and_holds_no_path(kind: str, render: Render, saved:
     assert "{{" not in text.replace("{{MLVICX}", "")
     assert "> **Research use only. Not a medical device; not for clinical decisions.**" in text
     assert "https://arxiv.org/abs/2403.11504" in text
-    assert "https://example.org/code#differences-from-the-paper" in text
+    assert "[repository](https://example.org/code)" in text
     titles = ["Intended use", "How to load it", "Training data", "Training recipe", "Evaluation"]
     titles += ["Limits and subgroups", "Differences from the paper", "Citation"]
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == titles
@@ -502,6 +502,9 @@ def test_a_placeholder_without_a_source_is_an_error(render: Render, saved: dict[
         render_card(template, saved["backbone"], [])
     template.write_text("{% if %}")
     with pytest.raises(ValueError, match=rf"{template}, line 1: "):
+        render_card(template, saved["backbone"], [])
+    template.write_text('# {{ name }}\n{% include "parts/data.md" %}\n')  # which a backbone has no figures for
+    with pytest.raises(ValueError, match=r"templates/parts/data\.md, line 1, .*'training' is undefined; looked at"):
         render_card(template, saved["backbone"], [])
 
 

@@ -1,7 +1,6 @@
 """The command `mlvicx card`."""
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
@@ -43,14 +42,14 @@ def add_sources(made: CommandParser) -> None:
 def find_template(model: Path, name: str | None = None) -> Path:
     """Find the template of this name or at this path; by default the one for the class of a saved model."""
     from mlvicx_hf.encoders.loading import saved_class
-    from mlvicx_hf.hub.cards.rendering import CARD_KINDS
+    from mlvicx_hf.hub.cards.rendering import CARD_KINDS, TEMPLATES
 
     if name is None:
         if not model.is_dir():
             raise FileNotFoundError(f"{model}: no such folder; expected that of a model")
         saved = saved_class(model).__name__
         name = next(kind for kind, facts in CARD_KINDS.items() if saved in facts.architectures)
-    return Path(str(files("mlvicx_hf.hub.cards") / "templates" / f"{name}.md")) if name in CARD_KINDS else Path(name)
+    return TEMPLATES / f"{name}.md" if name in CARD_KINDS else Path(name)
 
 
 def main(words: Sequence[str] | None = None) -> None:

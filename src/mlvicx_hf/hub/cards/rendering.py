@@ -22,6 +22,7 @@ from .tables import build_tables, calibration_table, evaluation_results
 
 RESULTS_NAME, RUN_NAME = "results.json", "run.json"
 RUN_FILE = "the run.json of a pretraining run"
+TEMPLATES = Path(__file__).parent / "templates"
 CARD_TAGS = ["mlvicx", "chest-x-ray", "radiology", "medical-imaging", "self-supervised-learning"]
 CARD_TAGS += ["not-a-medical-device"]
 PAGE = "---\n{{ card_data }}\n---\n\n{{ body }}"  # the form of huggingface_hub's own templates
@@ -147,23 +148,27 @@ class _Missing(jinja2.StrictUndefined):
 def _fill(template: Path, context: dict[str, Any], looked_at: Sequence[Path]) -> str:
     """Fill the placeholders of a template. `ModelCard.from_template` alone would leave unknown ones empty."""
     environment = jinja2.Environment(
-        undefined=_Missing, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),  # of the parts that a template includes
+        undefined=_Missing,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {
         "thousands": "{:,}".format, "short": "{:g}".format, "last_part": last_part,
         "machine": describe_machine, "versions": describe_code,
     }  # fmt: skip
-    text = template.read_text(encoding="utf-8")
     try:
-        return environment.from_string(text).render(context)
+        return environment.from_string(template.read_text(encoding="utf-8")).render(context)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{template}, line {error.lineno}: {error.message}") from error
+        raise UserError(f"{error.filename or template}, line {error.lineno}: {error.message}") from error
     except (jinja2.UndefinedError, LookupError, TypeError, ValueError) as error:  # no value, or one of another type
-        frames = traceback.extract_tb(error.__traceback__)
-        number = next(frame.lineno for frame in reversed(frames) if frame.filename == "<template>") or 1
-        line = text.splitlines()[number - 1].strip()
+        places = [(Path(frame.filename), frame.lineno or 1) for frame in traceback.extract_tb(error.__traceback__)]
+        places = [(template if str(file) == "<template>" else file, number) for file, number in places]  # jinja2's name
+        file, number = next(place for place in reversed(places) if place[0] == template or place[0].suffix == ".md")
+        line = file.read_text(encoding="utf-8").splitlines()[number - 1].strip()
         files = ", ".join(map(str, looked_at))
-        raise UserError(f"{template}, line {number}, {line!r}: {error}; looked at {files}") from error
+        raise UserError(f"{file}, line {number}, {line!r}: {error}; looked at {files}") from error
 
 
 # -- what the files say ------------------------------------------------------------------------------------------------
