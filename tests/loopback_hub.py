@@ -100,7 +100,6 @@ class Repository:
 
     name: str
     private: bool
-    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -503,7 +502,7 @@ class HubRequest(BaseHTTPRequestHandler):
             "id": repository.name.removeprefix("datasets/").removeprefix("spaces/"),
             "sha": commit.sha,
             "private": repository.private,
-            "gated": repository.gated,
+            "gated": False,
         }
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         return Reply({**identity, "siblings": siblings, **derived, "cardData": card})
@@ -524,8 +523,6 @@ class HubRequest(BaseHTTPRequestHandler):
 
     @route("GET", f"/{DATASET}{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)")
     def download(self, repository: Repository, revision: str, path: str) -> Reply:
-        if repository.gated and not self._signed_in():
-            raise HubError(401, f"Access to model {repository.name} is restricted.", "GatedRepo")
         commit = repository.at(revision)
         headers = {"X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes"}
         if path not in commit.files:

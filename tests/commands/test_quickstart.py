@@ -36,8 +36,9 @@ def run_quickstart(images: Path, output: Path) -> dict:
     return json.loads((output / "report.json").read_text())
 
 
+@pytest.mark.parametrize(("gpus", "batch"), [(2, "32"), (3, "30")])
 def test_pretraining_on_several_gpus_is_launched_by_accelerate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gpus: int, batch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Cache:
         datasets: ClassVar = {"train": range(40)}
@@ -48,16 +49,17 @@ def test_pretraining_on_several_gpus_is_launched_by_accelerate(
         launched.append(words)
         return subprocess.CompletedProcess(words, 3)
 
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(SystemExit) as ended:
         Quickstart(print, tmp_path / "report")._pretrain(Cache())
     assert ended.value.code == 3
     (words,) = launched
     assert words[1:3] == ["-m", "accelerate.commands.launch"]
-    assert words[words.index("--num_processes") + 1] == "2"
+    assert words[words.index("--num_processes") + 1] == str(gpus)
+    assert words[words.index("--batch_size") + 1] == batch
     assert words[words.index("mlvicx_hf.commands.pretrain") - 1] == "-m"
-    assert capsys.readouterr().out.startswith("$ accelerate launch --num_machines 1 --num_processes 2")
+    assert capsys.readouterr().out.startswith(f"$ accelerate launch --num_machines 1 --num_processes {gpus}")
 
 
 def test_folders_of_others_stay_as_they_are(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from runs import assert_same_bits, pretrain, start
 from torch import Tensor, nn
 
 from mlvicx_hf import MLVICXForPreTraining
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.objectives import OBJECTIVES
 from mlvicx_hf.pretraining import setup
 from mlvicx_hf.pretraining.memory import ResourceEstimate, Trial, largest_that_fits, micro_batch
@@ -262,6 +263,14 @@ def test_a_compiled_model_is_not_timed_before(
     pretrain(cache, tmp_path / "run", "--compile", "--epochs", 1, "--torch_compile_mode", "reduce-overhead")
     assert compiled == ["reduce-overhead"]
     assert "the time of a compiled step is measured after the first ones" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--find_batch_size",), ("--gradient_accumulation_steps", 2)])
+def test_graphs_that_overwrite_gradients_of_micro_batches_are_refused(
+    cache: Path, tmp_path: Path, flags: tuple[object, ...]
+):
+    with pytest.raises(UserError, match="torch_compile_mode=reduce-overhead with micro-batches found; expected default"):
+        pretrain(cache, tmp_path / "run", "--compile", "--torch_compile_mode", "reduce-overhead", *flags)
 
 
 def test_found_micro_batches_are_said_recorded_and_kept(

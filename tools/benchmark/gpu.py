@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import hashlib
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from mlvicx_hf.common.files import write_json
 from mlvicx_hf.common.machine import describe_hardware
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import markdown_table
+from mlvicx_hf.encoders.inference import exact_convolutions
 from mlvicx_hf.objectives import Objective
 from mlvicx_hf.pretraining.arguments import DataArguments, ModelArguments, PretrainingArguments
 from mlvicx_hf.pretraining.model import create_objective
@@ -109,8 +111,8 @@ def check_against_cpu(plan: Plan) -> dict[str, Any]:
     cpu = torch.device("cpu")
     views = _views(plan, cpu)
     on_device = (views[0].to(plan.device), views[1].to(plan.device))
-    theirs = _views(plan, plan.device)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # matrix products are in float32 anyway
+    with exact_convolutions():  # matrix products are in float32 anyway
+        theirs = _views(plan, plan.device)
         found = _differ(
             _loss_and_slopes(_objective(plan, cpu), views), _loss_and_slopes(_objective(plan, plan.device), on_device)
         )
@@ -385,6 +387,9 @@ def _run_part(plan: Plan, name: str, late: bool) -> Any:
         found = PARTS[name](plan)
     except Exception:  # the other parts are worth having
         return {"error": traceback.format_exc()[-3000:]}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()  # for the commands that the next parts start; does nothing without a GPU
     return found | {"seconds": time.monotonic() - start} if isinstance(found, dict) else found
 
 

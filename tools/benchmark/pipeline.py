@@ -153,8 +153,9 @@ def pretraining_seconds(
         words += ["--rdzv_endpoint", "localhost:0"]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
-        words += [str(script), "--output_dir", str(output), *options]
+        words += [str(script), "--output_dir", str(output)]
         words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        words += options  # behind the flags that they replace
         with (Path(folder) / "log").open("w+") as log, subprocess.Popen(words, stdout=log, stderr=log) as command:
             times = _times_of_lines(output / METRICS_FILE, steps // LOGGING_STEPS, command)
             command.terminate()  # it ends its step, and its workers with it: a kill would leave them and their memory

@@ -115,11 +115,14 @@ class Quickstart:
 
     def _pretrain(self, cache: Cache) -> None:
         images = len(cache.datasets["train"])
-        batch = min(32, images)
+        processes = max(1, torch.cuda.device_count())
+        if processes > images // 2:  # each needs two images
+            processes = 1
+        batch = min(32, images) // processes * processes
         epochs = max(2, min(50, round(self.pretraining_images / images)))
         words = ["--recipe", "quickstart", "--dataset", self.output / "cache", "--output_dir", self.model_folder]
         words += ["--epochs", epochs, "--batch_size", batch, "--seed", self.seed]
-        run = self._launch if torch.cuda.device_count() > 1 else self._command
+        run = self._launch if processes > 1 else self._command
         run("pretrain", *words)
 
     def _describe(self, cache: Cache) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Load a saved model for inference, and record where it came from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,26 @@ def _folder(source: str, revision: str | None) -> Path:
     return Path(source)
 
 
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """On GPUs, compute convolutions in full float32 and with the same bits each time.
+
+    `torch.backends.cudnn.flags` alone fails in a program that has set the newer `fp32_precision` of cuDNN.
+    """
+    cudnn = torch.backends.cudnn
+    convolutions = getattr(cudnn, "conv", None)
+    if convolutions is None:  # before torch 2.9
+        with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+        return
+    before = (cudnn.deterministic, cudnn.benchmark, convolutions.fp32_precision)
+    cudnn.deterministic, cudnn.benchmark, convolutions.fp32_precision = True, False, "ieee"
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark, convolutions.fp32_precision = before
+
+
 def infer(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Tensor]:
     """Run one forward pass in float32.
 
@@ -97,7 +119,7 @@ def infer(loaded: LoadedModel, pixels: Tensor, embed: bool) -> tuple[Tensor, Ten
         FloatingPointError: results that are not finite.
     """
     nothing = torch.empty(len(pixels), 0)
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    with torch.inference_mode(), exact_convolutions():
         output = loaded.model(pixels.to(loaded.model.device), output_hidden_states=embed)
         logits = nothing if isinstance(loaded.model, MLVICXModel) else output.logits
         # the encoder's `pooler_output`, which the heads do not return

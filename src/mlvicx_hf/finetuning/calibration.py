@@ -21,7 +21,7 @@ from mlvicx_hf.scoring.calibration import (
     lowest_probability,
     score_answers,
 )
-from mlvicx_hf.scoring.labels import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED, mean_scored
 
 FEWEST_TO_CALIBRATE = 20  # of either value of a label, to fit anything
 
@@ -61,10 +61,7 @@ class Calibration:
             for name, given, truth in zip(names, probabilities.T, labels.T, strict=True):
                 if bands[name] is not None:
                     found[name] = score_answers(answer_findings(given, bands[name]), truth)
-            means: dict[str, float | str] = {}
-            for kind in ("unsure", "error"):
-                values = [v for v in (scores[kind] for scores in found.values()) if not isinstance(v, str)]
-                means[kind] = float(np.mean(values)) if values else NOT_SCORED
+            means = {kind: mean_scored(scores[kind] for scores in found.values()) for kind in ("unsure", "error")}
             return {"labels": found} | means
         if bands is None:
             return {"labels": {}, "unsure": NOT_SCORED, "error": NOT_SCORED}

@@ -102,7 +102,10 @@ class _Refinement(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: ContextBottleneck, *parameters: Tensor) -> Tensor:
         average = x.mean((2, 3), keepdim=True)
-        maximum, place = F.adaptive_max_pool2d(x, 1, return_indices=True)
+        if x.is_cuda:  # where adaptive pooling reads each map with a single thread
+            maximum, place = (found.unsqueeze(3) for found in x.flatten(2).max(2, keepdim=True))
+        else:
+            maximum, place = F.adaptive_max_pool2d(x, 1, return_indices=True)
         ctx.pooled = (average.requires_grad_(), maximum.requires_grad_())
         with _small_graph():
             ctx.channel_gate = block.channel_gate(*(leaf.view_as(leaf) for leaf in ctx.pooled))  # see the class

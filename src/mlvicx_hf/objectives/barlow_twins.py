@@ -32,10 +32,6 @@ class BarlowTwinsObjective(Objective):
 
     Under LARS the rate of vectors is smaller, since LARS adapts the rate of matrices alone: the loss is a sum over D²
     entries, and norms would run away.
-
-    Args:
-        model: the encoder.
-        options: of the method.
     """
 
     options_class = BarlowTwinsOptions

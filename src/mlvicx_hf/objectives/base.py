@@ -126,6 +126,7 @@ class Objective(nn.Module, ABC):
 
     Args:
         model: the network that a run saves with `save_pretrained`; its `base_model` is the encoder.
+        options: an `options_class`.
     """
 
     model_class: ClassVar[type[PreTrainedModel]] = MLVICXModel  # of `model`

@@ -40,12 +40,7 @@ class BYOLOptions:
 
 
 class BYOLObjective(Objective):
-    """Σ over both views of 2 − 2 cos(q(g(h)), ḡ(h̄′)); h̄ and ḡ are momentum copies without gradients.
-
-    Args:
-        model: the encoder.
-        options: of the method.
-    """
+    """Σ over both views of 2 − 2 cos(q(g(h)), ḡ(h̄′)); h̄ and ḡ are momentum copies without gradients."""
 
     options_class = BYOLOptions
     remedy = "a higher target_momentum, "

@@ -83,10 +83,6 @@ class CAiDObjective(MomentumContrast):
     """InfoNCE(q, k) + 10·MSE(r(v₁), t₁): r restores the crop in grey values from the distorted view of the query.
 
     The target is the crop before its flip, so the decoder cannot know whether to mirror.
-
-    Args:
-        model: the encoder.
-        options: of the method.
     """
 
     options_class = CAiDOptions

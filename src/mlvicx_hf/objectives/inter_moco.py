@@ -42,10 +42,6 @@ class InterMoCoObjective(MomentumContrast):
 
     mse: Σ_l ¼ mean((q_l − k_l)²) of maps averaged to 16×16 and 4×4. barlow: λ·s·(Σ_i (1−C_ii)² + Σ_{i≠j} C_ij²) of
     pooled and projected levels. No gradient goes through the key network.
-
-    Args:
-        model: the encoder.
-        options: of the method.
     """
 
     options_class = InterMoCoOptions

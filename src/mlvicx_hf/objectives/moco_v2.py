@@ -8,12 +8,7 @@ from .parts import ProjectionHead
 
 
 class MoCoV2Objective(MomentumContrast):
-    """InfoNCE on a head of two layers without batch normalisation.
-
-    Args:
-        model: the encoder.
-        options: of the method.
-    """
+    """InfoNCE on a head of two layers without batch normalisation."""
 
     options_class = ContrastOptions
 

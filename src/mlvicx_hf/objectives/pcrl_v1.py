@@ -38,10 +38,6 @@ class PCRLv1Objective(MomentumContrast):
     keys. Errors: the turned view from the query's maps, whose last one is gated by the turns; the mixture of both
     turned views from the mixture of query's and key's maps; and for mixed images, without gates, their mixed crops
     likewise.
-
-    Args:
-        model: the encoder.
-        options: of the method.
     """
 
     options_class = PCRLv1Options

@@ -52,10 +52,6 @@ class PCRLv2Objective(Objective):
     D compares two views on one scale, drawn for each pair and step: −½ cos(u(x), p(y)) − ½ cos(u(y), p(x)), without
     gradient through p. o₁ is restored from the decoder's last map, s₁ from that of the scale drawn for v₁ and v₂; β
     falls from 1 to 0 as a cosine by epochs.
-
-    Args:
-        model: the encoder.
-        options: of the method.
     """
 
     options_class = PCRLv2Options

@@ -25,12 +25,7 @@ class SimCLROptions:
 
 
 class SimCLRObjective(Objective):
-    """The loss NT-Xent on a head of two layers, the last one with a batch normalisation without shift.
-
-    Args:
-        model: the encoder.
-        options: of the method.
-    """
+    """The loss NT-Xent on a head of two layers, the last one with a batch normalisation without shift."""
 
     options_class = SimCLROptions
     remedy = "a higher temperature, "

@@ -27,10 +27,6 @@ class SimSiamObjective(Objective):
     """−½ cos(q(z₁), z₂) − ½ cos(q(z₂), z₁), where no gradient goes through the z on the right.
 
     The predictor's learning rate is constant.
-
-    Args:
-        model: the encoder.
-        options: of the method.
     """
 
     options_class = SimSiamOptions

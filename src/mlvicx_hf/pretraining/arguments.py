@@ -33,7 +33,7 @@ class ModelArguments:
     aggregation_size: int = option("Side of the grid on which the levels meet.", 4)
     aggregation_channels: int = option("Channels of the compound representation.", 512)
     aggregation_resize: int | None = option(
-        "Interpolate the maps to this side first (authors: 64); on GPUs an error with --deterministic.", None
+        "Interpolate the maps to this side first (authors: 64); on GPUs slow with --deterministic.", None
     )
     expander_dims: list[int] = option("Widths of the expanders' linear layers.", [2048, 2048, 2048])
     expander_final_norm: bool = option("Normalise after the last expander layer.", False)

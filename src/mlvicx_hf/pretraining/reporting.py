@@ -103,6 +103,8 @@ class Reporter:
         """After a few steps print once how long the run takes, and how much memory."""
         if not self.main or len(self._times) > TIMED_STEPS:
             return
+        if self.run.settings.device.type == "cuda":
+            torch.cuda.synchronize(self.run.settings.device)  # otherwise the time is that of the launches
         self._times.append(time.perf_counter())
         if len(self._times) <= TIMED_STEPS:
             return

@@ -143,6 +143,12 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
     for name, smallest in least.items():
         if getattr(arguments, name) < smallest:
             raise UserError(f"{name}={getattr(arguments, name)} found; expected {smallest} or more")
+    graphs = arguments.torch_compile and arguments.torch_compile_mode != "default"
+    if graphs and (arguments.gradient_accumulation_steps > 1 or arguments.find_batch_size):
+        raise UserError(
+            f"torch_compile_mode={arguments.torch_compile_mode} with micro-batches found; expected default: replayed "
+            "CUDA graphs would overwrite the gradients of the micro-batch before"
+        )
     if arguments.gradient_checkpointing and arguments.torch_compile:
         raise UserError("gradient_checkpointing and torch_compile found; expected one of them at most")
     for name in ("crop_area", "blur", "solarize"):

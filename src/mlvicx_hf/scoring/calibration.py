@@ -10,7 +10,7 @@ from scipy.special import expit, log_softmax, logit
 
 from mlvicx_hf.common.errors import UserError
 
-from .labels import NOT_SCORED
+from .labels import NOT_SCORED, mean_scored
 
 ABSENT, PRESENT, UNSURE = "absent", "present", "unsure"  # answers
 CALIBRATION_BINS = 15  # of equal width
@@ -196,8 +196,7 @@ def score_calibration(probabilities: np.ndarray, labels: np.ndarray, names: Sequ
         known = ~np.isnan(truth)
         found["ece"][name] = calibration_error(truth, given)["ece"] if known.any() else NOT_SCORED
         found["brier"][name] = float(((given - truth)[known] ** 2).mean()) if known.any() else NOT_SCORED
-    scored = {kind: [v for v in values.values() if not isinstance(v, str)] for kind, values in found.items()}
-    return {f"{kind}_macro": float(np.mean(v)) if v else NOT_SCORED for kind, v in scored.items()} | found
+    return {f"{kind}_macro": mean_scored(values.values()) for kind, values in found.items()} | found
 
 
 def selective_errors(confidences: np.ndarray, right: np.ndarray, coverages: Sequence[float] = COVERAGES) -> list[float]:

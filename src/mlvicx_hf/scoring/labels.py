@@ -1,6 +1,6 @@
 """Scores and thresholds of labels. A label may be unknown for some images (NaN), and then is scored on the others."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,8 +64,13 @@ def _score_each(
         known = ~np.isnan(labels[:, i])
         both = len(np.unique(labels[known, i])) > 1
         values[name] = float(metric(labels[known, i], scores[known, i])) if both else NOT_SCORED
-    scored = [value for value in values.values() if isinstance(value, float)]
-    return values, float(np.mean(scored)) if scored else NOT_SCORED
+    return values, mean_scored(values.values())
+
+
+def mean_scored(values: Iterable[float | str]) -> float | str:
+    """Mean of the scores, without those that could not be computed; "n/a" if there is none."""
+    scored = [value for value in values if not isinstance(value, str)]
+    return float(np.mean(scored)) if scored else NOT_SCORED
 
 
 def youden_thresholds(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .labels import NOT_SCORED
+from .labels import NOT_SCORED, mean_scored
 
 EMPTY_MASKS = "of an image: 1 when predicted and true mask are both empty, 0 when one of them is"
 
@@ -76,10 +76,10 @@ def score_overlap(counts: np.ndarray, label_names: Sequence[str]) -> dict[str, A
             "iou_positive": float(iou[positive].mean()) if positive.any() else NOT_SCORED,
             "images_positive": int(positive.sum()),
         }
-    means: dict[str, Any] = {}
-    for key in ("dice", "dice_positive", "iou", "iou_positive"):
-        scored = [float(v[key]) for v in per_label.values() if v[key] != NOT_SCORED]
-        means[key] = float(np.mean(scored)) if scored else NOT_SCORED
+    means = {
+        key: mean_scored(scores[key] for scores in per_label.values())
+        for key in ("dice", "dice_positive", "iou", "iou_positive")
+    }
     return means | {
         "dice_per_class": {name: scores["dice"] for name, scores in per_label.items()},
         "per_label": per_label,

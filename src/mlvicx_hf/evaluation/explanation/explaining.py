@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +20,7 @@ from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.vocabulary import match
-from mlvicx_hf.encoders.inference import LoadedModel, load
+from mlvicx_hf.encoders.inference import LoadedModel, exact_convolutions, load
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
@@ -54,7 +53,7 @@ def grad_cam(
     from captum.attr import LayerGradCam
 
     method = LayerGradCam(lambda pixels: model(pixels).logits, find_layer(model, level))
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    with exact_convolutions():
         try:
             heat = method.attribute(pixel_values.detach().requires_grad_(), target=target, relu_attributions=True)
         except RuntimeError as error:

@@ -13,7 +13,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.scoring.calibration import COVERAGES, calibration_error, selective_errors
-from mlvicx_hf.scoring.labels import NOT_SCORED
+from mlvicx_hf.scoring.labels import NOT_SCORED, mean_scored
 from mlvicx_hf.scoring.significance import delong_test, paired_tests
 
 from ..runs import Predictions, RunResults, check_same_images, read_run
@@ -200,19 +200,15 @@ def _confidence(runs: Sequence[FinishedCell]) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {
         when: {
-            name: _mean([test["calibration"][when][name] for test in tests]) for name in ("ece_macro", "brier_macro")
+            name: mean_scored([test["calibration"][when][name] for test in tests])
+            for name in ("ece_macro", "brier_macro")
         }
         for when in ("before", "after")
     }
-    found |= {name: _mean([test["answers"][name] for test in tests]) for name in ("unsure", "error")}
+    found |= {name: mean_scored([test["answers"][name] for test in tests]) for name in ("unsure", "error")}
     errors = [_errors_of_the_confident(run.predictions) for run in runs if isinstance(run.predictions, Predictions)]
     means = [NOT_SCORED if np.isnan(error) else float(error) for error in np.mean(errors, 0)]  # without known labels
     return found | {"errors": {f"{share:g}": error for share, error in zip(COVERAGES, means, strict=True)}}
-
-
-def _mean(values: Sequence[float | str]) -> float | str:
-    numbers = [value for value in values if not isinstance(value, str)]
-    return float(np.mean(numbers)) if numbers else NOT_SCORED
 
 
 def _errors_of_the_confident(run: Predictions) -> np.ndarray:
@@ -237,8 +233,7 @@ def _mean_decisions(runs: Sequence[dict[str, dict[str, Any]] | None]) -> dict[st
     means: dict[str, dict[str, Any]] = {}
     for name, scores in known[0].items():
         for score in scores:
-            values = [run[name][score] for run in known if run[name][score] != NOT_SCORED]
-            means.setdefault(name, {})[score] = float(np.mean(values)) if values else NOT_SCORED
+            means.setdefault(name, {})[score] = mean_scored(run[name][score] for run in known)
     return means
 
 
