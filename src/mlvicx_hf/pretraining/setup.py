@@ -172,10 +172,10 @@ def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
             f"torch_compile found on the {accelerator.device.type.upper()}; expected a GPU: on a CPU the compiled step "
             "was measured to be no faster than the plain one, and to take a fifth more memory"
         )
+    use_cpu_threads(arguments.cpu_threads)  # with a GPU, of probes and ranks
     if accelerator.device.type == "cpu":
         if arguments.mixed_precision == "fp16":  # Accelerate would compute in float32
             raise UserError("mixed_precision='fp16' found on the CPU; expected no or bf16 there")
-        use_cpu_threads(arguments.cpu_threads)
         keep_freed_memory()
     return accelerator
 
