@@ -17,6 +17,14 @@ from mlvicx_hf.common.signals import StoppedError, StopSignals
 from mlvicx_hf.pretraining.loop import train
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_taken() -> Iterator[None]:
+    """A shell starts its background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """44 images: five steps of eight an epoch."""
