@@ -200,12 +200,12 @@ def _confidence(runs: Sequence[FinishedCell]) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {
         when: {
-            name: mean_scored([test["calibration"][when][name] for test in tests])
+            name: mean_scored(test["calibration"][when][name] for test in tests)
             for name in ("ece_macro", "brier_macro")
         }
         for when in ("before", "after")
     }
-    found |= {name: mean_scored([test["answers"][name] for test in tests]) for name in ("unsure", "error")}
+    found |= {name: mean_scored(test["answers"][name] for test in tests) for name in ("unsure", "error")}
     errors = [_errors_of_the_confident(run.predictions) for run in runs if isinstance(run.predictions, Predictions)]
     means = [NOT_SCORED if np.isnan(error) else float(error) for error in np.mean(errors, 0)]  # without known labels
     return found | {"errors": {f"{share:g}": error for share, error in zip(COVERAGES, means, strict=True)}}

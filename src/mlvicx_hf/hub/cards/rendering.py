@@ -163,9 +163,10 @@ def _fill(template: Path, context: dict[str, Any], looked_at: Sequence[Path]) ->
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{error.filename or template}, line {error.lineno}: {error.message}") from error
     except (jinja2.UndefinedError, LookupError, TypeError, ValueError) as error:  # no value, or one of another type
-        places = [(Path(frame.filename), frame.lineno or 1) for frame in traceback.extract_tb(error.__traceback__)]
-        places = [(template if str(file) == "<template>" else file, number) for file, number in places]  # jinja2's name
-        file, number = next(place for place in reversed(places) if place[0] == template or place[0].suffix == ".md")
+        files_of_frames = {"<template>": template} | {str(part): part for part in TEMPLATES.glob("parts/*.md")}
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        frame = next(frame for frame in frames if frame.filename in files_of_frames)
+        file, number = files_of_frames[frame.filename], frame.lineno or 1
         line = file.read_text(encoding="utf-8").splitlines()[number - 1].strip()
         files = ", ".join(map(str, looked_at))
         raise UserError(f"{file}, line {number}, {line!r}: {error}; looked at {files}") from error
