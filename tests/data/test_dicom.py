@@ -410,6 +410,46 @@ def test_values_of_any_depth_are_found_between_bits_that_are_not_in_use(bits: in
         assert_same(read(content), by_pydicom(content))
 
 
+def picture(low: int, high: int) -> np.ndarray:
+    """A film of round shapes and noise, [H, W], int32."""
+    y, x = np.mgrid[:64, :64]
+    waves = np.sin(x / 9) * np.cos(y / 7) + np.random.default_rng(0).normal(0, 0.02, x.shape)
+    return np.interp(waves, (waves.min(), waves.max()), (low, high)).round().astype(np.int32)
+
+
+@pytest.mark.parametrize("used", [13, 14, 16])
+@pytest.mark.parametrize("signed", [False, True])
+def test_values_above_the_stored_bits_are_not_wrapped_and_are_noted(used: int, signed: bool):
+    low = -(2 ** (used - 1)) if signed else 0
+    words = (picture(low, low + 2**used - 1) % 2**16).astype(np.uint16)
+    right, lying = (dicom(words, BitsStored=bits, PixelRepresentation=int(signed)) for bits in (16, 12))
+    found = decode_dicom(lying, "film.dcm")
+    assert_same(np.asarray(found), read(right), 0)
+    assert found.info["note"] == "BitsStored 12 passed over, since the pixels use 16: the range of the pixels was used"
+
+
+def test_bits_above_the_stored_ones_that_are_an_overlay_are_ignored():
+    words = picture(0, 4095).astype(np.uint16)
+    plain = read(dicom(words, BitsStored=12))
+    words[10:50, 10:40] |= 0x1000  # an area, with few edges
+    found = decode_dicom(dicom(words, BitsStored=12), "film.dcm")
+    assert_same(np.asarray(found), plain, 0)
+    assert "note" not in found.info
+
+
+@pytest.mark.parametrize(("value", "signed"), [(65535, 0), (-32768, 1)])
+def test_padding_that_needs_more_than_the_stored_bits_is_black(value: int, signed: int):
+    low = -2048 if signed else 0
+    words = (picture(low, low + 4095) % 2**16).astype(np.uint16)
+    words[:6] = value % 2**16
+    made = dataset(words, BitsStored=12, PixelRepresentation=signed, WindowCenter=low + 2048, WindowWidth=4096)
+    made.add_new("PixelPaddingValue", "SS" if signed else "US", value)
+    found = decode_dicom(written(made), "film.dcm")
+    assert (np.asarray(found)[:6] == 0).all()
+    assert np.asarray(found)[6:].std() > 40
+    assert "note" not in found.info
+
+
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
 @pytest.mark.parametrize("limit", [None, -1900])
 @pytest.mark.parametrize("representation", ["SS", "US"])  # a wrong one is common

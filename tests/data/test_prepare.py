@@ -510,6 +510,18 @@ def test_two_runs_into_one_output_are_refused(root: Path, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "images"]
 
 
+def test_a_cache_that_another_run_makes_meanwhile_is_not_replaced(root: Path, tmp_path: Path):
+    class Slow(FolderCollection):
+        def read(self) -> Listing:
+            make(root, tmp_path / "cache", seed=1)
+            return super().read()
+
+    with pytest.raises(FileExistsError, match="exists and is not empty; --overwrite replaces a cache"):
+        prepare(Slow(root), tmp_path / "cache", size=32, num_workers=0, progress=False)
+    assert load_cache(tmp_path / "cache").manifest["seed"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "images"]
+
+
 @pytest.mark.parametrize(
     "options",
     [{"size": 0}, {"fit": "stretch"}, {"drop_duplicates": "all"}, {"max_images": 0}, {"num_workers": -1}],

@@ -95,7 +95,7 @@ def prepare(
     features = cache_features(bool(listing.mask_names), any(record.boxes is not None for record in records))
     making = Making(features.arrow_schema, collection.source, size, fit, listing.mask_names, listing.origin)
     options = {"size": size, "fit": fit, "seed": seed, "max_images": max_images, "drop_flat": drop_flat}
-    with _replacing(output) as folder:
+    with _replacing(output, overwrite) as folder:
         shards = plan_shards(folder / "shards", records, SPLITS)
         _take_back(folder, shards)
         resumed = _write_shards(shards, making, listing, num_workers, progress)
@@ -115,6 +115,10 @@ def check_cache_output(output: Path, overwrite: bool) -> None:
     if os.path.lexists(output) and not output.is_dir():
         raise FileExistsError(f"{output}: no folder found; expected a folder to write, absent or empty")
     _put_right(output.resolve())
+    _refuse_existing(output, overwrite)
+
+
+def _refuse_existing(output: Path, overwrite: bool) -> None:
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
@@ -142,15 +146,16 @@ def _locked(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
+def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a folder for the new `cache`, which then replaces `output`.
 
     Remove the folder if the input does not fit. Keep it after an interruption, so that the next run can resume.
     """
     with _locked(output) as folder:
         try:
+            _refuse_existing(output, overwrite)  # another run may have ended since the first check
             yield folder
-        except UserError:
+        except (UserError, FileExistsError):
             shutil.rmtree(folder)
             raise
         (folder / "shards").rename(folder / USED)

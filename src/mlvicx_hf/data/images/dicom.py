@@ -149,7 +149,8 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
     A VOI LUT or window does not fit if it is damaged, if its width is not a number or is too small (below 1 for
     LINEAR, 0 or less for the others), or if, of the pixels that are not padding, it makes 95 % or more black or white,
     or leaves fewer than 32 grey levels of an image that has more. A rescale is ignored if it holds no numbers or leaves
-    one value. Pixels of the padding value or range become black. Colours become luminance.
+    one value. Pixels of the padding value or range become black. Colours become luminance. Bits above BitsStored count
+    where the picture is smoother with them.
 
     The grid of the file stays as it is, also where pixels are not square, since boxes and masks refer to that grid.
     Overlays are not drawn. A file with several frames is refused.
@@ -159,7 +160,8 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
         file: name to use in errors.
 
     Returns:
-        Picture of mode "L", Columns × Rows. Where a grey scale of the file does not fit, `info["note"]` says why.
+        Picture of mode "L", Columns × Rows. Where a grey scale or BitsStored of the file does not fit, `info["note"]`
+        says why.
 
     Raises:
         UnreadableImageError: the file holds no image or several frames, or is damaged, suspiciously large, or of a
@@ -483,16 +485,19 @@ def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> tuple[n
     Returns:
         The grey, uint8 [H, W], and why grey scales of the file were passed over: empty if none was.
     """
+    counts = np.zeros(2**header.container, np.intp)
+    for block in _blocks(words):
+        counts += np.bincount(block, minlength=len(counts))
+    passed_over: list[str] = []
+    if _uses_more_bits(dataset, header, words, counts):
+        passed_over.append(f"BitsStored {header.stored} passed over, since the pixels use {header.container}")
+        header = replace(header, stored=header.container, high=header.container - 1)
     values = header.stored_values()
-    padding = _padding(dataset, values)
+    padding = _padding(dataset, header, values)
     outputs = _modality(dataset, values)
     shape = str(dataset.get("PresentationLUTShape") or "").strip().upper()
     invert = header.photometric == "MONOCHROME1" or shape == "INVERSE"
-    counts = np.zeros(len(values), np.intp)
-    for block in _blocks(words):
-        counts += np.bincount(block, minlength=len(values))
     inside: np.ndarray = np.where(padding, 0, counts) if counts[~padding].any() else counts
-    passed_over: list[str] = []
     for name, unit in _scales(dataset, outputs):
         if unit is None:
             passed_over.append(f"{name} cannot be read")
@@ -505,6 +510,39 @@ def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> tuple[n
     unit = _to_unit(outputs, *_own_range(values, outputs, inside, header.stored))
     passed_over[-1:] = [f"{reason}: the range of the pixels was used" for reason in passed_over[-1:]]
     return _look_up(_table(unit, padding, invert), words), "; ".join(passed_over)
+
+
+def _uses_more_bits(dataset: Dataset, header: _Header, words: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether bits above the stored ones hold the values, as in a film that was rescaled under its old header.
+
+    Such bits may also hold an overlay, or anything. With the bits that belong to it, a picture is smoother.
+
+    Args:
+        dataset: the file's attributes.
+        header: those of the pixels.
+        words: bit patterns [H, W].
+        counts: how many pixels have each pattern, [2**container].
+    """
+    present = np.flatnonzero(counts)
+    present = present[present != _padding_word(dataset, header)]
+    above = present >> (header.high + 1)
+    if header.signed and (above == (present >> header.high & 1) * (2 ** (header.container - 1 - header.high) - 1)).all():
+        return False  # the sign, repeated
+    varying = int(np.bitwise_or.reduce(above) & ~np.bitwise_and.reduce(above)) if len(above) else 0
+    if not varying:
+        return False
+    whole = replace(header, stored=header.container, high=header.container - 1)
+    (rough, spread), (whole_rough, whole_spread) = (
+        _roughness(kind.stored_values()[words].astype(np.float32)) for kind in (header, whole)
+    )
+    several = varying & (varying - 1) != 0  # a single bit is often an overlay, whose areas have few edges
+    return whole_rough < rough or (several and whole_rough * spread < rough * whole_spread)
+
+
+def _roughness(values: np.ndarray) -> tuple[float, float]:
+    """Mean difference of neighbours in a picture [H, W], and the standard deviation."""
+    across = [np.abs(np.diff(values, axis=axis)).mean() for axis in (0, 1) if values.shape[axis] > 1]
+    return float(sum(across)), float(values.std())
 
 
 def _scales(dataset: Dataset, outputs: np.ndarray) -> Iterator[tuple[str, np.ndarray | None]]:
@@ -582,14 +620,20 @@ def _table(unit: np.ndarray, padding: np.ndarray, invert: bool) -> np.ndarray:
     return gray
 
 
-def _padding(dataset: Dataset, values: np.ndarray) -> np.ndarray:
+def _padding_word(dataset: Dataset, header: _Header) -> int:
+    """The bit pattern of a padding value that needs more bits than are stored, such as 65535 of 12 bits; else -1."""
+    first = dataset.get("PixelPaddingValue")
+    return first % 2**header.container if isinstance(first, int) and header.high == header.stored - 1 else -1
+
+
+def _padding(dataset: Dataset, header: _Header, values: np.ndarray) -> np.ndarray:
     """Tell which values mark pixels outside the image (PS3.3 C.7.5.1.1.2)."""
     first = dataset.get("PixelPaddingValue")
     last = dataset.get("PixelPaddingRangeLimit")
     if not isinstance(first, int):
         return np.zeros(len(values), bool)
     ends = [_signed(end, values) for end in (first, last if isinstance(last, int) else first)]
-    return (values >= min(ends)) & (values <= max(ends))
+    return (values >= min(ends)) & (values <= max(ends)) | (np.arange(len(values)) == _padding_word(dataset, header))
 
 
 def _modality(dataset: Dataset, values: np.ndarray) -> np.ndarray:
