@@ -290,6 +290,21 @@ def test_labels_in_other_decimals_are_labels(yes: str, no: str):
         assert_rows(found.rows, [(1, 0), (0, 0), (NAN, 1), (0, 1)])
 
 
+@pytest.mark.parametrize(("yes", "no"), [("Y", "N"), ("Pos", "neg")])
+def test_labels_in_short_words_are_labels(yes: str, no: str):
+    found = read_labels(Path("m.csv"), {"file_name": [""] * 3, "Edema": [yes, no, ""]})
+    assert found.names == ("Edema",)
+    assert_rows(found.rows, [(1,), (0,), (NAN,)])
+
+
+def test_a_column_named_for_a_finding_is_not_lost_among_the_others():
+    found = read_labels(Path("m.csv"), {"file_name": [""] * 3, "Edema": ["9", "9", "1"], "score": ["0.35"] * 3})
+    assert found.names == ()
+    assert found.notes[-1] == (
+        "columns named for a finding that hold other values than 0 and 1, no labels: Edema (holds '9')"
+    )
+
+
 def test_measurements_that_begin_like_labels_stay_measurements():
     found = read_labels(Path("m.csv"), {"file_name": [""] * 3, "score": ["0.00", "0.35", "1.20"]})
     assert (found.names, found.notes) == ((), ("columns ignored: score (holds '0.35')",))

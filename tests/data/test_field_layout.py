@@ -78,6 +78,81 @@ def test_folders_without_splits_are_classes_only_if_the_user_says_so(tmp_path: P
         FolderCollection(root, folders="maybe")
 
 
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (("NORMAL/a.png", "SICK/a.png"), "NORMAL, SICK"),
+        (("train/NORMAL/a.png", "train/SICK/a.png"), "NORMAL, SICK"),
+        (("train/NORMAL/a.png", "train/SICK/a.png", "test/a.png"), "NORMAL, SICK"),
+        (("train/NORMAL/a.png", "train/SICK/a.png", "train/a.png", "test/SICK/a.png"), "NORMAL, SICK"),
+    ],
+)
+def test_folders_that_may_be_classes_and_are_not_taken_for_such_are_named(
+    tmp_path: Path, names: tuple[str, ...], named: str
+):
+    listing = FolderCollection(write(tmp_path, *names)).read()
+    assert listing.label_names == ()
+    assert any(f"folders {named} are not taken for classes" in note for note in listing.notes)
+
+
+def test_classes_in_upper_and_lower_case_are_the_same(tmp_path: Path):
+    root = write(tmp_path, "train/NORMAL/a.png", "train/SICK/a.png", "test/normal/a.png", "test/Sick/a.png")
+    listing = FolderCollection(root).read()
+    assert [name.lower() for name in listing.label_names] == ["normal", "sick"]
+    assert all(
+        record.labels == (float("ormal" in record.name.lower()), "ick" in record.name) for record in listing.records[:1]
+    )
+
+
+def test_a_split_without_the_classes_of_the_others_is_refused(tmp_path: Path):
+    names = [f"{split}/{kind}/a.png" for split in ("train", "val") for kind in ("NORMAL", "SICK")]
+    root = write(tmp_path, *names, "test/img/a.png")
+    with pytest.raises(UserError, match=r"folders img found in test, and classes NORMAL, SICK in the other splits"):
+        FolderCollection(root).read()
+
+
+@pytest.mark.parametrize("name", ["train/metadata.csv", "Metadata.csv", "deep/metadata.jsonl", "metadata.tsv"])
+def test_a_table_that_would_not_be_read_is_refused(tmp_path: Path, name: str):
+    root = write(tmp_path, "train/a.png", "deep/b.png")
+    (root / name).write_text("file_name,patient_id\n")
+    with pytest.raises(UserError, match=rf"{name} found; expected one table of all images"):
+        FolderCollection(root).read()
+    assert len(FolderCollection(root, folders="ignore").read().records) == 2
+
+
+def test_thumbnails_of_a_file_server_are_no_radiographs(tmp_path: Path):
+    listing = FolderCollection(write(tmp_path, "a.png", "@eaDir/a.png/thumb.jpg")).read()
+    assert [record.name for record in listing.records] == ["a.png"]
+    assert any("hidden" in note for note in listing.notes)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_letters_of_one_or_two_characters_and_a_root_behind_a_link_are_found(tmp_path: Path, absolute: bool):
+    root = write(tmp_path / "there", "Mu\u0308ller.png")
+    (tmp_path / "link").symlink_to(root)
+    name = f"{root}/Mu\u0308ller.png" if absolute else "M\u00fcller.png"
+    (root / "metadata.csv").write_text(f"file_name,patient_id\n{name},1\n")
+    listing = FolderCollection(tmp_path / "link").read()
+    assert (len(listing.records), listing.missing) == (1, ())
+    assert not any("does not list" in note for note in listing.notes)
+
+
+@pytest.mark.parametrize("name", ["View Position", "ViewPosition", "Projection", "VIEW"])
+def test_views_under_a_usual_name_are_read(tmp_path: Path, name: str):
+    root = write(tmp_path, "a.png", "b.png")
+    (root / "metadata.csv").write_text(f"file_name,patient_id,{name}\na.png,1,PA\nb.png,2,LATERAL\n")
+    listing = FolderCollection(root).read()
+    assert [record.view for record in listing.records] == ["PA", "LATERAL"]
+    assert f"column {name!r} is taken for view" in listing.notes
+
+
+def test_a_projection_that_tells_no_view_is_not_read(tmp_path: Path):
+    root = write(tmp_path, "a.png", "b.png")
+    (root / "metadata.csv").write_text("file_name,patient_id,projection\na.png,1,parallel\nb.png,2,cone\n")
+    listing = FolderCollection(root).read()
+    assert [record.view for record in listing.records] == ["UNKNOWN"] * 2
+
+
 @pytest.mark.parametrize("names", [("train_images", "test_images"), ("images-train", "images-test")])
 def test_folders_of_images_of_a_split(tmp_path: Path, names: tuple[str, str]):
     listing = FolderCollection(write(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(2)))).read()
@@ -87,12 +162,19 @@ def test_folders_of_images_of_a_split(tmp_path: Path, names: tuple[str, str]):
 
 
 @pytest.mark.parametrize(
-    "names", [("images/a.png", "masks/a.png"), ("train/images/a.png", "train/Mask/a.png", "test/images/a.png")]
+    "names",
+    [
+        ("images/a.png", "masks/a.png"),
+        ("train/images/a.png", "train/Mask/a.png", "test/images/a.png"),
+        ("images/a.png", "ManualMask/leftMask/a.png"),
+        ("images/a.png", "infection masks/a.png"),
+        ("images/a.png", "images/a_mask.png"),
+    ],
 )
 def test_masks_are_no_radiographs(tmp_path: Path, names: tuple[str, ...]):
     root = write(tmp_path, *names)
     with pytest.raises(
-        UserError, match=r"folder [Mm]asks? found beside images such as .*images/a\.png; .*mask_file_name"
+        UserError, match=r"\w*([Mm]asks?) found beside images such as .*images/a\.png; .*mask_file_name"
     ):
         FolderCollection(root).read()
     assert len(FolderCollection(root, folders="ignore").read().records) == len(names)

@@ -37,7 +37,28 @@ PAIRS = [
     ("P006", "p6"),
     ("7.00", "7"),
     ("M\u00fcller", "Mu\u0308ller"),
+    ("P1", "P1\u200b"),
+    ("P1", "P\u00ad1"),
+    ("P-1", "P\u20111"),
 ]
+
+
+@pytest.mark.parametrize("column", ["subject_id", "PatientNumber", "pid", "MRN", "Subject", "person_id"])
+def test_a_column_that_seems_to_tell_the_patient_is_not_passed_over(tmp_path: Path, column: str):
+    root = write(tmp_path / "a", ["1", "1", "2"])
+    table = root / "metadata.csv"
+    table.write_text(table.read_text().replace("patient_id", column))
+    with pytest.raises(UserError, match=rf"column {column} found, .*expected --patient_column {column}"):
+        FolderCollection(root).read()
+    records = FolderCollection(root, patient_column=column).read().records
+    assert [record.patient_id for record in records] == ["1", "1", "2"]
+
+
+def test_names_of_columns_as_r_writes_them_are_understood(tmp_path: Path):
+    root = write(tmp_path / "a", ["1", "1", "2"])
+    table = root / "metadata.csv"
+    table.write_text(table.read_text().replace("patient_id", "Patient.ID"))
+    assert [record.patient_id for record in FolderCollection(root).read().records] == ["1", "1", "2"]
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)

@@ -2,6 +2,7 @@ import csv
 import fcntl
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from helpers import segmentation_cache
 from PIL import Image
 
+from mlvicx_hf.common.errors import MissingExtraError
 from mlvicx_hf.data.cache.cache import FORMAT, cache_features, load_cache
 from mlvicx_hf.data.cache.prepare import partial_folder, prepare
 from mlvicx_hf.data.cache.summary import CONTACT_SHEET, HISTOGRAM, write_pictures
@@ -520,6 +522,31 @@ def test_a_cache_that_another_run_makes_meanwhile_is_not_replaced(root: Path, tm
         prepare(Slow(root), tmp_path / "cache", size=32, num_workers=0, progress=False)
     assert load_cache(tmp_path / "cache").manifest["seed"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "images"]
+
+
+def test_a_full_disk_names_the_folder_and_keeps_what_is_done(root: Path, tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(OSError, match=r"File too large: .*\.cache\.partial"):
+            make(root, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    make(root, tmp_path / "cache")
+    assert not partial_folder(tmp_path / "cache").exists()
+
+
+def test_a_library_that_is_missing_leaves_the_finished_shards(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def miss(*_: object, **__: object) -> None:
+        raise MissingExtraError("expected a library")
+
+    monkeypatch.setattr("mlvicx_hf.data.cache.prepare.assemble", miss)
+    with pytest.raises(MissingExtraError):
+        make(root, tmp_path / "cache")
+    monkeypatch.undo()
+    assert any(note.startswith("resumed: ") for note in make(root, tmp_path / "cache")["notes"])
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,12 @@ def test_lateral_views_are_left_out_and_counted(tmp_path: Path, kind: str):
     assert (everything.num_images, everything.left_out) == (100, 0)
 
 
+def test_views_under_another_name_leave_lateral_images_out_as_well(tmp_path: Path):
+    columns = {"View Position": (Value("string"), lambda i: ("PA", "LL")[i % 2])}
+    stream = open_stream(str(write_shards(tmp_path / "data", **columns)), size=SIDE)
+    assert (stream.num_images, stream.left_out) == (50, 50)
+
+
 def test_a_cache_is_streamed_as_it_is(tmp_path: Path):
     rows = [{"patient_id": f"p{i}", "view": "LATERAL" if i % 5 == 0 else "PA", "_draw": {}} for i in range(30)]
     folder = make_cache(tmp_path, rows, size=24)

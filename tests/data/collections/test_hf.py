@@ -20,6 +20,7 @@ from mlvicx_hf.data.collections.base import Listing
 from mlvicx_hf.data.collections.hf import HFCollection
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import decode_gray
+from mlvicx_hf.data.reading.streaming import open_stream
 
 FINDINGS = ["No Finding", "Edema", "Mass"]
 
@@ -54,6 +55,19 @@ def write_parquet(folder: Path, splits: dict[str, Dataset], shards: int = 1) -> 
             part = dataset.shard(shards, index, contiguous=True)
             part.to_parquet(folder / f"{split}-{index:05d}-of-{shards:05d}.parquet")
     return folder
+
+
+def test_a_pattern_of_files_keeps_the_splits_that_their_names_tell(tmp_path: Path):
+    folder = write_parquet(tmp_path / "data", {"train": make(3, {}), "test": make(2, {})})
+    opened = HFCollection(f"{folder}/*.parquet").read()
+    assert [record.split for record in opened.records] == ["test"] * 2 + ["train"] * 3
+    with pytest.raises(UserError, match=r"split='validation' found; .* has test, train"):
+        open_stream(f"{folder}/*.parquet", "validation")
+    make(2, {}).to_parquet(folder / "more.parquet")
+    with pytest.raises(UserError, match=r"more\.parquet.* found; expected all or none with train, validation or test"):
+        HFCollection(f"{folder}/*.parquet").read()
+    assert {record.split for record in HFCollection(f"{folder}/t*-00000-of-00001.parquet").read().records} > {"test"}
+    assert [record.split for record in HFCollection(f"{folder}/test*.parquet").read().records] == [None] * 2
 
 
 def patients(count: int, first: int = 0) -> tuple[Any, list[str]]:

@@ -1,5 +1,6 @@
 import gzip
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from miniatures import disc_box, released_tables, write_nih14
 from PIL import Image
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.collections.base import Box, Listing
 from mlvicx_hf.data.collections.nih14 import NIH_FINDINGS, NIH14Collection
 
@@ -105,6 +107,19 @@ def test_miniature_release_is_read_from_the_disk(root: Path):
     assert {record.split for record in listing.records} == {"train", "validation", "test"}
     assert next(record for record in listing.records if record.name == "00000002_001.png").boxes is None
     assert {Image.open(record.path).mode for record in listing.records} == {"L", "RGBA"}
+
+
+def test_lists_in_another_encoding_and_one_file_twice_are_refused(root: Path):
+    path = root / "test_list.txt"
+    text = path.read_text()
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(UserError, match=r"test_list\.txt: not text in UTF-8"):
+        NIH14Collection(root).read()
+    path.write_text(text)
+    (root / "images_099" / "images").mkdir(parents=True)
+    shutil.copy(next(root.rglob("00000002_000.png")), root / "images_099" / "images")
+    with pytest.raises(UserError, match=r"00000002_000\.png and .*00000002_000\.png found; expected one file an image"):
+        NIH14Collection(root).read()
 
 
 def test_absent_boxes_are_unknown(root: Path):

@@ -1,5 +1,6 @@
 """Turn a collection into a prepared cache: 8-bit grey squares in a `datasets` folder, with a manifest beside them."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.common.files import old_folder, replace_folder, restore_folder
 from mlvicx_hf.common.machine import available_cores
 from mlvicx_hf.common.progress import progress_bar
@@ -28,6 +29,7 @@ from .shards import Making, Shard, is_made, plan_shards, write_in_order, write_s
 
 SPLIT_SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 CACHE_FITS = ("pad", "squash", "crop")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 USED = "used"  # new name of the folder `shards` when the new cache is complete
 ROBUST = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")  # decoders that do not crash
 
@@ -154,9 +156,19 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
     with _locked(output) as folder:
         try:
             _refuse_existing(output, overwrite)  # another run may have ended since the first check
-            yield folder
-        except (UserError, FileExistsError):
+        except FileExistsError:
             shutil.rmtree(folder)
+            raise
+        try:
+            yield folder
+        except MissingExtraError:  # once it is installed, the next run continues
+            raise
+        except UserError:
+            shutil.rmtree(folder)
+            raise
+        except OSError as error:
+            if error.errno in DISK_FULL and error.filename is None:  # writing does not tell where
+                error.filename = str(folder)
             raise
         (folder / "shards").rename(folder / USED)
         replace_folder(folder / "cache", output)
@@ -237,16 +249,23 @@ def _assign_splits(records: list[Record], splits: str | Path, seed: int, masks: 
 
 
 def _splits_of_file(records: list[Record], path: Path) -> tuple[list[Record], list[str]]:
-    listed = read_split_file(path)
-    chosen = [record for record in records if record.name in listed]
+    listed = {_plain_path(name): split for name, split in read_split_file(path).items()}
+    chosen = [record for record in records if _plain_path(record.name) in listed]
     if not chosen:
         raise UserError(f"{path}: {some(listed)} found; expected images of this collection, such as {records[0].name}")
     notes = [f"split as {path.name} says, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"]
-    if len(chosen) < len(records):
-        notes.append(f"{len(records) - len(chosen)} images that {path.name} does not list were left out")
-    if len(chosen) < len(listed):
-        notes.append(f"{len(listed) - len(chosen)} images that {path.name} lists are not there")
-    return _with_splits(chosen, [listed[record.name] for record in chosen]), notes
+    others = [record.name for record in records if _plain_path(record.name) not in listed]
+    absent = listed.keys() - {_plain_path(record.name) for record in chosen}
+    if others:
+        notes.append(f"{len(others)} images that {path.name} does not list were left out: {some(others, 3)}")
+    if absent:
+        notes.append(f"{len(absent)} images that {path.name} lists are not there: {some(sorted(absent), 3)}")
+    return _with_splits(chosen, [listed[_plain_path(record.name)] for record in chosen]), notes
+
+
+def _plain_path(name: str) -> str:
+    """Write `./a.png` and `x\\b.png` of Windows as `a.png` and `x/b.png`."""
+    return os.path.normpath(name.replace("\\", "/"))
 
 
 def _with_splits(records: list[Record], names: list[str]) -> list[Record]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -207,6 +208,15 @@ def normalize_view(view: str) -> str | None:
     return next((_FRONTAL[word] for word in words if word in _FRONTAL), None)
 
 
+def spelled_as_on_disk(path: Path) -> Path:
+    """A path with letters such as ü in the form, of one or of two characters, in which the file has them, if it exists.
+
+    File names of macOS often have two characters, and tables one.
+    """
+    forms = [path] if str(path).isascii() else [path, *(Path(normalize(form, str(path))) for form in ("NFC", "NFD"))]
+    return next((form for form in forms if os.path.lexists(form)), path)
+
+
 @cache
 def _real(folder: str) -> str:
     return os.path.realpath(folder)
@@ -221,7 +231,7 @@ def file_below(root: Path, name: str, where: str = "") -> Path:
     relative = PurePosixPath(name.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts or Path(name).is_absolute():
         raise UserError(f"{where}file {name!r} found; expected a path below the root {root}")
-    path = root / relative
+    path = spelled_as_on_disk(root / relative)
     real = os.path.realpath(path) if path.is_symlink() else os.path.join(_real(str(path.parent)), path.name)
     if not Path(real).is_relative_to(_real(str(root))):
         raise UserError(f"{where}file {name!r} is a link that leads out of the root {root}")

@@ -19,8 +19,8 @@ from ..options import check_choice
 from .tables import NO_VALUE, CellType
 
 NO_FINDING = "no finding"
-_YES = ("1", "true", "yes", "positive", "present")
-_NO = ("0", "false", "no", "negative", "absent")
+_YES = ("1", "true", "yes", "y", "positive", "pos", "present")
+_NO = ("0", "false", "no", "n", "negative", "neg", "absent")
 # As `plain_cell` writes them:
 BINARY = dict.fromkeys(_NO, 0.0) | dict.fromkeys(_YES, 1.0) | dict.fromkeys(NO_VALUE, math.nan)
 MINUS_ONE = "-1"  # an uncertain label

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from mlvicx_hf.common.text import some
 
 from ..images.pixels import describe_skipped, image_files
 from ..options import check_choice
-from .base import Collection, Listing, Record, file_below, keep_present
+from .base import Collection, Listing, Record, file_below, keep_present, spelled_as_on_disk
 from .cells import label_cells
 from .labels import FILE_COLUMNS, read_labels
 from .layout import FOLDER_MEANINGS, describe_layout, read_layout, refuse_masks
 from .metadata import MASK_COLUMN, chosen_policy, read_records, usual_names
 from .tables import FILLED, Columns, check_unique, find_table, numbered, read_cells, read_columns
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -110,6 +111,11 @@ class FolderCollection(Collection):
             raise UserError(
                 f"{self.folder}: no images found{links}; expected PNG, JPEG, TIFF, WebP, BMP, JPEG 2000 or DICOM"
             )
+        if tables := self._deep_tables(skipped):
+            raise UserError(
+                f"{tables[0]} found; expected one table of all images in {self.folder}, or --metadata TABLE; "
+                "--collection hf reads a table a split, and --folders ignore the images alone"
+            )
         notes = ["no metadata, so no patients are known: each image is counted as a patient of its own"]
         if outside:
             notes.append(f"{outside} links that lead out of {self.folder} were skipped")
@@ -126,6 +132,13 @@ class FolderCollection(Collection):
             for name, label, split in zip(names, labels, splits, strict=True)
         ]
         return Listing(records, tuple(classes), bool(classes), notes=notes, patients_known=False)
+
+    def _deep_tables(self, skipped: Iterable[str]) -> list[Path]:
+        """Find tables of metadata in other places than expected, such as one a split, so that none is passed over."""
+        if self.folders == "ignore" or not set(skipped) & set(TABLE_SUFFIXES):
+            return []
+        tables = (file for file in self.folder.rglob("*") if file.suffix.lower() in TABLE_SUFFIXES)
+        return sorted(file for file in tables if file.name.lower().startswith("metadata."))
 
     def _read_table(self, table: Path) -> Listing:
         given = (self.file_column, self.patient_column, self.mask_column, *(self.label_columns or ()))
@@ -147,7 +160,7 @@ class FolderCollection(Collection):
             records.append(replace(row, labels=label, path=path, mask_path=mask_path))
         if all(row.split is None for row in records):  # the table does not say, but the folders may
             layout = read_layout(self.folder, names, self.folders)
-            notes += describe_layout(replace(layout, classes=None))
+            notes += describe_layout(replace(layout, classes=None, others=()))
             if layout.splits is not None:
                 records = [replace(row, split=split) for row, split in zip(records, layout.splits, strict=True)]
         notes += self._note_unlisted(table, [*names, *masks])
@@ -168,17 +181,17 @@ class FolderCollection(Collection):
 
         Other paths stay as they are, and are refused later.
         """
-        root = Path(os.path.abspath(self.folder))
+        roots = (Path(os.path.abspath(self.folder)), Path(os.path.realpath(self.folder)))
         names = [name.replace("\\", "/") for name in names]
-        paths = (Path(name) for name in names)
+        below = [next((root for root in roots if Path(name).is_relative_to(root)), Path()) for name in names]
         return [
-            path.relative_to(root).as_posix() if path.is_absolute() and path.is_relative_to(root) else name
-            for name, path in zip(names, paths, strict=True)
+            Path(name).relative_to(root).as_posix() if root.name else name
+            for name, root in zip(names, below, strict=True)
         ]
 
     def _note_unlisted(self, table: Path, listed: Sequence[str]) -> list[str]:
         """Note the images below the root that the table does not list."""
-        known = {os.path.normpath(self.folder / name) for name in listed}
+        known = {os.path.normpath(spelled_as_on_disk(self.folder / name)) for name in listed}
         others = [file for file in image_files(self.folder) if os.path.normpath(file) not in known]
         if not others:
             return []

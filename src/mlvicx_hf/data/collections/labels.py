@@ -11,6 +11,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..options import check_once
+from ..vocabulary import common_name
 from .cells import (
     BINARY,
     MINUS_ONE,
@@ -123,7 +124,7 @@ def note_ignored(columns: Iterable[str]) -> tuple[str, ...]:
 
 def _label_columns(table: Path, columns: Columns, candidates: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """Find the columns that hold labels, and note the others."""
-    ignored, chosen, described = [], [], []
+    ignored, chosen, described, lost = [], [], [], []
     for name in candidates:
         known = [value for value in columns[name] if not is_unknown(value)]
         strange = [value for value in known if not _is_flag(value)]
@@ -131,14 +132,16 @@ def _label_columns(table: Path, columns: Columns, candidates: list[str]) -> tupl
         # A column with labels and words: report the words as mistakes later, do not lose the column. A column of other
         # numbers holds measurements, unless most of them are labels.
         if not known or (len(known) <= 2 * len(strange) and (not words or len(strange) == len(known))):
-            ignored.append(f"{name} ({f'holds {strange[0][:40]!r}' if strange else 'empty'})")
+            found = lost if strange and common_name(None, name) else ignored
+            found.append(f"{name} ({f'holds {strange[0][:40]!r}' if strange else 'empty'})")
         elif not name or any(map(NOT_FINDINGS.fullmatch, _WORDS.findall(name))):
             described.append(name or "the first, without a name")
         else:
             chosen.append(name)
     _check_spellings(table, chosen)
     listed = f"columns of 0 and 1 whose names are of no finding: {some(described, 30)} (--label_columns takes them)"
-    return chosen, (*note_ignored(ignored), *([listed] if described else []))
+    named = f"columns named for a finding that hold other values than 0 and 1, no labels: {some(lost, 30)}"
+    return chosen, (*note_ignored(ignored), *([listed] if described else []), *([named] if lost else []))
 
 
 def _check_spellings(table: Path, names: Sequence[str]) -> None:

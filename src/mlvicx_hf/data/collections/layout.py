@@ -10,6 +10,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from .base import SPLIT_NAMES
+from .cells import one_spelling
 
 FOLDER_MEANINGS = ("read", "classes", "ignore")  # what the folders mean
 MOST_CLASSES = 50
@@ -22,6 +23,7 @@ class Layout:
 
     splits: list[str] | None = None
     classes: list[str] | None = None
+    others: tuple[str, ...] = ()  # folders that are not taken for classes, though they may be
 
 
 def split_of(folder: str) -> str | None:
@@ -30,19 +32,24 @@ def split_of(folder: str) -> str | None:
 
 
 def refuse_masks(root: Path, names: Sequence[str]) -> None:
-    """Refuse folders of masks beside those of radiographs: without a table they would be read as radiographs.
+    """Refuse masks beside radiographs, in folders or files named so: without a table they would be read as radiographs.
 
     Raises:
-        UserError: naming such a folder and an image.
+        UserError: naming such a folder or file, and an image.
     """
-    parts = [PurePosixPath(name).parts[:-1] for name in names]
-    inside = [next((part for part in found if part.lower() in NOT_RADIOGRAPHS), None) for found in parts]
+    inside = [next(filter(_is_mask, PurePosixPath(name).with_suffix("").parts), None) for name in names]
     if any(inside) and not all(inside):
         raise UserError(
-            f"{root}: folder {next(filter(None, inside))} found beside images such as {names[inside.index(None)]}; "
+            f"{root}: {next(filter(None, inside))} found beside images such as {names[inside.index(None)]}; "
             "expected radiographs alone: a metadata.csv with a column mask_file_name names the masks, and --folders "
             "ignore takes all for radiographs"
         )
+
+
+def _is_mask(name: str) -> bool:
+    """Whether the name of a folder or file, such as `infection masks` or `leftMask`, has a word for masks."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    return any(word.lower() in NOT_RADIOGRAPHS for word in words)
 
 
 def read_layout(root: Path, names: Sequence[str], folders: str | None = None) -> Layout:
@@ -58,7 +65,8 @@ def read_layout(root: Path, names: Sequence[str], folders: str | None = None) ->
             "ignore" reads nothing.
 
     Raises:
-        UserError: some images lie in a split and others do not, or there are too many classes.
+        UserError: some images lie in a split and others do not; there are too many classes; or one split has classes of
+            which no other split has any.
     """
     if folders == "ignore":
         return Layout()
@@ -69,7 +77,9 @@ def read_layout(root: Path, names: Sequence[str], folders: str | None = None) ->
     if len(splits) < 2:  # a lone folder `train` divides nothing
         if folders == "classes":
             return _without_splits(root, names, parts)
-        return _only(root, names, levels, *named) if splits - {"train"} else Layout()
+        if splits - {"train"}:
+            return _only(root, names, levels, *named)
+        return Layout(others=_folders([found[-1:] for found in parts]))
     usual = Counter(level[0] for level in levels if len(level) == 1).most_common(1)
     odd = [name for name, level in zip(names, levels, strict=True) if not usual or level != [usual[0][0]]]
     if odd:
@@ -81,18 +91,39 @@ def read_layout(root: Path, names: Sequence[str], folders: str | None = None) ->
     level = usual[0][0]
     division = [split_of(found[level]) or "" for found in parts]
     for place in (level + 1, level - 1):
-        classes = [found[place] if 0 <= place < len(found) else "" for found in parts]
-        if all(classes) and _are_classes(division, classes):
+        folders = [found[place] if 0 <= place < len(found) else "" for found in parts]
+        spelling = one_spelling(folders)
+        classes = [spelling[folder] for folder in folders]
+        if all(classes) and _are_classes(root, division, classes):
             return Layout(division, classes)
-    return Layout(division)
+    return Layout(division, others=_folders([found[level + 1 :][-1:] for found in parts]))
 
 
-def _are_classes(splits: Sequence[str], folders: Sequence[str]) -> bool:
-    """Whether most folders occur in two splits or more, and there are at least two."""
+def _are_classes(root: Path, splits: Sequence[str], folders: Sequence[str]) -> bool:
+    """Whether most folders occur in two splits or more, and there are at least two.
+
+    Raises:
+        UserError: they do, but one split shares none of its folders with another.
+    """
     seen: dict[str, set[str]] = defaultdict(set)
     for split, folder in zip(splits, folders, strict=True):
         seen[folder].add(split)
-    return 2 <= len(seen) <= MOST_CLASSES and 2 * sum(len(found) > 1 for found in seen.values()) > len(seen)
+    shared = {folder: found for folder, found in seen.items() if len(found) > 1}
+    if not (2 <= len(seen) <= MOST_CLASSES and 2 * len(shared) > len(seen)):
+        return False
+    for alone in set(splits) - set().union(*shared.values()):
+        own = some(sorted(folder for folder, found in seen.items() if alone in found))
+        raise UserError(
+            f"{root}: folders {own} found in {alone}, and classes {some(sorted(shared))} in the other splits; expected "
+            "the same classes in all of them, or --folders ignore"
+        )
+    return True
+
+
+def _folders(parts: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The folders of images if there are from 2 to as many as there can be classes."""
+    found = sorted({folder for part in parts for folder in part})
+    return tuple(found) if 2 <= len(found) <= MOST_CLASSES else ()
 
 
 def _only(root: Path, names: Sequence[str], levels: Sequence[list[int]], *named: str) -> Layout:
@@ -124,6 +155,9 @@ def describe_layout(layout: Layout) -> list[str]:
         notes.append(f"folders are splits: {_counted(layout.splits)} (--folders ignore)")
     if layout.classes is not None:
         notes.append(f"folders are classes: {_counted(layout.classes)} (--folders ignore)")
+    if layout.others:
+        advice = "the same classes in every split, or a metadata.csv" if layout.splits else "--folders classes"
+        notes.append(f"folders {some(layout.others)} are not taken for classes ({advice} would give labels)")
     return notes
 
 

@@ -3,30 +3,36 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
-from .base import SPLIT_NAMES, Record
+from .base import SPLIT_NAMES, Record, normalize_view
 from .labels import LONE_COLUMNS, RESERVED_COLUMNS
 from .people import parse_age, parse_sex, read_patients
 from .tables import Columns, parse_known, read_splits, read_views
 
 MASK_COLUMN = "mask_file_name"
-# Names of columns that tell an official division into splits, without case, blanks, `_` and `-`.
+# Names of columns, without case, blanks and signs, that tell an official division into splits,
 SPLIT_LIKE = re.compile(
     "subsets?|k?folds?|cvfold|set|partition|phase|usage|data(sub)?sets?|(data(set)?|official|original)split|splits|"
     "splitname|train(val)?test(split)?"
 )
+# the patient,
+PATIENT_LIKE = re.compile("(patient|subject|person|participant)s?(id|no|nr|num|number|name|key|code)?|pid|mrn")
+# and the view.
+VIEW_LIKE = ("view", "viewposition", "projection")
+NO_VIEW = (None, "UNKNOWN")
 
 
 def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> tuple[Columns, list[str]]:
     """Rename `Patient ID` to `patient_id` and so on: otherwise a patient could silently be in two splits.
 
     A column that tells an official division, such as `subset`, becomes `split` if it holds the names of splits alone.
-    Names that the user gave stay as they are. Return the columns, and notes of renamed or ignored ones.
+    One such as `Projection` becomes `view` if it holds views. Names that the user gave stay as they are. Return the
+    columns, and notes of renamed or ignored ones.
 
     Raises:
         UserError: two columns would have the same name.
@@ -37,6 +43,9 @@ def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> t
     if twice:
         listed = some((name for name in columns if new[name] == twice[0]), 9)
         raise UserError(f"{table}: columns {listed} found; expected one of them as {twice[0]}")
+    view = find_view(columns, given)
+    if view and "view" not in new.values() and any(normalize_view(cell) not in NO_VIEW for cell in columns[view]):
+        new[view] = "view"
     unused = []
     for name in (name for name in columns if SPLIT_LIKE.fullmatch(_plain(name)) and name not in given):
         if "split" not in new.values() and all(cell.lower() in SPLIT_NAMES for cell in columns[name]):
@@ -56,8 +65,14 @@ def chosen_policy(**options: str | None) -> dict[str, str]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def find_view(names: Iterable[str], given: Sequence[str | None] = ()) -> str | None:
+    """Find the column of views by its name: `view`, or else one such as `View Position`; None if there is none."""
+    spelled = {_plain(name): name for name in names if name not in given}
+    return next((spelled[name] for name in VIEW_LIKE if name in spelled), None)
+
+
 def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name).lower()
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def read_records(
@@ -89,6 +104,7 @@ def read_records(
     if not known and patient_column is not None:
         raise UserError(f"{table}: columns {some(columns, 30)} found; expected the patient in {column}")
     if not known:
+        _refuse_unnamed_patients(table, columns)
         notes.append(
             f"{table.name} has no column patient_id: each image is counted as a patient of its own, so one patient's "
             "images may fall into two splits (--patient_column names the column)"
@@ -104,3 +120,13 @@ def read_records(
         Record(name, patient, view, split=split, sex=sex, age=age) for name, patient, view, split, sex, age in rows
     ]
     return records, known
+
+
+def _refuse_unnamed_patients(table: Path, columns: Columns) -> None:
+    """Refuse a column that seems to name the patients of several images each: they could fall into two splits."""
+    for name, cells in columns.items():
+        if PATIENT_LIKE.fullmatch(_plain(name)) and len(set(cells)) < len(cells) and any(cells):
+            raise UserError(
+                f"{table}: column {name} found, which seems to tell the patient, in several rows each, and no column "
+                f"patient_id; expected --patient_column {name}, or the name of another column that tells it"
+            )

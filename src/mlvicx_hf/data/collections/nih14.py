@@ -73,7 +73,10 @@ class NIH14Collection(ReleasedCollection):
         ages, notes = believe_ages(written_ages)
         splits = self._splits(names, patients, labels)
         folders = [self.folder / "images", *(folder / "images" for folder in sorted(self.folder.glob("images_*")))]
-        files = {file.name: file for folder in folders for file in image_files(folder)}
+        found = [file for folder in folders for file in image_files(folder)]
+        files = {file.name: file for file in found}
+        if twice := [file for file in found if files[file.name] is not file]:
+            raise UserError(f"{twice[0]} and {files[twice[0].name]} found; expected one file an image")
         boxes = self._read_boxes()
         records = []
         for index, name in enumerate(names):
@@ -114,7 +117,10 @@ class NIH14Collection(ReleasedCollection):
 
     def _read_list(self, name: str) -> set[str]:
         path = find_table(self.folder, name, expected="NIH's official list, one image a line")
-        return {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+        try:
+            return {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not text in UTF-8: {error}") from error
 
 
 def _patient(table: Path, row: int, name: str, number: str) -> str:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlvicx_hf.common.progress import no_datasets_bars
 from mlvicx_hf.common.text import some
 
 from ..images.errors import UnreadableImageError
+from .base import SPLIT_NAMES
 
 SAVED = ("dataset_dict.json", "state.json")  # files of `save_to_disk` in a folder
 IMAGE_ROWS = 16  # images to read at a time; a parquet file may hold a thousand in one piece
@@ -132,12 +134,30 @@ def _location(path: str | Path, name: str | None, revision: str | None) -> dict[
     text = str(path)
     kind_of_file = Path(text).suffix.removeprefix(".")
     if kind_of_file in ("parquet", "arrow"):
-        return {"path": kind_of_file, "data_files": {"train": _matching(Path(text))}}
+        return {"path": kind_of_file, "data_files": _by_split(text, _matching(Path(text)))}
     if not Path(text).exists() and (text.startswith(("/", ".", "~")) or text.count("/") > 1 or not text):
         raise FileNotFoundError(
             f"{text!r} found; expected a folder or file that exists, or the name of a dataset on the Hub"
         )
     return {"path": text, "name": name, "revision": revision}
+
+
+def _by_split(where: str, files: Sequence[str]) -> dict[str, list[str]]:
+    """Group files by the splits that their names begin with, such as `test-00000-of-00001.parquet`.
+
+    If all begin with the same one, or none does, all are train.
+
+    Raises:
+        UserError: some names begin with a split, and others do not.
+    """
+    named = [(SPLIT_NAMES.get(re.split(r"[\W_]", Path(file).name.lower())[0]), file) for file in files]
+    groups = {split: [file for name, file in named if name == split] for split, _ in named}
+    if len(groups) == 1:
+        return {"train": list(files)}
+    if None in groups:
+        listed = some((found[0] for found in groups.values()), 3)
+        raise UserError(f"{where}: files {listed} found; expected all or none with train, validation or test in front")
+    return {str(split): found for split, found in groups.items()}
 
 
 def _build(location: dict[str, Any], streaming: bool, columns: Sequence[str] | None, rows: int) -> Opened:

@@ -65,9 +65,12 @@ _ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 def plain_patient(patient: str) -> str:
     """Write a patient without leading zeros, a final `.0`, upper case and blanks: 001, 1.0 and 1 are the same.
 
-    An ü of one character and one of two (u and dots, as macOS writes it) are the same, too.
+    An ü of one character and one of two (u and dots, as macOS writes it) are the same, and so are all kinds of dashes.
+    Characters that cannot be seen, which come along when a cell is copied from a document, do not count.
     """
     text = unicodedata.normalize("NFKC", "".join(patient.split())).casefold()
+    kinds = [(character, unicodedata.category(character)) for character in text]
+    text = "".join("-" if kind == "Pd" else character for character, kind in kinds if kind not in ("Cf", "Cc"))
     return _ZEROS.sub("", _DECIMALS.sub("", text))
 
 

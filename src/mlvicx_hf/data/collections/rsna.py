@@ -107,7 +107,7 @@ class RSNACollection(ReleasedCollection):
         for row, (image, file) in numbered(table, rows):
             if image in wanted:
                 patient, _, rest = file.partition("_")
-                if not patient.isdigit() or not rest:
+                if not (patient.isdecimal() and len(patient) == 8 and rest):
                     raise UserError(
                         f"{table}: row {row}, column img_id: {file!r} found; expected an NIH file such as "
                         "00000001_000.png"

@@ -235,6 +235,8 @@ def as_text(value: Any) -> str:
         return str(int(value))
     if isinstance(value, (list, tuple, dict)):
         return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, bytes):  # text that some programs write without saying so
+        value = value.decode(errors="backslashreplace")
     return str(value).strip()
 
 

@@ -526,7 +526,10 @@ def _uses_more_bits(dataset: Dataset, header: _Header, words: np.ndarray, counts
     present = np.flatnonzero(counts)
     present = present[present != _padding_word(dataset, header)]
     above = present >> (header.high + 1)
-    if header.signed and (above == (present >> header.high & 1) * (2 ** (header.container - 1 - header.high) - 1)).all():
+    if (
+        header.signed
+        and (above == (present >> header.high & 1) * (2 ** (header.container - 1 - header.high) - 1)).all()
+    ):
         return False  # the sign, repeated
     varying = int(np.bitwise_or.reduce(above) & ~np.bitwise_and.reduce(above)) if len(above) else 0
     if not varying:

@@ -92,8 +92,9 @@ def _images_below(
             subfolders.clear()
             continue
         seen.add(real)
-        skipped["hidden"] += sum(name.startswith(".") for name in (*subfolders, *files))
-        visible = sorted(name for name in subfolders if not name.startswith("."))
+        skipped["hidden"] += sum(name.startswith((".", "@")) for name in subfolders)  # @eaDir has a server's thumbnails
+        skipped["hidden"] += sum(name.startswith(".") for name in files)
+        visible = sorted(name for name in subfolders if not name.startswith((".", "@")))
         links += [path for path in (os.path.join(parent, name) for name in visible) if os.path.islink(path)]
         subfolders[:] = [name for name in visible if not os.path.islink(os.path.join(parent, name))]
         for name in sorted(name for name in files if not name.startswith(".")):

@@ -39,6 +39,7 @@ from mlvicx_hf.common.text import some
 
 from ..cache.cache import MANIFEST, load_cache
 from ..collections.base import normalize_view
+from ..collections.metadata import find_view
 from ..collections.opening import (
     IMAGE_ROWS,
     TABLE_ROWS,
@@ -89,7 +90,8 @@ def open_stream(
     Args:
         path: folder of a cache, or any path that `open_dataset` takes.
         split: name of the split in the dataset.
-        views: "frontal" leaves out rows whose column `view` says lateral; "all" ignores this column.
+        views: "frontal" leaves out rows whose column `view`, or `View Position`, or `Projection`, says lateral; "all"
+            ignores this column.
         num_images: number of images in an epoch, if the data does not tell it or fewer are wanted.
         size: side of the squares in pixels. A cache has its own size.
         image_column: by default the only Image column.
@@ -107,10 +109,12 @@ def open_stream(
         raise UserError(f"split={split!r} found; {path} has {', '.join(opened.splits)}")
     features = opened.splits[split].features
     image = find_image_column(path, features, image_column)
-    view = "view" if views == "frontal" and "view" in features else None
+    view = find_view(features) if views == "frontal" else None
     counted, lengths, left_out = opened.counts[split], opened.lengths.get(split), None if view else 0
     if view is not None and counted is not None and opened.local:
-        lengths = _count_frontal(open_dataset(path, streaming=True, columns=[view], rows=TABLE_ROWS), split, features)
+        lengths = _count_frontal(
+            open_dataset(path, streaming=True, columns=[view], rows=TABLE_ROWS), split, features, view
+        )
         counted, left_out = sum(lengths), counted - sum(lengths)
     elif view is not None and counted is not None and num_images is None:
         raise UserError(
@@ -153,16 +157,16 @@ def _class_names(features: Any, column: str | None) -> list[str] | None:
     return features[column].names if column and isinstance(features[column], datasets.ClassLabel) else None
 
 
-def _count_frontal(opened: Any, split: str, features: Any) -> list[int]:
-    """Count the frontal rows of each shard."""
-    names, stream = _class_names(features, "view"), opened.splits[split]
+def _count_frontal(opened: Any, split: str, features: Any, view: str) -> list[int]:
+    """Count the frontal rows of each shard by a column of views."""
+    names, stream = _class_names(features, view), opened.splits[split]
     shards = (stream.shard(num_shards=stream.num_shards, index=shard) for shard in range(stream.num_shards))
     batches = (shard.iter(batch_size=TABLE_ROWS) for shard in shards)
-    return [sum(is_frontal(value, names) for batch in shard for value in batch["view"]) for shard in batches]
+    return [sum(is_frontal(value, names) for batch in shard for value in batch[view]) for shard in batches]
 
 
 def is_frontal(view: Any, names: list[str] | None = None) -> bool:
-    """Check whether a cell of the column `view` is not lateral. Unknown views count as frontal."""
+    """Check whether a cell of a column of views is not lateral. Unknown views count as frontal."""
     text = names[view] if names and isinstance(view, int) and view >= 0 else str(view or "")
     return normalize_view(text) != LATERAL
 
