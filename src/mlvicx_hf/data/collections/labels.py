@@ -124,7 +124,9 @@ def note_ignored(columns: Iterable[str]) -> tuple[str, ...]:
 
 def _label_columns(table: Path, columns: Columns, candidates: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """Find the columns that hold labels, and note the others."""
-    ignored, chosen, described, lost = [], [], [], []
+    ignored: list[str] = []
+    lost: list[str] = []
+    chosen, described = [], []
     for name in candidates:
         known = [value for value in columns[name] if not is_unknown(value)]
         strange = [value for value in known if not _is_flag(value)]

@@ -91,9 +91,9 @@ def read_layout(root: Path, names: Sequence[str], folders: str | None = None) ->
     level = usual[0][0]
     division = [split_of(found[level]) or "" for found in parts]
     for place in (level + 1, level - 1):
-        folders = [found[place] if 0 <= place < len(found) else "" for found in parts]
-        spelling = one_spelling(folders)
-        classes = [spelling[folder] for folder in folders]
+        inside = [found[place] if 0 <= place < len(found) else "" for found in parts]
+        spelling = one_spelling(inside)
+        classes = [spelling[folder] for folder in inside]
         if all(classes) and _are_classes(root, division, classes):
             return Layout(division, classes)
     return Layout(division, others=_folders([found[level + 1 :][-1:] for found in parts]))
