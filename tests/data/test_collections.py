@@ -647,15 +647,17 @@ def test_phantoms_are_listed_with_the_labels_of_their_drawings():
 
 @pytest.mark.parametrize("mask", ["lungs", "heart", "Nodule"])
 def test_phantoms_draw_the_mask_that_is_asked_for(mask: str):
-    listing = PhantomCollection(2, 1, size=48, mask=mask).read()
+    listing = PhantomCollection(2, 1, size=48, mask_names=mask).read()
     assert listing.mask_names == (mask,)
     for patient, record in enumerate(listing.records):
         assert np.array_equal(record.draw().mask, draw_phantom(patient, size=48).masks[mask])
 
 
 def test_unknown_masks_of_phantoms_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"mask='Lungs' found; expected one of lungs, heart, Cardiomegaly, .*Nodule"):
-        PhantomCollection(mask="Lungs")
+    with pytest.raises(
+        ValueError, match=r"mask_names='Lungs' found; expected one of lungs, heart, Cardiomegaly, .*Nodule"
+    ):
+        PhantomCollection(mask_names="Lungs")
 
 
 def test_no_phantoms_are_refused():

@@ -588,7 +588,7 @@ def test_phantoms_say_that_they_are_synthetic(tmp_path: Path):
 
 
 def test_phantoms_bring_one_of_their_masks(tmp_path: Path):
-    collection = PhantomCollection(10, 2, size=32, mask="Pneumothorax")
+    collection = PhantomCollection(10, 2, size=32, mask_names="Pneumothorax")
     summary = prepare(collection, tmp_path / "cache", size=32, progress=False)
     cache = load_cache(tmp_path / "cache")
     assert cache.mask_names == ("Pneumothorax",)

@@ -22,11 +22,6 @@ OF_CACHE = (
     *("size", "fit", "splits", "seed", "drop_duplicates", "drop_flat"),
     *("allow_missing", "max_images", "num_workers", "overwrite"),
 )
-# Parameters of a constructor that are called otherwise on the command line, where `prepare` has these names itself.
-PARAMETERS = {
-    "hf": {"root": "path", "config_name": "name", "split_names": "splits"},
-    "phantom": {"mask_names": "mask"},
-}
 LISTS = ("label_columns", "label_names", "mask_names")  # joined by commas
 
 
@@ -111,9 +106,7 @@ def make_collection(name: str, options: Mapping[str, Any], seed: int, size: int)
 
     kind, given = collection_class(name), dict(options)
     parameters = inspect.signature(kind).parameters
-    renamed = PARAMETERS.get(name, {})
-    hidden = set(renamed.values())  # one constructor's `splits` is not the option --splits
-    strange = [f"--{key}" for key in given if key not in renamed and (key not in parameters or key in hidden)]
+    strange = [f"--{key}" for key in given if key not in parameters]
     if strange:
         raise UserError(f"{', '.join(strange)} found; --collection {name} does not take it")
     for key in LISTS:
@@ -121,11 +114,9 @@ def make_collection(name: str, options: Mapping[str, Any], seed: int, size: int)
             given[key] = [word.strip() for word in given[key].split(",")]
     if "split_names" in given:
         given["split_names"] = parse_split_names(given["split_names"])
-    given = {renamed.get(key, key): value for key, value in given.items()}
     if "root" in parameters and "root" not in given:
-        raise UserError(f"no --root found; --collection {name} expects the folder of its images")
-    if "path" in parameters and "path" not in given:
-        raise UserError(f"no --root found; --collection {name} expects a dataset's name, folder or file")
+        expected = "a dataset's name, folder or file" if name == "hf" else "the folder of its images"
+        raise UserError(f"no --root found; --collection {name} expects {expected}")
     shared = {key: value for key, value in (("seed", seed), ("size", size)) if key in parameters}
     return kind(**given, **shared)
 

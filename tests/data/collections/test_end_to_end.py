@@ -183,7 +183,7 @@ CASES = {
         "mimic_cxr_jpg", (18, 6, 6), {"Pleural Effusion": 20, "Edema": 12}, written(write_mimic_cxr_jpg), {}, trained=12
     ),
     "phantom": Case(
-        "phantom", (14, 2, 4), {}, None, {"num_patients": 10, "images_per_patient": 2, "mask": "lungs"}, masks=20
+        "phantom", (14, 2, 4), {}, None, {"num_patients": 10, "images_per_patient": 2, "mask_names": "lungs"}, masks=20
     ),
 }
 
@@ -414,10 +414,10 @@ TAKEN: dict[str, dict[str, tuple[list[str], str, Any]]] = {
         "uncertain": (["zeros"], "uncertain", "zeros"),
         "label_names": (["Edema"], "label_names", ["Edema"]),
         "patient_ids": (["normalised"], "patient_ids", "normalised"),
-        "config_name": (["small"], "open.args", ("root", "small", None)),
-        "revision": (["v1"], "open.args", ("root", None, "v1")),
+        "config_name": (["small"], "config_name", "small"),
+        "revision": (["v1"], "revision", "v1"),
         "streaming": ([], "streaming", True),
-        "split_names": (["a=train, b=test"], "splits", {"a": "train", "b": "test"}),
+        "split_names": (["a=train, b=test"], "split_names", {"a": "train", "b": "test"}),
     },
     "nih14": {"metadata": (["table.csv"], "metadata", Path("table.csv"))},
     "vinbigdata": {"readers": (["majority"], "readers", "majority")},
@@ -433,7 +433,7 @@ TAKEN: dict[str, dict[str, tuple[list[str], str, Any]]] = {
     "phantom": {
         "num_patients": (["7"], "num_patients", 7),
         "images_per_patient": (["2"], "images_per_patient", 2),
-        "mask_names": (["heart"], "mask", "heart"),
+        "mask_names": (["heart"], "mask_names", "heart"),
     },
 }
 OPTIONS = {option: words for taken in TAKEN.values() for option, (words, _, _) in taken.items()} | {"root": ["root"]}

@@ -284,11 +284,11 @@ def test_other_splits_are_named_and_can_be_mapped(tmp_path: Path):
     DatasetDict(splits).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match="splits extra found; expected train, validation"):
         HFCollection(tmp_path / "data").read()
-    listing = HFCollection(tmp_path / "data", splits={"extra": "test"}).read()
+    listing = HFCollection(tmp_path / "data", split_names={"extra": "test"}).read()
     assert [(record.name, record.split) for record in listing.records] == [("extra/0", "test"), ("extra/1", "test")]
     assert contents(listing, False) == [png(10), png(11)]
     with pytest.raises(ValueError, match=r"splits more=test found; expected some of train, extra"):
-        HFCollection(tmp_path / "data", splits={"more": "test"}).read()
+        HFCollection(tmp_path / "data", split_names={"more": "test"}).read()
 
 
 def test_a_column_of_splits_in_a_dataset_without_any(tmp_path: Path):

@@ -132,13 +132,16 @@ class Collection(ABC):
 
     Attributes:
         name: name for `mlvicx prepare --collection`.
-        source: prefix of the column `source` in the cache.
+        source: prefix of the column `source` in the cache; the name, unless a subclass says otherwise.
         synthetic: whether the images are drawn, not taken of patients.
     """
 
     name: str
     source: str
     synthetic: bool = False
+
+    def __init_subclass__(cls) -> None:
+        cls.source = vars(cls).get("source", getattr(cls, "name", ""))
 
     @abstractmethod
     def read(self) -> Listing:

@@ -50,7 +50,6 @@ class CheXpertCollection(ReleasedCollection):
     """
 
     name = "chexpert"
-    source = "chexpert"
 
     _: KW_ONLY
     uncertain: str = "ignore"  # what a label of -1 becomes: "ignore" (unknown), "ones" or "zeros"

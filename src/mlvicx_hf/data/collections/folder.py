@@ -50,7 +50,6 @@ class FolderCollection(Collection):
     """
 
     name = "folder"
-    source = "folder"
 
     root: str | Path
     metadata: str | Path | None = None

@@ -5,7 +5,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def load_mask(file: str, changed: int, row: int, column: str, folder: str | None
     return decode_mask(load_row(file, changed, row, column, folder), f"{column} of row {row + 1}")
 
 
+@dataclass
 class HFCollection(Collection):
     """A dataset that `datasets` reads.
 
@@ -53,8 +54,8 @@ class HFCollection(Collection):
     each), or of lists of class labels (several findings).
 
     Args:
-        path: name on the Hub, folder, parquet or Arrow files, or a folder of `save_to_disk`.
-        name: name of the configuration, if there are several.
+        root: name on the Hub, folder, parquet or Arrow files, or a folder of `save_to_disk`.
+        config_name: name of the configuration, if there are several.
         revision: branch, tag or commit on the Hub.
         streaming: read the dataset in order, without downloading it first and without masks.
         image_column: by default the only Image column.
@@ -66,41 +67,29 @@ class HFCollection(Collection):
         mask_column: Image column of masks, empty if they are unknown.
         mask_names: one structure, or the classes by pixel value, the background first.
         uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
-        splits: the splits to read → our names of them, such as {"images_2020": "train"}.
+        split_names: the splits to read → our names of them, such as {"images_2020": "train"}.
     """
 
     name = "hf"
-    source = "hf"
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        name: str | None = None,
-        revision: str | None = None,
-        streaming: bool = False,
-        image_column: str | None = None,
-        patient_column: str | None = None,
-        patient_ids: str | None = None,
-        label_columns: Sequence[str] | None = None,
-        label_names: Sequence[str] | None = None,
-        mask_column: str | None = None,
-        mask_names: Sequence[str] | None = None,
-        uncertain: str | None = None,
-        splits: Mapping[str, str] | None = None,
-    ) -> None:
-        self.path = str(path)
-        self.open = partial(open_dataset, path, name, revision, streaming=streaming)
-        self.streaming = streaming
-        self.image_column = image_column
-        self.patient_column = patient_column
-        self.patient_ids = patient_ids
-        self.label_columns = label_columns
-        self.label_names = label_names
-        self.mask_column = mask_column
-        self.mask_names = mask_names
-        self.uncertain = uncertain
-        self.splits = splits
+    root: str | Path
+    _: KW_ONLY
+    config_name: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    image_column: str | None = None
+    patient_column: str | None = None
+    patient_ids: str | None = None
+    label_columns: Sequence[str] | None = None
+    label_names: Sequence[str] | None = None
+    mask_column: str | None = None
+    mask_names: Sequence[str] | None = None
+    uncertain: str | None = None
+    split_names: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        self.path = str(self.root)
+        self.open = partial(open_dataset, self.root, self.config_name, self.revision, streaming=self.streaming)
 
     def read(self) -> Listing:
         """List the rows of all splits, without their pixels."""
@@ -151,22 +140,22 @@ class HFCollection(Collection):
     def _choose_splits(self, opened: Opened) -> dict[str, str | None]:
         """Choose the splits to read, and map each to our name. Map train to None if it is the only split."""
         found = list(opened.splits)
-        if self.splits is not None:
-            strange = [split for split in self.splits if split not in found]
-            if strange or not set(self.splits.values()) <= set(SPLIT_NAMES):
-                given = ", ".join(f"{theirs}={ours}" for theirs, ours in self.splits.items())
+        if self.split_names is not None:
+            strange = [split for split in self.split_names if split not in found]
+            if strange or not set(self.split_names.values()) <= set(SPLIT_NAMES):
+                given = ", ".join(f"{theirs}={ours}" for theirs, ours in self.split_names.items())
                 raise UserError(
                     f"{self.path}: splits {given} found; expected some of {some(found, 30)}, each as train, "
                     "validation or test"
                 )
-            return {theirs: SPLIT_NAMES[ours] for theirs, ours in self.splits.items()}
+            return {theirs: SPLIT_NAMES[ours] for theirs, ours in self.split_names.items()}
         if found == ["train"]:
             return {"train": None}
         strange = [split for split in found if split not in SPLIT_NAMES]
         if strange:
             raise UserError(
                 f"{self.path}: splits {some(strange)} found; expected train, validation (val, valid, dev) and test, or "
-                "`splits` to say which is which"
+                "--split_names to say which is which"
             )
         return {split: SPLIT_NAMES[split] for split in found}
 

@@ -30,7 +30,6 @@ class MIMICCXRJPGCollection(ReleasedCollection):
     """
 
     name = "mimic_cxr_jpg"
-    source = "mimic_cxr_jpg"
 
     _: KW_ONLY
     uncertain: str = "ignore"  # what a label of -1 becomes: "ignore" (unknown), "ones" or "zeros"

@@ -57,7 +57,6 @@ class NIH14Collection(ReleasedCollection):
     """
 
     name = "nih14"
-    source = "nih14"
     layout = "images/ or images_001/images/ and so on"
 
     metadata: str | Path | None = None  # the table; by default the 2020 version, else the 2017 one

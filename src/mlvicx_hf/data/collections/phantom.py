@@ -23,12 +23,12 @@ class PhantomCollection(Collection):
     _: KW_ONLY
     size: int = 256  # side of the drawing in pixels
     seed: int = 0  # another seed gives other patients
-    mask: str | None = None  # "lungs", "heart" or a finding, to draw its masks as well
+    mask_names: str | None = None  # "lungs", "heart" or a finding, to draw its masks as well
 
     def __post_init__(self) -> None:
         check_least(1, num_patients=self.num_patients, images_per_patient=self.images_per_patient)
-        if self.mask is not None:
-            check_choice("mask", self.mask, MASKS)
+        if self.mask_names is not None:
+            check_choice("mask_names", self.mask_names, MASKS)
 
     def read(self) -> Listing:
         """List the images. Their pixels are drawn later."""
@@ -36,9 +36,9 @@ class PhantomCollection(Collection):
         for patient in range(self.num_patients):
             name, labels = f"phantom-{patient:06d}", phantom_labels(patient, seed=self.seed)
             for image in range(self.images_per_patient):
-                draw = partial(draw_image, patient, image, max(_SMALLEST, self.size), self.seed, self.mask)
+                draw = partial(draw_image, patient, image, max(_SMALLEST, self.size), self.seed, self.mask_names)
                 records.append(Record(f"{name}-{image}", name, "PA", labels, draw=draw))
-        return Listing(records, FINDINGS, mask_names=() if self.mask is None else (self.mask,))
+        return Listing(records, FINDINGS, mask_names=() if self.mask_names is None else (self.mask_names,))
 
 
 def draw_image(patient: int, image: int, size: int, seed: int, mask: str | None = None) -> Drawing:

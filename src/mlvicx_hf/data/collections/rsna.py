@@ -53,7 +53,6 @@ class RSNACollection(ReleasedCollection):
     """
 
     name = "rsna"
-    source = "rsna"
     layout = f"<patientId>.dcm, .png or .jpg in {'/, '.join(FOLDERS)}/"
 
     _: KW_ONLY

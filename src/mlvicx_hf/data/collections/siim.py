@@ -34,7 +34,6 @@ class SIIMCollection(ReleasedCollection):
     """
 
     name = "siim"
-    source = "siim"
     layout = "<ImageId>.dcm or .png in any folders below, and its mask if masks are files"
 
     _: KW_ONLY

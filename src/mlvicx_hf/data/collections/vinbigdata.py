@@ -45,7 +45,6 @@ class VinBigDataCollection(ReleasedCollection):
     """
 
     name = "vinbigdata"
-    source = "vinbigdata"
 
     _: KW_ONLY
     # "any" counts a finding that one reader saw; "majority" counts one that two of the three readers saw. Boxes are

@@ -8,6 +8,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from ..splits import split_by_patient
+from ..vocabulary import release_labels
 from .base import Listing, Record, ReleasedCollection
 from .readers import (
     BOX_COLUMNS,
@@ -21,31 +22,8 @@ from .readers import (
 )
 from .tables import TEXT, ZERO_OR_ONE, find_table, numbered, one_of, read_table
 
-LOCAL_FINDINGS = (
-    "Aortic enlargement",
-    "Atelectasis",
-    "Calcification",
-    "Cardiomegaly",
-    "Clavicle fracture",
-    "Consolidation",
-    "Edema",
-    "Emphysema",
-    "Enlarged PA",
-    "ILD",
-    "Infiltration",
-    "Lung Opacity",
-    "Lung cavity",
-    "Lung cyst",
-    "Mediastinal shift",
-    "Nodule/Mass",
-    "Pleural effusion",
-    "Pleural thickening",
-    "Pneumothorax",
-    "Pulmonary fibrosis",
-    "Rib fracture",
-    "Other lesion",
-)
 DISEASES = ("COPD", "Lung tumor", "Pneumonia", "Tuberculosis", "Other diseases")  # of the whole image: no boxes
+LOCAL_FINDINGS = (*sorted({*release_labels("vindr")} - {*DISEASES, "Other disease", "Other lesion"}), "Other lesion")
 VINDR_FINDINGS = (*LOCAL_FINDINGS, *DISEASES)
 COMMON_NAMES = {"Other disease": "Other diseases"}  # the test tables' spelling to that of the training tables
 CONSENSUS = "consensus"
@@ -62,7 +40,6 @@ class VinDrCollection(ReleasedCollection):
     """
 
     name = "vindr"
-    source = "vindr"
 
     _: KW_ONLY
     # "any" counts a finding of a training image that one reader saw; "majority" counts one that two of the three saw.
