@@ -136,7 +136,7 @@ def is_alive(pid: int) -> bool:
         (["--collection", "phantom", "--root", "x"], "--root found; --collection phantom does not take it"),
         (["--collection", "nih14", "--root", "x", "--num_patients", "3"], "--num_patients found; --collection nih14"),
         (["--collection", "nih14", "--root", "x", "--mask_names", "x"], "--mask_names found; --collection nih14 does"),
-        (["--collection", "phantom", "--mask_names", "a,b"], "mask_names='a,b' found; expected one of lungs, heart, Card"),
+        (["--collection", "phantom", "--mask_names", "a,b"], "mask_names='a,b' found; expected one of lungs, heart"),
         (["--collection", "phantom", "--size", "0"], "size=0"),
         (["--collection", "phantom", "--num_patients", "0"], "num_patients=0"),
     ],

@@ -82,6 +82,9 @@ def test_saved_and_loaded_unchanged(tmp_path: Path):
         ({"invariance_reduction": "max"}, "'max' found; expected 'mean' or 'sum'"),
         ({"problem_type": "regression"}, "'regression' found; expected 'multi_label_classification'"),
         ({"problem_type": "multilabel"}, "multilabel"),
+        ({"id2label": {1: "a", 2: "b"}}, "expected another name for each number from 0 on"),
+        ({"id2label": {0: "a", 1: "a"}}, "expected another name for each number from 0 on"),
+        ({"num_labels": -1}, "num_labels=-1 found; expected 0 or more"),
     ],
 )
 def test_values_outside_their_range_are_refused(values: dict[str, Any], message: str):
@@ -224,8 +227,15 @@ def test_other_labels_leave_thresholds_and_calibration_behind(tmp_path: Path):
     kept = {"decision_thresholds": {"method": "youden", "values": {"a": 0.3, "b": 0.4}}, "positive_weights": [1.0, 2.0]}
     config = tiny_config(id2label={0: "a", 1: "b"}, **kept)
     config.save_pretrained(tmp_path)
-    same = MLVICXConfig.from_pretrained(tmp_path, id2label={0: "a", 1: "b"})
-    assert same.decision_thresholds == kept["decision_thresholds"]
-    for change in ({"id2label": {0: "b", 1: "a"}}, {"num_labels": 3}):
+    for names in ({0: "a", 1: "b"}, {"1": "b", "0": "a"}):
+        same = MLVICXConfig.from_pretrained(tmp_path, id2label=names)
+        assert same.decision_thresholds == kept["decision_thresholds"]
+        assert same.id2label == {0: "a", 1: "b"}
+    single = {"problem_type": "single_label_classification"}
+    for change in ({"id2label": {0: "b", 1: "a"}}, {"id2label": {1: "a", 0: "b"}}, {"num_labels": 3}, single):
         other = MLVICXConfig.from_pretrained(tmp_path, **change)
         assert other.decision_thresholds is other.positive_weights is None
+
+
+def test_whole_numbers_are_weights():
+    assert tiny_config(num_labels=2, positive_weights=[1, 9]).positive_weights == [1, 9]

@@ -150,7 +150,8 @@ def test_the_robust_range_lies_within_the_values(values: list[int]):
         (np.zeros((4, 4), complex), "complex128 found"),
         (np.array([["a"]]), "expected boolean, integer or float"),
         (np.zeros((0, 4)), "empty image"),
-        (np.zeros(7), r"\(7,\) found; expected \[H, W\]"),
+        ([0, 1, 2], r"\(3,\) found; expected an array \[H, W\], such as np\.array of nested lists"),
+        (np.zeros(7), r"\(7,\) found; expected an array \[H, W\]"),
         (np.zeros((5, 6, 2)), r"\(5, 6, 2\) found; expected \[H, W\]"),
         (np.zeros((2, 3, 8, 8)), r"\(2, 3, 8, 8\) found"),
         (torch.tensor([[0.0, float("nan")]]), "NaN or infinite pixels"),
@@ -159,6 +160,20 @@ def test_the_robust_range_lies_within_the_values(values: list[int]):
 def test_what_is_no_image_is_refused(image: object, message: str):
     with pytest.raises(ValueError, match=message):
         to_unit_gray(image)  # type: ignore[arg-type]
+
+
+def test_what_rounding_adds_to_floats_is_cut_off():
+    found = to_unit_gray(np.array([[-1e-7, 0.5, 1 + 1e-6]]))
+    assert found.tolist() == [[[0.0, 0.5, 1.0]]]
+
+
+@pytest.mark.parametrize("size", [16, [16, 16], {"height": 16, "width": 16}])
+def test_a_size_may_be_set_in_every_form(size: object):
+    processor = MLVICXImageProcessor(image_size=8)
+    processor.size = size
+    assert (processor.image_size, processor.to_dict()["size"]) == (16, {"height": 16, "width": 16})
+    with pytest.raises(ValueError, match="expected a square: S, or"):
+        processor.size = {"shortest_edge": 16}
 
 
 @pytest.mark.parametrize("fit", ["pad", "squash", "crop"])

@@ -39,7 +39,6 @@ def classifier(kind: str, labels: int = 3) -> MLVICXForImageClassification:
         ("single", torch.tensor([0, 3]), r"values \[3\] found; expected class indices from 0 to 2, or -100"),
         ("single", torch.tensor([0, -1]), r"values \[-1\] found; expected class indices from 0 to 2, or -100"),
         ("single", torch.tensor([0, 255], dtype=torch.uint8), r"values \[255\] found"),
-        ("single", torch.tensor([-100, -100]), r"values \[-100\] found; .*, and at least one image that counts"),
         ("single", torch.eye(3)[:2], r"shape \(2, 3\) found; expected \(2,\), .*argmax"),
         ("single", torch.eye(3, dtype=torch.long)[:2], r"shape \(2, 3\) found; expected \(2,\), .*argmax"),
         ("single", torch.tensor([[0], [2]]), r"shape \(2, 1\) found; expected \(2,\)"),
@@ -82,6 +81,19 @@ def test_probabilities_are_labels_and_unknown_classes_do_not_count():
     torch.testing.assert_close(multi_label_loss(logits, soft), expected)
     expected = torch.nn.functional.cross_entropy(logits[1:], torch.tensor([2]))
     torch.testing.assert_close(single_label_loss(logits, torch.tensor([-100, 2])), expected)
+
+
+def test_a_batch_of_unknown_classes_adds_nothing():
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = single_label_loss(logits, torch.tensor([-100, -100]))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_labels_without_a_column_of_one_finding_are_told_how_to_have_it():
+    with pytest.raises(ValueError, match=r"expected \(2, 1\), as the logits \(of one finding: labels\[:, None\]\)"):
+        classifier("multi", 1)(PIXELS, labels=torch.tensor([0.0, 1.0]))
 
 
 WRONG: list[tuple[Callable[..., Tensor], Tensor, Tensor]] = [

@@ -130,6 +130,20 @@ def test_adapted_gates_learn(reduction: int | None):
         assert (parameter.grad is None) == (".base." in name), name
 
 
+def test_checkpointing_of_a_backbone_without_a_list_of_layers_is_refused():
+    model = MLVICXForImageClassification(tiny_config(backbone="efficientnet_lite0", num_labels=2))
+    with pytest.raises(ValueError, match="backbone='efficientnet_lite0' found; expected a backbone that is a list of"):
+        model.gradient_checkpointing_enable()
+
+
+def test_weights_of_a_head_that_is_not_loaded_are_named(tmp_path: Path):
+    model = classifier()
+    model.classifier = torch.nn.Sequential(torch.nn.Dropout(0.1), model.classifier)
+    model.save_pretrained(tmp_path)
+    _, report = MLVICXForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["unexpected_keys"]) == {"classifier.1.weight", "classifier.1.bias"}
+
+
 # -- tracers and transformations ---------------------------------------------------------------------------------------
 
 
@@ -137,7 +151,7 @@ def test_adapted_gates_learn(reduction: int | None):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_tracing_outside_of_no_grad(training: bool):
     model = classifier(return_dict=False).train(training)
-    traced = torch.jit.trace(model, (pixels(),), check_trace=False)
+    traced = torch.jit.trace(model, (pixels(),), check_trace=not training)  # dropout and statistics differ in training
     state = copy.deepcopy(model.state_dict())
     expected = model(pixels(3))[0]
     model.load_state_dict(state)  # the running statistics of training

@@ -178,7 +178,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     variance_target: float | int = 1.0
     variance_epsilon: float | int = 1e-4
     invariance_reduction: str = "mean"
-    positive_weights: list[float] | tuple[float, ...] | None = None
+    positive_weights: list[float | int] | tuple[float | int, ...] | None = None
     decision_thresholds: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     decoder_hidden_sizes: list[int] | tuple[int, ...] | None = None
@@ -186,6 +186,8 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in fields that depend on others. Set `problem_type`, because transformers would guess it."""
+        if (kwargs.get("num_labels") or 0) < 0:
+            raise ValueError(f"num_labels={kwargs['num_labels']} found; expected 0 or more")
         if self.problem_type is None:
             self.problem_type = "multi_label_classification"
         for name in ("aggregation_levels", "expander_dims", "positive_weights", "decoder_hidden_sizes"):
@@ -241,18 +243,22 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As of the base class, but a configuration of another model is an error, not a warning.
 
-        The whole is validated after `kwargs` have replaced values of the dictionary. With other labels, what belongs to
-        the saved ones is left out: thresholds, calibration, weights of positives.
+        The whole is validated after `kwargs` have replaced values of the dictionary. With other labels or another
+        problem type, what belongs to the saved ones is left out: thresholds, calibration, weights of positives.
         """
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(f"configuration of a {found!r} model found; expected one of {cls.model_type!r}")
-        saved = list(config_dict.get("id2label", {}).values())
-        others = list(kwargs["id2label"].values()) != saved if "id2label" in kwargs else False
-        if others or kwargs.get("num_labels", len(saved)) != len(saved):
+        saved = _by_number(config_dict.get("id2label") or {})
+        if "id2label" in kwargs:
+            kwargs["id2label"] = _by_number(kwargs["id2label"])
+        others = kwargs.get("id2label", saved) != saved or kwargs.get("num_labels", len(saved)) != len(saved)
+        problem = config_dict.get("problem_type")
+        if others or kwargs.get("problem_type", problem) != problem:
             held = [name for name in OF_LABELS if config_dict.get(name) is not None]
             if held:
-                logger.warning("other labels: %s of the saved ones left out", ", ".join(held))
+                kind = "labels" if others else "problem type"
+                logger.warning("other %s: %s of the saved ones left out", kind, ", ".join(held))
             config_dict = {name: value for name, value in config_dict.items() if name not in held}
         made = super().from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
@@ -304,6 +310,9 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"invariance_reduction={self.invariance_reduction!r} found; expected 'mean' or 'sum'")
 
     def _validate_labels(self) -> None:
+        names = self.id2label or {}
+        if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names):
+            raise ValueError(f"id2label={names} found; expected another name for each number from 0 on")
         if self.problem_type not in ("multi_label_classification", "single_label_classification"):
             raise ValueError(
                 f"problem_type={self.problem_type!r} found; expected 'multi_label_classification' or "
@@ -316,6 +325,11 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.positive_weights is not None and not all(0 <= weight < math.inf for weight in self.positive_weights):
             raise ValueError(f"positive_weights={self.positive_weights} found; expected weights of 0 or more")
+
+
+def _by_number(names: Any) -> Any:
+    """Turn keys such as "1", which JSON and many scripts write, into numbers."""
+    return {int(number): name for number, name in names.items()} if isinstance(names, dict) else names
 
 
 __all__ = ["MLVICXConfig"]

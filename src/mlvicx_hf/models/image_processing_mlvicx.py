@@ -25,6 +25,7 @@ from .hub_mlvicx import IMAGE_PROCESSOR_AUTO_MAP, save_code
 
 FITS = ("pad", "squash", "crop")
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, what PIL's mode "L" uses
+ROUNDING = 1e-3  # what may exceed [0, 1] in floats
 _TAIL = 0.005  # of the pixels at each end may be clipped
 RESAMPLING = {  # of PIL, as transformers numbers it; torchvision has no other for tensors
     Image.Resampling.NEAREST: InterpolationMode.NEAREST_EXACT,
@@ -64,6 +65,10 @@ def _channels_first(array: np.ndarray, layout: str | None = None) -> np.ndarray:
     """Bring [H, W], [H, W, C] or [C, H, W] to [C, H, W] with C of 1 or 3. Drop an alpha channel."""
     if array.ndim == 2:
         return array[None]
+    if array.ndim < 2:
+        raise ValueError(
+            f"image of shape {array.shape} found; expected an array [H, W], such as np.array of nested lists"
+        )
     first, last = (array.ndim == 3 and array.shape[axis] in (1, 3, 4) for axis in (0, -1))
     if last and layout != "channels_first":
         channels = array.transpose(2, 0, 1)
@@ -116,8 +121,8 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor, layout: str | N
     """Convert one picture of any mode and bit depth to grey values in [0, 1].
 
     Whole numbers from 0 to 255 are grey levels of 8 bits, and are divided by 255. All other whole numbers are stretched
-    from black to white of `_robust_range`, after colours became luminance. Floats must already lie in [0, 1]. Booleans
-    become 0 and 1.
+    from black to white of `_robust_range`, after colours became luminance. Floats must already lie in [0, 1]; what
+    rounding adds is cut off. Booleans become 0 and 1.
 
     Args:
         image: PIL image of any mode, or array or tensor [H, W], [H, W, C] or [C, H, W].
@@ -131,10 +136,13 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor, layout: str | N
     """
     array = _to_array(image, layout)
     kind, low, high = array.dtype.kind, array.min(), array.max()
-    if kind == "f" and (low < 0 or high > 1):
-        raise ValueError(f"image with values from {low} to {high} found; expected [0, 1] for floats")
+    if kind == "f" and (low < -ROUNDING or high > 1 + ROUNDING):
+        raise ValueError(
+            f"image with values from {low} to {high} found; expected [0, 1] for floats (rescale_factor=1/255 of an "
+            "image in grey levels, image.clip(0, 1) of an interpolated one)"
+        )
     if kind not in "iu" or 0 <= low <= high <= 255:
-        return _to_gray(array, 255 if kind in "iu" else 1)
+        return _to_gray(array.clip(0, 1) if kind == "f" else array, 255 if kind in "iu" else 1)
     gray = np.tensordot(LUMINANCE, array.astype(np.float64), 1)[None] if len(array) == 3 else array.astype(np.float64)
     black, white = _robust_range(gray)
     unit = ((gray - black) / max(float(white - black), float(np.finfo(np.float32).tiny))).clip(0, 1)
@@ -312,8 +320,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ) -> None:
         super().__init__(**{name: value for name, value in kwargs.items() if name == "auto_map"})
-        side = _side(size, image_size)
-        self.size = {"height": 224, "width": 224} if side is None else {"height": side, "width": side}
+        self.size = _side(size, image_size) or 224
         self.num_channels = num_channels
         self.image_mean = _own_copy(image_mean)
         self.image_std = _own_copy(image_std)
@@ -331,6 +338,13 @@ class MLVICXImageProcessor(BaseImageProcessor):
                 raise ValueError(f"{name}={kwargs[name]!r} found; give it when you process images")
         self._check()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take `size` in all forms that the constructor takes."""
+        if name == "size":
+            side = _side(value, None)
+            value = {"height": side, "width": side}
+        super().__setattr__(name, value)
+
     @property
     def image_size(self) -> int:
         """Side of the square in pixels."""
@@ -338,7 +352,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
 
     @image_size.setter
     def image_size(self, side: int) -> None:
-        self.size = {"height": side, "width": side}
+        self.size = side
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:

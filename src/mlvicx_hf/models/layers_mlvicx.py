@@ -55,7 +55,8 @@ class ContextBottleneck(nn.Module):
         y = x * self.channel_gate(x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
         gate = self.spatial_gate(torch.cat([y.mean(1, keepdim=True), y.amax(1, keepdim=True)], 1))
         # Without gradients nobody else needs y. Passes over the map are the cost; one in place is the cheapest.
-        return y * gate if torch.is_grad_enabled() else y.mul_(gate)
+        # A tracer compares its graph without gradients with that with them, so it sees the same in both.
+        return y * gate if torch.is_grad_enabled() or not values_are_readable(y) else y.mul_(gate)
 
     def _can_fuse(self, x: Tensor) -> bool:
         """Say whether everything is trained and nothing but autograd watches.

@@ -279,9 +279,11 @@ def multi_label_loss(
         ValueError: labels of another shape than the logits, or a value outside of 0 to 1.
     """
     if labels.shape != logits.shape:
+        hint = "class indices need problem_type='single_label_classification'"
+        if labels.shape == logits.shape[:1] and logits.shape[1] == 1:
+            hint = "of one finding: labels[:, None]"
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} found; expected {tuple(logits.shape)}, as the logits "
-            "(class indices need problem_type='single_label_classification')"
+            f"labels of shape {tuple(labels.shape)} found; expected {tuple(logits.shape)}, as the logits ({hint})"
         )
     known = ~labels.isnan()
     wrong = known & ~((labels >= 0) & (labels <= 1))
@@ -304,10 +306,10 @@ def single_label_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100, 
         check: see `multi_label_loss`.
 
     Returns:
-        Mean over the images that count.
+        Mean over the images that count; 0, with gradients of 0, if none counts.
 
     Raises:
-        ValueError: labels of another shape or type, a value out of range, or no image that counts.
+        ValueError: labels of another shape or type, or a value out of range.
     """
     hint = "class indices (of one-hot labels: `labels.argmax(1)`)"
     _check_class_indices(labels, (logits.shape[0],), hint)
@@ -317,9 +319,9 @@ def single_label_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100, 
     if _is_to_check(labels, check):
         expected = f"class indices from 0 to {logits.shape[1] - 1}, or {ignore_index} for images that do not count"
         _refuse(wrong, labels, expected)
-        _refuse(~known.any(), labels[:1], f"{expected}, and at least one image that counts")
     # A GPU stops for good at an index out of range. NaN shows, too, and says nothing else.
-    loss = F.cross_entropy(logits, labels.masked_fill(wrong, ignore_index), ignore_index=ignore_index)
+    labels = labels.masked_fill(wrong, ignore_index)
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / known.sum().clamp(min=1)
     return loss * torch.where(wrong.any(), torch.nan, 1.0)
 
 

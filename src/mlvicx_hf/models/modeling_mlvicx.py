@@ -59,14 +59,25 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     # They join maps, which must lie on one device; `MLVICXModel` adds the blocks of its backbone.
     _no_split_modules = ["ContextBottleneck", "MultiLevelAggregator", "UNetDecoder"]  # noqa: RUF012
     # Weights of another class's head: expanders and aggregation of pretraining, a classifier, a decoder.
-    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."]  # noqa: RUF012
 
     @property
     def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
         """Whether the maps inside the stages can be computed again: of backbones that are lists of layers."""
         return bool(self.base_model.is_plain)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As of the base class.
+
+        Raises:
+            ValueError: a backbone that is no list of layers.
+        """
+        if not self.supports_gradient_checkpointing:
+            raise ValueError(
+                f"gradient checkpointing of backbone={self.config.backbone!r} found; expected a backbone that is a "
+                "list of layers, such as resnet18"
+            )
+        super().gradient_checkpointing_enable(*args, **kwargs)
 
     _backbone_frozen = False
     _labels_seen = False
@@ -538,8 +549,12 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         config: `num_labels` or `id2label`, `problem_type` ("multi_label_classification" unless set otherwise) and
             `positive_weights` matter here. Without labels (`num_labels=0`) the logits are the pooled features.
 
-    Another head may take the place of `classifier`: any module that turns [B, C] into [B, L].
+    Another head may take the place of `classifier`: any module that turns [B, C] into [B, L]. Make it again after
+    loading, and load its weights into it.
     """
+
+    # Not its own head: weights of another one in its place are named when they are not loaded.
+    _keys_to_ignore_on_load_unexpected = [r"^(aggregator|global_expander|multi_level_expander|decoder)\."]  # noqa: RUF012
 
     def __init__(self, config: MLVICXConfig) -> None:
         super().__init__(config)

@@ -87,8 +87,8 @@ def make_picture(
 def encode_png(gray: Image.Image) -> bytes:
     """Encode a picture of mode "L" as PNG, without loss.
 
-    Pillow tries five filters on every row and keeps the best. Here every row holds its difference to the row above. This
-    takes half the time to encode, and three quarters of it to decode, whenever training reads the cache.
+    Pillow tries five filters on every row and keeps the best. Here every row holds its difference to the row above.
+    This takes half the time to encode, and three quarters of it to decode, whenever training reads the cache.
     """
     pixels = np.asarray(gray)  # [H, W]
     height, width = pixels.shape
