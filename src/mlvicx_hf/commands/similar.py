@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 
 from .startup import add_inference_options, start_inference
 
@@ -57,7 +56,3 @@ def main(words: Sequence[str] | None = None) -> None:
     if errors:
         text = f"warning: {errors} of {total} images could not be read; column error of {output} says why"
         print(text, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run(main)
