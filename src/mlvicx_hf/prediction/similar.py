@@ -145,16 +145,11 @@ def search_batches(
         near: Iterator[tuple[list[float], list[int]]] = iter(())
         if len(batch.pixels):
             cosines, rows = index.nearest(infer(loaded, batch.pixels, embed=True)[1], top, fast)
-            near = (_found(*each) for each in zip(cosines.tolist(), rows.tolist(), strict=True))
+            found = (rows >= 0).sum(1)  # an approximate search may find fewer than `top`; its rows of -1 come last
+            near = ((c[:n].tolist(), r[:n].tolist()) for c, r, n in zip(cosines, rows, found.tolist(), strict=True))
         for reason in batch.errors:
             path = next(remaining).path
             yield Neighbours(path, reason, [], []) if reason else Neighbours(path, "", *next(near))
-
-
-def _found(cosines: list[float], rows: list[int]) -> tuple[list[float], list[int]]:
-    """Leave out the rows of -1, where an approximate search found fewer images."""
-    count = sum(row >= 0 for row in rows)  # those of -1 come last
-    return cosines[:count], rows[:count]
 
 
 def write_neighbours(
@@ -182,14 +177,11 @@ def write_neighbours(
                 counts["unlike"] += unlike == 1
                 shown += [each] if len(shown) < SHEET_FILES else []
             for rank, (cosine, row) in enumerate(zip(each.cosines, each.rows, strict=True), 1):
-                cells = ("" if pd.isna(cell) else _cell(cell) for cell in items.iloc[row])
+                known = ("" if pd.isna(value) else value for value in items.iloc[row])
+                cells = (value if isinstance(value, str) else f"{value:g}" for value in known)
                 writer.writerow([name, "", rank, f"{cosine:.6f}", *cells, unlike])
             step()
     return counts, shown
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 def draw_neighbours(index: ImageIndex, shown: Sequence[Neighbours], top: int) -> Image.Image:

@@ -157,32 +157,24 @@ def compare(
     copies = copies_of_parts(parts, near, progress)
     flat = _flat_files(parts)
     pairs = []
-    for one, other in combinations(range(len(parts)), 2):
+    for (first, one), (second, other) in combinations(enumerate(parts), 2):
         shared = {
-            "patients": _shared_patients(parts[one], parts[other], examples),
-            "identical": _shared_files(parts[one], parts[other], flat, examples),
-            "near": _summarize(copies[one, other], parts[one], parts[other], examples),
+            "patients": _shared_patients(one, other, examples),
+            "identical": _shared_files(one, other, flat, examples),
+            "near": _summarize(copies[first, second], one, other, examples),
         }
-        pair = {
-            "one": {"cache": parts[one].cache, "split": parts[one].split},
-            "other": {"cache": parts[other].cache, "split": parts[other].split},
-        }
-        respelled = _respelled(parts[one], parts[other])
+        pair = {name: {"cache": part.cache, "split": part.split} for name, part in (("one", one), ("other", other))}
+        respelled = _respelled(one, other)
         if respelled and shared["patients"]["count"] is not None:
             shared["respelled"] = {"count": len(respelled), "examples": respelled[:examples]}
         found = [kind for kind in WORDS if shared.get(kind, {}).get("count")]
-        leaks = found if may_leak(parts[one], parts[other]) else []
-        pairs.append(pair | shared | {"leaks": leaks})
+        may_leak = one.cache == other.cache or (one.split == "train") != (other.split == "train")
+        pairs.append(pair | shared | {"leaks": found if may_leak else []})
     return {
         "splits": [_within(part, copies[number, number], flat, examples) for number, part in enumerate(parts)],
         "pairs": pairs,
         "leaks": [_leak(pair, kind) for pair in pairs for kind in pair["leaks"]],
     }
-
-
-def may_leak(one: Part, other: Part) -> bool:
-    """Check whether anything that two splits share is a leak."""
-    return one.cache == other.cache or (one.split == "train") != (other.split == "train")
 
 
 def _shared_patients(one: Part, other: Part, examples: int) -> dict[str, Any]:
