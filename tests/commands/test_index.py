@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_users_error, make_cache, mlvicx, save_encoders
 
 from kills import KILLED, Forks
-from mlvicx_hf.prediction.search import open_index
+from mlvicx_hf.prediction.search import ImageIndex
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,6 @@ def test_a_kill_leaves_no_half_index(forks: Forks, model: str, cache: Path, tmp_
         if process.wait() != KILLED or (tmp_path / "out" / "index").exists():
             break
     assert change >= 4  # kills before it was complete
-    assert len(open_index(tmp_path / "out" / "index").items) == 12
+    assert len(ImageIndex(tmp_path / "out" / "index").items) == 12
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left - {".index.writing"} == {"index"}  # a lock that nobody holds is in nobody's way

@@ -21,7 +21,7 @@ from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.evaluation.explanation.explaining import grad_cam
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation
 from mlvicx_hf.prediction.answers import Answers
-from mlvicx_hf.prediction.search import LABEL_PREFIX, open_index
+from mlvicx_hf.prediction.search import LABEL_PREFIX, ImageIndex
 
 MAX_UPLOAD = 100 * 2**20  # bytes
 SHOWN_SIDE = 896  # pixels of the longer side of a picture on the page
@@ -95,7 +95,7 @@ class Reader:
         self.segmenter = None
         if segmenter is not None:
             self.segmenter = load(segmenter, device=device, expected=MLVICXForSemanticSegmentation)
-        self.index = None if index is None else open_index(Path(index))
+        self.index = None if index is None else ImageIndex(index)
         if self.index is not None:
             self.index.check_model(self.classifier)
         config = self.classifier.model.config

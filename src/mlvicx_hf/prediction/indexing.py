@@ -32,7 +32,6 @@ from .search import (
     LABEL_PREFIX,
     ImageIndex,
     IndexedImages,
-    open_index,
     write_graph,
 )
 
@@ -88,7 +87,7 @@ def build_index(
     splits = list(dict.fromkeys(splits))
     load_cache(dataset, splits, check=False)  # refuses splits that are absent
     cache = load_cache(dataset)
-    earlier = None if add_to is None else open_index(add_to)
+    earlier = None if add_to is None else ImageIndex(add_to)
     if earlier is not None:
         _check_added(earlier, cache, splits)
     loaded = load(model_source, revision, choose_device(device))

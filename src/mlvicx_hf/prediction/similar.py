@@ -24,7 +24,7 @@ from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 
 from .outputs import Outputs, printable
 from .prediction import Batch, InputImage, find_inputs, image_loader
-from .search import LABEL_PREFIX, ImageIndex, open_index
+from .search import LABEL_PREFIX, ImageIndex
 
 SHEET_FILES = 50  # a contact sheet shows the first so many files
 SHEET_TILE = 128  # side of an image on it, in pixels
@@ -89,7 +89,7 @@ def find_similar(
     given = [Path(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     outputs = Outputs(Path(output), sheet=None if sheet is None else Path(sheet))
     outputs.check(overwrite)
-    opened = open_index(index)
+    opened = ImageIndex(index)
     if outputs.sheet is not None:
         opened.check_pictures()
     skipped: Counter[str] = Counter()
