@@ -19,6 +19,7 @@ from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE, some
 from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.data.options import check_choice, check_least
 from mlvicx_hf.data.vocabulary import COLLECTIONS, Match, Matching, match, normalize
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.finetuning.classification import Classified, write_predictions
@@ -77,10 +78,10 @@ def evaluate(
         OSError: a model or cache that is absent or damaged.
         FloatingPointError: a model whose results are not finite.
     """
-    if batch_size < 1 or num_workers < 0:
-        raise UserError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
-    if collection is not None and collection not in COLLECTIONS:
-        raise UserError(f"collection={collection!r} found; expected one of {', '.join(COLLECTIONS)}")
+    check_least(1, batch_size=batch_size)
+    check_least(0, num_workers=num_workers)
+    if collection is not None:
+        check_choice("collection", collection, COLLECTIONS)
     output = Path(output)
     if output.suffix != ".json":
         raise UserError(f"output={str(output)!r} found; expected a .json file")

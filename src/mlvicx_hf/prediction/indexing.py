@@ -17,6 +17,7 @@ from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE, some
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.summary import column
+from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.features import PreparedImages, encode
 from mlvicx_hf.encoders.inference import LoadedModel, exact_convolutions, load
 from mlvicx_hf.scoring.neighbours import PRECISION_TOP, mean_precision, nearest_rows, precision_of_neighbours
@@ -80,8 +81,7 @@ def build_index(
         FloatingPointError: an embedding that is not finite, or of length 0.
     """
     folder = check_output(Path(output))
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} found; expected at least 1")
+    check_least(1, batch_size=batch_size)
     if approximate:
         require("--approximate", "search", "faiss")
     splits = list(dict.fromkeys(splits))

@@ -20,6 +20,7 @@ from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.cache.summary import TITLE
 from mlvicx_hf.data.images.pictures import contact_sheet
 from mlvicx_hf.data.images.pixels import read_gray
+from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 
 from .outputs import Outputs, printable
@@ -83,9 +84,8 @@ def find_similar(
         OSError: a model, an index or inputs that are absent or damaged.
         FloatingPointError: a model whose results are not finite.
     """
-    if top < 1 or batch_size < 1 or num_workers < 0:
-        found = f"top={top}, batch_size={batch_size}, num_workers={num_workers}"
-        raise UserError(f"{found} found; expected at least 1, 1 and 0")
+    check_least(1, top=top, batch_size=batch_size)
+    check_least(0, num_workers=num_workers)
     given = [Path(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     outputs = Outputs(Path(output), sheet=None if sheet is None else Path(sheet))
     outputs.check(overwrite)

@@ -19,6 +19,7 @@ from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.data.options import check_least
 from mlvicx_hf.data.vocabulary import match
 from mlvicx_hf.encoders.inference import LoadedModel, exact_convolutions, load
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
@@ -235,11 +236,8 @@ def explain(
         FloatingPointError: a model whose heat maps are not finite.
     """
     require("a heat map", "explain", "captum", "matplotlib")
-    if not models or batch_size < 1 or max_images < 0 or not tolerance >= 0:
-        raise UserError(
-            f"{len(models)} models, batch_size={batch_size}, max_images={max_images}, tolerance={tolerance} found; "
-            "expected at least 1, 1, 0 and 0"
-        )
+    check_least(1, models=len(models), batch_size=batch_size)
+    check_least(0, max_images=max_images, tolerance=tolerance)
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"{output} is there already; expected a folder that is not")
