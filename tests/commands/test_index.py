@@ -41,7 +41,7 @@ def test_the_commands(model: str, cache: Path, tmp_path: Path):
     done = mlvicx("similar", "--index", tmp_path / "index", *searched, "--sheet", tmp_path / "s.png", "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == f"{tmp_path / 'out.csv'}: 24 of 25 images"
-    assert "of them are unlike all indexed images" in done.stdout
+    assert "images are unlike all indexed images" in done.stdout
     assert "warning: 1 of 25 images could not be read" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} >= {"index", "out.csv", "out.json", "s.png"}
     done = mlvicx("index", *words)
