@@ -58,6 +58,8 @@ def evaluate(
     else unknown. Exclusive classes are scored as such, with accuracy, only if model and images have the same ones.
     Else each is scored against the rest, and the accuracy of a model of exclusive classes is not defined.
 
+    Arguments that are not listed are as of `prediction.predict`.
+
     Args:
         model_source: folder or Hub name.
         dataset: prepared cache.
@@ -65,12 +67,7 @@ def evaluate(
         split: of the cache.
         collection: whose labels the model knows; by default what the `results.json` beside it says, or else none.
         findings: score only these, by their common names.
-        batch_size: images in a forward pass.
-        num_workers: processes that read images; 0 reads them in this one.
-        device: of torch; by default a GPU if there is one.
-        revision: branch, tag or commit of a model on the Hub.
         allow_overlap: go on although the model has seen some of the images; see `check_overlap`.
-        progress: show a bar.
 
     Raises:
         FileExistsError: results that are there already.

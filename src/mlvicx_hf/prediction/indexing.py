@@ -57,7 +57,7 @@ def build_index(
 
     The threshold for images unlike all indexed ones, and precision@5, are measured on the validation split. The index
     keeps the embeddings of that split, so that both are measured anew, on the validation images of all caches, when
-    images are added.
+    images are added. Arguments that are not listed are as of `predict`.
 
     Args:
         model_source: folder or Hub name of an encoder, a pretraining, a classifier or a segmenter.
@@ -66,10 +66,6 @@ def build_index(
         splits: splits of the cache to index.
         add_to: an index, which stays as it is; the new index has its images first.
         approximate: also write a graph for approximate searches (extra "search").
-        batch_size: images encoded at a time.
-        device: of torch; by default a GPU if there is one.
-        revision: branch, tag or commit of a model on the Hub.
-        progress: show bars.
 
     Returns:
         The content of `index.json`.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import new_file, new_folder, write_json
+from mlvicx_hf.common.files import new_file, new_folder
 from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
@@ -256,13 +256,11 @@ def predict(
         outputs.sidecar.unlink(missing_ok=True)  # the old record does not describe the new results
     record = _describe(loaded, head, given, outputs) | {
         "images": len(images),
-        "skipped": {kind: count for kind, count in skipped.items() if count},
+        "skipped": dict(+skipped),  # without zeros
         "errors": len(images) - len(readable),
         "settings": {"batch_size": batch_size, "num_workers": num_workers},
     }
-    write_json(outputs.sidecar, record)
-    if not readable:
-        raise UserError(f"none of {len(images)} images could be read; column error of {outputs.table} says why")
+    outputs.write_record(record)
     return record
 
 

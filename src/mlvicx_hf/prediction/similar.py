@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import new_file, write_json
+from mlvicx_hf.common.files import new_file
 from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
@@ -62,20 +61,16 @@ def find_similar(
     The table has one row a file and neighbour, or one row with the error of a file that cannot be read. Its column
     `unlike` is 1 if the nearest image has a smaller cosine than the index's threshold, 0 if not, empty without one.
 
+    Arguments that are not listed are as of `predict`.
+
     Args:
         index: folder that `build_index` wrote.
         inputs: images and folders, see `find_inputs`.
         output: table, a .csv file; the record `OUTPUT.json` beside it is written last.
         model: folder or Hub name of the model that made the index; by default the one that the index names.
-        revision: branch, tag or commit of `model` on the Hub.
         top: neighbours of each file.
         sheet: .png file for a contact sheet of the first 50 files with their neighbours.
         approximate: search the index's graph instead of all its images.
-        batch_size: images a forward pass.
-        num_workers: processes that read files; 0 reads them in this process.
-        device: of torch; by default a GPU if there is one.
-        overwrite: replace earlier outputs when the new ones are complete.
-        progress: show a bar.
 
     Raises:
         FileExistsError: outputs that exist already.
@@ -112,15 +107,13 @@ def find_similar(
         outputs.sidecar.unlink(missing_ok=True)  # the old record does not describe the new results
     record = _describe(loaded, opened, given, outputs) | {
         "images": len(images),
-        "skipped": {kind: count for kind, count in skipped.items() if count},
+        "skipped": dict(+skipped),  # without zeros
         "errors": counts["errors"],
         "unlike": None if opened.unlike_threshold is None else counts["unlike"],
         "sheet": None if outputs.sheet is None else {"file": printable(outputs.sheet), "images": len(shown)},
         "settings": {"top": top, "approximate": approximate, "batch_size": batch_size, "num_workers": num_workers},
     }
-    write_json(outputs.sidecar, record)
-    if counts["errors"] == len(images):
-        raise UserError(f"none of {len(images)} images could be read; column error of {outputs.table} says why")
+    outputs.write_record(record)
     return record
 
 

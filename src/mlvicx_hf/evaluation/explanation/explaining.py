@@ -211,7 +211,7 @@ def explain(
     """Explain what classifiers see in the images that show a finding, and return what `explanations.json` holds.
 
     Nothing is transformed at random. Images that a model was trained on are explained too; a warning says so and is
-    recorded.
+    recorded. Arguments that are not listed are as of `prediction.predict`.
 
     Args:
         models: name → folder or Hub name of a classifier. Labels are matched by `data.vocabulary`.
@@ -224,9 +224,6 @@ def explain(
         max_images: number of images drawn for each finding, those with a known region first.
         score: compare the heat maps with the true regions, on all images that have one.
         tolerance: pixels of the cache by which a map's maximum may miss the region.
-        batch_size: images in a pass.
-        device: of torch; by default a GPU if there is one.
-        progress: show a bar.
 
     Raises:
         ImportError: without captum or matplotlib.
