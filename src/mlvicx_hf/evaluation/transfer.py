@@ -96,19 +96,16 @@ def evaluate(
     common = rename_labels(cache, split, matching.matches, exclusive)
     images = common.datasets["test"]
     logits = compute_logits(loaded, images, batch_size, num_workers, progress)
-    logits = combine_logits(loaded, logits, matching, exclusive)
+    labels = np.array(images["labels"], dtype=np.float64)
+    labels = labels.argmax(1) if exclusive else labels
+    found = Classified(combine_logits(loaded, logits, matching, exclusive), labels, common.label_names, exclusive)
     results = {
         "task": "classification",
         "protocol": "evaluation",
         "labels": list(common.label_names),
-        "test": _score(common, logits, decided=exclusive or not _is_exclusive(loaded)),
+        "test": _score(found, images, decided=exclusive or not _is_exclusive(loaded)),
         "counts": {split: {"images": len(images), "patients": len(set(images["patient_id"]))}},
-        "matching": {
-            "model_collection": collection,
-            "matched": {found.name: _describe_match(found, loaded, cache) for found in matching.matches},
-            "model_only": dict(matching.model_only),
-            "data_only": dict(matching.data_only),
-        },
+        "matching": {"model_collection": collection} | _describe(matching, loaded, cache),
         "overlap": overlap,
         **loaded.describe(),
         "training": vars(training),
@@ -118,7 +115,7 @@ def evaluate(
         "notice": NOTICE,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(table, common, logits)
+    write_predictions(table, common, found.probabilities)
     write_json(output, results)
     return results
 
@@ -218,23 +215,24 @@ def _describe_scores(loaded: LoadedModel, exclusive: bool) -> str:
     return "logit, or the highest of several"
 
 
-def _score(cache: Cache, logits: np.ndarray, decided: bool) -> dict[str, Any]:
-    """Score logits [N, M] of the split "test" and its subgroups.
+def _score(found: Classified, images: Any, decided: bool) -> dict[str, Any]:
+    """Score what was found of images, and their subgroups.
 
     `decided` says that the signs of the logits, or the highest of exclusive ones, are decisions with an accuracy.
     """
-    images = cache.datasets["test"]
-    table = np.array(images["labels"], dtype=np.float64)
-    labels = table.argmax(1) if cache.exclusive else table
-    found = Classified(logits, labels, cache.label_names, cache.exclusive)
     undecided = {} if decided else {"accuracy": NOT_SCORED}
     subgroups = score_subgroups(images, lambda rows: found.scores(rows) | undecided)
     return found.scores() | undecided | {"subgroups": subgroups}
 
 
-def _describe_match(found: Match, loaded: LoadedModel, cache: Cache) -> dict[str, list[str]]:
-    return {
-        "model": [loaded.labels[column] for column in found.model_columns],
-        "data": [cache.label_names[column] for column in found.data_columns],
-        "lost": list(found.lost),
+def _describe(matching: Matching, loaded: LoadedModel, cache: Cache) -> dict[str, Any]:
+    """Name the labels that were matched, what is lost by that, and those without a counterpart."""
+    matched = {
+        found.name: {
+            "model": [loaded.labels[column] for column in found.model_columns],
+            "data": [cache.label_names[column] for column in found.data_columns],
+            "lost": list(found.lost),
+        }
+        for found in matching.matches
     }
+    return {"matched": matched, "model_only": dict(matching.model_only), "data_only": dict(matching.data_only)}

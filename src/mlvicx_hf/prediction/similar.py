@@ -89,11 +89,7 @@ def find_similar(
         opened.check_pictures()
     skipped: Counter[str] = Counter()
     images = find_inputs(given, skipped)
-    if model is None:
-        model, revision = opened.content["model"], opened.content["revision"]
-    loaded = load(model, revision, choose_device(device))
-    opened.check_model(loaded)
-    loaded = dataclasses.replace(loaded, model=loaded.model.base_model)  # without its head
+    loaded = load_encoder(opened, model, revision, device)
     batches = image_loader(images, loaded.processor, batch_size, num_workers, opened.square)
     outputs.table.parent.mkdir(parents=True, exist_ok=True)
     with new_file(outputs.table) as table, progress_bar(len(images), "searching", "image", show=progress) as bar:
@@ -115,6 +111,19 @@ def find_similar(
     }
     outputs.write_record(record)
     return record
+
+
+def load_encoder(index: ImageIndex, model: str | None, revision: str | None, device: str | None) -> LoadedModel:
+    """Load the model that made an index, without its head; by default the one that the index names.
+
+    Raises:
+        UserError: a model that did not make it.
+    """
+    if model is None:
+        model, revision = index.content["model"], index.content["revision"]
+    loaded = load(model, revision, choose_device(device))
+    index.check_model(loaded)
+    return dataclasses.replace(loaded, model=loaded.model.base_model)
 
 
 def _describe(loaded: LoadedModel, index: ImageIndex, inputs: Sequence[Path], outputs: Outputs) -> dict[str, Any]:
