@@ -26,6 +26,15 @@ def nothing_is_drawn() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def fresh_accelerate() -> None:
+    """Accelerate keeps its state for the whole process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real radiographs, from the environment variable MLVICX_REAL_DATA."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -132,6 +133,15 @@ def assert_users_error(done: subprocess.CompletedProcess[str], *parts: str) -> N
     assert "Traceback" not in done.stderr
     for part in parts:
         assert part in errors[0]
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    """Replace the first `old` in a text file, which gzip may have compressed."""
+    packed = path.suffix == ".gz"
+    text = gzip.decompress(path.read_bytes()).decode() if packed else path.read_text()
+    assert old in text
+    text = text.replace(old, new, 1)
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
 
 
 def draw(values: dict[str, bool], seed: int, size: int = 40) -> Image.Image:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kills import Forked
 from mlvicx_hf.commands.pretrain import parse_pretraining
 from mlvicx_hf.pretraining.loop import train
 from mlvicx_hf.pretraining.run import Run
@@ -30,6 +32,15 @@ def pretrain(cache: Path, output: Path, *flags: object) -> Path:
 def lines(output: Path) -> list[dict[str, Any]]:
     """The lines of its metrics."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(path: Path, process: Forked, seconds: float = 120) -> None:
+    """Until a file of a running command is there."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def weights(output: Path) -> dict[str, Tensor]:

@@ -3,15 +3,15 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import ROOT, assert_users_error, make_cache, mlvicx, run_python, run_script, unlabelled_cache
+from runs import lines, wait_for
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from kills import KILLED, Forked, Forks
+from kills import KILLED, Forks
 from mlvicx_hf.commands.pretrain import parse_pretraining
 from mlvicx_hf.pretraining.setup import set_up
 
@@ -27,18 +27,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(cache: Path, output: Path, *more: object) -> list[str]:
     common = ("--recipe", "smoke", "--dataset", cache, "--output_dir", output, "--logging_steps", 1)
     return [str(word) for word in (*common, *more)]
-
-
-def lines(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def wait_for(path: Path, process: Forked, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,18 @@
 """`mlvicx pretrain --streaming` as it is run: killed in the middle of an epoch and resumed, and its errors."""
 
 import io
-import json
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Value
 from PIL import Image
+from runs import lines, wait_for
 from transformers import AutoModel
 
-from kills import KILLED, Forked, Forks
+from kills import KILLED, Forks
 from mlvicx_hf.commands.pretrain import main
 from mlvicx_hf.common.errors import run
 
@@ -42,18 +40,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(dataset: object, output: Path, *more: object) -> list[str]:
     common = ("--recipe", "smoke", "--streaming", "--dataset", dataset, "--output_dir", output, "--logging_steps", 1)
     return [str(word) for word in (*common, "--cache_size", 32, "--shuffle_buffer", 64, *more)]
-
-
-def lines(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def wait_for(path: Path, process: Forked, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.slow

@@ -258,12 +258,12 @@ def test_caches_and_distances_that_do_not_fit_are_errors(tmp_path: Path):
 
 def test_examples_are_limited(tmp_path: Path):
     leaking = [*clean(), *(line | {"split": "test", "source": f"nih14:x{n}"} for n, line in enumerate(clean()))]
-    result = audit_caches([write_cache(tmp_path / "a", leaking)], examples=3)
+    result = audit_caches([write_cache(tmp_path / "a", leaking)])
     pair = next(
         pair for pair in result["pairs"] if pair["one"]["split"] == "train" and pair["other"]["split"] == "test"
     )
     assert (pair["patients"]["count"], pair["identical"]["count"]) == (6, 12)
-    assert len(pair["patients"]["examples"]) == len(pair["identical"]["examples"]) == 3
+    assert len(pair["patients"]["examples"]) == len(pair["identical"]["examples"]) == 5
 
 
 # -- on columns alone --------------------------------------------------------------------------------------------------

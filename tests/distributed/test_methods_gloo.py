@@ -8,19 +8,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import in_two_processes
 from methods import SMALL, small_objective, small_views
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 METHODS = [name for name in SMALL if not name.startswith("pcrl_v1")]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> None:
-    """Accelerate keeps its state for the whole process."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def evaluating(name: str) -> Any:

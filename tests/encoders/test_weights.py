@@ -166,7 +166,7 @@ def test_any_plain_network_is_converted_by_its_name(tmp_path: Path, resnet: dict
     assert line.endswith("MLVICXModel, test_resnet, 1 channel(s); left out: 2 other tensors (fc.bias, fc.weight)")
     assert holds(MLVICXModel.from_pretrained(tmp_path / "model"), resnet)
     processor = MLVICXImageProcessor.from_pretrained(tmp_path / "model")
-    assert (processor.image_mean, processor.image_std) == tuple(timm_normalisation("test_resnet", 1))
+    assert (processor.image_mean, processor.image_std) == timm_normalisation("test_resnet", 1)
 
 
 def lite0_state() -> dict[str, Tensor]:

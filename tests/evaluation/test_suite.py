@@ -16,10 +16,10 @@ from helpers import make_cache, mlvicx, save_encoders
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.evaluation.suite import running
-from mlvicx_hf.evaluation.suite.grid import find_suite, read_suite
+from mlvicx_hf.evaluation.suite.grid import read_suite
 from mlvicx_hf.evaluation.suite.paper import paper_results
 from mlvicx_hf.evaluation.suite.running import run_cells
-from mlvicx_hf.recipes import recipe_names
+from mlvicx_hf.recipes import find_recipe, recipe_names
 
 OPTIONS = {"num_train_epochs": 2, "report_to": "none", "use_cpu": True}
 
@@ -230,7 +230,7 @@ def test_suites_that_are_wrong(change: dict[str, Any], message: str, parts: dict
 def test_suites_of_the_package_name_what_the_paper_has():
     known = paper_results()
     for name in recipe_names("suite"):
-        suite = read_suite(find_suite(name))
+        suite = read_suite(find_recipe(name, "suite"))
         for table in suite.paper_tables:
             rows = known[known["table"] == table]
             assert set(suite.paper.values()) == set(rows["dataset"])
@@ -240,7 +240,7 @@ def test_suites_of_the_package_name_what_the_paper_has():
             assert {cell.label_fraction for cell in suite.cells} == set(rows["label_fraction"])
             assert {cell.protocol for cell in suite.cells} >= set(rows["protocol"])
     with pytest.raises(UserError, match=r"suite 'table_5' found; expected .*table_1.*or the path of a \.yaml file"):
-        find_suite("table_5")
+        find_recipe("table_5", "suite")
 
 
 def test_a_flag_that_does_not_exist_is_refused_at_once(parts: dict[str, Any], tmp_path: Path):

@@ -587,7 +587,7 @@ def test_nothing_is_written_over(tuned: Path, away: Path, tmp_path: Path, name: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0, num_workers=0 found"),
+        ({"batch_size": 0}, "batch_size=0 found"),
         ({"num_workers": -1}, "num_workers=-1 found"),
         ({"collection": "nih"}, "collection='nih' found; expected one of nih14, vinbigdata"),
         ({"device": "tpu"}, "device='tpu' found"),

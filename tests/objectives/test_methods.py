@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import tiny_config, unlabelled_cache
 from methods import FLAGS, SMALL, method_of, small_objective, small_views
 from runs import assert_same_bits, lines, start, weights
@@ -23,6 +22,8 @@ from mlvicx_hf.objectives.parts import KeyQueue, follow, momentum_copy, scale_mo
 from mlvicx_hf.pretraining.accumulation import accumulate
 from mlvicx_hf.pretraining.loop import train
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 # By method: embeddings through which no gradient goes.
 STOPPED = {"simsiam": {"projections"}, "byol": {"targets"}, "pcrl_v2": {"embeddings"}}
 STOPPED["pcrl_v1"] = {"keys", "mixed_keys", "mixtures"}
@@ -31,13 +32,6 @@ STOPPED |= {key: {"keys"} for key in ("moco_v2", "inter_moco", "caid")}
 # the restoration of the scale that seed 0 does not draw in four steps.
 STAYING = {"byol": ("projector.3.bias", "target_projector.3.bias"), "pcrl_v2": ("scale_restorations.1.",)}
 EXACT = [name for name in SMALL if not OBJECTIVES[method_of(name)].inexact_accumulation]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> None:
-    """Accelerate keeps its state for the whole process."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.images.pixels import fit_square_gray
 from mlvicx_hf.encoders.inference import load
 from mlvicx_hf.prediction.indexing import build_index
-from mlvicx_hf.prediction.search import ImageIndex, open_index
+from mlvicx_hf.prediction.search import ImageIndex
 from mlvicx_hf.prediction.similar import find_similar, search_batches
 from mlvicx_hf.scoring import neighbours
 from mlvicx_hf.scoring.neighbours import nearest_rows, precision_of_neighbours
@@ -127,7 +127,7 @@ def test_precision_is_counted_by_hand():
 
 
 def test_an_index_holds_the_images_of_its_cache(built: Path, models: list[str], cache: Path):
-    index, train = open_index(built), load_cache(cache).datasets["train"]
+    index, train = ImageIndex(built), load_cache(cache).datasets["train"]
     expected = normalize(embedded(models[0], train["image"]), dim=1)
     torch.testing.assert_close(index.embeddings, expected, rtol=1e-4, atol=1e-5)
     assert {path.name for path in built.iterdir()} == {
@@ -162,7 +162,7 @@ def test_threshold_and_precision_are_those_of_brute_force(built: Path, models: l
     opened = load_cache(cache).datasets
     train, asked = (normalize(embedded(models[0], opened[name]["image"]), dim=1) for name in ("train", "validation"))
     cosines = (asked @ train.T).numpy()
-    content = open_index(built).content
+    content = ImageIndex(built).content
     assert content["unlike_threshold"] == pytest.approx(np.quantile(cosines.max(1), 0.05), abs=1e-5)
     table, wanted = (np.array(opened[name]["labels"][:], float)[:, 1] for name in ("train", "validation"))
     share = np.mean([table[np.argsort(-row)[:5]].mean() for row in cosines[wanted == 1]])
@@ -203,7 +203,7 @@ def test_any_model_gives_the_embeddings_of_its_encoder(head: Any, cache: Path, t
     source = str(tmp_path / "model")
     build_index(source, cache, tmp_path / "index", splits=["test"], **INDEXING)
     expected = normalize(embedded(source, load_cache(cache).datasets["test"]["image"]), dim=1)
-    torch.testing.assert_close(open_index(tmp_path / "index").embeddings, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ImageIndex(tmp_path / "index").embeddings, expected, rtol=1e-4, atol=1e-5)
     images = cache.with_name("cache-images")
     find_similar(tmp_path / "index", images / "0008.png", tmp_path / "out.csv", top=1, **SEARCHING)
     assert read(tmp_path / "out.csv")[0]["source"].endswith("0008.png")
@@ -212,7 +212,7 @@ def test_any_model_gives_the_embeddings_of_its_encoder(head: Any, cache: Path, t
 def test_added_images_come_last_and_everything_is_measured_anew(models: list[str], built: Path, tmp_path: Path):
     other = make_cache(tmp_path, labelled("q", first=103, disc="nodule"), name="other")
     both = build_index(models[0], other, tmp_path / "both", add_to=built, **INDEXING)
-    index, earlier = open_index(tmp_path / "both"), open_index(built)
+    index, earlier = ImageIndex(tmp_path / "both"), ImageIndex(built)
     assert both["images"] == len(index.items) == 48
     assert torch.equal(index.embeddings[:24], earlier.embeddings)
     assert [cache["splits"] for cache in both["caches"]] == [{"train": 24}] * 2
@@ -230,14 +230,14 @@ def test_added_images_come_last_and_everything_is_measured_anew(models: list[str
 
 
 def test_images_that_are_in_already_are_refused(models: list[str], built: Path, cache: Path, tmp_path: Path):
-    source = open_index(built).items["source"][0]
+    source = ImageIndex(built).items["source"][0]
     with pytest.raises(UserError, match=rf"24 images of .* are in the index .* already: {source}"):
         build_index(models[0], cache, tmp_path / "new", add_to=built, **INDEXING)
     larger = make_cache(tmp_path, labelled("l", first=205), size=40, name="larger")
     with pytest.raises(UserError, match=r"larger: size and fit \(40, 'pad'\) found; expected \(32, 'pad'\)"):
         build_index(models[0], larger, tmp_path / "new", add_to=built, **INDEXING)
     build_index(models[0], cache, tmp_path / "new", add_to=built, splits=["test"], **INDEXING)
-    assert open_index(tmp_path / "new").items["split"].value_counts().to_dict() == {"train": 24, "test": 8}
+    assert ImageIndex(tmp_path / "new").items["split"].value_counts().to_dict() == {"train": 24, "test": 8}
 
 
 def test_the_index_of_another_model_is_refused(models: list[str], built: Path, cache: Path, tmp_path: Path):
@@ -295,7 +295,7 @@ def test_opening_names_the_file_and_what_is_wrong(copied: Path, tmp_path: Path):
         folder = Path(shutil.copytree(copied, tmp_path / "damaged"))
         damage(folder)
         with pytest.raises((UserError, FileNotFoundError), match=message):
-            open_index(folder)
+            ImageIndex(folder)
         shutil.rmtree(folder)
 
     for name in ("index.json", "items.parquet", "embeddings.safetensors"):
@@ -332,9 +332,9 @@ def test_rows_that_are_no_embeddings_are_found_by_any_search(copied: Path, value
 
     change_tensor(copied, damage)
     with pytest.raises(UserError, match=r"embeddings.safetensors: cosine .* found with row 5 of 'embeddings'"):
-        open_index(copied).nearest(torch.ones(1, 96), 2)
+        ImageIndex(copied).nearest(torch.ones(1, 96), 2)
     with pytest.raises(UserError, match=r"embeddings \[1, 9\] found; expected \[Q, 96\]"):
-        open_index(copied).nearest(torch.ones(1, 9), 2)
+        ImageIndex(copied).nearest(torch.ones(1, 9), 2)
 
 
 # -- similar -----------------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def queries(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table_has_the_neighbours_of_each_file(built: Path, models: list[str], queries: Path, tmp_path: Path):
     record = find_similar(built, queries, tmp_path / "new" / "out.csv", top=3, **SEARCHING)
-    rows, index = read(tmp_path / "new" / "out.csv"), open_index(built)
+    rows, index = read(tmp_path / "new" / "out.csv"), ImageIndex(built)
     names = ["source", "patient_id", "split", "label:disc", "label:stripes"]
     assert list(rows[0]) == ["file", "error", "rank", "cosine", *names, "unlike"]
     files = ["broken.png", *["indexed.png"] * 3, *["new.png"] * 3]
@@ -392,7 +392,7 @@ def test_a_sheet_shows_files_and_their_neighbours(built: Path, cache: Path, quer
     height = 128 + 24 + 4  # of a tile with two lines of title and the margin
     assert sheet.size == (3 * 132 + 4, 2 * height + 4)
     (first,) = (row for row in read(tmp_path / "out.csv") if row["rank"] == "1" and "new.png" in row["file"])
-    index = open_index(built)
+    index = ImageIndex(built)
     picture = index.picture(index.items["source"].tolist().index(first["source"]))
     assert picture is not None
     shown = sheet.crop((4 + 132, 4 + height + 24, 4 + 132 + 128, 4 + height + 24 + 128))
@@ -439,17 +439,17 @@ def test_an_approximate_search_of_few_images_is_exact(
 ):
     pytest.importorskip("faiss", reason='needs pip install "mlvicx-hf[search]"')
     build_index(models[0], cache, tmp_path / "graph", approximate=True, **INDEXING)
-    index = open_index(tmp_path / "graph")
+    index = ImageIndex(tmp_path / "graph")
     exact, near = (index.nearest(index.validation.embeddings, 4, approximate) for approximate in (False, True))
     assert torch.equal(exact[1], near[1])
     torch.testing.assert_close(exact[0], near[0])
     find_similar(tmp_path / "graph", queries, tmp_path / "out.csv", approximate=True, **SEARCHING)
     assert len(read(tmp_path / "out.csv")) == 11
     with pytest.raises(FileNotFoundError, match=r"hnsw\.faiss: no such file; expected an index of .*--approximate"):
-        open_index(copied).nearest(index.embeddings, 1, approximate=True)
+        ImageIndex(copied).nearest(index.embeddings, 1, approximate=True)
     (copied / "hnsw.faiss").write_bytes(b"IHNf")
     with pytest.raises(UserError, match=r"hnsw\.faiss: .*expected a whole file of faiss"):
-        open_index(copied).nearest(index.embeddings, 1, approximate=True)
+        ImageIndex(copied).nearest(index.embeddings, 1, approximate=True)
 
 
 def test_places_for_which_the_graph_found_no_image_are_left_out(monkeypatch: pytest.MonkeyPatch):

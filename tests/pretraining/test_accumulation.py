@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import in_two_processes, tiny_config
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from mlvicx_hf import MLVICXForPreTraining
 from mlvicx_hf.objectives import OBJECTIVES, Objective
 from mlvicx_hf.pretraining.accumulation import accumulate
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 BATCH = 12
 
 
@@ -105,10 +105,3 @@ def test_two_processes_with_micro_batches_equal_one_without(tmp_path: Path):
         torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-10, atol=0)
         for name, gradient in gradients(whole).items():
             torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-8, atol=1e-12, msg=name)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> None:
-    """Accelerate keeps its state for the whole process."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()

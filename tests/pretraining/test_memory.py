@@ -12,7 +12,6 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import in_two_processes, tiny_config
 from runs import assert_same_bits, pretrain, start
 from torch import Tensor, nn
@@ -25,11 +24,9 @@ from mlvicx_hf.pretraining.memory import ResourceEstimate, Trial, largest_that_f
 
 
 @pytest.fixture(autouse=True)
-def _fresh_state() -> None:
-    """Accelerate keeps its state for the whole process; other processes may have the rest of the cores."""
+def _one_thread(fresh_accelerate: None) -> None:
+    """Other processes may have the rest of the cores."""
     torch.set_num_threads(1)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def noise(count: int) -> tuple[Tensor, Tensor]:

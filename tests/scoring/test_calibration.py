@@ -148,7 +148,7 @@ def test_scores_of_answers_are_those_of_a_loop():
 
 def test_errors_at_coverages():
     confidences, right = np.array([0.6, 0.9, 0.7, 0.8, 0.5]), np.array([False, True, True, True, False])
-    assert selective_errors(confidences, right, (1.0, 0.8, 0.6, 0.1)) == [0.4, 0.25, 0.0, 0.0]
+    assert selective_errors(confidences, right) == [0.4, 0.4, 0.25, 0.25, 0.0, 0.0]
 
 
 # -- scores of probabilities -------------------------------------------------------------------------------------------
@@ -156,12 +156,12 @@ def test_errors_at_coverages():
 
 def test_calibration_error_of_a_few_images():
     labels = np.array([0, 0, 1, 1, np.nan, 1])
-    found = calibration_error(labels, np.array([0.12, 0.18, 0.11, 0.93, 0.5, 1.0]), bins=10)
+    found = calibration_error(labels, np.array([0.12, 0.13, 0.11, 0.95, 0.5, 1.0]))
     assert [row["images"] for row in found["bins"]] == [3, 2]
     first, last = found["bins"]
-    assert first["probability"] == pytest.approx(0.41 / 3)
+    assert first["probability"] == pytest.approx(0.36 / 3)
     assert first["frequency"] == pytest.approx(1 / 3)
-    expected = (3 * abs(0.41 / 3 - 1 / 3) + 2 * abs(last["probability"] - 1)) / 5
+    expected = (3 * abs(0.36 / 3 - 1 / 3) + 2 * abs(last["probability"] - 1)) / 5
     assert found["ece"] == pytest.approx(expected)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 
 _DESCRIPTION = (
     "Look for leaks in prepared caches: patients, files or copies of an image that two splits share.\n\n"
@@ -56,7 +55,3 @@ def main(words: Sequence[str] | None = None) -> None:
     print("\n".join(lines))
     if result["leaks"]:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 
 
 def parser() -> CommandParser:
@@ -66,7 +65,3 @@ def main(words: Sequence[str] | None = None) -> None:
     with new_file(output) as temporary:
         card.save(temporary)
     print(f"card written to {output}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 from mlvicx_hf.common.text import number
 
 
@@ -53,7 +52,3 @@ def _describe(run: Path) -> dict[str, Any]:
     results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
     kept = ("protocol", "label_fraction", "seed", "data", "code")
     return {"folder": str(run), **{name: results[name] for name in kept if name in results}}
-
-
-if __name__ == "__main__":
-    run(main)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 
 
 def parser() -> CommandParser:
@@ -37,7 +36,3 @@ def main(words: Sequence[str] | None = None) -> None:
 
     given = arguments.num_channels, arguments.backbone
     print(convert_checkpoint(arguments.checkpoint, arguments.output_dir, *given))
-
-
-if __name__ == "__main__":
-    run(main)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import require, run
+from mlvicx_hf.common.errors import require
 
 from .startup import start_inference
 
@@ -49,7 +49,3 @@ def main(words: Sequence[str] | None = None) -> None:
     with serving(Reader(**given), host, port) as (page, where):
         print(f"the page is at {where}; Ctrl-C ends it", flush=True)
         page.block_thread()
-
-
-if __name__ == "__main__":
-    run(main)

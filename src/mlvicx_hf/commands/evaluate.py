@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 from mlvicx_hf.recipes import recipe_names
 
 
@@ -48,7 +47,3 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"{outcome.finished} of {outcome.planned} cells finished, {outcome.failed} failed")
     if outcome.failed:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import UserError, run
+from mlvicx_hf.common.errors import UserError
 
 from .startup import start_inference
 
@@ -91,7 +91,3 @@ def _report(found: dict[str, Any]) -> None:
             for score, value in scores.items()
         )
         print(f"  {first} over {other}: {'; '.join(values)}")
-
-
-if __name__ == "__main__":
-    run(main)

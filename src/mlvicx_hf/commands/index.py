@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 
 from .startup import add_inference_options, start_inference
 
@@ -54,7 +53,3 @@ def main(words: Sequence[str] | None = None) -> None:
         )
     if content["validation"]["own_patient_left_out"]:
         print("note: patients of the validation images are indexed, too; no image was compared with its own patient")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import UserError, run
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.collections import KINDS
 
 if TYPE_CHECKING:  # importing the collections takes seconds, which --help does not have
@@ -205,7 +205,3 @@ def _print_losses(summary: dict[str, Any], output: Path, images: int) -> None:
             first = next(csv.DictReader(file))
         share = f"{unreadable} of {images + unreadable} images were rejected"
         print(f"warning: {share}, such as {first['file']}: {first['reason']}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run(main)

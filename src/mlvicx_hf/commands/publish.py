@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import UserError, run
+from mlvicx_hf.common.errors import UserError
 
 from .card import add_sources, find_template
 
@@ -108,7 +108,3 @@ def _report(arguments: argparse.Namespace, done: dict[str, Any], card: str) -> N
     if arguments.dataset is not None:
         print("note: patient ids and file names go along, in the columns of the images and in splits.csv")
     print(f"dry run: {len(done['files'])} files, {megabytes:.1f} MB, would go to {where}; nothing was sent")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 
 
 def parser() -> CommandParser:
@@ -49,7 +48,3 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _command(words: Sequence[str]) -> None:
     importlib.import_module(f".{words[0]}", __package__).main(words[1:])
-
-
-if __name__ == "__main__":
-    run(main)

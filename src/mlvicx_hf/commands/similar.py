@@ -1,13 +1,11 @@
 """The command `mlvicx similar`."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 
-from .startup import add_inference_options, start_inference
+from .startup import add_inference_options, print_images, start_inference
 
 
 def parser() -> CommandParser:
@@ -39,25 +37,13 @@ def main(words: Sequence[str] | None = None) -> None:
     given = vars(parser().parse_args(words))
     output, quiet = given.pop("output"), given.pop("quiet")
     start_inference(given["device"])
-    from mlvicx_hf.data.images.pixels import describe_skipped
     from mlvicx_hf.prediction.similar import find_similar
 
     record = find_similar(given.pop("index"), given.pop("input"), output, **given, progress=not quiet)
-    total, errors = record["images"], record["errors"]
-    print(f"{output}: {total - errors} of {total} images")
+    print_images(output, record)
     if record["unlike"] is None:
         print("note: the index has no threshold, so column unlike is empty")
     else:
-        print(f"{record['unlike']} of them are unlike all indexed images")
-    if record["sheet"] and record["sheet"]["images"] < total - errors:
+        print(f"{record['unlike']} images are unlike all indexed images")
+    if record["sheet"] and record["sheet"]["images"] < record["images"] - record["errors"]:
         print(f"note: {record['sheet']['file']} shows the first {record['sheet']['images']} images")
-    skipped = describe_skipped(record["skipped"])
-    if skipped:
-        print(f"note: {skipped}")
-    if errors:
-        text = f"warning: {errors} of {total} images could not be read; column error of {output} says why"
-        print(text, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run(main)

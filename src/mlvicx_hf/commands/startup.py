@@ -1,4 +1,9 @@
-"""What commands that run a saved model share: options, and how their process starts."""
+"""What commands that run a saved model share: options, how their process starts, and what they print of images."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from mlvicx_hf.common.arguments import CommandParser
 
@@ -22,3 +27,16 @@ def start_inference(device: str | None) -> None:
     transformers.utils.logging.disable_progress_bar()
     if choose_device(device).type == "cpu":
         use_cpu_threads()
+
+
+def print_images(output: Path, record: Mapping[str, Any]) -> None:
+    """Print how many images the table `output` has by its record, what was skipped, and how many could not be read."""
+    from mlvicx_hf.data.images.pixels import describe_skipped
+
+    total, errors, skipped = record["images"], record["errors"], describe_skipped(record["skipped"])
+    print(f"{output}: {total - errors} of {total} images")
+    if skipped:
+        print(f"note: {skipped}")
+    if errors:
+        text = f"warning: {errors} of {total} images could not be read; column error of {output} says why"
+        print(text, file=sys.stderr)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from mlvicx_hf.common.arguments import CommandParser
-from mlvicx_hf.common.errors import run
 from mlvicx_hf.common.text import number
 from mlvicx_hf.data.vocabulary import COLLECTIONS
 
@@ -58,7 +57,3 @@ def _report(results: dict[str, Any]) -> None:
     not_scored = {value for value in test["auroc"].values() if isinstance(value, str)}
     if not_scored:
         print(f"{not_scored.pop()}: all known images of this split have one value")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -21,8 +21,8 @@ def check_once(option: str, values: Iterable[str]) -> None:
         raise UserError(f"{option} with {some(twice)} twice found; expected each once")
 
 
-def check_least(least: int, **options: int | None) -> None:
+def check_least(least: int, **options: float | None) -> None:
     """Refuse numbers that are too small. None stands for an option that is not given."""
     for name, value in options.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # also NaN
             raise UserError(f"{name}={value} found; expected {least} or more")

@@ -144,7 +144,8 @@ def serving(reader: Reader, host: str, port: int) -> Iterator[tuple[gr.Blocks, s
             footer_links=[],
             run_history=False,
             ssr_mode=False,
-            theme=_theme(),
+            # Fonts of the reader's machine: those of other themes come from the network.
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=CSS,
         )
         try:
@@ -165,11 +166,6 @@ def _check_address(host: str, port: int) -> int:
         raise UserError(
             f"--host {host} --port {port} found; expected a free address of this machine: {error}"
         ) from error
-
-
-def _theme() -> gr.Theme:
-    """Fonts of the reader's machine: those of other themes come from the network."""
-    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
 
 class Page:

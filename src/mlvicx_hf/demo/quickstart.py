@@ -94,8 +94,8 @@ class Quickstart:
                     f"{given} lies in {place} or {previous}, which are made anew; expected another --output"
                 )
         for folder in (place, previous):
-            foreign = folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_report(folder))
-            if foreign:
+            ours = any((folder / name).is_file() for name in (STARTED, "report.json"))
+            if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not ours):
                 raise UserError(f"{folder} holds other files; expected a new folder, or one of an earlier quick start")
         if place.exists():
             shutil.rmtree(previous, ignore_errors=True)
@@ -194,10 +194,6 @@ class Quickstart:
 
     def _say(self, text: str) -> None:
         print(f"\n== {text} ({time.monotonic() - self.started:.0f} s)", flush=True)
-
-
-def _is_report(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (STARTED, "report.json"))
 
 
 def markdown(report: dict[str, Any]) -> str:

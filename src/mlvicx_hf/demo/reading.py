@@ -5,7 +5,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.evaluation.explanation.explaining import grad_cam
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation
 from mlvicx_hf.prediction.answers import Answers
-from mlvicx_hf.prediction.search import LABEL_PREFIX, open_index
+from mlvicx_hf.prediction.search import LABEL_PREFIX, ImageIndex
 
 MAX_UPLOAD = 100 * 2**20  # bytes
 SHOWN_SIDE = 896  # pixels of the longer side of a picture on the page
@@ -95,7 +95,7 @@ class Reader:
         self.segmenter = None
         if segmenter is not None:
             self.segmenter = load(segmenter, device=device, expected=MLVICXForSemanticSegmentation)
-        self.index = None if index is None else open_index(Path(index))
+        self.index = None if index is None else ImageIndex(index)
         if self.index is not None:
             self.index.check_model(self.classifier)
         config = self.classifier.model.config
@@ -204,13 +204,11 @@ def _read_pointing(loaded: LoadedModel, explanations: str | Path | None) -> dict
     names = [name for name, hashes in weights.items() if hashes == loaded.weights]
     if not names:
         raise UserError(f"{path} is about {', '.join(models)}; expected heat maps of {loaded.source}")
-    return {
-        finding: _pointing_sentence(about["scores"][names[0]], about["located"])
-        for finding, about in findings.items()
-        if isinstance(about.get("scores"), Mapping)
-    }
-
-
-def _pointing_sentence(scores: Mapping[str, Any], images: int) -> str:
-    found = scores["pointing"]
-    return f"points at the finding in {found['mean']:.0%} of {images} images (chance {found['chance']:.0%})"
+    sentences = {}
+    for finding, about in findings.items():
+        if isinstance(about.get("scores"), Mapping):
+            share, chance = (about["scores"][names[0]]["pointing"][key] for key in ("mean", "chance"))
+            sentences[finding] = (
+                f"points at the finding in {share:.0%} of {about['located']} images (chance {chance:.0%})"
+            )
+    return sentences

@@ -11,13 +11,13 @@ from mlvicx_hf.data.images.pictures import contact_sheet
 from mlvicx_hf.scoring.neighbours import nearest_rows
 
 
-def neighbour_sheet(features: Tensor, images: Any, picture: Path, rows: int = 6, neighbours: int = 5) -> None:
-    """Draw a PNG file: rows of an image and the images nearest to it by the cosine of their features [N, C].
+def neighbour_sheet(features: Tensor, images: Any, picture: Path) -> None:
+    """Draw a PNG file: six rows of an image and the five nearest to it by the cosine of their features [N, C].
 
-    The rows are evenly spread over the data, whose N rows have `image` and `patient_id`.
+    The six are evenly spread over the data, whose N rows have `image` and `patient_id`.
     """
-    neighbours = min(neighbours, len(features) - 1)
-    queries = np.linspace(0, len(features) - 1, min(rows, len(features))).astype(int)
+    neighbours = min(5, len(features) - 1)
+    queries = np.linspace(0, len(features) - 1, min(6, len(features))).astype(int)
     itself = (torch.arange(len(features)), torch.from_numpy(queries))
     cosines, nearest = nearest_rows(nn.functional.normalize(features, dim=1), features[queries], neighbours, itself)
     tiles, titles = [], []

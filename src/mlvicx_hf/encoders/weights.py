@@ -8,7 +8,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -81,13 +81,6 @@ def _nothing(*_: Any) -> None:
 # -- where a run starts ------------------------------------------------------------------------------------------------
 
 
-class Normalisation(NamedTuple):
-    """What weights expect of grey values in [0, 1]: mean and standard deviation, one number or one a channel."""
-
-    mean: float | list[float]
-    std: float | list[float]
-
-
 def is_timm_source(source: str) -> bool:
     """Whether a source is for `load_timm_weights`, and not a saved model of this package."""
     if Path(source).is_dir():
@@ -95,21 +88,24 @@ def is_timm_source(source: str) -> bool:
     return source == "imagenet" or source.endswith(WEIGHT_FILES) or ("/" not in source and timm.is_model(source))
 
 
-def timm_normalisation(name: str, num_channels: int) -> Normalisation:
-    """Find what timm's weights of a name expect.
+def timm_normalisation(name: str, num_channels: int) -> tuple[float | list[float], float | list[float]]:
+    """Find the mean and the standard deviation of grey values in [0, 1] that timm's weights of a name expect.
 
     Args:
         name: timm model, perhaps with the tag of its weights.
         num_channels: 1 for weights that are summed over red, green and blue: they get the constants' mean.
+
+    Returns:
+        Each as one number, or as a list with one a channel.
     """
     check_backbone(name)
     found = timm.get_pretrained_cfg(name)
     if found is None:  # an architecture without published weights
-        return Normalisation(0.5, 0.25)
+        return 0.5, 0.25
     mean, std = list(found.mean), list(found.std)
     if len(set(mean)) == len(set(std)) == 1 or num_channels != len(mean):
-        return Normalisation(round(sum(mean) / len(mean), 6), round(sum(std) / len(std), 6))
-    return Normalisation(mean, std)
+        return round(sum(mean) / len(mean), 6), round(sum(std) / len(std), 6)
+    return mean, std
 
 
 def starting_processor(config: MLVICXConfig, source: str | None) -> MLVICXImageProcessor:
@@ -121,8 +117,8 @@ def starting_processor(config: MLVICXConfig, source: str | None) -> MLVICXImageP
     """
     processor = MLVICXImageProcessor(config.image_size, config.num_channels)
     if source is not None and is_timm_source(source):
-        values = timm_normalisation(_timm_name(config, source), config.num_channels)
-        processor.image_mean, processor.image_std = values
+        name = _timm_name(config, source)
+        processor.image_mean, processor.image_std = timm_normalisation(name, config.num_channels)
     elif source is not None:
         earlier = load_image_processor(check_source(source), config)
         processor.image_mean, processor.image_std = earlier.image_mean, earlier.image_std

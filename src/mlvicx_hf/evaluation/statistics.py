@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.options import check_least
 from mlvicx_hf.scoring.bootstrap import draw_patients
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
@@ -96,8 +96,7 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
     Raises:
         UserError: runs that were not tested on the same images and labels, or no draws.
     """
-    if samples < 1:
-        raise UserError(f"samples={samples} found; expected 1 or more")
+    check_least(1, samples=samples)
     groups = [[read_run(run) for run in group] for group in (runs, baselines)]
     check_same_images(dict(zip(map(str, (*runs, *baselines)), groups[0] + groups[1], strict=True)))
     first = groups[0][0]

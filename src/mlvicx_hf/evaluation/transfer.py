@@ -19,6 +19,7 @@ from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE, some
 from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.data.options import check_choice, check_least
 from mlvicx_hf.data.vocabulary import COLLECTIONS, Match, Matching, match, normalize
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.finetuning.classification import Classified, write_predictions
@@ -57,6 +58,8 @@ def evaluate(
     else unknown. Exclusive classes are scored as such, with accuracy, only if model and images have the same ones.
     Else each is scored against the rest, and the accuracy of a model of exclusive classes is not defined.
 
+    Arguments that are not listed are as of `prediction.predict`.
+
     Args:
         model_source: folder or Hub name.
         dataset: prepared cache.
@@ -64,12 +67,7 @@ def evaluate(
         split: of the cache.
         collection: whose labels the model knows; by default what the `results.json` beside it says, or else none.
         findings: score only these, by their common names.
-        batch_size: images in a forward pass.
-        num_workers: processes that read images; 0 reads them in this one.
-        device: of torch; by default a GPU if there is one.
-        revision: branch, tag or commit of a model on the Hub.
         allow_overlap: go on although the model has seen some of the images; see `check_overlap`.
-        progress: show a bar.
 
     Raises:
         FileExistsError: results that are there already.
@@ -77,10 +75,10 @@ def evaluate(
         OSError: a model or cache that is absent or damaged.
         FloatingPointError: a model whose results are not finite.
     """
-    if batch_size < 1 or num_workers < 0:
-        raise UserError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
-    if collection is not None and collection not in COLLECTIONS:
-        raise UserError(f"collection={collection!r} found; expected one of {', '.join(COLLECTIONS)}")
+    check_least(1, batch_size=batch_size)
+    check_least(0, num_workers=num_workers)
+    if collection is not None:
+        check_choice("collection", collection, COLLECTIONS)
     output = Path(output)
     if output.suffix != ".json":
         raise UserError(f"output={str(output)!r} found; expected a .json file")
@@ -98,19 +96,16 @@ def evaluate(
     common = rename_labels(cache, split, matching.matches, exclusive)
     images = common.datasets["test"]
     logits = compute_logits(loaded, images, batch_size, num_workers, progress)
-    logits = combine_logits(loaded, logits, matching, exclusive)
+    labels = np.array(images["labels"], dtype=np.float64)
+    labels = labels.argmax(1) if exclusive else labels
+    found = Classified(combine_logits(loaded, logits, matching, exclusive), labels, common.label_names, exclusive)
     results = {
         "task": "classification",
         "protocol": "evaluation",
         "labels": list(common.label_names),
-        "test": _score(common, logits, decided=exclusive or not _is_exclusive(loaded)),
+        "test": _score(found, images, decided=exclusive or not _is_exclusive(loaded)),
         "counts": {split: {"images": len(images), "patients": len(set(images["patient_id"]))}},
-        "matching": {
-            "model_collection": collection,
-            "matched": {found.name: _describe_match(found, loaded, cache) for found in matching.matches},
-            "model_only": dict(matching.model_only),
-            "data_only": dict(matching.data_only),
-        },
+        "matching": {"model_collection": collection} | _describe(matching, loaded, cache),
         "overlap": overlap,
         **loaded.describe(),
         "training": vars(training),
@@ -120,7 +115,7 @@ def evaluate(
         "notice": NOTICE,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(table, common, logits)
+    write_predictions(table, common, found.probabilities)
     write_json(output, results)
     return results
 
@@ -220,23 +215,24 @@ def _describe_scores(loaded: LoadedModel, exclusive: bool) -> str:
     return "logit, or the highest of several"
 
 
-def _score(cache: Cache, logits: np.ndarray, decided: bool) -> dict[str, Any]:
-    """Score logits [N, M] of the split "test" and its subgroups.
+def _score(found: Classified, images: Any, decided: bool) -> dict[str, Any]:
+    """Score what was found of images, and their subgroups.
 
     `decided` says that the signs of the logits, or the highest of exclusive ones, are decisions with an accuracy.
     """
-    images = cache.datasets["test"]
-    table = np.array(images["labels"], dtype=np.float64)
-    labels = table.argmax(1) if cache.exclusive else table
-    found = Classified(logits, labels, cache.label_names, cache.exclusive)
     undecided = {} if decided else {"accuracy": NOT_SCORED}
     subgroups = score_subgroups(images, lambda rows: found.scores(rows) | undecided)
     return found.scores() | undecided | {"subgroups": subgroups}
 
 
-def _describe_match(found: Match, loaded: LoadedModel, cache: Cache) -> dict[str, list[str]]:
-    return {
-        "model": [loaded.labels[column] for column in found.model_columns],
-        "data": [cache.label_names[column] for column in found.data_columns],
-        "lost": list(found.lost),
+def _describe(matching: Matching, loaded: LoadedModel, cache: Cache) -> dict[str, Any]:
+    """Name the labels that were matched, what is lost by that, and those without a counterpart."""
+    matched = {
+        found.name: {
+            "model": [loaded.labels[column] for column in found.model_columns],
+            "data": [cache.label_names[column] for column in found.data_columns],
+            "lost": list(found.lost),
+        }
+        for found in matching.matches
     }
+    return {"matched": matched, "model_only": dict(matching.model_only), "data_only": dict(matching.data_only)}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import expit, softmax
 from torch import nn
 from transformers import EvalPrediction, Trainer
@@ -221,13 +220,11 @@ class Classification(FinetuningTask):
         }
 
     def _write_test(self, folder: Path, test: Classified) -> None:
-        write_predictions(folder / "test_predictions.csv", self.cache, test.calibrated)
+        write_predictions(folder / "test_predictions.csv", self.cache, test.probabilities)
 
 
-def write_predictions(path: Path, cache: Cache, logits: np.ndarray) -> None:
+def write_predictions(path: Path, cache: Cache, probabilities: np.ndarray) -> None:
     """Write one row a test image: who and what it is, and of every label its truth and its probability."""
-    scores = torch.from_numpy(logits).double()
-    probabilities = scores.softmax(1) if cache.exclusive else scores.sigmoid()
     test = cache.datasets["test"]
     columns = [f"{kind}:{name}" for kind in ("label", "probability") for name in cache.label_names]
     rows = (

@@ -17,6 +17,7 @@ from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE, some
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.summary import column
+from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.features import PreparedImages, encode
 from mlvicx_hf.encoders.inference import LoadedModel, exact_convolutions, load
 from mlvicx_hf.scoring.neighbours import PRECISION_TOP, mean_precision, nearest_rows, precision_of_neighbours
@@ -32,7 +33,6 @@ from .search import (
     LABEL_PREFIX,
     ImageIndex,
     IndexedImages,
-    open_index,
     write_graph,
 )
 
@@ -57,7 +57,7 @@ def build_index(
 
     The threshold for images unlike all indexed ones, and precision@5, are measured on the validation split. The index
     keeps the embeddings of that split, so that both are measured anew, on the validation images of all caches, when
-    images are added.
+    images are added. Arguments that are not listed are as of `predict`.
 
     Args:
         model_source: folder or Hub name of an encoder, a pretraining, a classifier or a segmenter.
@@ -66,10 +66,6 @@ def build_index(
         splits: splits of the cache to index.
         add_to: an index, which stays as it is; the new index has its images first.
         approximate: also write a graph for approximate searches (extra "search").
-        batch_size: images encoded at a time.
-        device: of torch; by default a GPU if there is one.
-        revision: branch, tag or commit of a model on the Hub.
-        progress: show bars.
 
     Returns:
         The content of `index.json`.
@@ -81,14 +77,13 @@ def build_index(
         FloatingPointError: an embedding that is not finite, or of length 0.
     """
     folder = check_output(Path(output))
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} found; expected at least 1")
+    check_least(1, batch_size=batch_size)
     if approximate:
         require("--approximate", "search", "faiss")
     splits = list(dict.fromkeys(splits))
     load_cache(dataset, splits, check=False)  # refuses splits that are absent
     cache = load_cache(dataset)
-    earlier = None if add_to is None else open_index(add_to)
+    earlier = None if add_to is None else ImageIndex(add_to)
     if earlier is not None:
         _check_added(earlier, cache, splits)
     loaded = load(model_source, revision, choose_device(device))

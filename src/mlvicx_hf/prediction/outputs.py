@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import write_json
 from mlvicx_hf.data.masks import MAX_CLASSES, foreground
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 
@@ -179,6 +180,16 @@ class Outputs:
                 raise FileExistsError(f"{path} exists; choose another name, or overwrite it with --overwrite")
         if self.masks is not None:
             self._check_masks(self.masks, overwrite)
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Write the record beside the table.
+
+        Raises:
+            UserError: none of its `images` could be read: all are `errors`.
+        """
+        write_json(self.sidecar, record)
+        if record["errors"] == record["images"]:
+            raise UserError(f"none of {record['images']} images could be read; column error of {self.table} says why")
 
     def _check_masks(self, masks: Path, overwrite: bool) -> None:
         """Refuse a folder that holds anything but masks, because replacing a folder removes it."""

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import new_file, new_folder, write_json
+from mlvicx_hf.common.files import new_file, new_folder
 from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import fit_square_gray, image_files, read_gray
+from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXModel
@@ -228,8 +229,8 @@ def predict(
         OSError: a model or inputs that are absent, damaged or not reachable.
         FloatingPointError: a model whose results are not finite.
     """
-    if batch_size < 1 or num_workers < 0:
-        raise UserError(f"batch_size={batch_size}, num_workers={num_workers} found; expected at least 1 and 0")
+    check_least(1, batch_size=batch_size)
+    check_least(0, num_workers=num_workers)
     given = [Path(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     outputs = Outputs(Path(output), *(None if path is None else Path(path) for path in (embeddings, masks)))
     outputs.check(overwrite)
@@ -255,13 +256,11 @@ def predict(
         outputs.sidecar.unlink(missing_ok=True)  # the old record does not describe the new results
     record = _describe(loaded, head, given, outputs) | {
         "images": len(images),
-        "skipped": {kind: count for kind, count in skipped.items() if count},
+        "skipped": dict(+skipped),  # without zeros
         "errors": len(images) - len(readable),
         "settings": {"batch_size": batch_size, "num_workers": num_workers},
     }
-    write_json(outputs.sidecar, record)
-    if not readable:
-        raise UserError(f"none of {len(images)} images could be read; column error of {outputs.table} says why")
+    outputs.write_record(record)
     return record
 
 

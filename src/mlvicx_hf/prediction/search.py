@@ -38,7 +38,10 @@ class IndexedImages(NamedTuple):
 
 
 class ImageIndex:
-    """An index that `mlvicx index` wrote.
+    """An index that `mlvicx index` wrote. Its files are checked to belong together.
+
+    Args:
+        folder: of the index.
 
     Attributes:
         folder: of the index.
@@ -49,11 +52,16 @@ class ImageIndex:
         embeddings: [N, C], a memory map.
         items: table of N rows, see `IndexedImages`. `cache` counts the caches of `index.json` from 0; `row` counts the
             rows of their split.
+
+    Raises:
+        FileNotFoundError: one of its files is absent.
+        UserError: one of its files is damaged or of something else.
     """
 
-    def __init__(self, folder: Path) -> None:
-        file = folder / INDEX_FILE
-        self.folder, self.content = folder, read_json(file)
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        file = self.folder / INDEX_FILE
+        self.content = read_json(file)
         form = json_field(self.content, "format", int, file, EXPECTED)
         if form != INDEX_FORMAT:
             raise UserError(f"{file}: format={form} found; expected {INDEX_FORMAT}")
@@ -197,16 +205,6 @@ def _unchanged(entry: dict[str, Any]) -> Cache | None:
     manifest = Path(entry["path"]) / MANIFEST
     same = manifest.is_file() and entry.items() >= {k: read_json(manifest).get(k) for k in HASHES}.items()
     return load_cache(entry["path"], check=False) if same else None
-
-
-def open_index(folder: str | Path) -> ImageIndex:
-    """Open an index of `mlvicx index` and check that its files belong together.
-
-    Raises:
-        FileNotFoundError: one of its files is absent.
-        UserError: one of its files is damaged or of something else.
-    """
-    return ImageIndex(Path(folder))
 
 
 def write_graph(embeddings: Tensor, path: Path) -> None:

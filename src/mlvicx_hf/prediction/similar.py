@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import new_file, write_json
+from mlvicx_hf.common.files import new_file
 from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
@@ -20,11 +19,12 @@ from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.cache.summary import TITLE
 from mlvicx_hf.data.images.pictures import contact_sheet
 from mlvicx_hf.data.images.pixels import read_gray
+from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 
 from .outputs import Outputs, printable
 from .prediction import Batch, InputImage, find_inputs, image_loader
-from .search import LABEL_PREFIX, ImageIndex, open_index
+from .search import LABEL_PREFIX, ImageIndex
 
 SHEET_FILES = 50  # a contact sheet shows the first so many files
 SHEET_TILE = 128  # side of an image on it, in pixels
@@ -61,20 +61,16 @@ def find_similar(
     The table has one row a file and neighbour, or one row with the error of a file that cannot be read. Its column
     `unlike` is 1 if the nearest image has a smaller cosine than the index's threshold, 0 if not, empty without one.
 
+    Arguments that are not listed are as of `predict`.
+
     Args:
         index: folder that `build_index` wrote.
         inputs: images and folders, see `find_inputs`.
         output: table, a .csv file; the record `OUTPUT.json` beside it is written last.
         model: folder or Hub name of the model that made the index; by default the one that the index names.
-        revision: branch, tag or commit of `model` on the Hub.
         top: neighbours of each file.
         sheet: .png file for a contact sheet of the first 50 files with their neighbours.
         approximate: search the index's graph instead of all its images.
-        batch_size: images a forward pass.
-        num_workers: processes that read files; 0 reads them in this process.
-        device: of torch; by default a GPU if there is one.
-        overwrite: replace earlier outputs when the new ones are complete.
-        progress: show a bar.
 
     Raises:
         FileExistsError: outputs that exist already.
@@ -83,22 +79,17 @@ def find_similar(
         OSError: a model, an index or inputs that are absent or damaged.
         FloatingPointError: a model whose results are not finite.
     """
-    if top < 1 or batch_size < 1 or num_workers < 0:
-        found = f"top={top}, batch_size={batch_size}, num_workers={num_workers}"
-        raise UserError(f"{found} found; expected at least 1, 1 and 0")
+    check_least(1, top=top, batch_size=batch_size)
+    check_least(0, num_workers=num_workers)
     given = [Path(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     outputs = Outputs(Path(output), sheet=None if sheet is None else Path(sheet))
     outputs.check(overwrite)
-    opened = open_index(index)
+    opened = ImageIndex(index)
     if outputs.sheet is not None:
         opened.check_pictures()
     skipped: Counter[str] = Counter()
     images = find_inputs(given, skipped)
-    if model is None:
-        model, revision = opened.content["model"], opened.content["revision"]
-    loaded = load(model, revision, choose_device(device))
-    opened.check_model(loaded)
-    loaded = dataclasses.replace(loaded, model=loaded.model.base_model)  # without its head
+    loaded = load_encoder(opened, model, revision, device)
     batches = image_loader(images, loaded.processor, batch_size, num_workers, opened.square)
     outputs.table.parent.mkdir(parents=True, exist_ok=True)
     with new_file(outputs.table) as table, progress_bar(len(images), "searching", "image", show=progress) as bar:
@@ -112,16 +103,27 @@ def find_similar(
         outputs.sidecar.unlink(missing_ok=True)  # the old record does not describe the new results
     record = _describe(loaded, opened, given, outputs) | {
         "images": len(images),
-        "skipped": {kind: count for kind, count in skipped.items() if count},
+        "skipped": dict(+skipped),  # without zeros
         "errors": counts["errors"],
         "unlike": None if opened.unlike_threshold is None else counts["unlike"],
         "sheet": None if outputs.sheet is None else {"file": printable(outputs.sheet), "images": len(shown)},
         "settings": {"top": top, "approximate": approximate, "batch_size": batch_size, "num_workers": num_workers},
     }
-    write_json(outputs.sidecar, record)
-    if counts["errors"] == len(images):
-        raise UserError(f"none of {len(images)} images could be read; column error of {outputs.table} says why")
+    outputs.write_record(record)
     return record
+
+
+def load_encoder(index: ImageIndex, model: str | None, revision: str | None, device: str | None) -> LoadedModel:
+    """Load the model that made an index, without its head; by default the one that the index names.
+
+    Raises:
+        UserError: a model that did not make it.
+    """
+    if model is None:
+        model, revision = index.content["model"], index.content["revision"]
+    loaded = load(model, revision, choose_device(device))
+    index.check_model(loaded)
+    return dataclasses.replace(loaded, model=loaded.model.base_model)
 
 
 def _describe(loaded: LoadedModel, index: ImageIndex, inputs: Sequence[Path], outputs: Outputs) -> dict[str, Any]:
@@ -145,16 +147,11 @@ def search_batches(
         near: Iterator[tuple[list[float], list[int]]] = iter(())
         if len(batch.pixels):
             cosines, rows = index.nearest(infer(loaded, batch.pixels, embed=True)[1], top, fast)
-            near = (_found(*each) for each in zip(cosines.tolist(), rows.tolist(), strict=True))
+            found = (rows >= 0).sum(1)  # an approximate search may find fewer than `top`; its rows of -1 come last
+            near = ((c[:n].tolist(), r[:n].tolist()) for c, r, n in zip(cosines, rows, found.tolist(), strict=True))
         for reason in batch.errors:
             path = next(remaining).path
             yield Neighbours(path, reason, [], []) if reason else Neighbours(path, "", *next(near))
-
-
-def _found(cosines: list[float], rows: list[int]) -> tuple[list[float], list[int]]:
-    """Leave out the rows of -1, where an approximate search found fewer images."""
-    count = sum(row >= 0 for row in rows)  # those of -1 come last
-    return cosines[:count], rows[:count]
 
 
 def write_neighbours(
@@ -182,14 +179,11 @@ def write_neighbours(
                 counts["unlike"] += unlike == 1
                 shown += [each] if len(shown) < SHEET_FILES else []
             for rank, (cosine, row) in enumerate(zip(each.cosines, each.rows, strict=True), 1):
-                cells = ("" if pd.isna(cell) else _cell(cell) for cell in items.iloc[row])
+                known = ("" if pd.isna(value) else value for value in items.iloc[row])
+                cells = (value if isinstance(value, str) else f"{value:g}" for value in known)
                 writer.writerow([name, "", rank, f"{cosine:.6f}", *cells, unlike])
             step()
     return counts, shown
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 def draw_neighbours(index: ImageIndex, shown: Sequence[Neighbours], top: int) -> Image.Image:

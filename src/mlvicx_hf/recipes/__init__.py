@@ -14,29 +14,37 @@ OF_ONE_RUN = {"dataset", "output_dir", "model", "resume"}  # never in a recipe
 
 
 def recipe_names(kind: str = "pretraining") -> list[str]:
-    """Names of the recipes for "pretraining", "classification" or "segmentation" that come with the package."""
+    """Names of the recipes for "pretraining", "classification", "segmentation" or a "suite" in the package."""
     return sorted(Path(f.name).stem for f in (files(__name__) / kind).iterdir() if f.name.endswith(".yaml"))
+
+
+def find_recipe(name: str, kind: str = "pretraining") -> Path:
+    """Find the file of a recipe of the package, or of another one by its path, which ends in .yaml or .yml.
+
+    Raises:
+        UserError: neither.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    known = recipe_names(kind)
+    if name not in known:
+        what = "suite" if kind == "suite" else "recipe"
+        raise UserError(f"{what} {name!r} found; expected {', '.join(known)}, or the path of a .yaml file")
+    return Path(str(files(__name__) / kind / f"{name}.yaml"))
 
 
 def load_recipe(name: str, known: Collection[str] | None, kind: str = "pretraining") -> dict[str, Any]:
     """Read a recipe by its name, or from a YAML file.
 
     Args:
-        name: one of `recipe_names(kind)`, or the path of a file that ends in .yaml or .yml.
+        name: see `find_recipe`.
         known: the keys that exist; None allows any but those of a single run.
         kind: of training.
 
     Raises:
         UserError: an unknown recipe, a file that is not a mapping, or a key that does not exist.
     """
-    if name.endswith((".yaml", ".yml")):
-        file = Path(name)
-    elif name in recipe_names(kind):
-        file = Path(str(files(__name__) / kind / f"{name}.yaml"))
-    else:
-        names = ", ".join(recipe_names(kind))
-        raise UserError(f"recipe {name!r} found; expected {names}, or the path of a .yaml file")
-    recipe = read_yaml(file)
+    recipe = read_yaml(find_recipe(name, kind))
     for key in recipe:
         if key in OF_ONE_RUN:
             raise UserError(f"recipe {name} has the key {key!r}, which belongs to a single run; give it as --{key}")

@@ -146,7 +146,7 @@ def score_answers(answers: np.ndarray, labels: np.ndarray) -> dict[str, float | 
 # -- scores of probabilities -------------------------------------------------------------------------------------------
 
 
-def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = CALIBRATION_BINS) -> dict[str, Any]:
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
     """Compute the expected calibration error and the points of a reliability diagram (Guo et al., ICML 2017).
 
     ECE = Σ over the bins of (images in the bin / N) · |mean probability - frequency of positives|.
@@ -154,7 +154,6 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     Args:
         labels: [N], 1, 0 or NaN; unknown ones are left out.
         probabilities: of label 1, [N], in [0, 1].
-        bins: of equal width.
 
     Returns:
         `ece`, and `bins`, those that hold images: `images`, mean `probability`, `frequency` of positives.
@@ -168,7 +167,7 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
         raise UserError("no known label found; expected one or more")
     if not ((given >= 0) & (given <= 1)).all():
         raise UserError(f"probabilities from {given.min()} to {given.max()} found; expected values in [0, 1]")
-    places = np.minimum((given * bins).astype(int), bins - 1)
+    places = np.minimum((given * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     rows = []
     for place in np.unique(places):
         inside = places == place
@@ -199,16 +198,15 @@ def score_calibration(probabilities: np.ndarray, labels: np.ndarray, names: Sequ
     return {f"{kind}_macro": mean_scored(values.values()) for kind, values in found.items()} | found
 
 
-def selective_errors(confidences: np.ndarray, right: np.ndarray, coverages: Sequence[float] = COVERAGES) -> list[float]:
+def selective_errors(confidences: np.ndarray, right: np.ndarray) -> list[float]:
     """Compute the error of the most confident images (El-Yaniv and Wiener, JMLR 11, 2010).
 
     Args:
         confidences: [N], one or more.
         right: [N], whether the likeliest answer is right.
-        coverages: shares of the images that are answered.
 
     Returns:
-        The share of wrong answers among the ⌈coverage · N⌉ most confident images, one for each coverage.
+        The share of wrong answers among the ⌈coverage · N⌉ most confident images, one for each of `COVERAGES`.
     """
     wrong = ~right[np.argsort(-confidences, kind="stable")]
-    return [float(wrong[: math.ceil(share * len(wrong) - _ROUNDING)].mean()) for share in coverages]
+    return [float(wrong[: math.ceil(share * len(wrong) - _ROUNDING)].mean()) for share in COVERAGES]

@@ -39,7 +39,7 @@ def knn_scores(
     return scores
 
 
-def linear_scores(features: Tensor, labels: np.ndarray, queries: Tensor, ridge: float = RIDGE) -> np.ndarray:
+def linear_scores(features: Tensor, labels: np.ndarray, queries: Tensor) -> np.ndarray:
     """Scores of a linear layer, fitted for each label on the images where the label is known.
 
     It is a ridge regression on standardised features in closed form. It has no iterations that may not converge, and
@@ -49,7 +49,6 @@ def linear_scores(features: Tensor, labels: np.ndarray, queries: Tensor, ridge: 
         features: [N, C].
         labels: [N, L], 1, 0 or NaN.
         queries: [M, C].
-        ridge: penalty over the number of images.
 
     Returns:
         [M, L].
@@ -64,6 +63,6 @@ def linear_scores(features: Tensor, labels: np.ndarray, queries: Tensor, ridge: 
     for number, known in enumerate(masks.T):
         columns = mask_of == number  # labels that the same images know are solved together
         some, target = x[known] - x[known].mean(0), table[known][:, columns]
-        weights = torch.linalg.solve(some.T @ some + ridge * len(some) * identity, some.T @ (target - target.mean(0)))
+        weights = torch.linalg.solve(some.T @ some + RIDGE * len(some) * identity, some.T @ (target - target.mean(0)))
         scores[:, columns.numpy()] = (asked @ weights).numpy()
     return scores

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import replace
 from miniatures_more import released, write_chexpert
 
 from mlvicx_hf.data.collections.base import Listing, Record
@@ -19,12 +20,6 @@ from mlvicx_hf.data.collections.tables import read_columns
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_chexpert(tmp_path / "CheXpert-v1.0-small")
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 def by_split(records: list[Record]) -> dict[str | None, set[str]]:

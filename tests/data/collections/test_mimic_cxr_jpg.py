@@ -1,10 +1,10 @@
-import gzip
 import math
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import replace
 from miniatures_more import write_mimic_cxr_jpg
 
 from mlvicx_hf.data.collections.chexpert import CHEXPERT_FINDINGS
@@ -14,12 +14,6 @@ from mlvicx_hf.data.collections.mimic_cxr_jpg import MIMICCXRJPGCollection
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_mimic_cxr_jpg(tmp_path / "mimic")
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = gzip.decompress(path.read_bytes()).decode()
-    assert old in text
-    path.write_bytes(gzip.compress(text.replace(old, new, 1).encode()))
 
 
 @pytest.mark.parametrize("end", [".csv.gz", ".csv"])

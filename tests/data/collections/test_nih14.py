@@ -1,12 +1,14 @@
 import gzip
 import math
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from miniatures import disc_box, released_tables, write_nih14
+from helpers import replace
+from miniatures import NIH_HEADER, disc_box, released_tables, write_nih14
 from PIL import Image
 
 from mlvicx_hf.common.errors import UserError
@@ -20,12 +22,6 @@ TABLE, BOXES = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
 def root(tmp_path: Path) -> Path:
     write_nih14(tmp_path / "nih")
     return tmp_path / "nih"
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 # The released tables
@@ -192,3 +188,126 @@ def test_bad_boxes_are_refused(root: Path, corner: str, message: str):
         file.write(f"00000012_000.png,Infiltrate,{corner}\n")
     with pytest.raises(ValueError, match=rf"{BOXES}: {message}"):
         NIH14Collection(root).list_all()
+
+
+# A copy in either version and layout
+
+NIH_ROWS = [
+    ("00000001_000.png", "Cardiomegaly|Effusion", 1, "PA", "train"),
+    ("00000001_001.png", "No Finding", 1, "AP", "train"),
+    *(
+        (f"{patient:08d}_000.png", "Edema" if patient % 2 else "Hernia", patient, "PA", "train")
+        for patient in range(2, 42)
+    ),
+    ("00000050_000.png", "Pleural_Thickening", 50, "PA", "test"),
+]
+
+
+def write_nih(root: Path, year: str = "v2020", flat: bool = True, present: int | None = None) -> Path:
+    """A small release in the layout of the real one."""
+    name, comma = ("Data_Entry_2017_v2020.csv", "") if year == "v2020" else ("Data_Entry_2017.csv", ",")
+    patient = "{}" if year == "v2020" else "{:05d}"
+    lines = [NIH_HEADER + comma] + [
+        f"{image},{findings},0,{patient.format(number)},57,M,{view},2682,2749,0.143,0.143{comma}"
+        for image, findings, number, view, _ in NIH_ROWS
+    ]
+    root.mkdir()
+    (root / name).write_text("\n".join(lines) + "\n")
+    for split, file in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
+        (root / file).write_text("\n".join(row[0] for row in NIH_ROWS if row[4] == split))
+    for index, row in enumerate(NIH_ROWS[:present]):
+        folder = root / ("images" if flat else f"images_{index % 12 + 1:03d}/images")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 100).save(folder / row[0])
+    return root
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("year", ["2017", "v2020"])
+def test_nih_release_in_both_versions_and_layouts(tmp_path: Path, year: str, flat: bool):
+    listing = NIH14Collection(write_nih(tmp_path / "nih", year, flat)).read()
+    assert listing.label_names == NIH_FINDINGS
+    assert len(NIH_FINDINGS) == 14
+    assert listing.missing == ()
+    assert [record.name for record in listing.records] == [row[0] for row in NIH_ROWS]
+    first, second = listing.records[:2]
+    assert {name for name, value in zip(NIH_FINDINGS, first.labels, strict=True) if value} == {
+        "Cardiomegaly",
+        "Effusion",
+    }
+    assert set(second.labels) == {0.0}
+    assert (first.patient_id, first.view, second.view) == ("00000001", "PA", "AP")
+    assert all(record.path.is_file() and record.path.name == record.name for record in listing.records)
+
+
+def test_nih_validation_is_carved_by_patient_from_the_official_list(tmp_path: Path):
+    root = write_nih(tmp_path / "nih")
+    records = NIH14Collection(root).read().records
+    assert {record.name for record in records if record.split == "test"} == {"00000050_000.png"}
+    validation = {record.patient_id for record in records if record.split == "validation"}
+    assert len(validation) == 4  # a tenth of 41
+    assert not validation & {record.patient_id for record in records if record.split == "train"}
+    other = {
+        record.patient_id for record in NIH14Collection(root, seed=1).read().records if record.split == "validation"
+    }
+    assert other != validation
+
+
+def test_nih_split_does_not_depend_on_what_is_on_disk(tmp_path: Path):
+    full = {record.name: record.split for record in NIH14Collection(write_nih(tmp_path / "full")).read().records}
+    part = NIH14Collection(write_nih(tmp_path / "part", present=10)).read()
+    assert len(part.records) == 10
+    assert len(part.missing) == len(NIH_ROWS) - 10
+    assert all(full[record.name] == record.split for record in part.records)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "View Position",
+            "View",
+            r"v2020\.csv: columns .*, View, .* found; expected View Position as well",
+        ),
+        ("No Finding", "Infiltrate", r"row 3, column Finding Labels: 'Infiltrate' found; expected No Finding or"),
+        ("No Finding", "No Finding|Mass", r"row 3, column Finding Labels: 'No Finding\|Mass' found"),
+        ("No Finding,0,1,", "No Finding,0,7,", r"row 3: Patient ID '7' found for '00000001_001\.png'"),
+        (",57,M,", ",57,", r"row 2 has 10 fields; expected 11"),
+        ("00000001_001.png", "00000001_000.png", r"1 found in more than one row: 00000001_000\.png"),
+    ],
+)
+def test_nih_table_that_does_not_fit_is_refused(tmp_path: Path, old: str, new: str, message: str):
+    root = write_nih(tmp_path / "nih")
+    replace(root / "Data_Entry_2017_v2020.csv", old, new)
+    with pytest.raises(ValueError, match=message):
+        NIH14Collection(root).read()
+
+
+def test_nih_lists_that_do_not_fit_are_refused(tmp_path: Path):
+    root = write_nih(tmp_path / "nih")
+    replace(root / "train_val_list.txt", "00000001_001.png", "")
+    with pytest.raises(ValueError, match=r"1 image\(s\) of the table in neither or both .*00000001_001\.png"):
+        NIH14Collection(root).read()
+    (root / "test_list.txt").write_text("00000050_000.png\n00000001_001.png")
+    with pytest.raises(ValueError, match=r"1 patient\(s\) in both train_val_list\.txt and test_list\.txt: 00000001"):
+        NIH14Collection(root).read()
+    (root / "test_list.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_list\.txt: no such file; expected NIH's official list"):
+        NIH14Collection(root).read()
+
+
+def test_nih_folder_without_table_or_images_is_refused(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"expected NIH's table"):
+        NIH14Collection(tmp_path).read()
+    root = write_nih(tmp_path / "nih", present=0)
+    with pytest.raises(FileNotFoundError, match="none of the 43 images found; expected images/ or images_001/images/"):
+        NIH14Collection(root).read()
+
+
+@pytest.mark.real_data
+def test_real_nih_table(real_data: Path):
+    listing = NIH14Collection(real_data / "nih14").read()
+    assert len(listing.records) + len(listing.missing) == 112_120
+    assert len(listing.records) == len(os.listdir(real_data / "nih14" / "images"))
+    assert {record.split for record in listing.records} == {"train", "validation", "test"}
+    assert {record.view for record in listing.records} == {"PA", "AP"}

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from helpers import replace
 from miniatures import disc_box, draw_image, released_tables, rsna_id, write_rsna
 
 from mlvicx_hf.data.collections.base import Box, Listing
@@ -22,12 +23,6 @@ MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 def root(tmp_path: Path) -> Path:
     write_rsna(tmp_path / "rsna")
     return tmp_path / "rsna"
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 # The released tables

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from helpers import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from miniatures import FRAME, disc_box, disc_mask, draw_image, encode_runs, released_tables, siim_id, write_siim
@@ -25,12 +26,6 @@ TABLE = "train-rle.csv"
 def root(tmp_path: Path) -> Path:
     write_siim(tmp_path / "siim")
     return tmp_path / "siim"
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 def union_of_pixels(codes: list[str]) -> np.ndarray:

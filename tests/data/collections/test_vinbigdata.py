@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import replace
 from miniatures_more import draw, released, vin_id, write_vinbigdata
 from PIL import Image
 
@@ -15,12 +16,6 @@ from mlvicx_hf.data.splits import split_by_patient
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_vinbigdata(tmp_path / "vinbigdata")
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 def totals(listing: Listing) -> dict[str, int]:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import replace
 from miniatures_more import vin_id, write_vindr
 
 from mlvicx_hf.data.collections.base import Box, Listing
@@ -12,12 +13,6 @@ from mlvicx_hf.data.collections.vindr import VINDR_FINDINGS, VinDrCollection
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_vindr(tmp_path / "vindr")
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 def totals(listing: Listing, *splits: str) -> dict[str, int]:

@@ -33,7 +33,7 @@ WORDS = {
     "near": "nearly identical image(s)",
     "respelled": "patient(s) whose ids differ in zeros, .0, case or blanks alone",
 }
-EXAMPLES = 5
+EXAMPLES = 5  # that are named of each kind
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,12 @@ class Part:
     exact: bool = False  # whether the user said that ids which differ in their spelling are others
 
 
-def audit_caches(
-    caches: Sequence[Cache], *, near: int = NEAR, examples: int = EXAMPLES, progress: bool = False
-) -> dict[str, Any]:
+def audit_caches(caches: Sequence[Cache], *, near: int = NEAR, progress: bool = False) -> dict[str, Any]:
     """Compare all splits of some caches with each other.
 
     Args:
         caches: caches that `load_cache(path, check=False)` opened.
         near: compare the pixels of two images if at most so many bits of their hashes differ; see `near_pairs`.
-        examples: number of examples to name of each kind.
         progress: show a bar on stderr if there are many images.
 
     Returns:
@@ -80,7 +77,7 @@ def audit_caches(
     if not 0 <= near < BITS // 2:
         raise UserError(f"near={near} found; expected bits from 0 to {BITS // 2 - 1}")
     parts = [part for cache in caches for part in read_parts(cache)]
-    result = compare(parts, near=near, examples=examples, progress=progress)
+    result = compare(parts, near=near, progress=progress)
     return {
         "near": near,
         "agreement": SAME,
@@ -150,42 +147,32 @@ def _notes(caches: Sequence[Cache]) -> list[str]:
     return notes
 
 
-def compare(
-    parts: Sequence[Part], *, near: int = NEAR, examples: int = EXAMPLES, progress: bool = False
-) -> dict[str, Any]:
+def compare(parts: Sequence[Part], *, near: int = NEAR, progress: bool = False) -> dict[str, Any]:
     """Find what splits share, and which of it is a leak: "splits", "pairs" and "leaks" of `audit_caches`."""
     copies = copies_of_parts(parts, near, progress)
     flat = _flat_files(parts)
     pairs = []
-    for one, other in combinations(range(len(parts)), 2):
+    for (first, one), (second, other) in combinations(enumerate(parts), 2):
         shared = {
-            "patients": _shared_patients(parts[one], parts[other], examples),
-            "identical": _shared_files(parts[one], parts[other], flat, examples),
-            "near": _summarize(copies[one, other], parts[one], parts[other], examples),
+            "patients": _shared_patients(one, other),
+            "identical": _shared_files(one, other, flat),
+            "near": _summarize(copies[first, second], one, other),
         }
-        pair = {
-            "one": {"cache": parts[one].cache, "split": parts[one].split},
-            "other": {"cache": parts[other].cache, "split": parts[other].split},
-        }
-        respelled = _respelled(parts[one], parts[other])
+        pair = {name: {"cache": part.cache, "split": part.split} for name, part in (("one", one), ("other", other))}
+        respelled = _respelled(one, other)
         if respelled and shared["patients"]["count"] is not None:
-            shared["respelled"] = {"count": len(respelled), "examples": respelled[:examples]}
+            shared["respelled"] = {"count": len(respelled), "examples": respelled[:EXAMPLES]}
         found = [kind for kind in WORDS if shared.get(kind, {}).get("count")]
-        leaks = found if may_leak(parts[one], parts[other]) else []
-        pairs.append(pair | shared | {"leaks": leaks})
+        may_leak = one.cache == other.cache or (one.split == "train") != (other.split == "train")
+        pairs.append(pair | shared | {"leaks": found if may_leak else []})
     return {
-        "splits": [_within(part, copies[number, number], flat, examples) for number, part in enumerate(parts)],
+        "splits": [_within(part, copies[number, number], flat) for number, part in enumerate(parts)],
         "pairs": pairs,
         "leaks": [_leak(pair, kind) for pair in pairs for kind in pair["leaks"]],
     }
 
 
-def may_leak(one: Part, other: Part) -> bool:
-    """Check whether anything that two splits share is a leak."""
-    return one.cache == other.cache or (one.split == "train") != (other.split == "train")
-
-
-def _shared_patients(one: Part, other: Part, examples: int) -> dict[str, Any]:
+def _shared_patients(one: Part, other: Part) -> dict[str, Any]:
     """Count the patients that two splits share. Return None with the reason if they cannot be compared."""
     unknown = [part for part in (one, other) if part.numbered_by is None]
     reason = None
@@ -198,8 +185,8 @@ def _shared_patients(one: Part, other: Part, examples: int) -> dict[str, Any]:
     shared = sorted(set(one.patients) & set(other.patients))
     if reason is not None:
         alike = len(shared) if not unknown and one.numbered_by == other.numbered_by else 0
-        return {"count": None, "reason": reason, "alike": alike, "examples": shared[:examples]}
-    return {"count": len(shared), "examples": shared[:examples]}
+        return {"count": None, "reason": reason, "alike": alike, "examples": shared[:EXAMPLES]}
+    return {"count": len(shared), "examples": shared[:EXAMPLES]}
 
 
 def _respelled(one: Part, other: Part) -> list[list[str]]:
@@ -218,12 +205,12 @@ def _flat_files(parts: Sequence[Part]) -> set[str]:
     return {content for content, (part, row) in first.items() if is_flat(part.square(row))}
 
 
-def _shared_files(one: Part, other: Part, flat: set[str], examples: int) -> dict[str, Any]:
+def _shared_files(one: Part, other: Part, flat: set[str]) -> dict[str, Any]:
     """Count the images of two splits that have an identical file in the other split, without flat ones."""
     rows = [_rows_by(part.sha256) for part in (one, other)]
     shared = [content for content in rows[0] if content in rows[1] and content not in flat]
     images = [sum(len(found[content]) for content in shared) for found in rows]
-    named = [[one.sources[rows[0][content][0]], other.sources[rows[1][content][0]]] for content in shared[:examples]]
+    named = [[one.sources[rows[0][content][0]], other.sources[rows[1][content][0]]] for content in shared[:EXAMPLES]]
     return {"count": max(images), "images": images, "examples": named}
 
 
@@ -259,19 +246,19 @@ def copies_of_parts(parts: Sequence[Part], near: int = NEAR, progress: bool = Fa
     return copies
 
 
-def _summarize(pairs: Sequence[tuple[int, int, int]], one: Part, other: Part, examples: int) -> dict[str, Any]:
+def _summarize(pairs: Sequence[tuple[int, int, int]], one: Part, other: Part) -> dict[str, Any]:
     """Count the images of two splits that have a copy in the other split, and name the nearest."""
     images = [len({pair[side] for pair in pairs}) for side in (0, 1)]
-    nearest = sorted(pairs, key=lambda pair: (pair[2], pair[:2]))[:examples]
+    nearest = sorted(pairs, key=lambda pair: (pair[2], pair[:2]))[:EXAMPLES]
     named = [[one.sources[row], other.sources[other_row], distance] for row, other_row, distance in nearest]
     return {"count": max(images), "images": images, "examples": named}
 
 
-def _within(part: Part, copies: Sequence[tuple[int, int, int]], flat: set[str], examples: int) -> dict[str, Any]:
+def _within(part: Part, copies: Sequence[tuple[int, int, int]], flat: set[str]) -> dict[str, Any]:
     """Count the images of a split that have a copy in the same split."""
     groups = [rows for content, rows in _rows_by(part.sha256).items() if len(rows) > 1 and content not in flat]
-    named = [[part.sources[rows[0]], part.sources[rows[1]]] for rows in groups[:examples]]
-    near = _summarize(copies, part, part, examples)
+    named = [[part.sources[rows[0]], part.sources[rows[1]]] for rows in groups[:EXAMPLES]]
+    near = _summarize(copies, part, part)
     return {
         "cache": part.cache,
         "split": part.split,

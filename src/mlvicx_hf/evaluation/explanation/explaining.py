@@ -19,6 +19,7 @@ from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.data.options import check_least
 from mlvicx_hf.data.vocabulary import match
 from mlvicx_hf.encoders.inference import LoadedModel, exact_convolutions, load
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
@@ -210,7 +211,7 @@ def explain(
     """Explain what classifiers see in the images that show a finding, and return what `explanations.json` holds.
 
     Nothing is transformed at random. Images that a model was trained on are explained too; a warning says so and is
-    recorded.
+    recorded. Arguments that are not listed are as of `prediction.predict`.
 
     Args:
         models: name → folder or Hub name of a classifier. Labels are matched by `data.vocabulary`.
@@ -223,9 +224,6 @@ def explain(
         max_images: number of images drawn for each finding, those with a known region first.
         score: compare the heat maps with the true regions, on all images that have one.
         tolerance: pixels of the cache by which a map's maximum may miss the region.
-        batch_size: images in a pass.
-        device: of torch; by default a GPU if there is one.
-        progress: show a bar.
 
     Raises:
         ImportError: without captum or matplotlib.
@@ -235,11 +233,8 @@ def explain(
         FloatingPointError: a model whose heat maps are not finite.
     """
     require("a heat map", "explain", "captum", "matplotlib")
-    if not models or batch_size < 1 or max_images < 0 or not tolerance >= 0:
-        raise UserError(
-            f"{len(models)} models, batch_size={batch_size}, max_images={max_images}, tolerance={tolerance} found; "
-            "expected at least 1, 1, 0 and 0"
-        )
+    check_least(1, models=len(models), batch_size=batch_size)
+    check_least(0, max_images=max_images, tolerance=tolerance)
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"{output} is there already; expected a folder that is not")

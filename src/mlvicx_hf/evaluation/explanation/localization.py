@@ -142,11 +142,7 @@ def _widen(region: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def summarize(
-    scores: Mapping[str, np.ndarray],
-    levels: Mapping[str, np.ndarray],
-    patients: np.ndarray,
-    samples: int = 1000,
-    seed: int = 0,
+    scores: Mapping[str, np.ndarray], levels: Mapping[str, np.ndarray], patients: np.ndarray
 ) -> dict[str, Any]:
     """Average the scores of every model, and compare the first with the others, each with a 95 % interval.
 
@@ -156,14 +152,12 @@ def summarize(
         scores: model → [N, 3], a `Localization` of each of the same N images.
         levels: what maps without a model score for these images: "chance" and "usual_place" → [N, 3].
         patients: of the N images.
-        samples: draws of patients.
-        seed: of the draws.
 
     Returns:
         `scores`: model → score → `mean`, `low`, `high` and the mean of each level; `differences`: other model → score
         → `difference` (of the first model from it), `low`, `high`.
     """
-    draws = list(draw_patients(patients, samples, seed))
+    draws = list(draw_patients(patients))
     main, *others = scores
     found: dict[str, Any] = {"scores": {name: {} for name in scores}, "differences": {name: {} for name in others}}
     for column, score in enumerate(Localization._fields):

@@ -10,13 +10,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from mlvicx_hf import recipes
 from mlvicx_hf.common.arguments import names_of
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import read_yaml, sha256
@@ -24,7 +22,6 @@ from mlvicx_hf.common.text import some
 from mlvicx_hf.data.cache.cache import MANIFEST
 from mlvicx_hf.encoders.external import ADAPTERS, is_external
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, SEGMENTATION_SECTIONS
-from mlvicx_hf.recipes import recipe_names
 
 from .paper import paper_tables
 
@@ -160,20 +157,6 @@ class Suite:
     paper_tables: tuple[str, ...]  # tables of the paper that the report rebuilds
     compare: tuple[tuple[str, str], ...]  # pairs of models, each the first against the second
     shortcuts: tuple[str, ...]  # what the features are asked to tell: view, sex, source, search
-
-
-def find_suite(name: str) -> Path:
-    """Find the file of a suite that comes with the package, or of another one by its path.
-
-    Raises:
-        UserError: neither.
-    """
-    if name.endswith((".yaml", ".yml")):
-        return Path(name)
-    known = recipe_names("suite")
-    if name not in known:
-        raise UserError(f"suite {name!r} found; expected {', '.join(known)}, or the path of a .yaml file")
-    return Path(str(files(recipes) / "suite" / f"{name}.yaml"))
 
 
 def read_suite(path: Path) -> Suite:

@@ -20,10 +20,10 @@ from mlvicx_hf.encoders.external import is_external
 from mlvicx_hf.finetuning.classification import finetune_classifier
 from mlvicx_hf.finetuning.linear_probe import FeatureStore
 from mlvicx_hf.finetuning.segmentation import finetune_segmenter
-from mlvicx_hf.recipes import fill_sections
+from mlvicx_hf.recipes import fill_sections, find_recipe
 
 from .analysis import analyse
-from .grid import SOURCES, TASK_SECTIONS, WEIGHTS_FILE, Cell, find_suite, read_suite
+from .grid import SOURCES, TASK_SECTIONS, WEIGHTS_FILE, Cell, read_suite
 from .report import write_report
 from .shortcuts import audit_shortcuts
 
@@ -55,7 +55,7 @@ def evaluate_suite(
         UserError: a suite that is wrong, or a finished cell that was run with other settings.
     """
     require("the report of a suite", "report", "matplotlib")  # before hours of work
-    suite = read_suite(find_suite(name))
+    suite = read_suite(find_recipe(name, "suite"))
     for folder, what in _absent(suite.cells).items():
         print(f"no folder {folder}: {what}", file=sys.stderr)
     for name, source in {cell.model: cell.weights for cell in suite.cells if is_external(cell.weights)}.items():
