@@ -121,7 +121,7 @@ class _Option:
             return self._convert_named(value)
         if not self.many:
             return self._convert_one(value, value)
-        if not isinstance(value, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or not value:
             self._refuse(value)
         return [self._convert_one(each, value) for each in value]
 
@@ -157,7 +157,7 @@ class _Option:
         words = {"least": "at least", "above": "above", "most": "at most"}
         limits = [f"{word} {self.metadata[name]}" for name, word in words.items() if name in self.metadata]
         expected = " ".join([expected, " and ".join(limits)]).strip()
-        expected = f"a list, each {expected}" if self.many else expected
+        expected = f"a list of one or more, each {expected}" if self.many else expected
         expected = "NAME=VALUE, or a mapping of names to values" if self.named else expected
         hint = ", in quotes in YAML" if self.kind is str and self.choices is None and not self.named else ""
         raise UserError(f"{self.name}={value!r} found; expected {expected}{hint}")

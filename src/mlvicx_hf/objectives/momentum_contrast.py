@@ -13,8 +13,6 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 from .base import Embeddings, Objective, Schedule
 from .parts import (
     KeyQueue,
-    check_positive,
-    check_share,
     follow,
     gather,
     mean_over_batch,
@@ -28,17 +26,17 @@ from .parts import (
 class ContrastOptions:
     """Options of every method with keys and a queue."""
 
-    temperature: float = option("Temperature T of the contrastive loss.", 0.2)
-    projection_size: int = option("Width of queries and keys.", 128)
-    queue_size: int = option("Keys in the queue: a multiple of the batch, at most a quarter of the images.", 16384)
-    key_momentum: float = option("Momentum of the network that makes the keys.", 0.999)
+    temperature: float = option("Temperature T of the contrastive loss.", 0.2, above=0)
+    projection_size: int = option("Width of queries and keys.", 128, above=0)
+    queue_size: int = option(
+        "Keys in the queue: a multiple of the batch, at most a quarter of the images.", 16384, above=0
+    )
+    key_momentum: float = option("Momentum of the network that makes the keys.", 0.999, least=0, most=1)
     scale_momentum: bool = option("Scale the momentum from a batch of reference_batch to that of the run.", True)
-    reference_batch: int = option("Batch for which key_momentum is meant.", 256)
+    reference_batch: int = option("Batch for which key_momentum is meant.", 256, above=0)
     key_images: int = option("Images that the key network normalises together, at most; 0 for the whole batch.", 16)
 
     def __post_init__(self) -> None:
-        check_positive(self, "temperature", "projection_size", "queue_size", "reference_batch")
-        check_share(self, "key_momentum")
         if self.key_images < 0 or self.key_images == 1:
             raise UserError(f"objective_options: key_images={self.key_images} found; expected 0, or 2 or more")
 

@@ -23,7 +23,7 @@ NOISE_EPSILON = 1e-5
 class PCRLv1Options(ContrastOptions):
     """Options of PCRL."""
 
-    reference_batch: int = option("Batch for which key_momentum is meant.", 64)
+    reference_batch: int = option("Batch for which key_momentum is meant.", 64, above=0)
     contrast: str = option(
         "InfoNCE as in the paper, or the noise contrast (NCE) of the authors' code, with a constant Z.",
         "info_nce",
