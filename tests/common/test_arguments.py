@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 import pytest
 from transformers import HfArgumentParser
 
-from mlvicx_hf.common.arguments import CommandParser, add_sections, from_values, option
+from mlvicx_hf.common.arguments import CommandParser, add_sections, check_values, from_values, option
 from mlvicx_hf.common.errors import UserError
 
 
@@ -185,3 +185,5 @@ def test_numbers_out_of_range_are_refused():
     ):
         with pytest.raises(UserError, match=rf"{name}=.* found; expected .*{expected}"):
             from_values([limited], {name: value})
+        with pytest.raises(UserError, match=rf"{name}=.* found; expected .*{expected}"):
+            check_values(limited(), limited(**{name: value}))

@@ -239,6 +239,17 @@ def takes_others(sections: Sequence[type]) -> bool:
     return _rest_of(sections) is not None
 
 
+def check_values(*sections: Any) -> None:
+    """Check the options of sections that were made in Python.
+
+    Raises:
+        UserError: a value of another type, or out of its range.
+    """
+    for section in sections:
+        for each in _options(type(section)):
+            each.convert(getattr(section, each.name))
+
+
 def names_of(sections: Sequence[type]) -> set[str]:
     """Collect the names of all fields."""
     return {each.name for section in sections for each in fields(section) if each.init}
