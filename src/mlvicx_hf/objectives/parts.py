@@ -27,16 +27,15 @@ class ProjectionHead(nn.Sequential):
         norm: batch normalisation before every ReLU; the layers before one have no bias.
         last: what follows the last layer: "" for nothing, "scale" for a batch normalisation without shift, "fixed" for
             one without weights. The layer then has no bias.
-        bias: whether the last layer has a bias if nothing follows it.
     """
 
-    def __init__(self, widths: Sequence[int], norm: bool = True, last: str = "", bias: bool = True) -> None:
+    def __init__(self, widths: Sequence[int], norm: bool = True, last: str = "") -> None:
         layers: list[nn.Module] = []
         for before, width in itertools.pairwise(widths[:-1]):
             layers.append(nn.Linear(before, width, bias=not norm))
             layers += [nn.BatchNorm1d(width)] if norm else []
             layers.append(nn.ReLU(inplace=True))
-        layers.append(nn.Linear(widths[-2], widths[-1], bias=bias and not last))
+        layers.append(nn.Linear(widths[-2], widths[-1], bias=not last))
         if last:
             layers.append(nn.BatchNorm1d(widths[-1], affine=last == "scale"))
         if last == "scale":
