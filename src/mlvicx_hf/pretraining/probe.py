@@ -14,7 +14,7 @@ import torch
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.splits import patient_hash
-from mlvicx_hf.encoders.features import PreparedImages, encode
+from mlvicx_hf.encoders.features import encode, prepared_images
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 from mlvicx_hf.scoring.labels import score_labels
@@ -67,7 +67,7 @@ class Probe:
             `probe_knn_auroc` and `probe_linear_auroc`, means over the labels that both splits know with both values,
             and `probe_knn_auroc/LABEL`, `probe_linear_auroc/LABEL`. Exclusive classes count one against the rest.
         """
-        prepared = (PreparedImages(self.images[split], self.processor) for split in ("train", "validation"))
+        prepared = (prepared_images(self.images[split], self.processor) for split in ("train", "validation"))
         known, asked = (encode(encoder, images, self.batch_size, device, show=False)["features"] for images in prepared)
         names = [self.names[i] for i in self.usable]
         fit, truth = (self.labels[split][:, self.usable] for split in ("train", "validation"))
