@@ -68,7 +68,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
         """Whether the maps inside the stages can be computed again: of backbones that are lists of layers."""
         return bool(self.base_model.is_plain)
 
-    _backbone_frozen = False
+    _frozen = False  # of an encoder
     _labels_seen = False
 
     def __init__(self, config: MLVICXConfig, *args: Any, **kwargs: Any) -> None:
@@ -131,16 +131,12 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
     def freeze_backbone(self) -> None:
         """Switch off the backbone's gradients, and keep it in evaluation mode through every call of `train()`."""
-        self._backbone_frozen = True
-        self.base_model.requires_grad_(False)
-        self.base_model.train(False)
+        self.base_model._frozen = True
+        self.base_model.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> MLVICXPreTrainedModel:
-        """As `nn.Module.train`, but a frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        if mode and self._backbone_frozen:
-            self.base_model.train(False)
-        return self
+        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode, whatever it is a part of."""
+        return super().train(mode and not self._frozen)
 
 
 @contextmanager
