@@ -140,7 +140,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
 
 @contextmanager
-def _running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
+def running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
     """Normalise by the batch at hand without a trace in the running statistics: this forward pass is a repetition.
 
     Copies take the traces. Without statistics, the repetition would save fewer tensors, and checkpoints compare that.
@@ -169,7 +169,7 @@ class Stage(GradientCheckpointingLayer):
         """
         if runs is None:
             return _apply(layers, x)
-        with _running_statistics_kept(layers if runs else []):
+        with running_statistics_kept(layers if runs else []):
             runs.append(None)
             return _apply(layers, x)
 
