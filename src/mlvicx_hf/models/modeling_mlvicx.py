@@ -141,9 +141,9 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
 @contextmanager
 def running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
-    """Normalise by the batch at hand without a trace in the running statistics: this forward pass is a repetition.
+    """Normalise by the batch at hand without a trace in the running statistics: the same forward pass comes twice.
 
-    Copies take the traces. Without statistics, the repetition would save fewer tensors, and checkpoints compare that.
+    Copies take the traces. Without statistics, a repetition would save fewer tensors, and checkpoints compare that.
     """
     norms = [part for module in modules for part in module.modules() if isinstance(part, _BatchNorm)]
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
