@@ -514,17 +514,9 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         )
 
     def _loss(self, z_1: Tensor, z_2: Tensor) -> LossTerms:
-        config = self.config
-        return variance_covariance_loss(
-            z_1,
-            z_2,
-            invariance_weight=config.invariance_weight,
-            variance_weight=config.variance_weight,
-            covariance_weight=config.covariance_weight,
-            variance_target=config.variance_target,
-            variance_epsilon=config.variance_epsilon,
-            invariance_reduction=config.invariance_reduction,
-        )
+        names = ("invariance_weight", "variance_weight", "covariance_weight", "variance_target", "variance_epsilon")
+        options: Any = {name: getattr(self.config, name) for name in (*names, "invariance_reduction")}
+        return variance_covariance_loss(z_1, z_2, **options)
 
 
 class MLVICXForImageClassification(MLVICXPreTrainedModel):
