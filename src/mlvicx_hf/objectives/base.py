@@ -145,12 +145,7 @@ class Objective(nn.Module, ABC):
     @property
     def encoder(self) -> MLVICXModel:
         """The part of `model` that other tasks use."""
-        return self.encoder_of(self.model)
-
-    @staticmethod
-    def encoder_of(model: PreTrainedModel) -> MLVICXModel:
-        """The encoder of a model of `model_class`."""
-        encoder = model.base_model
+        encoder = self.model.base_model
         assert isinstance(encoder, MLVICXModel)
         return encoder
 
