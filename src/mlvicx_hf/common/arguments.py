@@ -202,7 +202,7 @@ def add_sections(parser: CommandParser, *sections: type, defaults: Mapping[str, 
         sections: dataclasses whose fields are of bool, int, float, str, lists of these, dictionaries, or optional.
         defaults: field → value that the help shows in place of the field's own default, such as a recipe's.
     """
-    parser.rest = _rest_of(sections)
+    parser.rest = rest_of(sections)
     for each in (each for section in sections for each in _options(section)):
         each = replace(each, default=(defaults or {}).get(each.name, each.default))
         group = parser if each.metadata.get("first") else parser.advanced
@@ -230,13 +230,9 @@ def _help(each: _Option) -> str:
     return text.replace("%", "%%")
 
 
-def _rest_of(sections: Sequence[type]) -> str | None:
+def rest_of(sections: Sequence[type]) -> str | None:
+    """Find the field that takes the flags that no section knows; None without any."""
     return next((each.name for section in sections for each in fields(section) if each.metadata.get("rest")), None)
-
-
-def takes_others(sections: Sequence[type]) -> bool:
-    """Say whether a section has a field for the flags that no section knows."""
-    return _rest_of(sections) is not None
 
 
 def check_values(*sections: Any) -> None:
@@ -273,7 +269,7 @@ def from_values(
         UserError: a name that no section has, a value of another type, or a missing one.
     """
     options = {each.name: each for section in sections for each in _options(section)}
-    given, usual, rest = dict(values), dict(defaults or {}), _rest_of(sections)
+    given, usual, rest = dict(values), dict(defaults or {}), rest_of(sections)
     unknown = {name: value for name, value in (usual | given).items() if name not in options and name != rest}
     if unknown and rest is None:
         name = next(iter(unknown))
