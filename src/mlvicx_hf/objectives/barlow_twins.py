@@ -35,8 +35,7 @@ class BarlowTwinsObjective(Objective):
     remedy = "a higher redundancy_weight, "
 
     def __init__(self, model: MLVICXModel, options: BarlowTwinsOptions) -> None:
-        super().__init__(model)
-        self.options = options
+        super().__init__(model, options)
         self.projector = Expander(model.pooled_features, list(options.projector_dims), final_norm=False)
 
     def own_rates(self) -> list[OwnRate]:

@@ -40,8 +40,8 @@ class BYOLObjective(Objective):
     remedy = "a higher target_momentum, "
 
     def __init__(self, model: MLVICXModel, options: BYOLOptions) -> None:
-        super().__init__(model)
-        self.options, self.schedule = options, Schedule(0, options.reference_batch, 1, 1, 0)
+        super().__init__(model, options)
+        self.schedule = Schedule(0, options.reference_batch, 1, 1, 0)
         width, hidden, size = model.pooled_features, options.hidden_size, options.projection_size
         self.projector = ProjectionHead([width, hidden, size])
         self.predictor = ProjectionHead([size, hidden, size])

@@ -86,7 +86,6 @@ class CAiDObjective(MomentumContrast):
     def __init__(self, model: MLVICXModel, options: CAiDOptions) -> None:
         width = model.pooled_features
         super().__init__(model, options, ProjectionHead([width, width, options.projection_size], norm=False))
-        self.options = options
         self.decoder = RestorationDecoder(model.channels)
         self.restoration = nn.Sequential(nn.Conv2d(self.decoder.widths[-1], 1, 3, padding=1), nn.Sigmoid())
 

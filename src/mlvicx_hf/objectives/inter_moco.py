@@ -46,7 +46,6 @@ class InterMoCoObjective(MomentumContrast):
 
     def __init__(self, model: MLVICXModel, options: InterMoCoOptions) -> None:
         super().__init__(model, options, nn.Linear(model.pooled_features, options.projection_size))
-        self.options = options
         self.stages = [level for level, name in enumerate(model.config.stage_names) if name != "stem"]
         if options.variant == "barlow":
             dims = list(options.level_dims)

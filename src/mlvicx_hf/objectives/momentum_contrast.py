@@ -59,9 +59,8 @@ class MomentumContrast(Objective):
     pushed = 1  # batches of keys in a step
 
     def __init__(self, model: MLVICXModel, options: ContrastOptions, head: nn.Module) -> None:
-        super().__init__(model)
-        self.contrast, self.momentum = options, options.key_momentum
-        self.projector = head
+        super().__init__(model, options)
+        self.momentum, self.projector = options.key_momentum, head
         self.key_model, self.key_projector = momentum_copy(model), momentum_copy(head)
         self.queue = KeyQueue(options.queue_size, options.projection_size)
         self.new_keys: list[Tensor] = []  # of this step, for the queue
@@ -69,7 +68,7 @@ class MomentumContrast(Objective):
 
     def prepare(self, schedule: Schedule) -> None:
         """Check the queue, and scale the momentum to the batch."""
-        options, batch = self.contrast, schedule.batch_size
+        options, batch = self.options, schedule.batch_size
         if options.queue_size % batch:
             raise UserError(
                 f"queue_size={options.queue_size} found with batch_size={batch}; expected a multiple of the batch"
@@ -88,7 +87,7 @@ class MomentumContrast(Objective):
     @torch.no_grad()
     def make_keys(self, view: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Keys [B, projection_size], of any length, and the maps of all levels, by groups of images."""
-        size, count = self.contrast.key_images, 1
+        size, count = self.options.key_images, 1
         if size:  # two groups at least, each of two images or more: one group would be the query's batch again
             count = max(1, min(max(2, -(-len(view) // size)), len(view) // 2))
         groups = view.tensor_split(count)
@@ -113,7 +112,7 @@ class MomentumContrast(Objective):
         """
         queries, keys = unit_vectors(queries), unit_vectors(keys.detach())
         self.new_keys.append(gather(keys))
-        values = info_nce(queries, keys, self.queue.keys, self.contrast.temperature)
+        values = info_nce(queries, keys, self.queue.keys, self.options.temperature)
         return mean_over_batch(values), (queries, keys)
 
     def update(self, step: int) -> None:

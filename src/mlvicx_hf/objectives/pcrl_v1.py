@@ -47,7 +47,6 @@ class PCRLv1Objective(MomentumContrast):
     def __init__(self, model: MLVICXModel, options: PCRLv1Options) -> None:
         size = options.projection_size
         super().__init__(model, options, ProjectionHead([model.pooled_features, size, size], norm=False))
-        self.options = options
         self.decoder = RestorationDecoder(model.channels)
         self.restoration = nn.Conv2d(self.decoder.widths[-1], 1, 3, padding=1)
         self.gate = nn.Sequential(
@@ -140,7 +139,7 @@ class PCRLv1Objective(MomentumContrast):
 
     def _noise_contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The mean NCE of three pairs of unit vectors; the first step's first pair gives Z for good."""
-        temperature, queue = self.contrast.temperature, self.queue.keys
+        temperature, queue = self.options.temperature, self.queue.keys
         with torch.autocast(queue.device.type, enabled=False):
             values = [noise_values(*pair, queue, temperature) for pair in pairs]
             first = mean_over_batch(values[0]).detach() * self.batches

@@ -52,8 +52,8 @@ class PCRLv2Objective(Objective):
     model: MLVICXModel
 
     def __init__(self, model: MLVICXModel, options: PCRLv2Options) -> None:
-        super().__init__(model)
-        self.options, self.schedule = options, Schedule(0, 1, 1, 1, 0)
+        super().__init__(model, options)
+        self.schedule = Schedule(0, 1, 1, 1, 0)
         self.decoder = RestorationDecoder(model.channels, skips=False)
         widths = self.decoder.widths
         self.restoration = nn.Conv2d(widths[-1], 1, 3, padding=1)

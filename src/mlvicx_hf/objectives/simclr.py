@@ -28,8 +28,7 @@ class SimCLRObjective(Objective):
     remedy = "a higher temperature, "
 
     def __init__(self, model: MLVICXModel, options: SimCLROptions) -> None:
-        super().__init__(model)
-        self.options = options
+        super().__init__(model, options)
         width = model.pooled_features
         self.projector = ProjectionHead([width, width, options.projection_size], last="scale")
         self.target_deviation = options.projection_size**-0.5

@@ -29,7 +29,7 @@ class SimSiamObjective(Objective):
     options_class = SimSiamOptions
 
     def __init__(self, model: MLVICXModel, options: SimSiamOptions) -> None:
-        super().__init__(model)
+        super().__init__(model, options)
         width, size = model.pooled_features, options.projection_size
         self.projector = ProjectionHead([width, width, width, size], last="fixed")
         self.predictor = ProjectionHead([size, options.predictor_size, size])
