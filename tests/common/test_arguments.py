@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 import pytest
 from transformers import HfArgumentParser
 
-from mlvicx_hf.common.arguments import CommandParser, add_sections, from_values, option
+from mlvicx_hf.common.arguments import CommandParser, add_sections, check_values, from_values, option
 from mlvicx_hf.common.errors import UserError
 
 
@@ -138,7 +138,8 @@ def test_whole_numbers_become_fractions_except_in_defaults():
         ({"epochs": "many"}, "epochs='many' found; expected a whole number"),
         ({"epochs": None}, "epochs=None found; expected a whole number"),
         ({"gain": [1.0]}, r"gain=\[1.0\] found; expected a number"),
-        ({"levels": 1}, "levels=1 found; expected a list, each a whole number"),
+        ({"levels": 1}, "levels=1 found; expected a list of one or more, each a whole number"),
+        ({"levels": []}, r"levels=\[\] found; expected a list of one or more"),
         ({"use_context": "perhaps"}, "use_context='perhaps' found; expected true or false"),
         ({"backbone": False}, "backbone=False found; expected text, in quotes in YAML"),
         ({"precision": "fp8"}, "precision='fp8' found; expected one of no, bf16"),
@@ -184,3 +185,5 @@ def test_numbers_out_of_range_are_refused():
     ):
         with pytest.raises(UserError, match=rf"{name}=.* found; expected .*{expected}"):
             from_values([limited], {name: value})
+        with pytest.raises(UserError, match=rf"{name}=.* found; expected .*{expected}"):
+            check_values(limited(), limited(**{name: value}))

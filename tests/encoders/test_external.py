@@ -29,6 +29,7 @@ from mlvicx_hf import MLVICXConfig, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.encoders.external import ExternalEncoder, adapt, is_external
 from mlvicx_hf.encoders.features import encode
+from mlvicx_hf.finetuning.heads import ExternalClassifier
 
 SMALL: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
 SMALL |= {"patch_size": 14, "intermediate_size": 48}
@@ -302,3 +303,14 @@ def test_segmentation_with_one_is_refused(tmp_path: Path):
 
 
 assert sys.modules[__name__]  # `callable:` finds the functions of this file by its name
+
+
+def test_a_frozen_encoder_stays_in_evaluation_mode():
+    encoder = ExternalEncoder(adapt(f"callable:{__name__}:make_features"), MLVICXConfig(use_context=False))
+    classifier = ExternalClassifier(encoder, "callable").train()
+    assert encoder.training
+    classifier.freeze_backbone()
+    classifier.train()
+    assert classifier.training
+    assert not any(part.training for part in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())

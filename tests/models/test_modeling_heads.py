@@ -23,7 +23,7 @@ from mlvicx_hf import (
     MLVICXForSemanticSegmentation,
     MLVICXModel,
 )
-from mlvicx_hf.models.configuration_mlvicx import backbone_stages
+from mlvicx_hf.models.configuration_mlvicx import backbone_levels
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
@@ -180,7 +180,7 @@ def test_a_pretraining_checkpoint_becomes_a_segmenter(tmp_path: Path):
 
 
 def test_levels_have_names():
-    assert backbone_stages("resnet18") == ("stem", *STAGES)
+    assert backbone_levels("resnet18").names == ("stem", *STAGES)
     assert MLVICXConfig(backbone="convnext_atto").stage_names == STAGES
     config = MLVICXConfig(out_indices=(1, 3))
     assert config.out_features == ["stage1", "stage3"]

@@ -14,8 +14,8 @@ from torch.utils.data import Subset
 
 from mlvicx_hf import MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.data.cache.cache import load_cache
-from mlvicx_hf.encoders.features import PreparedImages, encode
-from mlvicx_hf.pretraining.probe import Probe
+from mlvicx_hf.encoders.features import encode, prepared_images
+from mlvicx_hf.pretraining.probe import LIMITS, Probe
 from mlvicx_hf.scoring.probes import knn_scores, linear_scores
 
 NOT_SAME = torch.zeros(1, 3, dtype=torch.bool)
@@ -51,7 +51,7 @@ def encoder() -> MLVICXModel:
 
 def test_features_are_those_of_single_images(cache: Path, encoder: MLVICXModel, processor: MLVICXImageProcessor):
     images = load_cache(cache).datasets["validation"]
-    features = encode(encoder, PreparedImages(images, processor), batch_size=5)["features"]
+    features = encode(encoder, prepared_images(images, processor), batch_size=5)["features"]
     encoder.eval()
     with torch.no_grad():
         alone = [encoder(processor(row["image"])["pixel_values"]).pooler_output for row in images]
@@ -61,7 +61,7 @@ def test_features_are_those_of_single_images(cache: Path, encoder: MLVICXModel, 
 def test_features_do_not_depend_on_how_many_images_are_left(
     cache: Path, encoder: MLVICXModel, processor: MLVICXImageProcessor
 ):
-    images = PreparedImages(load_cache(cache).datasets["validation"], processor)
+    images = prepared_images(load_cache(cache).datasets["validation"], processor)
     shapes: list[int] = []
     encoder.register_forward_hook(lambda module, inputs, output: shapes.append(len(inputs[0])))
     everything = encode(encoder, images, batch_size=4)["features"]
@@ -115,13 +115,17 @@ def test_the_test_split_is_never_used(cache: Path, processor: MLVICXImageProcess
     assert not any(test & set(images["source"]) for images in probe.images.values())
 
 
-def test_limits_take_whole_patients_by_their_hash(cache: Path, processor: MLVICXImageProcessor):
-    whole, small, smaller = (Probe(cache, processor, max_train=limit).images["train"] for limit in (2000, 20, 8))
-    other = Probe(cache, processor, max_train=20, seed=1).images["train"]
+def test_limits_take_whole_patients_by_their_hash(
+    cache: Path, processor: MLVICXImageProcessor, monkeypatch: pytest.MonkeyPatch
+):
+    def limited(limit: int) -> Any:
+        monkeypatch.setitem(LIMITS, "train", limit)
+        return Probe(cache, processor).images["train"]
+
+    whole, small, smaller = (limited(limit) for limit in (2000, 20, 8))
     assert (len(whole), len(small), len(smaller)) == (54, 20, 8)
     assert len(set(small["patient_id"])) == 10
     assert set(smaller["source"]) < set(small["source"]) < set(whole["source"])
-    assert set(other["source"]) != set(small["source"])
 
 
 def test_neighbours_by_hand():

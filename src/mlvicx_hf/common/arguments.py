@@ -121,7 +121,7 @@ class _Option:
             return self._convert_named(value)
         if not self.many:
             return self._convert_one(value, value)
-        if not isinstance(value, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or not value:
             self._refuse(value)
         return [self._convert_one(each, value) for each in value]
 
@@ -157,7 +157,7 @@ class _Option:
         words = {"least": "at least", "above": "above", "most": "at most"}
         limits = [f"{word} {self.metadata[name]}" for name, word in words.items() if name in self.metadata]
         expected = " ".join([expected, " and ".join(limits)]).strip()
-        expected = f"a list, each {expected}" if self.many else expected
+        expected = f"a list of one or more, each {expected}" if self.many else expected
         expected = "NAME=VALUE, or a mapping of names to values" if self.named else expected
         hint = ", in quotes in YAML" if self.kind is str and self.choices is None and not self.named else ""
         raise UserError(f"{self.name}={value!r} found; expected {expected}{hint}")
@@ -202,7 +202,7 @@ def add_sections(parser: CommandParser, *sections: type, defaults: Mapping[str, 
         sections: dataclasses whose fields are of bool, int, float, str, lists of these, dictionaries, or optional.
         defaults: field → value that the help shows in place of the field's own default, such as a recipe's.
     """
-    parser.rest = _rest_of(sections)
+    parser.rest = rest_of(sections)
     for each in (each for section in sections for each in _options(section)):
         each = replace(each, default=(defaults or {}).get(each.name, each.default))
         group = parser if each.metadata.get("first") else parser.advanced
@@ -230,13 +230,20 @@ def _help(each: _Option) -> str:
     return text.replace("%", "%%")
 
 
-def _rest_of(sections: Sequence[type]) -> str | None:
+def rest_of(sections: Sequence[type]) -> str | None:
+    """Find the field that takes the flags that no section knows; None without any."""
     return next((each.name for section in sections for each in fields(section) if each.metadata.get("rest")), None)
 
 
-def takes_others(sections: Sequence[type]) -> bool:
-    """Say whether a section has a field for the flags that no section knows."""
-    return _rest_of(sections) is not None
+def check_values(*sections: Any) -> None:
+    """Check the options of sections that were made in Python.
+
+    Raises:
+        UserError: a value of another type, or out of its range.
+    """
+    for section in sections:
+        for each in _options(type(section)):
+            each.convert(getattr(section, each.name))
 
 
 def names_of(sections: Sequence[type]) -> set[str]:
@@ -262,7 +269,7 @@ def from_values(
         UserError: a name that no section has, a value of another type, or a missing one.
     """
     options = {each.name: each for section in sections for each in _options(section)}
-    given, usual, rest = dict(values), dict(defaults or {}), _rest_of(sections)
+    given, usual, rest = dict(values), dict(defaults or {}), rest_of(sections)
     unknown = {name: value for name, value in (usual | given).items() if name not in options and name != rest}
     if unknown and rest is None:
         name = next(iter(unknown))

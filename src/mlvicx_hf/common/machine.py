@@ -64,14 +64,9 @@ def use_cpu_threads(threads: int | None = None) -> None:
     """Give torch this process's share of the cores, or so many threads.
 
     `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, which would leave the other cores idle.
-
-    Raises:
-        UserError: fewer than one.
     """
     import torch
 
-    if threads is not None and threads < 1:
-        raise UserError(f"cpu_threads={threads} found; expected 1 or more")
     share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, share))
 

@@ -22,7 +22,7 @@ from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import markdown_table, number
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.collections.base import SPLITS
-from mlvicx_hf.encoders.features import PreparedImages, encode
+from mlvicx_hf.encoders.features import encode, prepared_images
 from mlvicx_hf.encoders.neighbours import neighbour_sheet
 from mlvicx_hf.pretraining.curves import LOSS_AND_RANK, plot_curves, view_sheet
 from mlvicx_hf.pretraining.views import TwoViewAugmentation
@@ -130,7 +130,7 @@ class Quickstart:
         model = AutoModel.from_pretrained(self.model_folder)
         processor = AutoImageProcessor.from_pretrained(self.model_folder)
         split = "test" if "test" in cache.datasets else "train"
-        self.features = encode(model, PreparedImages(cache.datasets[split], processor))["features"]
+        self.features = encode(model, prepared_images(cache.datasets[split], processor))["features"]
         self.encoded = cache.datasets[split]
         return {
             "model": str(self.model_folder),

@@ -5,6 +5,8 @@ A source is `KIND:NAME`: `timm:resnet50.a1_in1k`, `timm:resnet50:FILE`, `hub:mic
 [B, D], with an image processor of its own size, channels and normalisation.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib
 import math
@@ -47,6 +49,8 @@ class ExternalEncoder(nn.Module):
         config: of the task; its backbone says nothing here.
     """
 
+    frozen = False  # in evaluation mode through every call of `train()`
+
     def __init__(self, adapted: Adapted, config: MLVICXConfig) -> None:
         super().__init__()
         self.network, self.config = adapted.network, config
@@ -59,6 +63,10 @@ class ExternalEncoder(nn.Module):
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"image_size={side}: {' '.join(str(error).split())}") from error
         self.channels = [found.shape[1]]
+
+    def train(self, mode: bool = True) -> ExternalEncoder:
+        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False

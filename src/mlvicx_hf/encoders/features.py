@@ -1,9 +1,11 @@
 """Features of the images of a prepared cache."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -13,22 +15,18 @@ from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 
-class PreparedImages(Dataset[dict[str, Tensor]]):
-    """Images of a cache as model input, without labels.
+def prepared_images(images: datasets.Dataset, processor: MLVICXImageProcessor) -> Any:
+    """Images of a cache as model input, without labels: a dataset whose rows have `pixel_values`.
 
     Args:
         images: rows with `image`.
         processor: the model's image processor.
     """
+    return images.select_columns("image").with_transform(functools.partial(_prepare, processor))
 
-    def __init__(self, images: Any, processor: MLVICXImageProcessor) -> None:
-        self.images, self.processor = images, processor
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.processor(self.images[index]["image"])["pixel_values"][0]}
+def _prepare(processor: MLVICXImageProcessor, rows: dict[str, Any]) -> dict[str, Any]:
+    return dict(processor(rows["image"]))
 
 
 @contextmanager

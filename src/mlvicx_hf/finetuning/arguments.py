@@ -58,7 +58,7 @@ class LabelledDataArguments:
     label_fraction: float = option(
         "Share of the training patients whose labels are used, stratified and nested.", 1.0, first=True
     )
-    max_train_samples: int | None = option("Use only the first training images.", None)
+    max_train_samples: int | None = option("Use only the first training images.", None, least=1)
     patient_balanced: bool = option("Draw all training patients equally often.", False)
     allow_leak: bool = option("Go on with copies of an image in two splits, and record it.", False)
 
@@ -187,14 +187,6 @@ class SegmentationArguments(FinetuningArguments):
     }
 
     metric_for_best_model: str = option("Validation score that chooses the epoch.", "dice", choices=SEGMENTATION_SCORES)
-
-    def __post_init__(self) -> None:
-        if self.metric_for_best_model not in SEGMENTATION_SCORES:
-            raise UserError(
-                f"metric_for_best_model={self.metric_for_best_model!r} found; "
-                f"expected one of {', '.join(SEGMENTATION_SCORES)}"
-            )
-        super().__post_init__()
 
 
 CLASSIFICATION_SECTIONS = (ClassifierArguments, LabelledDataArguments, ClassificationArguments)

@@ -140,8 +140,6 @@ class Classification(FinetuningTask):
         store: FeatureStore | None = None,
     ) -> None:
         super().__init__(encoder, data, arguments)
-        if encoder.positive_weights not in ("none", "balanced"):
-            raise UserError(f"positive_weights={encoder.positive_weights!r} found; expected none or balanced")
         if not 0.5 < encoder.band_level < 1:
             raise UserError(f"band_level={encoder.band_level} found; expected a number above 0.5 and below 1")
         if encoder.fast_probe and not (encoder.freeze_backbone and encoder.cache_features):

@@ -79,15 +79,13 @@ def select_training(cache: Cache, arguments: LabelledDataArguments, seed: int) -
     """Leave only the chosen part of the training split.
 
     Raises:
-        UserError: a label fraction or number of images that leaves nothing.
+        UserError: a label fraction that leaves nothing.
     """
     train = cache.datasets["train"]
     if arguments.label_fraction != 1:
         labels = np.array(train["labels"], dtype=np.float64)
         train = train.select(label_fraction(train["patient_id"], labels, arguments.label_fraction, seed))
     if arguments.max_train_samples is not None:
-        if arguments.max_train_samples < 1:
-            raise UserError(f"max_train_samples={arguments.max_train_samples} found; expected 1 or more")
         train = train.select(range(min(arguments.max_train_samples, len(train))))
     return with_splits(cache, {"train": train})
 

@@ -128,19 +128,11 @@ class ExternalClassifier(nn.Module):
             raise UserError(f"pooled_levels='all' found with model={source!r}; expected 'last', since it has one level")
         self.mlvicx = encoder
         self.classifier = nn.Linear(encoder.channels[-1], int(self.config.num_labels or 0))
-        self._frozen = False
 
     def freeze_backbone(self) -> None:
         """Switch off the encoder's gradients, and keep it in evaluation mode."""
-        self._frozen = True
+        self.mlvicx.frozen = True
         self.mlvicx.requires_grad_(False).train(False)
-
-    def train(self, mode: bool = True) -> ExternalClassifier:
-        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode."""
-        super().train(mode)
-        if self._frozen:
-            self.mlvicx.train(False)
-        return self
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Logits [B, L] of images [B, C, S, S], and the loss if labels are given."""

@@ -50,13 +50,6 @@ class LinearProbe(nn.Module):
         self.register_buffer("mean", features.mean(0))
         self.register_buffer("deviation", deviation.clamp(min=1e-3 * float(deviation.max()) + 1e-12))
 
-    def train(self, mode: bool = True) -> LinearProbe:
-        """As `nn.Module.train`; the encoder stays in evaluation mode."""
-        super().train(mode)
-        if self.encoder is not None:
-            self.encoder.train(False)
-        return self
-
     def forward(
         self, features: Tensor | None = None, pixel_values: Tensor | None = None, labels: Tensor | None = None
     ) -> dict[str, Tensor]:

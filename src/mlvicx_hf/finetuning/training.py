@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from mlvicx_hf.common.arguments import check_values
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.files import check_output, only_writer, write_json
 from mlvicx_hf.common.machine import keep_freed_memory, refuse_other_launches, use_cpu_threads
@@ -43,7 +44,11 @@ UNFINISHED = ".unfinished"  # folder in the output, of checkpoints, and of files
 
 
 class FinetuningTask(ABC):
-    """One run of a task. `finetune` follows the protocol; the other methods are what the tasks do differently."""
+    """One run of a task. `finetune` follows the protocol; the other methods are what the tasks do differently.
+
+    Raises:
+        UserError: an argument of another type, or out of its range.
+    """
 
     name: ClassVar[str]  # of the task, as in `results.json`
     cache: Cache  # the images that the run uses
@@ -52,6 +57,7 @@ class FinetuningTask(ABC):
     settings: TrainingArguments
 
     def __init__(self, encoder: EncoderArguments, data: LabelledDataArguments, arguments: FinetuningArguments) -> None:
+        check_values(encoder, data, arguments)
         self.encoder, self.data, self.arguments = encoder, data, arguments
         self.learning_rate = 1e-3  # where the user gives none
 

@@ -95,11 +95,6 @@ def backbone_levels(backbone: str) -> Levels:
     return Levels(names, tuple(network.feature_info.channels()), tuple(depths) or (1,) * len(names))
 
 
-def backbone_stages(backbone: str) -> tuple[str, ...]:
-    """Name a timm backbone's levels: "stem" if one has half the resolution, then "stage1", "stage2", …."""
-    return backbone_levels(backbone).names
-
-
 @strict
 class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     """Architecture and loss of MLVICX (arXiv 2403.11504). The README's table of differences gives the defaults.
@@ -202,7 +197,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def stage_names(self) -> list[str]:
         """Names of the backbone's levels, finest first."""
-        return list(backbone_stages(self.backbone))
+        return list(backbone_levels(self.backbone).names)
 
     @property
     def hidden_sizes(self) -> list[int]:

@@ -160,8 +160,6 @@ def fit_square(
     image: torch.Tensor,
     size: int,
     fit: str = "pad",
-    fill: float = 0,
-    nearest: bool = False,
     mode: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> torch.Tensor:
     """Resize to a square, with antialiasing.
@@ -171,29 +169,20 @@ def fit_square(
         size: side of the result in pixels.
         fit: what happens to an image that is not square. "pad" adds black borders; "squash" changes the aspect ratio;
             "crop" keeps the central square alone.
-        fill: grey value of the borders.
-        nearest: take the nearest pixel instead of a mean, for masks.
-        mode: of the interpolation, where `nearest` is false.
+        mode: of the interpolation; NEAREST_EXACT takes a pixel instead of a mean, for masks.
 
     Returns:
         Tensor [..., size, size] of the same type.
     """
-    mode = InterpolationMode.NEAREST_EXACT if nearest else mode
     if fit not in FITS:
         raise ValueError(f"fit={fit!r} found; expected one of {', '.join(FITS)}")
     height, width = image.shape[-2:]
     if fit == "crop":
         image = F.center_crop(image, [min(height, width)] * 2)
-    elif fit == "pad":
-        # Resize first and pad then, so that no border is interpolated into the image.
-        top, left, height, width = _padded(height, width, size)
-        image = _resize(image, height, width, mode)
-        return F.pad(image, [left, top, size - width - left, size - height - top], fill=fill)
-    return _resize(image, size, size, mode)
-
-
-def _resize(image: torch.Tensor, height: int, width: int, mode: InterpolationMode) -> torch.Tensor:
-    return F.resize(image, [height, width], mode, antialias=mode is not InterpolationMode.NEAREST_EXACT)
+    top, left, height, width = _padded(height, width, size) if fit == "pad" else (0, 0, size, size)
+    # Resize first and pad then, so that no border is interpolated into the image.
+    image = F.resize(image, [height, width], mode, antialias=mode is not InterpolationMode.NEAREST_EXACT)
+    return F.pad(image, [left, top, size - width - left, size - height - top])
 
 
 def unfit_square(logits: torch.Tensor, height: int, width: int, fit: str = "pad") -> torch.Tensor:
@@ -524,9 +513,8 @@ class MLVICXImageProcessor(BaseImageProcessor):
     def _fit(self, image: torch.Tensor, nearest: bool = False) -> torch.Tensor:
         if not self.do_resize:
             return image
-        return fit_square(
-            image, self.image_size, self.fit, nearest=nearest, mode=RESAMPLING[Image.Resampling(self.resample)]
-        )
+        mode = Image.Resampling.NEAREST if nearest else Image.Resampling(self.resample)
+        return fit_square(image, self.image_size, self.fit, RESAMPLING[mode])
 
     def _unfit(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Bring logits [K, h, w] to an image of this size; what `fit` cut off becomes -inf."""

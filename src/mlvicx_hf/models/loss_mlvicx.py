@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+_UNKNOWN_CLASS = -100  # as torch and transformers have it
+
 
 class LossTerms(NamedTuple):
     """One of the two losses, L_G or L_L: the weighted sum and its unweighted terms, all scalars."""
@@ -296,13 +298,12 @@ def multi_label_loss(
     return (losses * known).sum() / known.sum().clamp(min=1)
 
 
-def single_label_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100, check: bool | None = None) -> Tensor:
+def single_label_loss(logits: Tensor, labels: Tensor, check: bool | None = None) -> Tensor:
     """Compute the cross-entropy of exclusive classes over the images whose class is known.
 
     Args:
         logits: [B, L].
-        labels: [B], class indices 0 to L-1, or `ignore_index` for images that do not count.
-        ignore_index: by default what transformers takes.
+        labels: [B], class indices 0 to L-1, or -100 for images that do not count.
         check: see `multi_label_loss`.
 
     Returns:
@@ -314,14 +315,14 @@ def single_label_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100, 
     hint = "class indices (of one-hot labels: `labels.argmax(1)`)"
     _check_class_indices(labels, (logits.shape[0],), hint)
     labels = labels.long()
-    known = labels != ignore_index
+    known = labels != _UNKNOWN_CLASS
     wrong = known & ((labels < 0) | (labels >= logits.shape[1]))
     if _is_to_check(labels, check):
-        expected = f"class indices from 0 to {logits.shape[1] - 1}, or {ignore_index} for images that do not count"
+        expected = f"class indices from 0 to {logits.shape[1] - 1}, or {_UNKNOWN_CLASS} for images that do not count"
         _refuse(wrong, labels, expected)
     # A GPU stops for good at an index out of range. NaN shows, too, and says nothing else.
-    labels = labels.masked_fill(wrong, ignore_index)
-    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / known.sum().clamp(min=1)
+    labels = labels.masked_fill(wrong, _UNKNOWN_CLASS)
+    loss = F.cross_entropy(logits, labels, ignore_index=_UNKNOWN_CLASS, reduction="sum") / known.sum().clamp(min=1)
     return loss * torch.where(wrong.any(), torch.nan, 1.0)
 
 

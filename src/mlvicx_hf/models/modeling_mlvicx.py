@@ -79,7 +79,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
             )
         super().gradient_checkpointing_enable(*args, **kwargs)
 
-    _backbone_frozen = False
+    _frozen = False  # of an encoder
     _labels_seen = False
 
     def __init__(self, config: MLVICXConfig, *args: Any, **kwargs: Any) -> None:
@@ -142,23 +142,19 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
     def freeze_backbone(self) -> None:
         """Switch off the backbone's gradients, and keep it in evaluation mode through every call of `train()`."""
-        self._backbone_frozen = True
-        self.base_model.requires_grad_(False)
-        self.base_model.train(False)
+        self.base_model._frozen = True
+        self.base_model.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> MLVICXPreTrainedModel:
-        """As `nn.Module.train`, but a frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        if mode and self._backbone_frozen:
-            self.base_model.train(False)
-        return self
+        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode, whatever it is a part of."""
+        return super().train(mode and not self._frozen)
 
 
 @contextmanager
-def _running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
-    """Normalise by the batch at hand without a trace in the running statistics: this forward pass is a repetition.
+def running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
+    """Normalise by the batch at hand without a trace in the running statistics: the same forward pass comes twice.
 
-    Copies take the traces. Without statistics, the repetition would save fewer tensors, and checkpoints compare that.
+    Copies take the traces. Without statistics, a repetition would save fewer tensors, and checkpoints compare that.
     """
     norms = [part for module in modules for part in module.modules() if isinstance(part, _BatchNorm)]
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
@@ -184,7 +180,7 @@ class Stage(GradientCheckpointingLayer):
         """
         if runs is None:
             return _apply(layers, x)
-        with _running_statistics_kept(layers if runs else []):
+        with running_statistics_kept(layers if runs else []):
             runs.append(None)
             return _apply(layers, x)
 
@@ -529,17 +525,9 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
         )
 
     def _loss(self, z_1: Tensor, z_2: Tensor) -> LossTerms:
-        config = self.config
-        return variance_covariance_loss(
-            z_1,
-            z_2,
-            invariance_weight=config.invariance_weight,
-            variance_weight=config.variance_weight,
-            covariance_weight=config.covariance_weight,
-            variance_target=config.variance_target,
-            variance_epsilon=config.variance_epsilon,
-            invariance_reduction=config.invariance_reduction,
-        )
+        names = ("invariance_weight", "variance_weight", "covariance_weight", "variance_target", "variance_epsilon")
+        options: Any = {name: getattr(self.config, name) for name in (*names, "invariance_reduction")}
+        return variance_covariance_loss(z_1, z_2, **options)
 
 
 class MLVICXForImageClassification(MLVICXPreTrainedModel):

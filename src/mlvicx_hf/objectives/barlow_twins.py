@@ -12,19 +12,16 @@ from mlvicx_hf.models.layers_mlvicx import Expander
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective, OwnRate
-from .parts import check_positive, gather
+from .parts import gather
 
 
 @dataclass(frozen=True)
 class BarlowTwinsOptions:
     """Options of Barlow Twins."""
 
-    redundancy_weight: float = option("Weight of the correlations off the diagonal, lambda.", 0.0051)
-    projector_dims: list[int] = option("Widths of the projector's linear layers.", [8192, 8192, 8192])
-    vector_rate_ratio: float = option("Learning rate of vectors (norms, biases) over that of matrices.", 0.024)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "redundancy_weight", "projector_dims", "vector_rate_ratio")
+    redundancy_weight: float = option("Weight of the correlations off the diagonal, lambda.", 0.0051, above=0)
+    projector_dims: list[int] = option("Widths of the projector's linear layers.", [8192, 8192, 8192], above=0)
+    vector_rate_ratio: float = option("Learning rate of vectors (norms, biases) over that of matrices.", 0.024, above=0)
 
 
 class BarlowTwinsObjective(Objective):
@@ -38,8 +35,7 @@ class BarlowTwinsObjective(Objective):
     remedy = "a higher redundancy_weight, "
 
     def __init__(self, model: MLVICXModel, options: BarlowTwinsOptions) -> None:
-        super().__init__(model)
-        self.options = options
+        super().__init__(model, options)
         self.projector = Expander(model.pooled_features, list(options.projector_dims), final_norm=False)
 
     def own_rates(self) -> list[OwnRate]:

@@ -126,7 +126,7 @@ class Objective(nn.Module, ABC):
 
     Args:
         model: the network that a run saves with `save_pretrained`; its `base_model` is the encoder.
-        options: an `options_class`.
+        options: an `options_class`; None for a class without.
     """
 
     model_class: ClassVar[type[PreTrainedModel]] = MLVICXModel  # of `model`
@@ -137,20 +137,15 @@ class Objective(nn.Module, ABC):
     target_deviation: float = 0.0  # standard deviation of healthy embeddings; far below it a run warns; 0: no warning
     remedy: str = ""  # what may help against a collapse, such as "a higher variance_weight, "
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, options: Any = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.options = model, options
         self.notes: list[str] = []  # lines to print when training begins, such as where the weights came from
 
     @property
     def encoder(self) -> MLVICXModel:
         """The part of `model` that other tasks use."""
-        return self.encoder_of(self.model)
-
-    @staticmethod
-    def encoder_of(model: PreTrainedModel) -> MLVICXModel:
-        """The encoder of a model of `model_class`."""
-        encoder = model.base_model
+        encoder = self.model.base_model
         assert isinstance(encoder, MLVICXModel)
         return encoder
 

@@ -13,8 +13,6 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 from .base import Embeddings, LossOutput, Objective, Schedule
 from .parts import (
     ProjectionHead,
-    check_positive,
-    check_share,
     cosines,
     follow,
     mean_over_batch,
@@ -28,15 +26,11 @@ from .parts import (
 class BYOLOptions:
     """Options of BYOL."""
 
-    hidden_size: int = option("Width inside projector and predictor.", 4096)
-    projection_size: int = option("Width of the projections.", 256)
-    target_momentum: float = option("Momentum of the target in the first step; it rises to 1.", 0.99)
+    hidden_size: int = option("Width inside projector and predictor.", 4096, above=0)
+    projection_size: int = option("Width of the projections.", 256, above=0)
+    target_momentum: float = option("Momentum of the target in the first step; it rises to 1.", 0.99, least=0, most=1)
     scale_momentum: bool = option("Scale the momentum from a batch of reference_batch to that of the run.", True)
-    reference_batch: int = option("Batch for which target_momentum is meant.", 4096)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "hidden_size", "projection_size", "reference_batch")
-        check_share(self, "target_momentum")
+    reference_batch: int = option("Batch for which target_momentum is meant.", 4096, above=0)
 
 
 class BYOLObjective(Objective):
@@ -46,8 +40,8 @@ class BYOLObjective(Objective):
     remedy = "a higher target_momentum, "
 
     def __init__(self, model: MLVICXModel, options: BYOLOptions) -> None:
-        super().__init__(model)
-        self.options, self.schedule = options, Schedule(0, options.reference_batch, 1, 1, 0)
+        super().__init__(model, options)
+        self.schedule = Schedule(0, options.reference_batch, 1, 1, 0)
         width, hidden, size = model.pooled_features, options.hidden_size, options.projection_size
         self.projector = ProjectionHead([width, hidden, size])
         self.predictor = ProjectionHead([size, hidden, size])

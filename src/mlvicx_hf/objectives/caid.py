@@ -12,7 +12,7 @@ from .base import Embeddings, LossOutput, ViewSpecification
 from .decoders import RestorationDecoder, squared_error
 from .distortions import COPY, ERASE, ERASE_OUTSIDE, LEAVE, DistortedBox, Distortion
 from .momentum_contrast import ContrastOptions, MomentumContrast
-from .parts import ProjectionHead, check_positive, mean_over_batch
+from .parts import ProjectionHead, mean_over_batch
 
 REFERENCE_SIDE = 224  # of the images for which the sizes of the boxes are meant
 STOP = 0.1  # probability that no further box is erased
@@ -23,11 +23,7 @@ ATTEMPTS = 100  # to find a place that does not overlap
 class CAiDOptions(ContrastOptions):
     """Options of CAiD."""
 
-    restoration_weight: float = option("Weight of the mean square error of the restored image.", 10.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "restoration_weight")
+    restoration_weight: float = option("Weight of the mean square error of the restored image.", 10.0, above=0)
 
 
 class BoxesOrCopies(Distortion):
@@ -90,7 +86,6 @@ class CAiDObjective(MomentumContrast):
     def __init__(self, model: MLVICXModel, options: CAiDOptions) -> None:
         width = model.pooled_features
         super().__init__(model, options, ProjectionHead([width, width, options.projection_size], norm=False))
-        self.options = options
         self.decoder = RestorationDecoder(model.channels)
         self.restoration = nn.Sequential(nn.Conv2d(self.decoder.widths[-1], 1, 3, padding=1), nn.Sigmoid())
 

@@ -14,7 +14,7 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 from .barlow_twins import correlation_terms
 from .base import Embeddings, LossOutput, ViewSpecification
 from .momentum_contrast import ContrastOptions, MomentumContrast
-from .parts import check_positive, gather, mean_over_batch
+from .parts import gather, mean_over_batch
 
 GRIDS = (16, 16, 4, 4)  # sides to which the maps of four stages are averaged
 CORRELATION_SCALE = 1 / 32  # s of the Barlow variant
@@ -24,17 +24,15 @@ CORRELATION_SCALE = 1 / 32  # s of the Barlow variant
 class InterMoCoOptions(ContrastOptions):
     """Options of Inter-MoCo."""
 
-    temperature: float = option("Temperature T of the contrastive loss.", 0.07)
-    reference_batch: int = option("Batch for which key_momentum is meant.", 16)
+    temperature: float = option("Temperature T of the contrastive loss.", 0.07, above=0)
+    reference_batch: int = option("Batch for which key_momentum is meant.", 16, above=0)
     variant: str = option("Compare the levels by mean squares, or as Barlow Twins.", "mse", choices=("mse", "barlow"))
-    level_weight: float = option("Weight of each level's mean square.", 0.25)
-    correlation_weight: float = option("Weight of the correlation terms of the Barlow variant, lambda.", 5e-5)
-    level_dims: list[int] = option("Widths of the levels' projectors in the Barlow variant.", [2048, 2048, 2048])
+    level_weight: float = option("Weight of each level's mean square.", 0.25, above=0)
+    correlation_weight: float = option("Weight of the correlation terms of the Barlow variant, lambda.", 5e-5, above=0)
+    level_dims: list[int] = option(
+        "Widths of the levels' projectors in the Barlow variant.", [2048, 2048, 2048], above=0
+    )
     aligned: bool = option("Demand views without crop and flip, whose maps lie on each other.", True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "level_weight", "correlation_weight", "level_dims")
 
 
 class InterMoCoObjective(MomentumContrast):
@@ -48,7 +46,6 @@ class InterMoCoObjective(MomentumContrast):
 
     def __init__(self, model: MLVICXModel, options: InterMoCoOptions) -> None:
         super().__init__(model, options, nn.Linear(model.pooled_features, options.projection_size))
-        self.options = options
         self.stages = [level for level, name in enumerate(model.config.stage_names) if name != "stem"]
         if options.variant == "barlow":
             dims = list(options.level_dims)

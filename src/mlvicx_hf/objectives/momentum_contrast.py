@@ -13,8 +13,6 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 from .base import Embeddings, Objective, Schedule
 from .parts import (
     KeyQueue,
-    check_positive,
-    check_share,
     follow,
     gather,
     mean_over_batch,
@@ -28,17 +26,17 @@ from .parts import (
 class ContrastOptions:
     """Options of every method with keys and a queue."""
 
-    temperature: float = option("Temperature T of the contrastive loss.", 0.2)
-    projection_size: int = option("Width of queries and keys.", 128)
-    queue_size: int = option("Keys in the queue: a multiple of the batch, at most a quarter of the images.", 16384)
-    key_momentum: float = option("Momentum of the network that makes the keys.", 0.999)
+    temperature: float = option("Temperature T of the contrastive loss.", 0.2, above=0)
+    projection_size: int = option("Width of queries and keys.", 128, above=0)
+    queue_size: int = option(
+        "Keys in the queue: a multiple of the batch, at most a quarter of the images.", 16384, above=0
+    )
+    key_momentum: float = option("Momentum of the network that makes the keys.", 0.999, least=0, most=1)
     scale_momentum: bool = option("Scale the momentum from a batch of reference_batch to that of the run.", True)
-    reference_batch: int = option("Batch for which key_momentum is meant.", 256)
+    reference_batch: int = option("Batch for which key_momentum is meant.", 256, above=0)
     key_images: int = option("Images that the key network normalises together, at most; 0 for the whole batch.", 16)
 
     def __post_init__(self) -> None:
-        check_positive(self, "temperature", "projection_size", "queue_size", "reference_batch")
-        check_share(self, "key_momentum")
         if self.key_images < 0 or self.key_images == 1:
             raise UserError(f"objective_options: key_images={self.key_images} found; expected 0, or 2 or more")
 
@@ -61,9 +59,8 @@ class MomentumContrast(Objective):
     pushed = 1  # batches of keys in a step
 
     def __init__(self, model: MLVICXModel, options: ContrastOptions, head: nn.Module) -> None:
-        super().__init__(model)
-        self.contrast, self.momentum = options, options.key_momentum
-        self.projector = head
+        super().__init__(model, options)
+        self.momentum, self.projector = options.key_momentum, head
         self.key_model, self.key_projector = momentum_copy(model), momentum_copy(head)
         self.queue = KeyQueue(options.queue_size, options.projection_size)
         self.new_keys: list[Tensor] = []  # of this step, for the queue
@@ -71,7 +68,7 @@ class MomentumContrast(Objective):
 
     def prepare(self, schedule: Schedule) -> None:
         """Check the queue, and scale the momentum to the batch."""
-        options, batch = self.contrast, schedule.batch_size
+        options, batch = self.options, schedule.batch_size
         if options.queue_size % batch:
             raise UserError(
                 f"queue_size={options.queue_size} found with batch_size={batch}; expected a multiple of the batch"
@@ -90,7 +87,7 @@ class MomentumContrast(Objective):
     @torch.no_grad()
     def make_keys(self, view: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Keys [B, projection_size], of any length, and the maps of all levels, by groups of images."""
-        size, count = self.contrast.key_images, 1
+        size, count = self.options.key_images, 1
         if size:  # two groups at least, each of two images or more: one group would be the query's batch again
             count = max(1, min(max(2, -(-len(view) // size)), len(view) // 2))
         groups = view.tensor_split(count)
@@ -115,7 +112,7 @@ class MomentumContrast(Objective):
         """
         queries, keys = unit_vectors(queries), unit_vectors(keys.detach())
         self.new_keys.append(gather(keys))
-        values = info_nce(queries, keys, self.queue.keys, self.contrast.temperature)
+        values = info_nce(queries, keys, self.queue.keys, self.options.temperature)
         return mean_over_batch(values), (queries, keys)
 
     def update(self, step: int) -> None:

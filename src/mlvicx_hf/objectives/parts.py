@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -12,37 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.models.loss_mlvicx import gather_batch, sum_over_ranks
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-# -- options -----------------------------------------------------------------------------------------------------------
-
-
-def check_positive(options: Any, *names: str) -> None:
-    """Refuse options, or members of a list, that are not finite numbers above 0.
-
-    Raises:
-        UserError: names the option.
-    """
-    for name in names:
-        value = getattr(options, name)
-        numbers = value if isinstance(value, (list, tuple)) else (value,)
-        if not numbers or not all(0 < number < math.inf for number in numbers):
-            raise UserError(f"objective_options: {name}={value} found; expected a positive number")
-
-
-def check_share(options: Any, *names: str) -> None:
-    """Refuse options outside of 0 to 1.
-
-    Raises:
-        UserError: names the option.
-    """
-    for name in names:
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"objective_options: {name}={getattr(options, name)} found; expected a number in [0, 1]")
 
 
 # -- heads -------------------------------------------------------------------------------------------------------------
@@ -56,16 +27,15 @@ class ProjectionHead(nn.Sequential):
         norm: batch normalisation before every ReLU; the layers before one have no bias.
         last: what follows the last layer: "" for nothing, "scale" for a batch normalisation without shift, "fixed" for
             one without weights. The layer then has no bias.
-        bias: whether the last layer has a bias if nothing follows it.
     """
 
-    def __init__(self, widths: Sequence[int], norm: bool = True, last: str = "", bias: bool = True) -> None:
+    def __init__(self, widths: Sequence[int], norm: bool = True, last: str = "") -> None:
         layers: list[nn.Module] = []
         for before, width in itertools.pairwise(widths[:-1]):
             layers.append(nn.Linear(before, width, bias=not norm))
             layers += [nn.BatchNorm1d(width)] if norm else []
             layers.append(nn.ReLU(inplace=True))
-        layers.append(nn.Linear(widths[-2], widths[-1], bias=bias and not last))
+        layers.append(nn.Linear(widths[-2], widths[-1], bias=not last))
         if last:
             layers.append(nn.BatchNorm1d(widths[-1], affine=last == "scale"))
         if last == "scale":

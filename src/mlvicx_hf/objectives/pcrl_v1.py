@@ -23,7 +23,7 @@ NOISE_EPSILON = 1e-5
 class PCRLv1Options(ContrastOptions):
     """Options of PCRL."""
 
-    reference_batch: int = option("Batch for which key_momentum is meant.", 64)
+    reference_batch: int = option("Batch for which key_momentum is meant.", 64, above=0)
     contrast: str = option(
         "InfoNCE as in the paper, or the noise contrast (NCE) of the authors' code, with a constant Z.",
         "info_nce",
@@ -47,7 +47,6 @@ class PCRLv1Objective(MomentumContrast):
     def __init__(self, model: MLVICXModel, options: PCRLv1Options) -> None:
         size = options.projection_size
         super().__init__(model, options, ProjectionHead([model.pooled_features, size, size], norm=False))
-        self.options = options
         self.decoder = RestorationDecoder(model.channels)
         self.restoration = nn.Conv2d(self.decoder.widths[-1], 1, 3, padding=1)
         self.gate = nn.Sequential(
@@ -140,7 +139,7 @@ class PCRLv1Objective(MomentumContrast):
 
     def _noise_contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The mean NCE of three pairs of unit vectors; the first step's first pair gives Z for good."""
-        temperature, queue = self.contrast.temperature, self.queue.keys
+        temperature, queue = self.options.temperature, self.queue.keys
         with torch.autocast(queue.device.type, enabled=False):
             values = [noise_values(*pair, queue, temperature) for pair in pairs]
             first = mean_over_batch(values[0]).detach() * self.batches

@@ -9,27 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlvicx_hf.common.arguments import option
-from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective, Schedule, ViewSpecification
 from .decoders import RestorationDecoder, squared_error
 from .distortions import CutOut
-from .parts import ProjectionHead, check_positive, cosines, mean_over_batch, step_generator
+from .parts import ProjectionHead, cosines, mean_over_batch, step_generator
 
 
 @dataclass(frozen=True)
 class PCRLv2Options:
     """Options of PCRLv2."""
 
-    local_views: int = option("Small views of an image; 0 for none.", 6)
-    local_size: int = option("Side of the small views in pixels.", 96)
-    restoration_weight: float = option("Weight of the restored image and of the restored scale.", 1.0)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "local_size", "restoration_weight")
-        if self.local_views < 0:
-            raise UserError(f"objective_options: local_views={self.local_views} found; expected 0 or more")
+    local_views: int = option("Small views of an image; 0 for none.", 6, least=0)
+    local_size: int = option("Side of the small views in pixels.", 96, above=0)
+    restoration_weight: float = option("Weight of the restored image and of the restored scale.", 1.0, above=0)
 
 
 class Pyramid(NamedTuple):
@@ -58,8 +52,8 @@ class PCRLv2Objective(Objective):
     model: MLVICXModel
 
     def __init__(self, model: MLVICXModel, options: PCRLv2Options) -> None:
-        super().__init__(model)
-        self.options, self.schedule = options, Schedule(0, 1, 1, 1, 0)
+        super().__init__(model, options)
+        self.schedule = Schedule(0, 1, 1, 1, 0)
         self.decoder = RestorationDecoder(model.channels, skips=False)
         widths = self.decoder.widths
         self.restoration = nn.Conv2d(widths[-1], 1, 3, padding=1)

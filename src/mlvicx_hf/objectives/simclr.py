@@ -10,18 +10,15 @@ from mlvicx_hf.common.arguments import option
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective
-from .parts import ProjectionHead, check_positive, gather
+from .parts import ProjectionHead, gather
 
 
 @dataclass(frozen=True)
 class SimCLROptions:
     """Options of SimCLR."""
 
-    temperature: float = option("Temperature T: 0.5 suits small batches, 0.1 large ones.", 0.5)
-    projection_size: int = option("Width of the embeddings.", 128)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "temperature", "projection_size")
+    temperature: float = option("Temperature T: 0.5 suits small batches, 0.1 large ones.", 0.5, above=0)
+    projection_size: int = option("Width of the embeddings.", 128, above=0)
 
 
 class SimCLRObjective(Objective):
@@ -31,8 +28,7 @@ class SimCLRObjective(Objective):
     remedy = "a higher temperature, "
 
     def __init__(self, model: MLVICXModel, options: SimCLROptions) -> None:
-        super().__init__(model)
-        self.options = options
+        super().__init__(model, options)
         width = model.pooled_features
         self.projector = ProjectionHead([width, width, options.projection_size], last="scale")
         self.target_deviation = options.projection_size**-0.5

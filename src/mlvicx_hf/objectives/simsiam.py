@@ -9,18 +9,15 @@ from mlvicx_hf.common.arguments import option
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective, OwnRate
-from .parts import ProjectionHead, check_positive, cosines, mean_over_batch
+from .parts import ProjectionHead, cosines, mean_over_batch
 
 
 @dataclass(frozen=True)
 class SimSiamOptions:
     """Options of SimSiam."""
 
-    projection_size: int = option("Width of the projections.", 2048)
-    predictor_size: int = option("Width inside the predictor.", 512)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "projection_size", "predictor_size")
+    projection_size: int = option("Width of the projections.", 2048, above=0)
+    predictor_size: int = option("Width inside the predictor.", 512, above=0)
 
 
 class SimSiamObjective(Objective):
@@ -32,7 +29,7 @@ class SimSiamObjective(Objective):
     options_class = SimSiamOptions
 
     def __init__(self, model: MLVICXModel, options: SimSiamOptions) -> None:
-        super().__init__(model)
+        super().__init__(model, options)
         width, size = model.pooled_features, options.projection_size
         self.projector = ProjectionHead([width, width, width, size], last="fixed")
         self.predictor = ProjectionHead([size, options.predictor_size, size])

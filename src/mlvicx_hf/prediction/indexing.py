@@ -18,7 +18,7 @@ from mlvicx_hf.common.text import NOTICE, some
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.summary import column
 from mlvicx_hf.data.options import check_least
-from mlvicx_hf.encoders.features import PreparedImages, encode
+from mlvicx_hf.encoders.features import encode, prepared_images
 from mlvicx_hf.encoders.inference import LoadedModel, exact_convolutions, load
 from mlvicx_hf.scoring.neighbours import PRECISION_TOP, mean_precision, nearest_rows, precision_of_neighbours
 
@@ -138,7 +138,7 @@ def _encode_split(
 ) -> IndexedImages:
     """Encode a split of the cache with this number, and tabulate its images."""
     dataset, encoder = cache.datasets[split], loaded.model.base_model
-    images = PreparedImages(dataset.select_columns(["image"]), loaded.processor)
+    images = prepared_images(dataset, loaded.processor)
     with exact_convolutions():  # as `infer` does for queries
         features = encode(encoder, images, batch_size, encoder.device, progress)["features"]
     lengths = features.norm(dim=1, keepdim=True)

@@ -75,7 +75,7 @@ class DataArguments:
         metavar="CACHE",
     )
     split: str = option("Split to pretrain on; labels are never read.", "train")
-    max_train_samples: int | None = option("Use only the first images of the split.", None)
+    max_train_samples: int | None = option("Use only the first images of the split.", None, least=1)
     views: str = option("frontal leaves out lateral images; all uses them.", "frontal", choices=("frontal", "all"))
     positives: str = option(
         "What view 2 is made of: the image of view 1, or another image of the patient where there is one, perhaps of "
@@ -117,16 +117,18 @@ class PretrainingArguments:
     trust_coefficient: float = option("Trust coefficient of LARS.", 0.001)
     warmup_epochs: float = option("Epochs in which the rate rises linearly.", 2.0, least=0)
     final_learning_rate_ratio: float = option("Last rate of the cosine over its peak.", 0.001)
-    backbone_learning_rate_ratio: float = option("Rate of the backbone over that of the rest.", 1.0)
+    backbone_learning_rate_ratio: float = option("Rate of the backbone over that of the rest.", 1.0, least=0)
     backbone_thaw_epochs: float = option(
-        "Epochs in which the backbone's rate rises from 0, so that new layers do not spoil good weights.", 0.0
+        "Epochs in which the backbone's rate rises from 0, so that new layers do not spoil good weights.", 0.0, least=0
     )
     freeze_batch_norm: bool = option(
         "Keep statistics, scales and shifts of the backbone's batch normalisation as they start.", False
     )
     seed: int = option("Seed of weights, order and views.", 0, least=0, most=2**32 - 1)
     mixed_precision: str = option("Precision; fp16 on GPUs only.", "no", choices=("no", "bf16", "fp16"), first=True)
-    cpu_threads: int | None = option("Threads of a process on the CPU; by default its share of the cores.", None)
+    cpu_threads: int | None = option(
+        "Threads of a process on the CPU; by default its share of the cores.", None, least=1
+    )
     torch_compile: bool = option("Compile the model.", False, aliases=["--compile"])
     torch_compile_mode: str = option(
         "Mode of the compiler; with reduce-overhead a GPU replays the step from CUDA graphs.",
@@ -135,10 +137,10 @@ class PretrainingArguments:
     )
     channels_last: bool = option("Use the channels-last memory layout, faster on most machines.", True)
     deterministic: bool = option("Compute the same bits on GPUs, too: slower, and an error where impossible.", False)
-    checkpoint_steps: int = option("Steps between checkpoints; one more is written at the end.", 500)
-    save_total_limit: int = option("Number of newest checkpoints to keep, besides the best.", 2)
+    checkpoint_steps: int = option("Steps between checkpoints; one more is written at the end.", 500, least=1)
+    save_total_limit: int = option("Number of newest checkpoints to keep, besides the best.", 2, least=1)
     gradient_accumulation_steps: int = option(
-        "Micro-batches of a process; the gradient stays exact, at the cost of one more forward pass.", 1
+        "Micro-batches of a process; the gradient stays exact, at the cost of one more forward pass.", 1, least=1
     )
     find_batch_size: bool = option(
         "Double gradient_accumulation_steps until a step fits into the memory. batch_size stays, and so does the "
@@ -148,8 +150,8 @@ class PretrainingArguments:
     gradient_checkpointing: bool = option(
         "Compute the maps inside a stage again instead of keeping them: less memory, the same gradients.", False
     )
-    probe_steps: int = option("Steps between probes; one more comes at the end.", 1000)
-    logging_steps: int = option("Steps between lines of metrics.jsonl.", 10)
+    probe_steps: int = option("Steps between probes; one more comes at the end.", 1000, least=1)
+    logging_steps: int = option("Steps between lines of metrics.jsonl.", 10, least=1)
     report_to: str = option("Tracker: none, tensorboard, wandb, trackio, all.", "none")
     resume: bool = option("Go on from the newest whole checkpoint of output_dir.", False, first=True)
 

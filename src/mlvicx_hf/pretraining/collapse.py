@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.encoders.features import evaluating
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.objectives import Objective
@@ -31,6 +30,7 @@ LOW_LEVEL_RANK = 1.2  # of a level, RankMe itself; healthy: 5 and more
 RECOVERED = 2.0  # a figure above so many times its limit is well again, and its next fall warns anew
 START = 20  # first measurements of a level, whose median is its start, once there are START_AT_LEAST
 START_AT_LEAST = 3
+MAX_IMAGES = 64  # of a batch that go through the encoder once more for the figures of the levels
 
 
 class Rule(NamedTuple):
@@ -50,12 +50,11 @@ class Watcher:
         processor: of the run.
         probe_dataset: labelled cache for the probes; None for none.
         probe_steps: steps between probes.
-        max_images: of a batch that go through the encoder once more for the levels' figures.
         device: of the model.
 
     Raises:
         FileNotFoundError: there is no such cache.
-        UserError: a cache without usable labels, or a number that is too small.
+        UserError: a cache without usable labels.
     """
 
     def __init__(
@@ -64,13 +63,10 @@ class Watcher:
         processor: MLVICXImageProcessor,
         probe_dataset: str | Path | None = None,
         probe_steps: int = 1000,
-        max_images: int = 64,
         device: torch.device | str = "cpu",
     ) -> None:
-        if probe_steps < 1 or max_images < 2:
-            raise UserError(f"probe_steps={probe_steps}, max_images={max_images} found; expected at least 1 and 2")
         self.objective, self.encoder, self.device = objective, objective.encoder, device
-        self.probe_steps, self.max_images = probe_steps, max_images
+        self.probe_steps = probe_steps
         self._probe = None if probe_dataset is None else Probe(probe_dataset, processor)
         self._starts: dict[str, list[float]] = {}  # first deviations of the levels
         self._warned: set[str] = set()
@@ -90,7 +86,7 @@ class Watcher:
         for name, (first, _) in embeddings.items():
             found |= describe_embeddings(name, first.detach())
         with evaluating(self.encoder):
-            maps = self.encoder.refined_maps(view[: self.max_images])
+            maps = self.encoder.refined_maps(view[:MAX_IMAGES])
         for level, refined in enumerate(maps):
             found |= describe_embeddings(f"level_{level}", refined.mean((2, 3)), centre=True)
         return found

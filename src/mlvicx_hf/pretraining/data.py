@@ -86,8 +86,6 @@ def _load_images(data: DataArguments) -> tuple[Any, dict[str, Any], int]:
     images, left_out = choose_views(cache.datasets[data.split], data.views)
     limit = data.max_train_samples
     if limit is not None:
-        if limit < 1:
-            raise UserError(f"max_train_samples={limit} found; expected 1 or more")
         images = images.select(range(min(limit, len(images))))
     return images, cache.manifest, left_out
 

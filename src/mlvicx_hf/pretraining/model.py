@@ -69,10 +69,10 @@ def create_objective(arguments: ModelArguments) -> Objective:
     with user_input():
         config = create_config(arguments)
         if source is None:
-            model = objective_class.model_class(config)
+            model: Any = objective_class.model_class(config)
         elif is_timm_source(source):
             model = objective_class.model_class(config)
-            start = load_timm_weights(objective_class.encoder_of(model), source)
+            start = load_timm_weights(model.base_model, source)
         else:
             model, start = _load_earlier(objective_class.model_class, config, source)
     objective = make_objective(arguments.objective, model, arguments.objective_options)

@@ -14,11 +14,14 @@ import torch
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.splits import patient_hash
-from mlvicx_hf.encoders.features import PreparedImages, encode
+from mlvicx_hf.encoders.features import encode, prepared_images
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 from mlvicx_hf.scoring.labels import score_labels
 from mlvicx_hf.scoring.probes import knn_scores, linear_scores
+
+# Most images of a split. Of more, those of the patients whose hash comes first are taken.
+LIMITS = {"train": 2000, "validation": 1000}
 
 
 class Probe:
@@ -27,31 +30,18 @@ class Probe:
     Args:
         path: of the cache; the splits train and validation are used.
         processor: of the model.
-        max_train: of more training images, those of the patients whose hash comes first are taken.
-        max_validation: likewise.
-        seed: of that hash.
-        batch_size: images encoded at a time.
 
     Raises:
         FileNotFoundError: no cache.
         ValueError: no labels, a split that is missing, or no label that both splits know with both values.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        processor: MLVICXImageProcessor,
-        max_train: int = 2000,
-        max_validation: int = 1000,
-        seed: int = 0,
-        batch_size: int = 64,
-    ) -> None:
+    def __init__(self, path: str | Path, processor: MLVICXImageProcessor) -> None:
         cache = load_cache(path, ["train", "validation"])
         if not cache.label_names:
             raise UserError(f"{path} has no labels; expected some: prepare it with --metadata that has label columns")
-        self.names, self.processor, self.batch_size = cache.label_names, processor, batch_size
-        limits = {"train": max_train, "validation": max_validation}
-        self.images = {split: _capped(cache.datasets[split], limit, seed) for split, limit in limits.items()}
+        self.names, self.processor = cache.label_names, processor
+        self.images = {split: _capped(cache.datasets[split], limit) for split, limit in LIMITS.items()}
         self.labels = {split: np.array(images["labels"], dtype=np.float64) for split, images in self.images.items()}
         fit, scored = self.labels["train"], self.labels["validation"]
         self.usable = [i for i in range(len(self.names)) if _has_both(fit[:, i]) and _has_both(scored[:, i])]
@@ -67,8 +57,8 @@ class Probe:
             `probe_knn_auroc` and `probe_linear_auroc`, means over the labels that both splits know with both values,
             and `probe_knn_auroc/LABEL`, `probe_linear_auroc/LABEL`. Exclusive classes count one against the rest.
         """
-        prepared = (PreparedImages(self.images[split], self.processor) for split in ("train", "validation"))
-        known, asked = (encode(encoder, images, self.batch_size, device, show=False)["features"] for images in prepared)
+        prepared = (prepared_images(self.images[split], self.processor) for split in ("train", "validation"))
+        known, asked = (encode(encoder, images, device=device, show=False)["features"] for images in prepared)
         names = [self.names[i] for i in self.usable]
         fit, truth = (self.labels[split][:, self.usable] for split in ("train", "validation"))
         found = {
@@ -83,12 +73,10 @@ class Probe:
         return scalars
 
 
-def _capped(images: Any, limit: int, seed: int) -> Any:
+def _capped(images: Any, limit: int) -> Any:
     """At most so many rows, patient after patient in the order of their hashes; the rows keep their order."""
-    if limit < 1:
-        raise UserError(f"a limit of {limit} images found; expected 1 or more")
     patients: Sequence[str] = images["patient_id"][:]
-    order = sorted(range(len(images)), key=lambda i: (patient_hash(patients[i], seed), i))
+    order = sorted(range(len(images)), key=lambda i: (patient_hash(patients[i], 0), i))
     return images.select(sorted(order[:limit]))
 
 

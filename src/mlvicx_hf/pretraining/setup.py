@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
 
+from mlvicx_hf.common.arguments import check_values
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.machine import describe_hardware, keep_freed_memory, refuse_other_launches, use_cpu_threads
 from mlvicx_hf.encoders.weights import starting_processor
@@ -40,6 +41,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         FileExistsError: an output folder that holds another run, without `resume`.
         UserError: arguments that do not fit the data, the checkpoint or one another.
     """
+    check_values(model_arguments, data_arguments, arguments)
     _check_arguments(data_arguments, arguments)
     accelerator = _create_accelerator(arguments)
     device, on_main = accelerator.device, accelerator.is_main_process
@@ -137,12 +139,6 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
         raise FileExistsError(
             f"output_dir={output} holds files of another run; choose another folder, or --resume that run"
         )
-    counts = ("checkpoint_steps", "logging_steps", "save_total_limit", "probe_steps")
-    least = dict.fromkeys((*counts, "gradient_accumulation_steps"), 1)
-    least |= dict.fromkeys(("seed", "warmup_epochs", "backbone_thaw_epochs", "backbone_learning_rate_ratio"), 0)
-    for name, smallest in least.items():
-        if getattr(arguments, name) < smallest:
-            raise UserError(f"{name}={getattr(arguments, name)} found; expected {smallest} or more")
     graphs = arguments.torch_compile and arguments.torch_compile_mode != "default"
     if graphs and (arguments.gradient_accumulation_steps > 1 or arguments.find_batch_size):
         raise UserError(

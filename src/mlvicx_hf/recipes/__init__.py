@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mlvicx_hf.common.arguments import CommandParser, add_sections, from_values, names_of, takes_others
+from mlvicx_hf.common.arguments import CommandParser, add_sections, from_values, names_of, rest_of
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import read_yaml
 
@@ -73,6 +73,6 @@ def fill_sections(sections: Sequence[type], values: Mapping[str, Any], kind: str
         kind: of training.
     """
     given = dict(values)
-    known = None if takes_others(sections) else names_of(sections) - OF_ONE_RUN
+    known = names_of(sections) - OF_ONE_RUN if rest_of(sections) is None else None
     recipe = load_recipe(given.pop("recipe", "default"), known, kind)
     return from_values(sections, given, recipe)

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
+EPSILON = 1e-7  # added to the shares of the singular values, as in the paper of RankMe
 MAX_DIMENSIONS = 512  # of which `mean_correlation` takes all pairs
 
 
-def rankme(embeddings: Tensor, epsilon: float = 1e-7) -> float:
+def rankme(embeddings: Tensor) -> float:
     """Effective rank of a set of embeddings: RankMe (arXiv 2210.02885), Eq. 1 there.
 
     The singular values come from the eigenvalues of the smaller Gram matrix. This is faster than a singular value
-    decomposition, and less exact only for values below 1e-7 of the largest, where epsilon dominates.
+    decomposition, and less exact only for values below 1e-7 of the largest, where `EPSILON` dominates.
 
     Args:
         embeddings: [N, D], not centred.
-        epsilon: added to the shares of the singular values, as in the paper.
 
     Returns:
         Between 1 (collapsed to a line, or to zero) and min(N, D).
@@ -23,7 +23,7 @@ def rankme(embeddings: Tensor, epsilon: float = 1e-7) -> float:
     values = values / values.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # so that no square overflows
     gram = values @ values.T if values.shape[0] <= values.shape[1] else values.T @ values
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    shares = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny) + epsilon
+    shares = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny) + EPSILON
     return float((-(shares * shares.log()).sum()).exp())
 
 

@@ -316,7 +316,7 @@ def _sample_electrode(rng: np.random.Generator) -> Spot:
     return Spot(rng.uniform(-0.7, 0.7), rng.uniform(-0.6, 0.5), rng.uniform(0.04, 0.06), rng.uniform(0.25, 0.5))
 
 
-def noise_tile(rng: np.random.Generator, cells: int, sigma: float = 1.2) -> np.ndarray:
+def noise_tile(rng: np.random.Generator, cells: int) -> np.ndarray:
     """Draw smooth noise [cells, cells] of mean 0 and variance 1."""
-    tile = ndimage.gaussian_filter(rng.standard_normal((cells, cells)), sigma, mode="wrap")
+    tile = ndimage.gaussian_filter(rng.standard_normal((cells, cells)), 1.2, mode="wrap")
     return ((tile - tile.mean()) / tile.std()).astype(np.float32)
