@@ -151,7 +151,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
 
 @contextmanager
-def running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
+def _running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
     """Normalise by the batch at hand without a trace in the running statistics: the same forward pass comes twice.
 
     Copies take the traces. Without statistics, a repetition would save fewer tensors, and checkpoints compare that.
@@ -180,7 +180,7 @@ class Stage(GradientCheckpointingLayer):
         """
         if runs is None:
             return _apply(layers, x)
-        with running_statistics_kept(layers if runs else []):
+        with _running_statistics_kept(layers if runs else []):
             runs.append(None)
             return _apply(layers, x)
 

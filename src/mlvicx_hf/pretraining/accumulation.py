@@ -8,14 +8,14 @@ weights. This costs one more forward pass.
 Batch normalisation works on micro-batches, in both passes alike. Its running statistics move in the second pass only.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mlvicx_hf.models.modeling_mlvicx import running_statistics_kept
 from mlvicx_hf.objectives.base import Embeddings, LossOutput
 
 from .memory import micro_batch
@@ -38,7 +38,7 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, views: Sequence[Ten
     """
     micro_batch(len(views[0]), steps)
     pieces = list(zip(*(view.chunk(steps) for view in views), strict=True))
-    with torch.no_grad(), running_statistics_kept([wrapped]):
+    with torch.no_grad(), _running_statistics_kept(wrapped):
         # Clones, because the CUDA graphs of a compiled model write the next piece into the same memory.
         parts = [[_clone(view) for view in wrapped(*piece, return_loss=False)] for piece in pieces]
     leaves = [
@@ -70,3 +70,16 @@ def _slopes(loss: Tensor, leaves: list[Embeddings]) -> dict[tuple[int, str], Ten
     places = [(view, name) for view in (0, 1) for name in leaves[view]]
     gradients = torch.autograd.grad(loss, [leaves[view][name] for view, name in places], allow_unused=True)
     return {place: slope for place, slope in zip(places, gradients, strict=True) if slope is not None}
+
+
+@contextmanager
+def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Normalise by the batch at hand and leave no trace in the running statistics."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
