@@ -288,6 +288,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]  # noqa: RUF012 - the base class's own way
     valid_kwargs = MLVICXImageProcessorKwargs
     backend = "torchvision"
+    size: Any  # {"height": S, "width": S}
     rescale_factor: float | None = None  # type: ignore[assignment]  # by the bit depth
     do_resize: bool | None = True  # transformers keeps None only beside such a default
     do_rescale: bool | None = True

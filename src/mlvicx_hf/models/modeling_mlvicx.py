@@ -142,8 +142,9 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
     def freeze_backbone(self) -> None:
         """Switch off the backbone's gradients, and keep it in evaluation mode through every call of `train()`."""
-        self.base_model._frozen = True
-        self.base_model.requires_grad_(False).train(False)
+        encoder: Any = self.base_model
+        encoder._frozen = True
+        encoder.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> MLVICXPreTrainedModel:
         """As `nn.Module.train`, but a frozen encoder stays in evaluation mode, whatever it is a part of."""
