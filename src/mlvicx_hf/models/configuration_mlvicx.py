@@ -306,8 +306,8 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _validate_labels(self) -> None:
         names = self.id2label or {}
-        if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names):
-            raise ValueError(f"id2label={names} found; expected another name for each number from 0 on")
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(f"id2label={names} found; expected a name for each number from 0 on")
         if self.problem_type not in ("multi_label_classification", "single_label_classification"):
             raise ValueError(
                 f"problem_type={self.problem_type!r} found; expected 'multi_label_classification' or "

@@ -25,7 +25,7 @@ from .hub_mlvicx import IMAGE_PROCESSOR_AUTO_MAP, save_code
 
 FITS = ("pad", "squash", "crop")
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, what PIL's mode "L" uses
-ROUNDING = 1e-3  # what may exceed [0, 1] in floats
+OVERSHOOT = 1e-3  # what may exceed [0, 1] in floats
 _TAIL = 0.005  # of the pixels at each end may be clipped
 RESAMPLING = {  # of PIL, as transformers numbers it; torchvision has no other for tensors
     Image.Resampling.NEAREST: InterpolationMode.NEAREST_EXACT,
@@ -136,7 +136,7 @@ def to_unit_gray(image: Image.Image | np.ndarray | torch.Tensor, layout: str | N
     """
     array = _to_array(image, layout)
     kind, low, high = array.dtype.kind, array.min(), array.max()
-    if kind == "f" and (low < -ROUNDING or high > 1 + ROUNDING):
+    if kind == "f" and (low < -OVERSHOOT or high > 1 + OVERSHOOT):
         raise ValueError(
             f"image with values from {low} to {high} found; expected [0, 1] for floats (rescale_factor=1/255 of an "
             "image in grey levels, image.clip(0, 1) of an interpolated one)"

@@ -59,7 +59,9 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     # They join maps, which must lie on one device; `MLVICXModel` adds the blocks of its backbone.
     _no_split_modules = ["ContextBottleneck", "MultiLevelAggregator", "UNetDecoder"]  # noqa: RUF012
     # Weights of another class's head: expanders and aggregation of pretraining, a classifier, a decoder.
-    _keys_to_ignore_on_load_unexpected = [r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected: set[str] = {  # noqa: RUF012
+        r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."
+    }
 
     @property
     def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
@@ -542,9 +544,6 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
     loading, and load its weights into it.
     """
 
-    # Not its own head: weights of another one in its place are named when they are not loaded.
-    _keys_to_ignore_on_load_unexpected = [r"^(aggregator|global_expander|multi_level_expander|decoder)\."]  # noqa: RUF012
-
     def __init__(self, config: MLVICXConfig) -> None:
         super().__init__(config)
         if config.positive_weights is not None and len(config.positive_weights) != config.num_labels:
@@ -556,6 +555,8 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         features, labels = self.mlvicx.pooled_features, self.num_labels
         self.classifier: Any = nn.Linear(features, labels) if labels else nn.Identity()
         self.post_init()
+        # Not its own head, as its encoder would: weights of another one in its place, not loaded, are named.
+        self._keys_to_ignore_on_load_unexpected = {r"^(aggregator|global_expander|multi_level_expander|decoder)\."}
 
     @can_return_tuple
     def forward(

@@ -89,7 +89,7 @@ def find_similar(
         opened.check_pictures()
     skipped: Counter[str] = Counter()
     images = find_inputs(given, skipped)
-    loaded = load_encoder(opened, model, revision, device)
+    loaded = load_searcher(opened, model, revision, device)
     batches = image_loader(images, loaded.processor, batch_size, num_workers, opened.square)
     outputs.table.parent.mkdir(parents=True, exist_ok=True)
     with new_file(outputs.table) as table, progress_bar(len(images), "searching", "image", show=progress) as bar:
@@ -113,7 +113,7 @@ def find_similar(
     return record
 
 
-def load_encoder(index: ImageIndex, model: str | None, revision: str | None, device: str | None) -> LoadedModel:
+def load_searcher(index: ImageIndex, model: str | None, revision: str | None, device: str | None) -> LoadedModel:
     """Load the model that made an index, without its head; by default the one that the index names.
 
     Raises:
