@@ -59,9 +59,10 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     # They join maps, which must lie on one device; `MLVICXModel` adds the blocks of its backbone.
     _no_split_modules = ["ContextBottleneck", "MultiLevelAggregator", "UNetDecoder"]  # noqa: RUF012
     # Weights of another class's head: expanders and aggregation of pretraining, a classifier, a decoder.
-    _keys_to_ignore_on_load_unexpected: set[str] = {  # noqa: RUF012
-        r"^(aggregator|global_expander|multi_level_expander|classifier|decoder)\."
-    }
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^(aggregator|global_expander|multi_level_expander|decoder)\.",
+        r"^classifier\.",
+    ]
 
     @property
     def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
@@ -556,7 +557,8 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         self.classifier: Any = nn.Linear(features, labels) if labels else nn.Identity()
         self.post_init()
         # Not its own head, as its encoder would: weights of another one in its place, not loaded, are named.
-        self._keys_to_ignore_on_load_unexpected = {r"^(aggregator|global_expander|multi_level_expander|decoder)\."}
+        ignored = self._keys_to_ignore_on_load_unexpected  # a list or, in later transformers, a set
+        self._keys_to_ignore_on_load_unexpected = type(ignored)(key for key in ignored if "classifier" not in key)
 
     @can_return_tuple
     def forward(
