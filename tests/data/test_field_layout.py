@@ -99,9 +99,9 @@ def test_classes_in_upper_and_lower_case_are_the_same(tmp_path: Path):
     root = write(tmp_path, "train/NORMAL/a.png", "train/SICK/a.png", "test/normal/a.png", "test/Sick/a.png")
     listing = FolderCollection(root).read()
     assert [name.lower() for name in listing.label_names] == ["normal", "sick"]
-    assert all(
-        record.labels == (float("ormal" in record.name.lower()), "ick" in record.name) for record in listing.records[:1]
-    )
+    for record in listing.records:
+        normal = "normal" in record.name.lower()
+        assert record.labels == (normal, not normal)
 
 
 def test_a_split_without_the_classes_of_the_others_is_refused(tmp_path: Path):
@@ -118,6 +118,13 @@ def test_a_table_that_would_not_be_read_is_refused(tmp_path: Path, name: str):
     with pytest.raises(UserError, match=rf"{name} found; expected one table of all images"):
         FolderCollection(root).read()
     assert len(FolderCollection(root, folders="ignore").read().records) == 2
+
+
+def test_hidden_tables_and_those_of_other_names_do_not_stop_it(tmp_path: Path):
+    root = write(tmp_path, "train/a.png", ".tool/b.png")
+    for name in (".tool/metadata.csv", "train/notes.csv"):
+        (root / name).write_text("a\n")
+    assert len(FolderCollection(root).read().records) == 1
 
 
 def test_thumbnails_of_a_file_server_are_no_radiographs(tmp_path: Path):

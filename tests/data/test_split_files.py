@@ -90,6 +90,12 @@ def test_a_part_of_the_images_may_be_listed(root: Path, tmp_path: Path):
     assert "1 images that s.csv lists are not there: none.png" in summary["notes"]
 
 
+def test_one_image_in_two_spellings_is_refused(tmp_path: Path):
+    (tmp_path / "s.csv").write_text("file_name,split\na.png,train\n./a.png,test\n")
+    with pytest.raises(ValueError, match="1 found in more than one row: a\\.png"):
+        read_split_file(tmp_path / "s.csv")
+
+
 def test_split_files_cannot_divide_a_patient_or_name_nothing(root: Path, tmp_path: Path):
     (tmp_path / "s.csv").write_text("file_name,split\n0.png,train\n1.png,test\n")
     with pytest.raises(ValueError, match=r"1 patient\(s\) in both train and test: p0"):

@@ -236,5 +236,14 @@ def test_other_labels_leave_thresholds_and_calibration_behind(tmp_path: Path):
         assert other.decision_thresholds is other.positive_weights is None
 
 
+def test_the_usual_problem_type_is_no_other_one(tmp_path: Path):
+    tiny_config(num_labels=2, positive_weights=[1.0, 9.0]).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["problem_type"]  # as somebody may write it
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    for problem in (None, "multi_label_classification"):
+        assert MLVICXConfig.from_pretrained(tmp_path, problem_type=problem).positive_weights == [1.0, 9.0]
+
+
 def test_whole_numbers_are_weights():
     assert tiny_config(num_labels=2, positive_weights=[1, 9]).positive_weights == [1, 9]

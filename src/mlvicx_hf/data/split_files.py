@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,8 +23,15 @@ def split_file(rows: Iterable[tuple[str, str, str]]) -> str:
     return text.getvalue()
 
 
+def plain_path(name: str) -> str:
+    """Write `./a.png` and `x\\b.png` of Windows as `a.png` and `x/b.png`."""
+    return os.path.normpath(name.replace("\\", "/"))
+
+
 def read_split_file(path: Path) -> dict[str, str]:
     """Read a CSV file with the columns source (or file_name) and split. Return image → split.
+
+    Images are as `plain_path` writes them.
 
     Args:
         path: the file. A source such as `folder:a.png` means the image `a.png`.
@@ -40,5 +48,6 @@ def read_split_file(path: Path) -> dict[str, str]:
     images = read_cells(path, name, columns[name], FILLED)
     if name == "source":
         images = [image.partition(":")[2] or image for image in images]
+    images = [plain_path(image) for image in images]
     check_unique(path, images)
     return dict(zip(images, read_cells(path, "split", columns["split"], SPLIT), strict=True))

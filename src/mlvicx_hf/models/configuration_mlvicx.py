@@ -21,6 +21,7 @@ from .hub_mlvicx import AUTO_MAP, save_code
 
 logger = logging.get_logger(__name__)
 
+MULTI_LABEL: Any = "multi_label_classification"  # the problem type unless the user gives another
 OF_LABELS = ("decision_thresholds", "calibration", "positive_weights")  # of a configuration
 
 
@@ -184,7 +185,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         if (kwargs.get("num_labels") or 0) < 0:
             raise ValueError(f"num_labels={kwargs['num_labels']} found; expected 0 or more")
         if self.problem_type is None:
-            self.problem_type = "multi_label_classification"
+            self.problem_type = MULTI_LABEL
         for name in ("aggregation_levels", "expander_dims", "positive_weights", "decoder_hidden_sizes"):
             value = getattr(self, name)
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
@@ -248,8 +249,8 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         if "id2label" in kwargs:
             kwargs["id2label"] = _by_number(kwargs["id2label"])
         others = kwargs.get("id2label", saved) != saved or kwargs.get("num_labels", len(saved)) != len(saved)
-        problem = config_dict.get("problem_type")
-        if others or kwargs.get("problem_type", problem) != problem:
+        problem = config_dict.get("problem_type") or MULTI_LABEL
+        if others or (kwargs.get("problem_type") or problem) != problem:
             held = [name for name in OF_LABELS if config_dict.get(name) is not None]
             if held:
                 kind = "labels" if others else "problem type"

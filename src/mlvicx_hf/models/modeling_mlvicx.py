@@ -156,9 +156,9 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
 @contextmanager
 def _running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
-    """Normalise by the batch at hand without a trace in the running statistics: the same forward pass comes twice.
+    """Normalise by the batch at hand without a trace in the running statistics: this forward pass is a repetition.
 
-    Copies take the traces. Without statistics, a repetition would save fewer tensors, and checkpoints compare that.
+    Copies take the traces. Without statistics, the repetition would save fewer tensors, and checkpoints compare that.
     """
     norms = [part for module in modules for part in module.modules() if isinstance(part, _BatchNorm)]
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]

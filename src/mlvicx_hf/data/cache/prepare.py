@@ -21,7 +21,7 @@ from mlvicx_hf.common.text import some
 from ..collections.base import SPLITS, Collection, Listing, Record
 from ..copies.deduplication import DROPS, choose_dropped, find_duplicates
 from ..options import check_choice, check_least
-from ..split_files import read_split_file
+from ..split_files import plain_path, read_split_file
 from ..splits import check_no_patient_overlap, patient_hash, split_by_patient
 from .assembly import assemble, count_duplicates, describe_cache, note_empty_splits, note_images, read_shards
 from .cache import MANIFEST, cache_features
@@ -249,23 +249,19 @@ def _assign_splits(records: list[Record], splits: str | Path, seed: int, masks: 
 
 
 def _splits_of_file(records: list[Record], path: Path) -> tuple[list[Record], list[str]]:
-    listed = {_plain_path(name): split for name, split in read_split_file(path).items()}
-    chosen = [record for record in records if _plain_path(record.name) in listed]
+    listed = read_split_file(path)
+    named = [(plain_path(record.name), record) for record in records]
+    chosen = [(name, record) for name, record in named if name in listed]
     if not chosen:
         raise UserError(f"{path}: {some(listed)} found; expected images of this collection, such as {records[0].name}")
     notes = [f"split as {path.name} says, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"]
-    others = [record.name for record in records if _plain_path(record.name) not in listed]
-    absent = listed.keys() - {_plain_path(record.name) for record in chosen}
+    others = [name for name, _ in named if name not in listed]
+    absent = listed.keys() - {name for name, _ in chosen}
     if others:
         notes.append(f"{len(others)} images that {path.name} does not list were left out: {some(others, 3)}")
     if absent:
         notes.append(f"{len(absent)} images that {path.name} lists are not there: {some(sorted(absent), 3)}")
-    return _with_splits(chosen, [listed[_plain_path(record.name)] for record in chosen]), notes
-
-
-def _plain_path(name: str) -> str:
-    """Write `./a.png` and `x\\b.png` of Windows as `a.png` and `x/b.png`."""
-    return os.path.normpath(name.replace("\\", "/"))
+    return _with_splits([record for _, record in chosen], [listed[name] for name, _ in chosen]), notes
 
 
 def _with_splits(records: list[Record], names: list[str]) -> list[Record]:

@@ -3,13 +3,13 @@
 import math
 import os
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 
@@ -141,7 +141,8 @@ class Collection(ABC):
     synthetic: bool = False
 
     def __init_subclass__(cls) -> None:
-        cls.source = vars(cls).get("source", getattr(cls, "name", ""))
+        if "name" in vars(cls) and "source" not in vars(cls):
+            cls.source = cls.name
 
     @abstractmethod
     def read(self) -> Listing:
@@ -216,8 +217,10 @@ def spelled_as_on_disk(path: Path) -> Path:
 
     File names of macOS often have two characters, and tables one.
     """
-    forms = [path] if str(path).isascii() else [path, *(Path(normalize(form, str(path))) for form in ("NFC", "NFD"))]
-    return next((form for form in forms if os.path.lexists(form)), path)
+    if str(path).isascii():
+        return path
+    forms = (path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")))
+    return next(filter(os.path.lexists, forms), path)
 
 
 @cache
@@ -245,8 +248,10 @@ SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "
 SPLIT_NAMES |= {"training": "train", "testing": "test"}
 
 
-def files_by_name(files: Iterable[Path], names: Iterable[str]) -> dict[str, Path]:
-    """Map names without suffix to files. Ignore files whose name is not among `names`.
+def files_by_name(
+    files: Iterable[Path], names: Iterable[str], name_of: Callable[[Path], str] = lambda file: file.stem
+) -> dict[str, Path]:
+    """Map names, by default without suffix, to files. Ignore files whose name is not among `names`.
 
     Raises:
         UserError: two files have the same name, such as a DICOM file and its conversion.
@@ -254,6 +259,7 @@ def files_by_name(files: Iterable[Path], names: Iterable[str]) -> dict[str, Path
     wanted = set(names)
     found: dict[str, Path] = {}
     for file in files:
-        if file.stem in wanted and found.setdefault(file.stem, file) is not file:
-            raise UserError(f"{found[file.stem]} and {file} found; expected one file an image")
+        name = name_of(file)
+        if name in wanted and found.setdefault(name, file) is not file:
+            raise UserError(f"{found[name]} and {file} found; expected one file an image")
     return found

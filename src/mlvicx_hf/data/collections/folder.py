@@ -15,7 +15,7 @@ from .base import Collection, Listing, Record, file_below, keep_present, spelled
 from .cells import label_cells
 from .labels import FILE_COLUMNS, read_labels
 from .layout import FOLDER_MEANINGS, describe_layout, read_layout, refuse_masks
-from .metadata import MASK_COLUMN, chosen_policy, read_records, usual_names
+from .metadata import MASK_COLUMN, TableOptions, read_records, usual_names
 from .tables import FILLED, Columns, check_unique, find_table, numbered, read_cells, read_columns
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
@@ -23,7 +23,7 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass
-class FolderCollection(Collection):
+class FolderCollection(TableOptions, Collection):
     """Images below a folder.
 
     Without metadata every image found counts. With metadata (`metadata.csv`, `.jsonl` or `.parquet` in the folder, or
@@ -33,19 +33,12 @@ class FolderCollection(Collection):
     their names are of no finding. `cells` says what a cell may hold. Columns `sex`
     (F, M, female, male and the like) and `age` (years) are read if they exist.
 
+    A mask is a file relative to the root, in `mask_file_name` if that exists. Other options are `TableOptions`.
+
     Args:
         root: the folder. Nothing outside it is read, not even through a link.
         metadata: table, found from the working directory or else from the root.
         file_column: column of the file, relative to the root; by default the first of `FILE_COLUMNS`.
-        patient_column: column of the patient; by default `patient_id`.
-        patient_ids: what patients mean whose ids differ in zeros, `.0`, case or blanks alone: "normalised" (the same)
-            or "exact" (others); by default it is an error.
-        label_columns: columns that are labels.
-        label_names: names of the findings, in the order of lists of 0 and 1 in a column `labels`.
-        mask_column: column of the mask's file, relative to the root, empty if the mask is unknown; by default
-            `mask_file_name` if it exists.
-        mask_names: one structure (masks of 0 and 1, or 0 and 255), or the classes by pixel value, the background first.
-        uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
         folders: what folders such as `train/PNEUMONIA` mean without metadata, see `layout.read_layout`.
     """
 
@@ -55,13 +48,6 @@ class FolderCollection(Collection):
     metadata: str | Path | None = None
     _: KW_ONLY
     file_column: str | None = None
-    patient_column: str | None = None
-    patient_ids: str | None = None
-    label_columns: Sequence[str] | None = None
-    label_names: Sequence[str] | None = None
-    mask_column: str | None = None
-    mask_names: Sequence[str] | None = None
-    uncertain: str | None = None
     folders: str | None = None
 
     def __post_init__(self) -> None:
@@ -136,8 +122,9 @@ class FolderCollection(Collection):
         """Find tables of metadata in other places than expected, such as one a split, so that none is passed over."""
         if self.folders == "ignore" or not set(skipped) & set(TABLE_SUFFIXES):
             return []
-        tables = (file for file in self.folder.rglob("*") if file.suffix.lower() in TABLE_SUFFIXES)
-        return sorted(file for file in tables if file.name.lower().startswith("metadata."))
+        named = (file for file in self.folder.rglob("*.*") if file.name.lower().startswith("metadata."))
+        seen = (file for file in named if not any(part[0] == "." for part in file.relative_to(self.folder).parts))
+        return sorted(file for file in seen if file.suffix.lower() in TABLE_SUFFIXES)
 
     def _read_table(self, table: Path) -> Listing:
         given = (self.file_column, self.patient_column, self.mask_column, *(self.label_columns or ()))
@@ -171,7 +158,7 @@ class FolderCollection(Collection):
             missing,
             [*notes, *labels.notes],
             mask_names=() if mask_column is None else tuple(self.mask_names or ("mask",)),
-            policy=chosen_policy(uncertain=self.uncertain, patient_ids=self.patient_ids),
+            policy=self.policy,
             patients_known=known,
         )
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..masks import decode_mask
 from .base import SPLIT_NAMES, Collection, Listing
 from .cells import NO_FINDING, same_name
 from .labels import LONE_COLUMNS, RESERVED_COLUMNS, LabelTable, note_ignored, read_labels
-from .metadata import chosen_policy, read_records, usual_names
+from .metadata import TableOptions, read_records, usual_names
 from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, folder_of, kind, open_dataset, read_cell
 from .tables import Columns, as_text
 
@@ -45,13 +45,13 @@ def load_mask(file: str, changed: int, row: int, column: str, folder: str | None
 
 
 @dataclass
-class HFCollection(Collection):
+class HFCollection(TableOptions, Collection):
     """A dataset that `datasets` reads.
 
     Keep the splits train, validation (val, valid, dev) and test. A dataset with train alone has no splits. Read the
     image files as those of a folder, because `datasets` would saturate 16-bit images. Columns `patient_id`, `view`,
     `sex`, `age` and labels are those of a folder's metadata. Labels may also be a column of class labels (one class
-    each), or of lists of class labels (several findings).
+    each), or of lists of class labels (several findings). Masks are an Image column. Other options are `TableOptions`.
 
     Args:
         root: name on the Hub, folder, parquet or Arrow files, or a folder of `save_to_disk`.
@@ -59,14 +59,6 @@ class HFCollection(Collection):
         revision: branch, tag or commit on the Hub.
         streaming: read the dataset in order, without downloading it first and without masks.
         image_column: by default the only Image column.
-        patient_column: by default `patient_id`.
-        patient_ids: what patients mean whose ids differ in zeros, `.0`, case or blanks alone: "normalised" (the same)
-            or "exact" (others); by default it is an error.
-        label_columns: columns that are labels.
-        label_names: names of the findings, in the order of lists of 0 and 1 in a column `labels`.
-        mask_column: Image column of masks, empty if they are unknown.
-        mask_names: one structure, or the classes by pixel value, the background first.
-        uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
         split_names: the splits to read → our names of them, such as {"images_2020": "train"}.
     """
 
@@ -78,13 +70,6 @@ class HFCollection(Collection):
     revision: str | None = None
     streaming: bool = False
     image_column: str | None = None
-    patient_column: str | None = None
-    patient_ids: str | None = None
-    label_columns: Sequence[str] | None = None
-    label_names: Sequence[str] | None = None
-    mask_column: str | None = None
-    mask_names: Sequence[str] | None = None
-    uncertain: str | None = None
     split_names: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -131,7 +116,7 @@ class HFCollection(Collection):
             labels.exclusive,
             notes=[*notes, *labels.notes],
             mask_names=tuple(self.mask_names or ("mask",)) if self.mask_column else (),
-            policy=chosen_policy(uncertain=self.uncertain, patient_ids=self.patient_ids),
+            policy=self.policy,
             patients_known=known,
             contents=partial(self._contents, counts, image) if self.streaming else None,
             origin=_origin(opened) if self.streaming else "",

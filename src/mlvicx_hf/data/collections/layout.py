@@ -111,11 +111,11 @@ def _are_classes(root: Path, splits: Sequence[str], folders: Sequence[str]) -> b
     shared = {folder: found for folder, found in seen.items() if len(found) > 1}
     if not (2 <= len(seen) <= MOST_CLASSES and 2 * len(shared) > len(seen)):
         return False
-    for alone in set(splits) - set().union(*shared.values()):
-        own = some(sorted(folder for folder, found in seen.items() if alone in found))
+    if alone := sorted(set(splits) - set().union(*shared.values())):
+        own = some(sorted(folder for folder, found in seen.items() if alone[0] in found))
         raise UserError(
-            f"{root}: folders {own} found in {alone}, and classes {some(sorted(shared))} in the other splits; expected "
-            "the same classes in all of them, or --folders ignore"
+            f"{root}: folders {own} found in {alone[0]}, and classes {some(sorted(shared))} in the other splits; "
+            "expected the same classes in all of them, or --folders ignore"
         )
     return True
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
@@ -25,6 +26,36 @@ PATIENT_LIKE = re.compile("(patient|subject|person|participant)s?(id|no|nr|num|n
 # and the view.
 VIEW_LIKE = ("view", "viewposition", "projection")
 NO_VIEW = (None, "UNKNOWN")
+
+
+@dataclass(kw_only=True)
+class TableOptions:
+    """What the user says of a table of any origin: options that the collections `folder` and `hf` share.
+
+    Args:
+        patient_column: column of the patient; by default `patient_id`.
+        patient_ids: what patients mean whose ids differ in zeros, `.0`, case or blanks alone: "normalised" (the same)
+            or "exact" (others); by default it is an error.
+        label_columns: columns that are labels.
+        label_names: names of the findings, in the order of lists of 0 and 1 in a column `labels`.
+        mask_column: column of the mask, empty if it is unknown.
+        mask_names: one structure (masks of 0 and 1, or 0 and 255), or the classes by pixel value, the background first.
+        uncertain: what -1 in a label column means: "ignore" (unknown), "ones" or "zeros"; by default it is an error.
+    """
+
+    patient_column: str | None = None
+    patient_ids: str | None = None
+    label_columns: Sequence[str] | None = None
+    label_names: Sequence[str] | None = None
+    mask_column: str | None = None
+    mask_names: Sequence[str] | None = None
+    uncertain: str | None = None
+
+    @property
+    def policy(self) -> dict[str, str]:
+        """What the user chose of all that makes the labels and patients, for `Listing.policy`."""
+        chosen = {"uncertain": self.uncertain, "patient_ids": self.patient_ids}
+        return {name: value for name, value in chosen.items() if value is not None}
 
 
 def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> tuple[Columns, list[str]]:
@@ -58,11 +89,6 @@ def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> t
             )
     notes = [f"column {old!r} is taken for {name}" for old, name in new.items() if old != name]
     return {new[name]: cells for name, cells in columns.items()}, [*notes, *unused]
-
-
-def chosen_policy(**options: str | None) -> dict[str, str]:
-    """Keep the options that the user gave, as `Listing.policy` names them."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def find_view(names: Iterable[str], given: Sequence[str | None] = ()) -> str | None:

@@ -9,7 +9,7 @@ from mlvicx_hf.common.text import some
 from ..images.pixels import image_files
 from ..splits import check_no_patient_overlap, split_by_patient
 from ..vocabulary import release_labels
-from .base import Box, Listing, Record, ReleasedCollection
+from .base import Box, Listing, Record, ReleasedCollection, files_by_name
 from .boxes import FRAME, PIXELS, add_box
 from .cells import NO_FINDING
 from .people import AGE, SEX, believe_ages
@@ -72,10 +72,8 @@ class NIH14Collection(ReleasedCollection):
         ages, notes = believe_ages(written_ages)
         splits = self._splits(names, patients, labels)
         folders = [self.folder / "images", *(folder / "images" for folder in sorted(self.folder.glob("images_*")))]
-        found = [file for folder in folders for file in image_files(folder)]
-        files = {file.name: file for file in found}
-        if twice := [file for file in found if files[file.name] is not file]:
-            raise UserError(f"{twice[0]} and {files[twice[0].name]} found; expected one file an image")
+        found = (file for folder in folders for file in image_files(folder))
+        files = files_by_name(found, names, lambda file: file.name)
         boxes = self._read_boxes()
         records = []
         for index, name in enumerate(names):
