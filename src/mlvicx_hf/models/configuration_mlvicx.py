@@ -250,7 +250,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
             kwargs["id2label"] = _by_number(kwargs["id2label"])
         others = kwargs.get("id2label", saved) != saved or kwargs.get("num_labels", len(saved)) != len(saved)
         problem = config_dict.get("problem_type") or MULTI_LABEL
-        if others or (kwargs.get("problem_type") or problem) != problem:
+        if others or kwargs.get("problem_type", problem) != problem:
             held = [name for name in OF_LABELS if config_dict.get(name) is not None]
             if held:
                 kind = "labels" if others else "problem type"
