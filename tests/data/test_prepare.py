@@ -44,7 +44,7 @@ class Listed(Collection):
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Twenty patients with two images of different shape, patient ids and one label."""
+    """Twenty patients with two images of different shape, patient ids and one label, unknown of some images."""
     folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def root(tmp_path: Path) -> Path:
         for image in range(2):
             pixels = rng.integers(0, 256, (30 + patient, 50), np.uint8)
             Image.fromarray(pixels).save(folder / f"{patient}_{image}.png")
-            edema = ("1", "0", "")[patient % 3]
+            edema = ("1", "0", "" if image else "0")[patient % 3]
             lines.append(f"{patient}_{image}.png,p{patient},PA,{edema}")
     (folder / "metadata.csv").write_text("\n".join(lines))
     return folder
@@ -87,7 +87,8 @@ def test_cache_holds_the_images_with_what_is_known_of_them(root: Path, tmp_path:
             assert row["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
             expected = np.asarray(fit_square_gray(read_gray(file), 32, "pad"))
             assert np.array_equal(np.asarray(row["image"]), expected)
-            label = (1.0, 0.0, np.nan)[int(row["patient_id"][1:]) % 3]
+            patient, image = map(int, file.stem.split("_"))
+            label = (1.0, 0.0, np.nan if image else 0.0)[patient % 3]
             assert np.array_equal(row["labels"], [label], equal_nan=True)
     assert seen == 2 * NUM_PATIENTS
 
@@ -400,11 +401,33 @@ def test_masks_alone_divide_a_collection_and_every_split_gets_known_ones(root: P
     add_masks(root, unknown, labels=False)
     summary = make(root, tmp_path / "cache")
     assert summary["label_names"] == []
-    assert [counts["patients"] for counts in summary["splits"].values()] == [14, 2, 4]
+    assert [counts["patients"] for counts in summary["splits"].values()] == [7 + 10, 1, 2]
     masks = [counts["masks"]["known"] for counts in summary["splits"].values()]
     assert sum(masks) == len(known)
     assert masks == [14, 2, 4]
     assert list(make(root, tmp_path / "none", splits="none")["splits"]) == ["train"]
+
+
+def test_patients_without_a_known_label_are_in_train(root: Path, tmp_path: Path):
+    """They can only be pretrained on, and those with labels are divided as if they were alone."""
+    table = (root / "metadata.csv").read_text()
+    labelled = [line for line in table.splitlines() if not line.endswith(",")]
+    (root / "metadata.csv").write_text("\n".join(labelled))
+    alone = tmp_path / "alone"
+    make(root, alone)
+    for number in range(30):
+        Image.fromarray(np.full((40, 40), 8 * number, np.uint8)).save(root / f"unlabelled_{number}.png")
+    unlabelled = [f"unlabelled_{number}.png,u{number},PA," for number in range(30)]
+    (root / "metadata.csv").write_text("\n".join([*labelled, *unlabelled]))
+    summary = make(root, tmp_path / "both")
+    assert any("in train alone: 30 patients of whom no label or mask is known" in note for note in summary["notes"])
+    before, after = (load_cache(path).datasets for path in (alone, tmp_path / "both"))
+    for split in ("validation", "test"):
+        assert after[split]["source"][:] == before[split]["source"][:]
+    assert len(after["train"]) == len(before["train"]) + 30
+    assert load_cache(tmp_path / "both").labelled("train") == [
+        row for row, source in enumerate(after["train"]["source"]) if "unlabelled" not in source
+    ]
 
 
 def test_masks_do_not_change_the_division_by_labels(root: Path, tmp_path: Path):

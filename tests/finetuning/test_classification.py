@@ -384,7 +384,7 @@ def test_test_labels_choose_nothing(
     monkeypatch.setattr("mlvicx_hf.finetuning.classification.load_labelled_cache", flip)
     honest = json.loads((runs[how] / "results.json").read_text())
     flipped = run(tmp_path / "flipped", pretrained, cache, **HOW[how])
-    test = load_cache(cache).datasets["test"]["source"][:]
+    test = load_labelled_cache(str(cache)).datasets["test"]["source"][:]
     assert reads[-len(test) :] == test
     assert not set(reads[: -len(test)]) & set(test)
     assert flipped["test"]["auroc"]["disc"] == pytest.approx(1 - honest["test"]["auroc"]["disc"])
@@ -510,7 +510,7 @@ def test_images_of_unknown_class_are_left_out(tmp_path: Path, caplog: pytest.Log
 
 
 def test_labels_that_are_unknown_or_have_one_value(pretrained: Path, tmp_path: Path):
-    """A label with one value in test is not scored, and an image without any known label does no harm."""
+    """A label with one value in test is not scored, and an image without any known label is left out."""
     rows = labelled_rows(80)
     for row in rows:
         if row["split"] == "test":
@@ -518,6 +518,7 @@ def test_labels_that_are_unknown_or_have_one_value(pretrained: Path, tmp_path: P
     for row in rows[::9]:
         row["disc"] = row["stripes"] = ""
     results = run(tmp_path / "run", pretrained, make_cache(tmp_path, rows), num_train_epochs=1)
+    assert sum(counts["images"] for counts in results["counts"].values()) == len(rows) - len(rows[::9])
     assert results["test"]["auroc"]["disc"] == "n/a"
     assert results["test"]["num_scored_labels"] == 1
     assert results["test"]["auroc_macro"] == results["test"]["auroc"]["stripes"]

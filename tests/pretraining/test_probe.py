@@ -115,6 +115,14 @@ def test_the_test_split_is_never_used(cache: Path, processor: MLVICXImageProcess
     assert not any(test & set(images["source"]) for images in probe.images.values())
 
 
+def test_images_without_a_label_take_no_room(tmp_path: Path, processor: MLVICXImageProcessor):
+    table = rows()
+    table += [{"patient_id": f"u{number}", "split": "train", "disc": "", "stripes": ""} for number in range(9)]
+    probe = Probe(make_cache(tmp_path, table), processor)
+    assert not any(patient.startswith("u") for patient in probe.images["train"]["patient_id"])
+    assert not np.isnan(probe.labels["train"]).all(axis=1).any()
+
+
 def test_limits_take_whole_patients_by_their_hash(
     cache: Path, processor: MLVICXImageProcessor, monkeypatch: pytest.MonkeyPatch
 ):

@@ -54,7 +54,7 @@ def balanced_weights(labels: np.ndarray) -> list[float]:
 
 
 def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
-    """Open a cache to classify; of exclusive classes without the images whose class is unknown.
+    """Open a cache to classify, without the images of which no label is known.
 
     Raises:
         UserError: no labels, a split that is missing, or a validation split on which nothing can be scored.
@@ -63,10 +63,8 @@ def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
     if not cache.label_names:
         raise UserError(f"{path} has no labels; expected some: prepare it with --metadata that has label columns")
     check_splits(cache, allow_leak)
-    if cache.exclusive:
-        labels = {split: images["labels"] for split, images in cache.datasets.items()}
-        known = {split: [i for i, row in enumerate(rows) if not math.isnan(row[0])] for split, rows in labels.items()}
-        cache = keep_known(cache, known, "class")
+    known = {split: cache.labelled(split) for split in cache.datasets}
+    cache = keep_known(cache, known, "class" if cache.exclusive else "label")
     table = np.array(cache.datasets["validation"]["labels"], dtype=np.float64)
     if not any(len(np.unique(column[~np.isnan(column)])) > 1 for column in table.T):
         raise UserError(

@@ -41,8 +41,12 @@ class Probe:
         if not cache.label_names:
             raise UserError(f"{path} has no labels; expected some: prepare it with --metadata that has label columns")
         self.names, self.processor = cache.label_names, processor
-        self.images = {split: _capped(cache.datasets[split], limit) for split, limit in LIMITS.items()}
-        self.labels = {split: np.array(images["labels"], dtype=np.float64) for split, images in self.images.items()}
+        self.images = {
+            split: _capped(cache.datasets[split].select(cache.labelled(split)), limit)
+            for split, limit in LIMITS.items()
+        }
+        shape = (-1, len(self.names))
+        self.labels = {name: np.array(x["labels"], dtype=np.float64).reshape(shape) for name, x in self.images.items()}
         fit, scored = self.labels["train"], self.labels["validation"]
         self.usable = [i for i in range(len(self.names)) if _has_both(fit[:, i]) and _has_both(scored[:, i])]
         if not self.usable:

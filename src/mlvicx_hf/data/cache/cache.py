@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,11 @@ class Cache:
     def mask_names(self) -> tuple[str, ...]:
         """Names of what the masks show: none, one structure (pixels 0 and 1), or the classes by pixel value from 0."""
         return tuple(self.manifest.get("mask_names", ()))
+
+    def labelled(self, split: str) -> list[int]:
+        """Rows of a split of whose labels at least one is known."""
+        rows = self.datasets[split]["labels"]
+        return [number for number, labels in enumerate(rows) if not all(map(math.isnan, labels))]
 
     def duplicates(self) -> list[dict[str, str]]:
         """Read the rows of `duplicates.csv`: identical and nearly identical images, found when the cache was made."""

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -63,10 +64,10 @@ def prepare(
         output: folder of the cache, absent or empty.
         size: side of the images in pixels.
         fit: what happens to an image that is not square: "pad", "squash" or "crop".
-        splits: "auto" takes the collection's own splits. If it has none, "auto" divides a collection with labels or
-            masks by patient, 70/10/20, and puts any other in train. "none" puts everything in train. Otherwise a CSV
-            file with the columns source (or file_name) and split, such as `splits.csv` of another cache; images that it
-            does not list are left out.
+        splits: "auto" takes the collection's own splits. If it has none, "auto" divides the patients
+            of whom a label or mask is known, 70/10/20, and puts all others in train. "none" puts everything in train.
+            Otherwise a CSV file with the columns source (or file_name) and split, such as `splits.csv` of another
+            cache; images that it does not list are left out.
         seed: seed of that division.
         drop_duplicates: "identical" keeps one of several identical files; "near" also keeps one of several nearly
             identical images. An image of the test split is kept first, then one of validation, then one of train.
@@ -229,23 +230,38 @@ def _present(listing: Listing, allow_missing: bool) -> list[Record]:
 
 def _assign_splits(records: list[Record], splits: str | Path, seed: int, masks: bool) -> tuple[list[Record], list[str]]:
     """Give every record a split, and refuse a patient in two splits. Return the records and a note for the user."""
-    patients = [record.patient_id for record in records]
     given = sum(record.split is not None for record in records)
     if splits not in ("auto", "none"):
         return _splits_of_file(records, Path(splits))
     if splits == "none" or not (given or records[0].labels or masks):
         names, note = ["train"] * len(records), "no split: everything is in train"
     elif not given:
-        # Without labels stratify by known masks, so that validation and test get their share of them.
-        strata = [record.labels or (float(record.mask_path is not None),) for record in records]
-        names = split_by_patient(patients, strata, SPLIT_SHARES, seed)
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in SPLIT_SHARES.items())
-        note = f"split by patient into {shares}, seed {seed}"
+        names, note = _divided(records, seed)
     elif given == len(records):
         names, note = [str(record.split) for record in records], "split as the collection says"
     else:
         raise UserError(f"{len(records) - given} of {len(records)} images without a split; expected all or none")
     return _with_splits(records, names), [note]
+
+
+def _divided(records: Sequence[Record], seed: int) -> tuple[list[str], str]:
+    """Divide the patients of whom a label or mask is known. The others can only be trained on, so put them in train."""
+    known = {record.patient_id for record in records if _is_known(record)}
+    asked = [record for record in records if record.patient_id in known]
+    # Without labels there is one stratum.
+    labels = [record.labels for record in asked]
+    names = split_by_patient([record.patient_id for record in asked], labels, SPLIT_SHARES, seed)
+    split_of = dict(zip((record.patient_id for record in asked), names, strict=True))
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in SPLIT_SHARES.items())
+    note = f"split by patient into {shares}, seed {seed}"
+    if others := len({record.patient_id for record in records} - known):
+        note += f"; in train alone: {others} patients of whom no label or mask is known"
+    return [split_of.get(record.patient_id, "train") for record in records], note
+
+
+def _is_known(record: Record) -> bool:
+    masked = record.mask_path is not None or record.draw_mask is not None
+    return masked or not all(math.isnan(label) for label in record.labels)
 
 
 def _splits_of_file(records: list[Record], path: Path) -> tuple[list[Record], list[str]]:
