@@ -49,6 +49,18 @@ def test_what_is_neither_file_nor_folder_stays(tmp_path: Path):
     assert pipe.is_fifo()
 
 
+def test_a_link_to_a_folder_is_followed(tmp_path: Path):
+    """Somebody whose disk is full writes to another one."""
+    (tmp_path / "other_disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other_disk")
+    for content in ("first", "second"):
+        with new_folder(tmp_path / "link") as temporary:
+            (temporary / "file").write_text(content)
+        assert (tmp_path / "other_disk" / "file").read_text() == content
+    assert (tmp_path / "link").is_symlink()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"link", "other_disk"}
+
+
 def test_a_link_is_followed(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with new_file(tmp_path / "link") as temporary:

@@ -118,7 +118,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, classifier: Path, segmenter
     score = {"pointing": {"mean": 0.04, "low": 0.0, "high": 0.1, "chance": 0.09}}
     about = {
         "findings": {"Edema": {"located": 43, "scores": {"m": score}}},
-        "models": {"m": {"weights_sha256": weights}},
+        "models": {"m": {"weights_sha256": weights, "level": 4}},
+        "data": {"split": "test"},
+        "settings": {"tolerance": 0},
     }
     (model / "explanations.json").write_text(json.dumps(about))
     started = Served(folder, "--model", model, "--segmenter", segmenter, "--index", folder / "index")
@@ -194,7 +196,7 @@ def test_a_radiograph_from_drop_to_neighbours(browser: Any, served: Served, radi
 
     before = picture(page)
     page.get_by_role("radio", name="Edema").check()
-    page.get_by_text("points at the finding in 4% of 43 images (chance 9%)").wait_for()
+    page.get_by_text("points at the finding in 4% of 43 test images (chance 9%)").wait_for()
     wait_for_another_picture(page, before)
     before = picture(page)
     page.get_by_label("Grey level shown as white").first.fill("120")

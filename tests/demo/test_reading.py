@@ -107,19 +107,31 @@ def test_several_people_at_once_get_their_own_heat_maps(classifier: Path, radiog
 # -- how well heat maps point ------------------------------------------------------------------------------------------
 
 
-def explanations(folder: Path, weights: dict[str, str]) -> Path:
+def explanations(folder: Path, weights: dict[str, str], level: int = 4, tolerance: float = 0) -> Path:
+    """Of a cache that calls the first finding otherwise."""
     score = {"pointing": {"mean": 0.04, "low": 0.0, "high": 0.1, "chance": 0.09}}
-    found = {NAMES[0]: {"images": 50, "located": 43, "scores": {"ours": score}}, NAMES[1]: {"images": 2, "located": 0}}
+    about = {"images": 50, "located": 43, "scores": {"ours": score}, "labels": {"ours": NAMES[0]}}
+    content = {"findings": {"Another name": about, NAMES[1]: {"images": 2, "located": 0}}}
+    content |= {"models": {"ours": {"weights_sha256": weights, "level": level}}}
+    content |= {"data": {"split": "test"}, "settings": {"tolerance": tolerance}}
     file = folder / "explanations.json"
-    file.write_text(json.dumps({"findings": found, "models": {"ours": {"weights_sha256": weights}}}))
+    file.write_text(json.dumps(content))
     return file
 
 
 def test_the_models_own_score_is_told(classifier: Path, radiograph: bytes, tmp_path: Path):
     file = explanations(tmp_path, load(str(classifier)).weights)
     found = {each.name: each for each in Reader(str(classifier), explanations=file).read(radiograph).findings}
-    assert found[NAMES[0]].pointing == "points at the finding in 4% of 43 images (chance 9%)"
+    assert found[NAMES[0]].pointing == "points at the finding in 4% of 43 test images (chance 9%)"
     assert found[NAMES[1]].pointing == ""
+    wider = Reader(str(classifier), explanations=explanations(tmp_path, load(str(classifier)).weights, tolerance=30))
+    assert "43 test images, within 30 pixels (chance 9%)" in wider.pointing[NAMES[0]]
+
+
+def test_scores_of_another_level_are_refused(classifier: Path, tmp_path: Path):
+    file = explanations(tmp_path, load(str(classifier)).weights, level=2)
+    with pytest.raises(UserError, match=r"explanations.json is about maps of level 2; expected the last one, 4"):
+        Reader(str(classifier), explanations=file)
 
 
 def test_scores_of_another_model_are_refused(classifier: Path, tmp_path: Path):

@@ -27,9 +27,14 @@ from transformers import (
 
 from mlvicx_hf import MLVICXConfig, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.common.errors import MissingExtraError, UserError
+from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.encoders.external import ExternalEncoder, adapt, is_external
 from mlvicx_hf.encoders.features import encode
+from mlvicx_hf.finetuning.arguments import ClassifierArguments
+from mlvicx_hf.finetuning.classification import load_classifier
+from mlvicx_hf.finetuning.data import LabelledImages
 from mlvicx_hf.finetuning.heads import ExternalClassifier
+from mlvicx_hf.finetuning.linear_probe import FeatureStore
 
 SMALL: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
 SMALL |= {"patch_size": 14, "intermediate_size": 48}
@@ -44,7 +49,7 @@ def save(folder: Path, model: Any, **processor: Any) -> str:
 
 
 def features(source: str, pixels: Tensor, image_size: int | None = None) -> Tensor:
-    encoder = ExternalEncoder(adapt(source, image_size), MLVICXConfig(use_context=False)).eval()
+    encoder = ExternalEncoder(adapt(source, image_size), MLVICXConfig(use_context=False), source).eval()
     with torch.no_grad():
         return encoder(pixels).pooler_output
 
@@ -170,9 +175,8 @@ def test_torchxrayvision_gets_its_own_range(monkeypatch: pytest.MonkeyPatch):
     assert processor.image_size == 224
     ends = processor(torch.tensor([[[0.0, 1.0]]]), do_resize=False, fit="squash")["pixel_values"][0]
     assert ends.flatten().tolist() == [-1024, 1024]
-    assert (
-        len(encode(ExternalEncoder(adapt("xrv:densenet121-res224-all"), MLVICXConfig()), _Images(), 2)["features"]) == 3
-    )
+    source = "xrv:densenet121-res224-all"
+    assert len(encode(ExternalEncoder(adapt(source), MLVICXConfig(), source), _Images(), 2)["features"]) == 3
 
 
 class _Images(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -305,9 +309,27 @@ def test_segmentation_with_one_is_refused(tmp_path: Path):
 assert sys.modules[__name__]  # `callable:` finds the functions of this file by its name
 
 
+def make_maxima() -> tuple[nn.Module, dict[str, Any]]:
+    """The same weights as those of `make_features`, used otherwise."""
+    network, settings = make_features()
+    network[1] = nn.AdaptiveMaxPool2d(2)
+    return network, settings
+
+
+def test_features_of_another_function_with_the_same_weights_are_not_taken(tmp_path: Path):
+    rows: list[dict[str, Any]] = [{"patient_id": f"p{i}", "split": "train", "disc": i % 2} for i in range(4)]
+    cache, store, found = load_cache(make_cache(tmp_path, rows)), FeatureStore(), []
+    for name in ("make_features", "make_maxima"):
+        model, processor = load_classifier(ClassifierArguments(f"callable:{__name__}:{name}"), cache)
+        images = LabelledImages(cache.datasets["train"], processor, exclusive=False)
+        found.append(store.encode(model.mlvicx, images, 4, torch.device("cpu"))["features"])
+    assert (found[0] < found[1]).all()
+
+
 def test_a_frozen_encoder_stays_in_evaluation_mode():
-    encoder = ExternalEncoder(adapt(f"callable:{__name__}:make_features"), MLVICXConfig(use_context=False))
-    classifier = ExternalClassifier(encoder, "callable").train()
+    source = f"callable:{__name__}:make_features"
+    encoder = ExternalEncoder(adapt(source), MLVICXConfig(use_context=False), source)
+    classifier = ExternalClassifier(encoder).train()
     assert encoder.training
     classifier.freeze_backbone()
     classifier.train()

@@ -27,7 +27,6 @@ from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections.base import Box, Collection, Drawing, Listing, Record
 from mlvicx_hf.evaluation.explanation.explaining import explain, grad_cam
 from mlvicx_hf.evaluation.explanation.localization import (
-    Localization,
     Subject,
     chance,
     find_subject,
@@ -226,7 +225,7 @@ def test_the_usual_place_is_that_of_the_other_patients():
     scores = usual_place([left, left, right, left], ["a", "a", "b", "c"])
     assert [score.pointing for score in scores] == [0.5, 0.5, 0, 1]  # left once and right once; left; left twice
     assert scores[3].energy == pytest.approx(2 / 3)
-    assert usual_place([left, left], ["a", "a"]) == [Localization(0, 0, 0)] * 2  # nobody else
+    assert np.isnan(usual_place([left, left], ["a", "a"])).all()  # nobody else
 
 
 def test_intervals_resample_patients():
@@ -248,8 +247,10 @@ def test_intervals_resample_patients():
     assert found["differences"]["poor"]["energy"]["low"] > 0
     assert summarize(scores, {"chance": chances}, np.arange(60).astype(str)) == found
 
-    one = summarize({"good": good}, {"chance": chances}, np.full(60, "p"))["scores"]["good"]["iou"]
-    assert one["low"] == pytest.approx(one["mean"]) == pytest.approx(one["high"])
+    levels = {"chance": chances, "usual_place": np.full((60, 3), np.nan)}
+    one = summarize({"good": good}, levels, np.full(60, "p"))["scores"]["good"]["iou"]
+    assert one["mean"] == pytest.approx(good[:, 2].mean())
+    assert one["low"] == one["high"] == one["usual_place"] == "n/a"  # one patient tells nothing of others
     two = summarize({"good": good}, {"chance": chances}, np.repeat(["a", "b"], 30))["scores"]["good"]["iou"]
     assert [two["low"], two["high"]] == pytest.approx(sorted([good[:30, 2].mean(), good[30:, 2].mean()]))
 

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers import mlvicx
+from scipy.integrate import quad
+from scipy.stats import norm
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.evaluation.runs import Predictions
@@ -91,6 +93,29 @@ def test_a_macro_score_is_the_same_mean_in_every_draw() -> None:
     found = estimate([run], samples=500)
     assert np.isnan(found["auroc_macro"].interval).all()  # fewer than half of the draws have all
     assert np.isfinite(found["auroc:common"].interval).all()
+
+
+def test_the_interval_of_average_precision_covers_the_truth():
+    """Draws score higher than the patients do: of many labels, the percentile interval lies above the truth."""
+    shift, share = 1.5, 0.04  # of the positives' scores; of the positives
+    above = quad(
+        lambda t: norm.pdf(t - shift) * norm.sf(t - shift) / (share * norm.sf(t - shift) + (1 - share) * norm.sf(t)),
+        -8,
+        9,
+    )
+    expected, names = share * above[0], np.arange(400).astype(str)
+    basic, percentile = [], []
+    for seed in range(15):
+        generator = np.random.default_rng(seed)
+        truth = np.stack([generator.permutation(names.astype(int) < 16) for _ in range(30)], 1).astype(float)
+        scores = generator.normal(size=truth.shape) + shift * truth
+        run = Predictions(names, names, tuple(map(str, range(30))), {}, truth, scores)
+        found = estimate([run], samples=100, seed=seed)["auprc_macro"]
+        basic.append(found.interval[0] <= expected <= found.interval[1])
+        low, high = np.percentile(found.draws, [2.5, 97.5])
+        percentile.append(low <= expected <= high)
+    assert np.mean(basic) > 0.8
+    assert np.mean(percentile) < 0.3
 
 
 def test_what_cannot_be_scored_is_said(tmp_path: Path) -> None:

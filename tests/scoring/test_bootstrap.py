@@ -65,6 +65,13 @@ def test_images_of_a_patient_are_drawn_together_and_draws_repeat():
     assert weights[:, [0, 2, 3]].mean(0) == pytest.approx([1, 1, 1], abs=0.15)
 
 
+def test_a_single_patient_has_no_spread():
+    (weights,) = draw_patients(np.array(["a", "a"]), 10)
+    labels, scores = np.array([1.0, 0]), np.array([0.7, 0.2])
+    for values in (*weighted_areas(labels, scores, weights), weighted_mean(scores, weights)):
+        assert np.isnan(values).all()
+
+
 def test_weighted_mean_of_what_counts():
     weights = np.array([[1.0, 2, 0], [0, 0, 5]])
     found = weighted_mean(np.array([1.0, 4, 9]), weights, np.array([True, True, False]))

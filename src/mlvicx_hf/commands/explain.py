@@ -6,8 +6,11 @@ from typing import Any
 
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import number
 
 from .startup import start_inference
+
+SCORES = ("mean", "low", "high", "chance", "usual_place")
 
 
 def parser() -> CommandParser:
@@ -78,16 +81,15 @@ def main(words: Sequence[str] | None = None) -> None:
 def _report(found: dict[str, Any]) -> None:
     """Print the scores of a finding, model by model."""
     for model, scores in found["scores"].items():
-        values = (
-            f"{score} {value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f}, chance {value['chance']:.3f}, "
-            f"usual place {value['usual_place']:.3f})"
-            for score, value in scores.items()
-        )
+        values = []
+        for score, found_of in scores.items():
+            mean, low, high, chance, usual = (number(found_of[key], ".3f") for key in SCORES)
+            values.append(f"{score} {mean} ({low} to {high}, chance {chance}, usual place {usual})")
         print(f"  {model}: {'; '.join(values)}; {found['empty_maps'][model]} empty maps")
     first = next(iter(found["scores"]))
     for other, scores in found["differences"].items():
-        values = (
-            f"{score} {value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
-            for score, value in scores.items()
-        )
+        values = []
+        for score, found_of in scores.items():
+            gain, low, high = (number(found_of[key], "+.3f") for key in ("difference", "low", "high"))
+            values.append(f"{score} {gain} ({low} to {high})")
         print(f"  {first} over {other}: {'; '.join(values)}")

@@ -158,6 +158,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: another process writes the folder.
     """
+    path = path.resolve() if path.is_symlink() else path  # the folder on another disk, not a new one beside the link
     temporary = path.with_name(f".{path.name}.tmp")
     with only_writer(path):
         shutil.rmtree(temporary, ignore_errors=True)

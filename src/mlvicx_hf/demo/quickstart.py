@@ -21,9 +21,9 @@ from mlvicx_hf.common.files import write_json
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import markdown_table, number
 from mlvicx_hf.data.cache.cache import Cache, load_cache
-from mlvicx_hf.data.collections.base import SPLITS
 from mlvicx_hf.encoders.features import encode, prepared_images
 from mlvicx_hf.encoders.neighbours import neighbour_sheet
+from mlvicx_hf.finetuning.classification import load_labelled_cache
 from mlvicx_hf.pretraining.curves import LOSS_AND_RANK, plot_curves, view_sheet
 from mlvicx_hf.pretraining.views import TwoViewAugmentation
 from mlvicx_hf.scoring.embeddings import rankme
@@ -64,18 +64,19 @@ class Quickstart:
         self._clear()
         self._say("1/4 Prepare: radiographs to a cache")
         cache = self._prepare()
+        lacking = _what_is_lacking(cache)
         self._say(f"2/4 Pretrain on {len(cache.datasets['train'])} images, without labels")
         self._pretrain(cache)
         self._say('3/4 Load the backbone: AutoModel.from_pretrained("' + str(self.model_folder) + '")')
         report = self._describe(cache)
         report |= self._pictures(cache)
-        if cache.label_names and all(split in cache.datasets for split in SPLITS):
+        if lacking is None:
             self._say("4/4 Classify held-out patients: pretrained against random weights")
             report |= self._classify()
         else:
-            self._say("4/4 No labels in three splits: nearest neighbours instead of a classifier")
+            self._say(f"4/4 Nearest neighbours instead of a classifier: {lacking}")
             neighbour_sheet(self.features, self.encoded, self.output / "neighbours.png")
-            report["neighbours"] = "neighbours.png"
+            report |= {"neighbours": "neighbours.png", "lacking": lacking}
         report["seconds"] = round(time.monotonic() - self.started)
         write_json(self.output / "report.json", report)
         text = markdown(report)
@@ -108,7 +109,7 @@ class Quickstart:
         if self.images is None:
             words += ["--collection", "phantom", "--num_patients", 600, "--images_per_patient", 2]
         else:
-            words += ["--collection", "folder", "--root", self.images]
+            words += ["--collection", "folder", "--root", self.images, "--drop_duplicates", "near"]
             words += ["--metadata", self.metadata] if self.metadata else []
         self._command("prepare", *words)
         return load_cache(self.output / "cache")
@@ -194,6 +195,17 @@ class Quickstart:
 
     def _say(self, text: str) -> None:
         print(f"\n== {text} ({time.monotonic() - self.started:.0f} s)", flush=True)
+
+
+def _what_is_lacking(cache: Cache) -> str | None:
+    """Why no classifier can be trained on a cache; None if one can."""
+    if not cache.label_names:
+        return "there are no labels"
+    try:
+        load_labelled_cache(str(cache.path))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def markdown(report: dict[str, Any]) -> str:

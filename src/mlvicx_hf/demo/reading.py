@@ -189,10 +189,10 @@ class Reader:
 
 
 def _read_pointing(loaded: LoadedModel, explanations: str | Path | None) -> dict[str, str]:
-    """Say of each finding how often the maximum of its heat maps lay in the finding, if that was measured.
+    """Say of each label how often the maximum of its heat maps lay in the finding, if that was measured.
 
     Raises:
-        UserError: a file about another model.
+        UserError: a file about another model, or about another level than the page shows.
     """
     path = Path(loaded.source, EXPLANATIONS) if explanations is None else Path(explanations)
     if explanations is None and not path.is_file():
@@ -204,11 +204,17 @@ def _read_pointing(loaded: LoadedModel, explanations: str | Path | None) -> dict
     names = [name for name, hashes in weights.items() if hashes == loaded.weights]
     if not names:
         raise UserError(f"{path} is about {', '.join(models)}; expected heat maps of {loaded.source}")
+    level, last = json_field(models[names[0]], "level", int, path, WRITTEN_BY), len(loaded.model.mlvicx.context) - 1
+    if level != last:
+        raise UserError(f"{path} is about maps of level {level}; expected the last one, {last}, which the page shows")
+    split = json_field(content, "data.split", str, path, WRITTEN_BY)
+    tolerance = json_field(content, "settings.tolerance", (int, float), path, WRITTEN_BY)
+    within = f", within {tolerance:g} pixels" if tolerance else ""
     sentences = {}
     for finding, about in findings.items():
         if isinstance(about.get("scores"), Mapping):
             share, chance = (about["scores"][names[0]]["pointing"][key] for key in ("mean", "chance"))
-            sentences[finding] = (
-                f"points at the finding in {share:.0%} of {about['located']} images (chance {chance:.0%})"
-            )
+            label = about.get("labels", {}).get(names[0], finding)  # the cache may call it otherwise
+            images = f"{about['located']} {split} images{within}"
+            sentences[label] = f"points at the finding in {share:.0%} of {images} (chance {chance:.0%})"
     return sentences

@@ -47,13 +47,14 @@ class ExternalEncoder(nn.Module):
     Args:
         adapted: what it runs.
         config: of the task; its backbone says nothing here.
+        source: name of the encoder, with its kind.
     """
 
     frozen = False  # in evaluation mode through every call of `train()`
 
-    def __init__(self, adapted: Adapted, config: MLVICXConfig) -> None:
+    def __init__(self, adapted: Adapted, config: MLVICXConfig, source: str) -> None:
         super().__init__()
-        self.network, self.config = adapted.network, config
+        self.network, self.config, self.source = adapted.network, config, source
         self._features = functools.partial(adapted.features)  # a module would be saved a second time
         side, channels = adapted.processor.image_size, adapted.processor.num_channels
         self.network.eval()

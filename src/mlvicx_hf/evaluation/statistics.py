@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlvicx_hf.data.options import check_least
+from mlvicx_hf.data.options import check_least, check_once
 from mlvicx_hf.scoring.bootstrap import draw_patients
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
@@ -20,6 +20,7 @@ class Estimate:
 
     runs: np.ndarray  # [R], score of each run, NaN where it is not defined
     draws: np.ndarray = field(repr=False)  # [D], mean over the runs in each draw of patients
+    raised: bool = False  # whether draws score higher than the patients themselves; see `interval`
 
     @property
     def value(self) -> float:
@@ -33,14 +34,19 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % percentile bootstrap over the draws that define the score; NaN if fewer than half of them do."""
-        return _interval(self.draws)
+        """95 % bootstrap interval over the draws that define the score; NaN if fewer than half of them do.
+
+        It is the percentile interval, but the basic one for a score that draws raise. Such is average precision: a
+        positive that is drawn twice ties with itself, and a mean over labels keeps the bias while its spread shrinks.
+        """
+        low, high = _interval(self.draws)
+        return (max(2 * self.value - high, 0.0), min(2 * self.value - low, 1.0)) if self.raised else (low, high)
 
     def describe(self) -> dict[str, Any]:
         """`mean`, `sd` over the runs, `low`, `high`, `runs`; "n/a" for what is not defined."""
         low, high = self.interval
         found = {"mean": self.value, "sd": self.deviation, "low": low, "high": high}
-        return _defined(found) | {"runs": len(self.runs)}
+        return defined(found) | {"runs": len(self.runs)}
 
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:
@@ -51,7 +57,8 @@ def _interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _defined(found: dict[str, float]) -> dict[str, float | str]:
+def defined(found: dict[str, float]) -> dict[str, float | str]:
+    """Write "n/a" for every number that is not finite."""
     return {name: value if np.isfinite(value) else NOT_SCORED for name, value in found.items()}
 
 
@@ -65,7 +72,7 @@ def estimate(runs: Sequence[RunResults], samples: int = 1000, seed: int = 0) -> 
         for name, parts in draws.items():
             parts.append(np.mean([found[name] for found in drawn], axis=0))
     return {
-        name: Estimate(np.concatenate([found[name] for found in values]), np.concatenate(parts))
+        name: Estimate(np.concatenate([v[name] for v in values]), np.concatenate(parts), name.startswith("auprc"))
         for name, parts in draws.items()
     }
 
@@ -73,7 +80,7 @@ def estimate(runs: Sequence[RunResults], samples: int = 1000, seed: int = 0) -> 
 def difference(ours: Estimate, theirs: Estimate) -> dict[str, float | str]:
     """`difference` of two estimates with the same draws, `low` and `high`; "n/a" for what is not defined."""
     low, high = _interval(ours.draws - theirs.draws)
-    return _defined({"difference": ours.value - theirs.value, "low": low, "high": high})
+    return defined({"difference": ours.value - theirs.value, "low": low, "high": high})
 
 
 def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -97,6 +104,8 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
         UserError: runs that were not tested on the same images and labels, or no draws.
     """
     check_least(1, samples=samples)
+    check_least(0, seed=seed)
+    check_once("--runs and --baselines", [str(folder.resolve()) for folder in (*runs, *baselines)])
     groups = [[read_run(run) for run in group] for group in (runs, baselines)]
     check_same_images(dict(zip(map(str, (*runs, *baselines)), groups[0] + groups[1], strict=True)))
     first = groups[0][0]

@@ -16,6 +16,7 @@ SEGMENTATION_SCORES = ("dice", "dice_positive", "iou", "iou_positive")
 _EPOCHS = "every epoch is scored on the validation split, and the best one is restored"
 _BEST = "only the best epoch is kept, until the run ends"
 _INPUTS = "the data sets give just what the models take"
+_WHOLE = "every image is scored"
 
 # What the protocol asks of the Trainer: argument → (value, reason).
 PROTOCOL: dict[str, tuple[Any, str]] = {
@@ -27,6 +28,10 @@ PROTOCOL: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, _INPUTS),
     "label_names": (["labels"], _INPUTS),
     "disable_tqdm": (True, "one bar over the epochs is shown instead"),
+    "dataloader_drop_last": (False, _WHOLE),
+    "prediction_loss_only": (False, _WHOLE),
+    "label_smoothing_factor": (0.0, "the loss is that of the model"),
+    "resume_from_checkpoint": (None, "an interrupted run starts anew"),
 }
 
 
@@ -98,6 +103,10 @@ class FinetuningArguments:
     trainer_options: dict[str, Any] = option("Other arguments of transformers.TrainingArguments.", {}, rest=True)
 
     def __post_init__(self) -> None:
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(
+                f"max_steps={self.max_steps} found; expected 1 or more, or -1 for as many as the epochs have"
+            )
         for name, (expected, reason) in self.protocol.items():
             found = self.trainer_options.get(name, expected)
             if _word(found) != _word(expected):

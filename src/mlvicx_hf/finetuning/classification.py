@@ -41,7 +41,11 @@ def load_classifier(
     config.problem_type = "single_label_classification" if cache.exclusive else "multi_label_classification"
     config.positive_weights = config.decision_thresholds = config.calibration = None
     config.pooled_levels = arguments.pooled_levels or config.pooled_levels
-    if arguments.positive_weights == "balanced" and not cache.exclusive:
+    if arguments.positive_weights == "balanced":
+        if cache.exclusive:
+            raise UserError(
+                "positive_weights='balanced' found for exclusive classes; expected none, or several findings"
+            )
         config.positive_weights = balanced_weights(np.array(cache.datasets["train"]["labels"], dtype=np.float64))
     fit = cache.manifest["fit"]
     return load_for_task(MLVICXForImageClassification, config, arguments, fit, arguments.image_size)
@@ -141,7 +145,7 @@ class Classification(FinetuningTask):
         if not 0.5 < encoder.band_level < 1:
             raise UserError(f"band_level={encoder.band_level} found; expected a number above 0.5 and below 1")
         if encoder.fast_probe and not (encoder.freeze_backbone and encoder.cache_features):
-            raise UserError("fast_probe found for a classifier that is not frozen; expected freeze_backbone as well")
+            raise UserError("fast_probe found; expected freeze_backbone as well, with cache_features")
         self.learning_rate = 1e-3 if encoder.freeze_backbone else 1e-4
         self.store = store
 
@@ -175,6 +179,8 @@ class Classification(FinetuningTask):
 
     def _outcome(self, found: Any) -> Classified:
         logits, labels = np.asarray(found.predictions), np.asarray(found.label_ids)
+        if not np.isfinite(logits).all():
+            raise FloatingPointError("logits that are not finite found; expected a lower learning_rate, or no fp16")
         return Classified(logits, labels, self.cache.label_names, self.cache.exclusive, self.calibration)
 
     def _evaluate(self, trainer: Trainer | ProbeTrainer, images: Split) -> Classified:

@@ -30,6 +30,11 @@ def load_config(arguments: EncoderArguments) -> MLVICXConfig:
         UserError: a model of another kind.
     """
     source = _configured_by(arguments)
+    if arguments.architecture not in (None, source):
+        raise UserError(
+            f"architecture={arguments.architecture!r} found with model={arguments.model!r}, which has its own; "
+            "expected it with 'random' or timm's weights"
+        )
     if is_external(arguments.model):
         return MLVICXConfig(use_context=False)  # holds labels and problem type; the encoder knows its own form
     with user_input():
@@ -72,7 +77,7 @@ def load_for_task(
             raise UserError(f"model={arguments.model!r} found; expected a model of this package, with maps of levels")
         adapted = adapt(arguments.model, image_size)
         adapted.processor.fit = fit
-        return ExternalClassifier(ExternalEncoder(adapted, config), arguments.model), adapted.processor
+        return ExternalClassifier(ExternalEncoder(adapted, config, arguments.model)), adapted.processor
     if image_size is None:
         return _load_own(model_class, config, arguments, fit)
     config.image_size = image_size  # before the model is made: some backbones are made for a size
@@ -95,18 +100,22 @@ def _load_own(
     if arguments.model == "random":
         return model_class(config), processor
     if is_timm_source(arguments.model):
-        fresh: Any = model_class(config)
-        load_timm_weights(fresh.base_model, arguments.model)
-        return fresh, processor
+        started: Any = model_class(config)
+        load_timm_weights(started.base_model, arguments.model)
+        return started, processor
     with user_input():
         loaded: Any = model_class.from_pretrained(
-            arguments.model, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+            arguments.model, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     model, report = loaded
-    lacking = sorted(key for key in report["missing_keys"] if key.startswith("mlvicx."))
-    lacking += sorted(str(row[0]) for row in report["mismatched_keys"] if str(row[0]).startswith("mlvicx."))
+    new = {*report["missing_keys"], *(str(row[0]) for row in report["mismatched_keys"])}
+    lacking = sorted(key for key in new if key.startswith("mlvicx."))
     if lacking:
         raise UserError(f"{source} does not fit: {len(lacking)} weights of the encoder differ, such as {lacking[0]}")
+    if {key for key in model.state_dict() if not key.startswith("mlvicx.")} - new:  # the head of an earlier task
+        fresh = model_class(config)
+        fresh.base_model.load_state_dict(model.base_model.state_dict())
+        model = fresh
     return model, processor
 
 
@@ -115,17 +124,16 @@ class ExternalClassifier(nn.Module):
 
     Args:
         encoder: with the configuration of the task.
-        source: of the encoder, which the saved configuration names.
 
     Raises:
         UserError: a configuration that asks for features of all levels.
     """
 
-    def __init__(self, encoder: ExternalEncoder, source: str) -> None:
+    def __init__(self, encoder: ExternalEncoder) -> None:
         super().__init__()
-        self.config, self.source = encoder.config, source
+        self.config, self.source = encoder.config, encoder.source
         if self.config.pooled_levels == "all":
-            raise UserError(f"pooled_levels='all' found with model={source!r}; expected 'last', since it has one level")
+            raise UserError(f"pooled_levels='all' found with model={self.source!r}; expected 'last': it has one level")
         self.mlvicx = encoder
         self.classifier = nn.Linear(encoder.channels[-1], int(self.config.num_labels or 0))
 

@@ -19,10 +19,16 @@ from transformers.trainer_utils import PredictionOutput
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.data.reading.sampling import PatientBalancedSampler
+from mlvicx_hf.encoders.external import ExternalEncoder
 from mlvicx_hf.encoders.features import encode
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXModel
 
 from .data import LabelledImages
+
+# What a `ProbeTrainer` does not do: argument of the Trainer → the only value that it takes.
+NOT_FOLLOWED: dict[str, Any] = {
+    "gradient_accumulation_steps": 1, "max_steps": -1, "bf16": False, "fp16": False, "report_to": [],
+}  # fmt: skip
 
 
 class LinearProbe(nn.Module):
@@ -104,7 +110,8 @@ def _hash_of(encoder: MLVICXModel) -> str:
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
     config = encoder.config
     # One entry, because the order of several would vary from call to call.
-    use = {"use": f"{config.backbone}, {float(config.context_gain)}, {config.context_placement}"}
+    source = encoder.source if isinstance(encoder, ExternalEncoder) else None
+    use = {"use": f"{source}, {config.backbone}, {float(config.context_gain)}, {config.context_placement}"}
     return hashlib.sha256(safetensors.torch.save(tensors, use)).hexdigest()
 
 
@@ -147,7 +154,7 @@ def prepare_probe(
 class ProbeTrainer:
     """`train_with_trainer` for a probe on features in memory, without what a step of the Trainer costs.
 
-    Optimiser, schedule, batches, clipping and early stopping are the Trainer's; the order of the images is another one.
+    Optimiser, schedule, batches and their order, clipping and early stopping are the Trainer's.
     The arguments are those of `train_with_trainer`; the probe and the splits come from `prepare_probe`.
 
     Raises:
@@ -163,7 +170,7 @@ class ProbeTrainer:
         compute_metrics: Callable[[EvalPrediction], dict[str, float]],
         patients: Sequence[str] | None = None,
     ) -> None:
-        for name, expected in {"gradient_accumulation_steps": 1, "max_steps": -1, "bf16": False, "fp16": False}.items():
+        for name, expected in NOT_FOLLOWED.items():
             if getattr(settings, name) != expected:
                 raise UserError(f"{name}={getattr(settings, name)} found with fast_probe; expected {expected}")
         self.probe, self.splits, self.settings, self.patience = probe, splits, settings, patience

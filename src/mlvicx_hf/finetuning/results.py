@@ -13,9 +13,13 @@ from mlvicx_hf.common.files import new_file
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.data.cache.cache import Cache
 
-from .arguments import EncoderArguments, LabelledDataArguments
+from .arguments import EncoderArguments, FinetuningArguments, LabelledDataArguments
 from .data import used_images
 
+FIELDS = (  # of `FinetuningArguments`, which results tell as they are
+    *("weight_decay", "patience", "lr_scheduler_type", "warmup_steps", "max_steps", "gradient_accumulation_steps"),
+    *("max_grad_norm", "bf16", "fp16"),
+)
 AGE_BANDS = ("0-17", "18-39", "40-64", "65+")
 AGE_LIMITS = (18, 40, 65)  # years at which the next band begins
 
@@ -24,8 +28,8 @@ def describe_run(
     cache: Cache,
     encoder: EncoderArguments,
     data: LabelledDataArguments,
+    arguments: FinetuningArguments,
     settings: TrainingArguments,
-    patience: int,
     state: TrainerState,
 ) -> dict[str, Any]:
     """Which model, split, seed, data, code and machine made a result."""
@@ -50,11 +54,11 @@ def describe_run(
         "data": {"cache": data.dataset} | about,
         "hyperparameters": {
             "learning_rate": settings.learning_rate,
-            "batch_size": settings.train_batch_size * settings.world_size,
+            "batch_size": settings.train_batch_size * settings.world_size * settings.gradient_accumulation_steps,
             "max_epochs": settings.num_train_epochs,
-            "weight_decay": settings.weight_decay,
-            "patience": patience,
+            **{name: getattr(arguments, name) for name in FIELDS},
             "patient_balanced": data.patient_balanced,
+            **arguments.trainer_options,
         },
         "epochs_trained": state.epoch,
         "best_epoch": epochs.get(best or -1),

@@ -70,8 +70,7 @@ class FinetuningTask(ABC):
         """
         output = Path(self.arguments.output_dir)
         unfinished = output / UNFINISHED
-        left = {unfinished.name, f".{unfinished.name}.writing"}
-        if not output.is_dir() or {entry.name for entry in output.iterdir()} - left:
+        if not _is_interrupted(output):
             check_output(output)
         self.settings = trainer_settings(self.arguments, self.learning_rate, unfinished)
         if self.settings.device.type == "cpu":
@@ -100,7 +99,8 @@ class FinetuningTask(ABC):
         self._complete(trained)
         results = {"task": self.name} | self._results(validation, test) | chosen
         results["test"] |= {"subgroups": score_subgroups(self.cache.datasets["test"], test.scores)}
-        run = describe_run(self.cache, self.encoder, self.data, self.settings, self.arguments.patience, trainer.state)
+        run = describe_run(self.cache, self.encoder, self.data, self.arguments, self.settings, trainer.state)
+        run["model_commit"] = getattr(self.model.config, "_commit_hash", None)  # of the Hub
         run["hyperparameters"] |= results.pop("hyperparameters")
         results |= run
         if trainer.is_world_process_zero():
@@ -155,6 +155,13 @@ class FinetuningTask(ABC):
     @abstractmethod
     def _write_test(self, folder: Path, test: Any) -> None:
         """Write one row for every test image."""
+
+
+def _is_interrupted(output: Path) -> bool:
+    """Whether a folder holds what an interrupted run left, even one that was interrupted while it moved its files."""
+    found = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    others = found - {UNFINISHED, f".{UNFINISHED}.writing"}
+    return bool(found) and (not others or (UNFINISHED in found and "results.json" not in found))
 
 
 def trainer_settings(arguments: FinetuningArguments, learning_rate: float, folder: Path) -> TrainingArguments:

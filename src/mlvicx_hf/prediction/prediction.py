@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.common.files import new_file, new_folder
 from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
@@ -110,6 +110,8 @@ class ImageFiles(Dataset[Item]):
             image = read_gray(self.paths[index])
         except UnreadableImageError as error:
             return Item(None, None, error.reason)
+        except MissingExtraError as error:  # other files may need no extra
+            return Item(None, None, str(error))
         except OSError as error:
             return Item(None, None, f"cannot be read: {error.strerror or error}")
         fitted = image if self.square is None else fit_square_gray(image, *self.square)
@@ -143,7 +145,7 @@ def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
     """Choose the columns of the table by the model's head."""
     if isinstance(loaded.model, MLVICXForSemanticSegmentation):
         return SegmentationHead(loaded.labels, loaded.processor, masks)
-    if not isinstance(loaded.model, MLVICXForImageClassification):
+    if not isinstance(loaded.model, MLVICXForImageClassification) or not loaded.labels:
         return Head()
     if loaded.model.config.problem_type == "single_label_classification":
         return SingleLabelHead(loaded.labels, loaded.model.config.calibration)
@@ -268,7 +270,7 @@ def _check_task(loaded: LoadedModel, outputs: Outputs) -> None:
     name = type(loaded.model).__name__
     if outputs.masks is not None and not isinstance(loaded.model, MLVICXForSemanticSegmentation):
         raise UserError(f"--masks and {loaded.source} ({name}) found; expected a MLVICXForSemanticSegmentation")
-    if outputs.embeddings is None and isinstance(loaded.model, MLVICXModel):
+    if outputs.embeddings is None and (isinstance(loaded.model, MLVICXModel) or not loaded.labels):
         raise UserError(f"{loaded.source} has no head, so it gives embeddings only; expected --embeddings FILE")
 
 

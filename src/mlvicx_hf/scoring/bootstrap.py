@@ -10,6 +10,8 @@ DRAWS_AT_ONCE = 100  # so that the weights of a large test split fit into memory
 def draw_patients(patients: np.ndarray, samples: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
     """Draw as many patients as there are, with replacement, and yield how often every image is in each draw.
 
+    A single patient would be the same in every draw. There, the weights are NaN, so that no score has an interval.
+
     Args:
         patients: of N images; all images of a patient are drawn together.
         samples: draws.
@@ -23,7 +25,7 @@ def draw_patients(patients: np.ndarray, samples: int = 1000, seed: int = 0) -> I
     for start in range(0, samples, DRAWS_AT_ONCE):
         drawn = generator.integers(len(names), size=(min(DRAWS_AT_ONCE, samples - start), len(names)))
         counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in drawn])
-        yield counts[:, owner].astype(float)
+        yield np.where(len(names) > 1, counts[:, owner].astype(float), np.nan)
 
 
 def weighted_areas(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -162,6 +162,8 @@ class Explainer:
         found: dict[str, Any] = {"images": len(subject.rows), "located": subject.located}
         found |= {"explained": len(self.rows(subject)), "pictures": first.sources}
         found |= {"empty_maps": {model: maps.empty for model, maps in done.items()}}
+        labels = {name: loaded.labels[self.outputs[name][subject.finding]] for name, loaded in self.models.items()}
+        found |= {"labels": labels}  # by which each model calls the finding
         if not self.score:
             return found
         if not first.scores:

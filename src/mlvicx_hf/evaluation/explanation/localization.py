@@ -15,7 +15,7 @@ from mlvicx_hf.data.masks import foreground
 from mlvicx_hf.data.vocabulary import normalize
 from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_mean
 
-from ..statistics import Estimate, difference
+from ..statistics import Estimate, defined, difference
 
 ROUNDING = 1e-5  # of the maximum: a value this close to it counts as equal, since interpolation rounds
 
@@ -123,6 +123,8 @@ def chance(region: np.ndarray, tolerance: float = 0) -> Localization:
 def usual_place(regions: Sequence[np.ndarray], patients: Sequence[str], tolerance: float = 0) -> list[Localization]:
     """Scores of a map that does not look at the image: of where the finding lies in the other patients.
 
+    They are NaN where there is no other patient.
+
     Args:
         regions: bool [H, W] of each of N images.
         patients: of the N images.
@@ -132,6 +134,8 @@ def usual_place(regions: Sequence[np.ndarray], patients: Sequence[str], toleranc
     for patient, region in zip(patients, regions, strict=True):
         total += region
         own[patient] = own[patient] + region
+    if len(own) < 2:
+        return [Localization(np.nan, np.nan, np.nan)] * len(regions)
     places = zip(patients, regions, strict=True)
     return [localize(total - own[patient], region, tolerance) for patient, region in places]
 
@@ -161,13 +165,13 @@ def summarize(
     main, *others = scores
     found: dict[str, Any] = {"scores": {name: {} for name in scores}, "differences": {name: {} for name in others}}
     for column, score in enumerate(Localization._fields):
-        estimates, means = {}, {name: float(table[:, column].mean()) for name, table in levels.items()}
+        estimates, means = {}, defined({name: float(table[:, column].mean()) for name, table in levels.items()})
         for name, table in scores.items():
             values = table[:, column]
             drawn = np.concatenate([weighted_mean(values, weights) for weights in draws])
             estimates[name] = Estimate(np.array([values.mean()]), drawn)
-            low, high = estimates[name].interval
-            found["scores"][name][score] = {"mean": estimates[name].value, "low": low, "high": high} | means
+            described = estimates[name].describe()
+            found["scores"][name][score] = {key: described[key] for key in ("mean", "low", "high")} | means
         for name in others:
             found["differences"][name][score] = difference(estimates[main], estimates[name])
     return found

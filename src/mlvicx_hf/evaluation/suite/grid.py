@@ -22,6 +22,7 @@ from mlvicx_hf.common.text import some
 from mlvicx_hf.data.cache.cache import MANIFEST
 from mlvicx_hf.encoders.external import ADAPTERS, is_external
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, SEGMENTATION_SECTIONS
+from mlvicx_hf.finetuning.linear_probe import NOT_FOLLOWED
 
 from .paper import paper_tables
 
@@ -112,7 +113,8 @@ class Cell:
             found["architecture"] = self.architecture
         found |= PROTOCOL_FLAGS[self.protocol]
         if self.kind == "classification" and self.protocol != "finetuned":
-            found["fast_probe"] = True
+            usual = NOT_FOLLOWED | {"cache_features": True, "report_to": "none"}
+            found["fast_probe"] = all(self.options.get(name, value) == value for name, value in usual.items())
         return found | self.options
 
     def describe(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from mlvicx_hf.common.errors import require
 from mlvicx_hf.common.files import new_file, new_folder, write_json
 from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.external import is_external
 from mlvicx_hf.finetuning.classification import finetune_classifier
 from mlvicx_hf.finetuning.linear_probe import FeatureStore
@@ -55,6 +56,7 @@ def evaluate_suite(
         UserError: a suite that is wrong, or a finished cell that was run with other settings.
     """
     require("the report of a suite", "report", "matplotlib")  # before hours of work
+    check_least(1, samples=samples)
     suite = read_suite(find_recipe(name, "suite"))
     for folder, what in _absent(suite.cells).items():
         print(f"no folder {folder}: {what}", file=sys.stderr)
