@@ -242,3 +242,12 @@ def test_upernet_trains_on_it(tmp_path: Path):
     assert type(loaded.backbone) is MLVICXBackbone
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixels).logits, model(pixels).logits)
+
+
+def test_shapes_are_found_without_computing():
+    """As tools do that count operations or parameters."""
+    with torch.device("meta"):
+        models = MLVICXForImageClassification(tiny_config(num_labels=2)), MLVICXForPreTraining(tiny_config())
+        x = torch.empty(4, 1, 32, 32)
+        assert models[0](x, labels=torch.empty(4, 2)).logits.shape == (4, 2)
+        assert models[1](x, x).loss.is_meta

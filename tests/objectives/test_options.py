@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from mlvicx_hf import MLVICXConfig, MLVICXModel
 from mlvicx_hf.commands.pretrain import parse_pretraining
-from mlvicx_hf.objectives import OBJECTIVES, read_options
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.objectives import OBJECTIVES, make_objective, read_options
 
 REQUIRED = ["--dataset", "cache", "--output_dir", "run"]
 
@@ -90,3 +93,13 @@ def test_options_of_a_recipe_are_a_mapping_or_words(tmp_path: Path):
 )
 def test_other_methods_train_a_plain_backbone_unless_asked(words: list[str], expected: bool):
     assert model_arguments(*words).use_context is expected
+
+
+def test_small_views_that_a_backbone_does_not_take_are_refused():
+    config = MLVICXConfig(backbone="coatnet_pico_rw_224", num_channels=1, image_size=64, use_context=False)
+    with torch.device("meta"):
+        model = MLVICXModel(config)
+    with pytest.raises(
+        UserError, match="local_size=32 found with backbone='coatnet_pico_rw_224', which takes one size"
+    ):
+        make_objective("pcrl_v2", model, {"local_size": "32"})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -275,12 +276,43 @@ def test_start_from_an_encoder_alone(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"expander_dims": [48, 32]}, {"backbone": "resnet10t"}, {"num_channels": 3}, {"context_reduction": 2}],
+    [{"backbone": "resnet10t"}, {"num_channels": 3}, {"context_reduction": 2}],
 )
 def test_an_earlier_model_that_does_not_fit_is_an_error(tmp_path: Path, change: dict[str, Any]):
     MLVICXForPreTraining(tiny_config(aggregation_size=4)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="init_from="):
         create_model(replace(TINY, init_from=str(tmp_path), **change))
+
+
+def test_expanders_of_another_width_start_anew_and_the_run_says_so(tmp_path: Path):
+    earlier = MLVICXForPreTraining(tiny_config())
+    earlier.save_pretrained(tmp_path)
+    objective = create_objective(replace(TINY, init_from=str(tmp_path), expander_dims=[48, 32]))
+    (note,) = objective.notes
+    assert re.fullmatch(rf"started from {tmp_path}; \d+ weights of its heads have another shape and start anew.*", note)
+    for name, tensor in earlier.mlvicx.state_dict().items():
+        assert torch.equal(objective.encoder.state_dict()[name], tensor), name
+
+
+def test_a_start_in_half_precision_is_trained_in_whole(tmp_path: Path):
+    MLVICXModel(tiny_config()).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = create_model(replace(TINY, init_from=str(tmp_path)))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model(*torch.randn(2, 4, 1, 32, 32)).loss.isfinite()
+
+
+def test_a_file_of_a_saved_model_is_refused(finished: Path):
+    """Its gates and the constants of its images would be lost."""
+    with pytest.raises(UserError, match=r"a file of a saved model found; expected its folder, .*run"):
+        create_objective(replace(TINY, init_from=str(finished / "model.safetensors")))
+
+
+def test_tensors_beside_the_network_of_a_file_are_named(tmp_path: Path, colour_weights: Any):
+    state = {f"backbone.{name}": tensor for name, tensor in colour_weights.items()}
+    source = write(tmp_path / "weights.pth", state | {"projector.0.weight": torch.zeros(2)})
+    (note,) = create_objective(replace(TINY, init_from=source)).notes
+    assert "left out: " in note
+    assert "projector.0.weight" in note
 
 
 def test_an_encoder_without_context_gets_new_gates_and_the_run_says_so(tmp_path: Path):
@@ -795,6 +827,10 @@ def test_the_folder_of_another_run_is_refused(finished: Path, cache: Path):
         (["--streaming", "--max_train_samples", 9], "max_train_samples=9 found with streaming"),
         (["--streaming", "--split", "test"], "split='test' found; .* has train"),
         (["--seed", "-1"], "seed=-1"),
+        (["--momentum", "1.5"], "momentum=1.5"),
+        (["--final_learning_rate_ratio", "-3"], "final_learning_rate_ratio=-3"),
+        (["--report_to", "paper"], "Unsupported logging capability: paper"),
+        (["--report_to", "wandb"], "report_to=wandb found, which is not installed"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(
@@ -803,6 +839,12 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         start(cache, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_compiling_by_accelerate_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(UserError, match="dynamo found in the configuration of `accelerate launch`"):
+        start(cache, tmp_path / "run")
 
 
 @pytest.mark.parametrize("words", [["--mixed_precision", "half"], ["--views", "side"], ["--mixed_precision", ""]])

@@ -1,6 +1,7 @@
 """Good weights at the start: the optimisers, the backbone's own rate, its thaw, and frozen batch normalisation."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,16 @@ def test_the_run_says_where_it_started(cache: Path, tmp_path: Path, capsys: pyte
     assert "start, which has no context bottlenecks: they start anew" in capsys.readouterr().out
     saved = json.loads((output / "preprocessor_config.json").read_text())
     assert (saved["image_mean"], saved["image_std"]) == (0.4, 0.3)
+
+
+def test_a_run_resumes_although_its_start_is_gone(cache: Path, tmp_path: Path):
+    MLVICXModel(tiny_config()).save_pretrained(tmp_path / "start")
+    MLVICXImageProcessor(32, 1, 0.4, 0.3).save_pretrained(tmp_path / "start")
+    flags = ("--init_from", tmp_path / "start", *CHECKPOINTS)
+    whole = pretrain(cache, tmp_path / "whole", *flags)
+    cut = interrupted(whole, tmp_path / "cut", 3)
+    shutil.rmtree(tmp_path / "start")
+    assert_same_bits(pretrain(cache, cut, *flags, "--resume"), whole)
 
 
 def test_a_checkpoint_from_before_these_options_still_resumes():

@@ -361,3 +361,11 @@ def test_channels_are_normalised_by_their_own_constants():
     colour, _ = TwoViewAugmentation(image_size=8, num_channels=3, mean=mean, std=std)(images, draws(4))
     expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(colour, expected)
+
+
+def test_equal_constants_of_three_channels_are_one_number():
+    """An image processor takes such lists for grey input."""
+    grey = torch.rand(2, 1, 16, 16)
+    listed = TwoViewAugmentation(image_size=16, mean=[0.4] * 3, std=[0.3] * 3)
+    single = TwoViewAugmentation(image_size=16, mean=0.4, std=0.3)
+    assert torch.equal(listed.normalise(grey.clone()), single.normalise(grey.clone()))

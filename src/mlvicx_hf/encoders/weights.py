@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import read_json
 from mlvicx_hf.common.text import some
 from mlvicx_hf.models.backbones_mlvicx import create_backbone
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig, check_backbone
@@ -157,6 +158,9 @@ def load_timm_weights(encoder: MLVICXModel, source: str) -> str:
         UserError: weights for another backbone.
     """
     if source.endswith(WEIGHT_FILES):
+        about = Path(source).with_name("config.json")
+        if about.is_file() and read_json(about).get("model_type") == MLVICXConfig.model_type:
+            raise UserError(f"init_from={source}: a file of a saved model found; expected its folder, {about.parent}")
         return load_backbone(encoder, read_weights(Path(source)), source)
     config: Any = copy.copy(encoder.config)
     config.backbone = _timm_name(config, source)
@@ -199,7 +203,7 @@ def find_network(
     with torch.device("meta"):
         wanted = timm.create_model(name, num_classes=0).state_dict()
     wanted = {key: value for key, value in wanted.items() if not key.endswith(COUNTER)}
-    where, state = _choose(source, list(_networks(content, wanted)), name, wanted)
+    where, state, beside = _choose(source, list(_networks(content, wanted)), name, wanted)
     first = getattr(timm.get_pretrained_cfg(name), "first_conv", None) or ()
     kernels = {f"{each}.weight" for each in ((first,) if isinstance(first, str) else first)}
     wrong = [
@@ -212,12 +216,16 @@ def find_network(
     wrong += [key for key in others if key.split(".")[0] in own]  # of a larger network
     if wrong:
         raise UserError(f"init_from={source} does not fit {name}: {len(wrong)} weights differ, such as {wrong[0]}")
-    left_out = f"; left out: {len(others)} other tensors ({some(others, 3)})" if others else ""
     kept = {key: value for key, value in state.items() if key not in others}
+    others += beside
+    left_out = f"; left out: {len(others)} other tensors ({some(others, 3)})" if others else ""
     return kept, f"started from {source}{f', network {where}' if where else ''}{left_out}"
 
 
-def _networks(content: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+Found = tuple[str, dict[str, Tensor], list[str]]  # prefix of a network, its weights, and the tensors beside it
+
+
+def _networks(content: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> Iterator[Found]:
     """Networks in a checkpoint, with the prefix of each: places below which most of the wanted names are."""
     parts = {"": content} | {f"{name}.": part for name, part in content.items() if isinstance(part, Mapping)}
     first = next(iter(wanted))
@@ -228,19 +236,17 @@ def _networks(content: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> Itera
             if key.endswith(first) and (not prefix or prefix.endswith(".")):
                 inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 if sum(each in inner for each in wanted) > len(wanted) / 2:
-                    yield name + prefix, inner
+                    yield name + prefix, inner, sorted(k for k in tensors if not k.startswith(prefix))
 
 
-def _choose(
-    source: str, networks: list[tuple[str, dict[str, Tensor]]], name: str, wanted: Mapping[str, Tensor]
-) -> tuple[str, dict[str, Tensor]]:
+def _choose(source: str, networks: list[Found], name: str, wanted: Mapping[str, Tensor]) -> Found:
     """Choose the network of a checkpoint that its authors evaluate."""
     if not networks:
         raise UserError(f"init_from={source} does not fit {name}: no {next(iter(wanted))} and the like in it")
     if len(networks) > 1:
         networks = [each for each in networks if set(each[0].split(".")) & set(EVALUATED)] or networks
     if len(networks) > 1:
-        names = ", ".join(prefix or "(no prefix)" for prefix, _ in networks)
+        names = ", ".join(prefix or "(no prefix)" for prefix, *_ in networks)
         raise UserError(f"init_from={source}: networks {names} found; expected one, or one named as in {EVALUATED}")
     return networks[0]
 

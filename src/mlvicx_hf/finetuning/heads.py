@@ -17,7 +17,7 @@ from mlvicx_hf.encoders.loading import check_source
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starting_processor
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
-from mlvicx_hf.models.loss_mlvicx import multi_label_loss, single_label_loss
+from mlvicx_hf.models.loss_mlvicx import multi_label_loss, own_precision, single_label_loss
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXPreTrainedModel
 
 from .arguments import EncoderArguments
@@ -145,7 +145,7 @@ class ExternalClassifier(nn.Module):
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Logits [B, L] of images [B, C, S, S], and the loss if labels are given."""
         features = self.mlvicx(pixel_values).pooler_output
-        with torch.autocast(features.device.type, enabled=False):  # rounded to bfloat16, many scores would be equal
+        with own_precision(features):  # rounded to bfloat16, many scores would be equal
             logits = self.classifier(features.float())
         return {"logits": logits} if labels is None else {"loss": self.compute_loss(logits, labels), "logits": logits}
 

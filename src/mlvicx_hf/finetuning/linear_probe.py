@@ -21,6 +21,7 @@ from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.data.reading.sampling import PatientBalancedSampler
 from mlvicx_hf.encoders.external import ExternalEncoder
 from mlvicx_hf.encoders.features import encode
+from mlvicx_hf.models.loss_mlvicx import own_precision
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXModel
 
 from .data import LabelledImages
@@ -63,7 +64,7 @@ class LinearProbe(nn.Module):
         if self.encoder is not None:
             features = self.encoder(pixel_values).pooler_output
         assert features is not None
-        with torch.autocast(features.device.type, enabled=False):  # rounded to bfloat16, many scores would be equal
+        with own_precision(features):  # rounded to bfloat16, many scores would be equal
             logits = self.classifier((features.to(self.mean.dtype) - self.mean) / self.deviation)
         return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
 

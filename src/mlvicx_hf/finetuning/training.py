@@ -245,15 +245,20 @@ def train_with_trainer(
     if isinstance(model, MLVICXPreTrainedModel):  # faster; others would have to be made contiguous for every checkpoint
         model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers' wrapper hides the signature
     make = Trainer if patients is None else partial(BalancedTrainer, patients=patients)
-    trainer = make(
-        model=model,
-        args=settings,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        compute_metrics=compute_metrics,
-        callbacks=[EarlyStoppingCallback(patience), EpochProgress()],
-        **options,
-    )
+    try:
+        trainer = make(
+            model=model,
+            args=settings,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            compute_metrics=compute_metrics,
+            callbacks=[EarlyStoppingCallback(patience), EpochProgress()],
+            **options,
+        )
+    except RuntimeError as error:
+        if "to be installed" not in str(error):  # of a tracker
+            raise
+        raise UserError(f"report_to={settings.report_to} found: {error}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.remove_callback(EarlyStoppingCallback)  # what is evaluated from now on stops nothing

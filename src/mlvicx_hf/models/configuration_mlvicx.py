@@ -267,9 +267,8 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         One that could not be loaded again is not saved.
         """
         self.validate()  # which `strict` makes
-        if getattr(self, "auto_map", None):  # which transformers sets without declaring it
-            self.auto_map = dict(AUTO_MAP)
-            save_code(save_directory)
+        if found := getattr(self, "auto_map", None):  # which transformers sets without declaring it
+            self.auto_map = save_code(save_directory, found, AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def validate_ranges(self) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 # The classes that transformers loads from a repository where this package is not installed.
 AUTO_MAP = {
@@ -24,11 +26,23 @@ AUTO_MAP = {
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": {"torchvision": "image_processing_mlvicx.MLVICXImageProcessor"}}
 
 
-def save_code(folder: str | os.PathLike[str]) -> None:
-    """Copy this file and its neighbours, which the two maps name, into a folder."""
+def save_code(folder: str | os.PathLike[str], found: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy this file and its neighbours, which the two maps name, into a folder.
+
+    Args:
+        folder: of the model.
+        found: the map that the model has. transformers has put a subclass into it, and its file into the folder, if the
+            user has registered it (`register_for_auto_class`).
+        usual: one of the two maps.
+
+    Returns:
+        The usual map, with registered subclasses in it.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for file in Path(__file__).parent.glob("*_mlvicx.py"):
         shutil.copyfile(file, Path(folder) / file.name)
+    own = {name: code for name, code in found.items() if isinstance(code, str)}
+    return {**usual, **{name: code for name, code in own.items() if Path(folder, f"{code.split('.')[0]}.py").is_file()}}
 
 
 def check_download(file: Path) -> None:

@@ -370,9 +370,8 @@ class MLVICXImageProcessor(BaseImageProcessor):
 
     def to_json_file(self, json_file_path: str | PathLike[str]) -> None:
         """As of the base class. A processor that names its code, in `auto_map`, is saved with the code."""
-        if getattr(self, "auto_map", None):  # which transformers sets without declaring it
-            self.auto_map = dict(IMAGE_PROCESSOR_AUTO_MAP)
-            save_code(Path(json_file_path).parent)
+        if found := getattr(self, "auto_map", None):  # which transformers sets without declaring it
+            self.auto_map = save_code(Path(json_file_path).parent, found, IMAGE_PROCESSOR_AUTO_MAP)
         super().to_json_file(json_file_path)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ This file travels to the Hub beside the model, so it imports nothing from the pa
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,14 @@ class LossTerms(NamedTuple):
     covariance: Tensor
 
 
-def _at_least_float32(embeddings: Tensor) -> Tensor:
-    return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+def at_least_float32(values: Tensor) -> Tensor:
+    """Convert anything but float64 to float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def own_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off on the device of a tensor; rounded to half precision, sums and scores would be too coarse."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def _check_batch(embeddings: Tensor) -> None:
@@ -56,8 +63,8 @@ def invariance_loss(z_1: Tensor, z_2: Tensor, reduction: str = "mean") -> Tensor
         raise ValueError(f"views of shapes {tuple(z_1.shape)} and {tuple(z_2.shape)} found; expected equal shapes")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r} found; expected 'mean' or 'sum'")
-    with torch.autocast(z_1.device.type, enabled=False):
-        squares = (_at_least_float32(z_1) - _at_least_float32(z_2)).square()
+    with own_precision(z_1):
+        squares = (at_least_float32(z_1) - at_least_float32(z_2)).square()
         return squares.mean() if reduction == "mean" else squares.sum(1).mean()
 
 
@@ -75,8 +82,8 @@ def variance_loss(z: Tensor, target: float = 1.0, epsilon: float = 1e-4) -> Tens
         ValueError: fewer than two samples, or not two-dimensional.
     """
     _check_batch(z)
-    with torch.autocast(z.device.type, enabled=False):
-        return _hinge(_center(_at_least_float32(z)[None]), target, epsilon).squeeze(0)
+    with own_precision(z):
+        return _hinge(_center(at_least_float32(z)[None]), target, epsilon).squeeze(0)
 
 
 def covariance_loss(z: Tensor) -> Tensor:
@@ -91,13 +98,13 @@ def covariance_loss(z: Tensor) -> Tensor:
         ValueError: fewer than two samples, or not two-dimensional.
     """
     _check_batch(z)
-    with torch.autocast(z.device.type, enabled=False):
-        return _off_diagonal(_center(_at_least_float32(z)[None])).squeeze(0)
+    with own_precision(z):
+        return _off_diagonal(_center(at_least_float32(z)[None])).squeeze(0)
 
 
 def _center(z: Tensor) -> Tensor:
     """Centre over the global batch of n and divide by √(n-1), [V, b, r]: then squares add up to the variance."""
-    count = z.shape[1] * _world_size()
+    count = z.shape[1] * world_size()
     return (z - sum_over_ranks(z.sum(1, keepdim=True)) / count) / (count - 1) ** 0.5
 
 
@@ -122,7 +129,7 @@ class _OffDiagonalSquares(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, centered: Tensor) -> Tensor:
-        count = centered.shape[1] * _world_size()
+        count = centered.shape[1] * world_size()
         if count <= centered.shape[2]:
             everyone = gather_batch(centered)  # [V, n, r]
             products = centered @ everyone.mT  # [V, b, n], this rank's rows of the Gram matrix
@@ -145,7 +152,7 @@ class _OffDiagonalSquares(torch.autograd.Function):
         else:
             slope = centered @ products
         # The gradient of the sum of all ranks' losses, as in `sum_over_ranks`.
-        return 4 * _world_size() * gradient[:, None, None] * slope
+        return 4 * world_size() * gradient[:, None, None] * slope
 
 
 def variance_covariance_loss(
@@ -174,23 +181,24 @@ def variance_covariance_loss(
         variance_epsilon: ε.
         invariance_reduction: see `invariance_loss`.
     """
-    invariance = sum_over_ranks(invariance_loss(z_1, z_2, invariance_reduction)) / _world_size()
+    invariance = sum_over_ranks(invariance_loss(z_1, z_2, invariance_reduction)) / world_size()
     _check_batch(z_1)
-    with torch.autocast(z_1.device.type, enabled=False):
-        centered = _center(torch.stack([_at_least_float32(z_1), _at_least_float32(z_2)]))  # [2, b, r]
+    with own_precision(z_1):
+        centered = _center(torch.stack([at_least_float32(z_1), at_least_float32(z_2)]))  # [2, b, r]
         variance = _hinge(centered, variance_target, variance_epsilon).mean()
         covariance = _off_diagonal(centered).sum()
     loss = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
     return LossTerms(loss, invariance, variance, covariance)
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """Number of processes that share a batch."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _all_reduce(tensor: Tensor) -> Tensor:
     """Add up over all ranks, without gradients."""
-    if _world_size() > 1:
+    if world_size() > 1:
         tensor = tensor.contiguous()
         dist.all_reduce(tensor)
     return tensor
@@ -213,7 +221,7 @@ def sum_over_ranks(local: Tensor) -> Tensor:
     Distributed data parallel averages over the W ranks, so parameters get the gradients of one process with the
     whole batch.
     """
-    return local if _world_size() == 1 else _SumOverRanks.apply(local)
+    return local if world_size() == 1 else _SumOverRanks.apply(local)
 
 
 def gather_batch(local: Tensor) -> Tensor:
@@ -221,10 +229,10 @@ def gather_batch(local: Tensor) -> Tensor:
 
     All ranks must have the same number of samples.
     """
-    if _world_size() == 1:
+    if world_size() == 1:
         return local
     local = local.contiguous()
-    parts = [torch.empty_like(local) for _ in range(_world_size())]
+    parts = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(parts, local)
     return torch.cat(parts, 1)
 
@@ -351,8 +359,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255, c
     wrong = known & ((labels < 0) | (labels >= classes))
     if _is_to_check(labels, check):
         _refuse(wrong, labels, f"0 to {classes - 1}, or {ignore_index}")
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = _at_least_float32(logits)
+    with own_precision(logits):
+        logits = at_least_float32(logits)
         truth = labels.masked_fill(~known | wrong, 0)
         foreground = torch.arange(1, classes, device=labels.device)[:, None, None]
         target = (truth[:, None] == foreground).to(logits.dtype)  # [B, K-1, H, W]

@@ -38,7 +38,9 @@ from .hub_mlvicx import AUTO_MAP, check_download
 from .layers_mlvicx import ContextBottleneck, Expander, GateConv2d, MultiLevelAggregator, UNetDecoder
 from .loss_mlvicx import (
     LossTerms,
+    at_least_float32,
     multi_label_loss,
+    own_precision,
     segmentation_loss,
     single_label_loss,
     values_are_readable,
@@ -581,7 +583,7 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         """
         encoded = self.mlvicx(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         # Use the head's own precision under autocast, too: rounded to bfloat16, many scores would be equal.
-        with torch.autocast(pixel_values.device.type, enabled=False):
+        with own_precision(pixel_values):
             logits = self.classifier(encoded.pooler_output.to(self._head_dtype()))
         loss = None if labels is None else self.compute_loss(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
@@ -603,7 +605,7 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
             ValueError: labels that do not fit. On a GPU only the first batch and those without gradients are looked at;
                 a later one makes the loss NaN.
         """
-        logits = logits.float() if logits.dtype != torch.float64 else logits
+        logits = at_least_float32(logits)
         labels, check = labels.to(logits.device), self._check_labels(labels)
         kind = self.config.problem_type
         if not self.num_labels:

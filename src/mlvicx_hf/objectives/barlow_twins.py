@@ -4,11 +4,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mlvicx_hf.common.arguments import option
 from mlvicx_hf.models.layers_mlvicx import Expander
+from mlvicx_hf.models.loss_mlvicx import own_precision
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective, OwnRate
@@ -60,7 +60,7 @@ def correlation_terms(z_1: Tensor, z_2: Tensor) -> tuple[Tensor, Tensor]:
 
     Embeddings are standardised over the batch by the biased variance + 1e-5, as a batch normalisation does.
     """
-    with torch.autocast(z_1.device.type, enabled=False):
+    with own_precision(z_1):
         one, two = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z_1, z_2))
         correlation = one.T @ two / len(one)
         diagonal = correlation.diagonal()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlvicx_hf.models.layers_mlvicx import DecoderBlock
+from mlvicx_hf.models.loss_mlvicx import at_least_float32
 
 
 class RestorationDecoder(nn.Module):
@@ -48,6 +49,4 @@ class RestorationDecoder(nn.Module):
 
 def squared_error(restored: Tensor, target: Tensor) -> Tensor:
     """Mean square of the difference of each image, in float32 or more: [B, 1]."""
-    if restored.dtype != torch.float64:
-        restored, target = restored.float(), target.float()
-    return (restored - target).square().flatten(1).mean(1, keepdim=True)
+    return (at_least_float32(restored) - at_least_float32(target)).square().flatten(1).mean(1, keepdim=True)

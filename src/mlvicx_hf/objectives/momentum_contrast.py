@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mlvicx_hf.common.arguments import option
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.models.loss_mlvicx import at_least_float32, own_precision
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, Objective, Schedule
@@ -126,7 +127,7 @@ class MomentumContrast(Objective):
 
 def unit_vectors(vectors: Tensor) -> Tensor:
     """Vectors [B, D] of length 1, in float32 or more."""
-    return F.normalize(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=1)
+    return F.normalize(at_least_float32(vectors), dim=1)
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -138,7 +139,7 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
         queue: k_j, [K, D].
         temperature: T.
     """
-    with torch.autocast(queries.device.type, enabled=False):
+    with own_precision(queries):
         positive = (queries * keys).sum(1, keepdim=True)
         logits = torch.cat([positive, queries @ queue.to(queries.dtype).T], 1) / temperature
         return logits.logsumexp(1) - logits[:, 0]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlvicx_hf.models.loss_mlvicx import gather_batch, sum_over_ranks
+from mlvicx_hf.models.loss_mlvicx import at_least_float32, gather_batch, own_precision, sum_over_ranks, world_size
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -117,11 +117,6 @@ def step_generator(seed: int, step: int) -> np.random.Generator:
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def processes() -> int:
-    """Number of processes that share a batch."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 class _Gather(torch.autograd.Function):
     """Every process computes the same loss of the gathered batch, so the others' gradients equal its own.
 
@@ -137,7 +132,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         start = dist.get_rank() * ctx.count
-        return processes() * gradient[start : start + ctx.count]
+        return world_size() * gradient[start : start + ctx.count]
 
 
 def gather(local: Tensor) -> Tensor:
@@ -145,18 +140,16 @@ def gather(local: Tensor) -> Tensor:
 
     What follows must be the same in all processes, up to the loss.
     """
-    local = local if local.dtype == torch.float64 else local.float()
-    return local if processes() == 1 else _Gather.apply(local)
+    local = at_least_float32(local)
+    return local if world_size() == 1 else _Gather.apply(local)
 
 
 def mean_over_batch(values: Tensor) -> Tensor:
     """Mean over the samples of all processes and all other dimensions, float32 or more; [b, …] to a scalar."""
-    values = values if values.dtype == torch.float64 else values.float()
-    return sum_over_ranks(values.mean()) / processes()
+    return sum_over_ranks(at_least_float32(values).mean()) / world_size()
 
 
 def cosines(one: Tensor, other: Tensor) -> Tensor:
     """Cosine of the angle between vectors, [B, D] and [B, D] to [B]; in float32 or more."""
-    with torch.autocast(one.device.type, enabled=False):
-        one, other = (each if each.dtype == torch.float64 else each.float() for each in (one, other))
-        return F.cosine_similarity(one, other, dim=1)
+    with own_precision(one):
+        return F.cosine_similarity(at_least_float32(one), at_least_float32(other), dim=1)

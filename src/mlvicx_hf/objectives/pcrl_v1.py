@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mlvicx_hf.common.arguments import option
+from mlvicx_hf.models.loss_mlvicx import own_precision
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Schedule, ViewSpecification
@@ -140,7 +141,7 @@ class PCRLv1Objective(MomentumContrast):
     def _noise_contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The mean NCE of three pairs of unit vectors; the first step's first pair gives Z for good."""
         temperature, queue = self.options.temperature, self.queue.keys
-        with torch.autocast(queue.device.type, enabled=False):
+        with own_precision(queue):
             values = [noise_values(*pair, queue, temperature) for pair in pairs]
             first = mean_over_batch(values[0]).detach() * self.batches
             self.found_normaliser = normaliser = torch.where(self.normaliser == 0, first, self.normaliser)

@@ -1,5 +1,6 @@
 """PCRLv2 (Zhou et al., TPAMI 2023): a pyramid of a decoder's scales, which agree across views, and a restored crop."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlvicx_hf.common.arguments import option
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective, Schedule, ViewSpecification
@@ -53,6 +55,8 @@ class PCRLv2Objective(Objective):
 
     def __init__(self, model: MLVICXModel, options: PCRLv2Options) -> None:
         super().__init__(model, options)
+        if options.local_views:
+            _check_size(model, options.local_size)
         self.schedule = Schedule(0, 1, 1, 1, 0)
         self.decoder = RestorationDecoder(model.channels, skips=False)
         widths = self.decoder.widths
@@ -134,6 +138,17 @@ class PCRLv2Objective(Objective):
             loss = loss + terms["local_cosine_loss"]
         pair = embeddings_1["embeddings"], embeddings_2["embeddings"]
         return LossOutput(loss, terms, {"embeddings": pair})
+
+
+def _check_size(model: MLVICXModel, side: int) -> None:
+    """Refuse small views that a backbone made for one size of images does not take."""
+    copied, views = copy.deepcopy(model), torch.empty(2, model.config.num_channels, side, side, device="meta")
+    try:
+        nn.Module.to(copied, "meta")
+        copied.refined_maps(views)
+    except (RuntimeError, AssertionError) as error:
+        found = f"local_size={side} found with backbone={model.config.backbone!r}"
+        raise UserError(f"{found}, which takes one size alone; expected local_views=0") from error
 
 
 def disagreement(one: Pyramid, two: Pyramid, scale: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlvicx_hf.common.arguments import option
+from mlvicx_hf.models.loss_mlvicx import own_precision
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective
@@ -53,7 +54,7 @@ def nt_xent(z_1: Tensor, z_2: Tensor, temperature: float) -> Tensor:
         z_2: of view 2, the partners j.
         temperature: T.
     """
-    with torch.autocast(z_1.device.type, enabled=False):
+    with own_precision(z_1):
         count, z = len(z_1), torch.cat([z_1, z_2])
         logits = z @ z.T / temperature
         numbers = torch.arange(2 * count, device=z.device)

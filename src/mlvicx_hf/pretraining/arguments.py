@@ -113,10 +113,10 @@ class PretrainingArguments:
     base_learning_rate: float = option("Peak rate for a batch of 256 images; it is scaled.", 0.2, first=True, above=0)
     optimizer: str = option("LARS, AdamW or SGD.", "lars", choices=("lars", "adamw", "sgd"))
     weight_decay: float = option("Weight decay of matrices; vectors have none.", 1e-6, least=0)
-    momentum: float = option("Momentum of LARS and SGD.", 0.9)
-    trust_coefficient: float = option("Trust coefficient of LARS.", 0.001)
+    momentum: float = option("Momentum of LARS and SGD.", 0.9, least=0, most=1)
+    trust_coefficient: float = option("Trust coefficient of LARS.", 0.001, above=0)
     warmup_epochs: float = option("Epochs in which the rate rises linearly.", 2.0, least=0)
-    final_learning_rate_ratio: float = option("Last rate of the cosine over its peak.", 0.001)
+    final_learning_rate_ratio: float = option("Last rate of the cosine over its peak.", 0.001, least=0, most=1)
     backbone_learning_rate_ratio: float = option("Rate of the backbone over that of the rest.", 1.0, least=0)
     backbone_thaw_epochs: float = option(
         "Epochs in which the backbone's rate rises from 0, so that new layers do not spoil good weights.", 0.0, least=0

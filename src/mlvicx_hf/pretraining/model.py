@@ -83,7 +83,11 @@ def create_objective(arguments: ModelArguments) -> Objective:
 def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, source: str) -> tuple[PreTrainedModel, str]:
     """A model with the weights of an earlier one, which must hold all of the encoder but gates, and what is new."""
     loaded: Any = model_class.from_pretrained(
-        check_source(source), config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        check_source(source),
+        config=config,
+        dtype=torch.float32,  # some are saved in half precision
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     model, report = loaded
     encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -100,9 +104,12 @@ def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, sour
         start += f", without its context bottlenecks ({len(left)} weights)"
     if lacking:
         raise UserError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
-    wrong = sorted(str(row[0]) for row in report["mismatched_keys"])
+    differing = sorted(str(row[0]) for row in report["mismatched_keys"])
+    wrong = [key for key in differing if key.startswith(encoder)]
     if wrong:
         raise UserError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
+    if differing:
+        start += f"; {len(differing)} weights of its heads have another shape and start anew, such as {differing[0]}"
     return model, start
 
 

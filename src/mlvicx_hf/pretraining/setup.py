@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
 
 from mlvicx_hf.common.arguments import check_values
 from mlvicx_hf.common.errors import UserError, user_input
@@ -47,8 +47,11 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     device, on_main = accelerator.device, accelerator.is_main_process
     options = read_options(model_arguments.objective, model_arguments.objective_options)
     model_arguments = replace(model_arguments, objective_options={} if options is None else asdict(options))
+    checkpoints, start = Checkpoints(Path(arguments.output_dir), arguments.save_total_limit), model_arguments.init_from
+    if arguments.resume and start is not None and (saved := checkpoints.newest_whole()):
+        start = str(saved.path)  # what the run started from may be gone
     with user_input():
-        processor = starting_processor(create_config(model_arguments), model_arguments.init_from)
+        processor = starting_processor(create_config(model_arguments), start)
     wanted = find_objective(model_arguments.objective).views(options)
     view_set = ViewSet(create_augmentation(data_arguments, processor), wanted)
     planner = Planner(view_set, arguments.seed)
@@ -60,7 +63,6 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         *(model_arguments, data_arguments, arguments, data.batches.num_images, data.manifest, device, hardware),
         pair_share=data.pair_share,
     )
-    checkpoints = Checkpoints(Path(arguments.output_dir), arguments.save_total_limit)
     checkpoint = None
     if arguments.resume:
         checkpoint, settings = _find_checkpoint(checkpoints, settings, on_main)
@@ -68,7 +70,8 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     batches = data.batches
     schedule = Schedule(arguments.seed, arguments.batch_size, len(batches), arguments.epochs, batches.num_images)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
-    objective = prepare_objective(model_arguments, arguments, schedule)
+    new = model_arguments if checkpoint is None else replace(model_arguments, init_from=None)  # else it is overwritten
+    objective = prepare_objective(new, arguments, schedule)
     objective.to(device).to(memory_format=layout)
 
     def make_views(batch: PlannedBatch) -> Views:
@@ -154,15 +157,23 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
 
 def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
     refuse_other_launches()
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":  # it would get round all checks of compiling
+        raise UserError("dynamo found in the configuration of `accelerate launch`; expected none, and --torch_compile")
     if arguments.deterministic:
         use_deterministic_algorithms()
-    accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision,
-        log_with=None if arguments.report_to == "none" else arguments.report_to,
-        project_dir=arguments.output_dir,
-        # Otherwise Accelerate takes what torchrun starts without a GPU for independent runs.
-        cpu=not torch.accelerator.is_available(),
-    )
+    trackers = None if arguments.report_to == "none" else arguments.report_to
+    with user_input():  # a tracker that does not exist
+        accelerator = Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            log_with=trackers,
+            project_dir=arguments.output_dir,
+            # Otherwise Accelerate takes what torchrun starts without a GPU for independent runs.
+            cpu=not torch.accelerator.is_available(),
+            # Buffers are alike in all processes, or not used in training: sending queues would cost time.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    if trackers is not None and not accelerator.log_with:
+        raise UserError(f"report_to={trackers} found, which is not installed; expected none, or a tracker that is")
     if arguments.torch_compile and accelerator.device.type in NOT_COMPILED:
         raise UserError(
             f"torch_compile found on the {accelerator.device.type.upper()}; expected a GPU: on a CPU the compiled step "

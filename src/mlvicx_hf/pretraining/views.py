@@ -188,9 +188,12 @@ class TwoViewAugmentation:
 
     def normalise(self, x: Tensor) -> Tensor:
         """Turn grey values [B, 1, S, S] into model input, in place where that is possible: [B, num_channels, S, S]."""
-        if not isinstance(self.mean, list) and not isinstance(self.std, list):
-            return x.sub_(self.mean).div_(self.std).expand(-1, self.num_channels, -1, -1)
-        values = (each if isinstance(each, list) else [each] * self.num_channels for each in (self.mean, self.std))
+        mean, std = (
+            each[0] if isinstance(each, list) and len(set(each)) == 1 else each for each in (self.mean, self.std)
+        )
+        if not isinstance(mean, list) and not isinstance(std, list):
+            return x.sub_(mean).div_(std).expand(-1, self.num_channels, -1, -1)
+        values = (each if isinstance(each, list) else [each] * self.num_channels for each in (mean, std))
         # Numbers instead of a tensor: the device would wait for its copy.
         return torch.cat([(x - mean) / std for mean, std in zip(*values, strict=True)], 1)
 
