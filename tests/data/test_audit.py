@@ -233,10 +233,20 @@ def test_patients_of_one_name_who_may_be_the_same_are_counted(tmp_path: Path):
     assert result["leaks"] == []
     pair = next(pair for pair in result["pairs"] if pair["one"]["cache"] != pair["other"]["cache"])
     assert (pair["patients"]["count"], pair["patients"]["alike"]) == (None, 6)
-    assert (
-        f"- 6 patients have the same name in {tmp_path}/one train and {tmp_path}/other train, such as p0: if they are "
-        "the same, this is a leak"
-    ) in report(result)
+    assert "UNSURE" not in report(result)  # train and train
+
+
+def test_patients_of_one_name_are_the_same_if_the_user_says_so(tmp_path: Path):
+    folder = {"patient_source": "folder"}
+    train = [line | {"split": "train", "content": png(100 + n)} for n, line in enumerate(clean())]
+    caches = [write_cache(tmp_path / "one", train, **folder), write_cache(tmp_path / "other", clean(), **folder)]
+    result = audit_caches(caches)
+    assert result["leaks"] == []
+    lines = [line for line in report(result).splitlines() if line.startswith("UNSURE: ")]
+    assert any("patients have the same name in" in line and line.endswith("(--same_ids)?") for line in lines)
+    result = audit_caches(caches, same_ids=True)
+    assert any("shared patient(s) in" in leak for leak in result["leaks"])
+    assert "UNSURE" not in report(result)
 
 
 def test_squares_made_in_different_ways_are_noted(tmp_path: Path):

@@ -312,7 +312,7 @@ def test_citation_is_of_this_version() -> None:
 @pytest.mark.documents
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in ("material", "mkdocstrings", "mkdocstrings_handlers.python"):
-        pytest.importorskip(name, reason='the site needs pip install "mlvicx-hf[docs]"')
+        pytest.importorskip(name, reason='the site needs pip install ".[docs]"')
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(
         words, cwd=ROOT, env=environment(NO_MKDOCS_2_WARNING="1"), capture_output=True, text=True, check=False

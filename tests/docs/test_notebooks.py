@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, environment
 
-nbformat = pytest.importorskip("nbformat", reason='the notebooks need pip install "mlvicx-hf[docs]"')
-nbclient = pytest.importorskip("nbclient", reason='the notebooks need pip install "mlvicx-hf[docs]"')
+nbformat = pytest.importorskip("nbformat", reason='the notebooks need pip install ".[docs]"')
+nbclient = pytest.importorskip("nbclient", reason='the notebooks need pip install ".[docs]"')
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -189,7 +189,7 @@ class _Images(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def test_torchxrayvision_is_asked_for_when_it_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mlvicx_hf.common.errors.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r'pip install "mlvicx-hf\[xrv\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "\.\[xrv\]"'):
         adapt("xrv:densenet121-res224-all")
 
 

@@ -619,7 +619,7 @@ def test_a_library_that_is_missing(
     boxed: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=rf'a heat map needs {name}: pip install "mlvicx-hf\[explain\]"'):
+    with pytest.raises(ImportError, match=rf'a heat map needs {name}: pip install "\.\[explain\]"'):
         explain_on({"m": model}, boxed, tmp_path / "out")
 
 

@@ -280,7 +280,7 @@ def test_onnx_without_its_packages(tmp_path: Path, name: str, monkeypatch: pytes
     for other in {"onnx", "onnxscript", "onnxruntime"} - {name}:
         pytest.importorskip(other, reason="of the extra onnx")
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=rf'needs {name}: pip install "mlvicx-hf\[onnx\]"'):
+    with pytest.raises(ImportError, match=rf'needs {name}: pip install "\.\[onnx\]"'):
         export_onnx(tmp_path / "no-source", tmp_path / "onnx")
 
 

@@ -437,7 +437,7 @@ def test_outputs_are_replaced_only_when_asked(built: Path, queries: Path, tmp_pa
 def test_an_approximate_search_of_few_images_is_exact(
     models: list[str], cache: Path, queries: Path, copied: Path, tmp_path: Path
 ):
-    pytest.importorskip("faiss", reason='needs pip install "mlvicx-hf[search]"')
+    pytest.importorskip("faiss", reason='needs pip install ".[search]"')
     build_index(models[0], cache, tmp_path / "graph", approximate=True, **INDEXING)
     index = ImageIndex(tmp_path / "graph")
     exact, near = (index.nearest(index.validation.embeddings, 4, approximate) for approximate in (False, True))
@@ -467,7 +467,7 @@ def test_without_faiss_the_extra_is_named(
 ):
     monkeypatch.delitem(sys.modules, "faiss", raising=False)
     monkeypatch.setattr("mlvicx_hf.common.errors.find_spec", lambda name: None)
-    message = r'needs faiss: pip install "mlvicx-hf\[search\]"'
+    message = r'needs faiss: pip install "\.\[search\]"'
     with pytest.raises(MissingExtraError, match=message):
         build_index(models[0], cache, tmp_path / "index", approximate=True, **INDEXING)
     with pytest.raises(MissingExtraError, match=message):

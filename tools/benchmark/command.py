@@ -127,7 +127,7 @@ def _possible_candidates(setting: Setting) -> tuple[str, ...]:
     """Those whose libraries and backbone are there; the others are named."""
     left_out = {}
     if importlib.util.find_spec("lightly") is None:
-        left_out["lightly"] = 'pip install "mlvicx-hf[benchmark]" for it'
+        left_out["lightly"] = 'pip install ".[benchmark]" for it'
     if not setting.backbone.startswith("resnet"):
         left_out["authors"] = "their code knows ResNets only"
     for name, why in left_out.items():

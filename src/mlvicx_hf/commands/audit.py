@@ -26,7 +26,9 @@ def parser() -> CommandParser:
     add = made.add_argument
     add("caches", nargs="+", type=Path, metavar="CACHE", help="folder that mlvicx prepare wrote")
     add("--json", type=Path, metavar="FILE", help="write the whole result into this file")
-    add("--quiet", action="store_true", help="show no progress bar, only leaks and the last line")
+    text = "the same patient_id is the same patient in all caches of kind folder, or hf, as in tables of one hospital"
+    add("--same_ids", action="store_true", help=text)
+    add("--quiet", action="store_true", help="show no progress bar, only leaks, what may be one, and the last line")
     text = "compare the pixels of two images whose hashes differ in up to N bits of 256 (default 56)"
     made.advanced.add_argument("--near", type=int, metavar="N", default=56, help=text)
     return made
@@ -46,12 +48,12 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"{arguments.json}: no folder {arguments.json.parent} found; expected one to write in")
     caches = [load_cache(path, check=False) for path in arguments.caches]
-    result = audit_caches(caches, near=arguments.near, progress=not arguments.quiet)
+    result = audit_caches(caches, near=arguments.near, same_ids=arguments.same_ids, progress=not arguments.quiet)
     if arguments.json is not None:
         write_json(arguments.json, result)
     lines = report(result).splitlines()
     if arguments.quiet:
-        lines = [*(line for line in lines if line.startswith("LEAK: ")), lines[-1]]
+        lines = [*(line for line in lines if line.startswith(("LEAK: ", "UNSURE: "))), lines[-1]]
     print("\n".join(lines))
     if result["leaks"]:
         raise SystemExit(1)

@@ -15,7 +15,7 @@ def parser() -> CommandParser:
         "demo",
         "--model MODEL [--segmenter MODEL] [--index INDEX] [options]",
         "Serve a page on this machine: drop a radiograph, and see probabilities, heat maps, outlines and similar known "
-        'images. Nothing is kept. Needs pip install "mlvicx-hf[demo]". Research use only.',
+        'images. Nothing is kept. Needs the extra demo (pip install ".[demo]" in the repository). Research use only.',
         [
             "mlvicx demo --model runs/frozen",
             "mlvicx demo --model runs/frozen --segmenter runs/lungs --index indexes/mine --port 7861",

@@ -19,7 +19,7 @@ def parser() -> CommandParser:
         "explain",
         "--models NAME=MODEL [NAME=MODEL ...] --dataset CACHE --output DIR [options]",
         "Draw Grad-CAM heat maps of saved classifiers on a prepared cache, and measure whether they point at the "
-        'findings. Needs pip install "mlvicx-hf[explain]". Research use only.',
+        'findings. Needs the extra explain (pip install ".[explain]" in the repository). Research use only.',
         [
             "mlvicx explain --models MLVICX=runs/finetuned random=runs/baseline --dataset caches/vinbig \\",
             '    --output explanations --findings Cardiomegaly "Pleural effusion" --score',

@@ -11,7 +11,7 @@ Write a saved model for the Hub, or for another library.
 
 hub: a folder to publish, with its code; of a pretraining run the encoder alone, unless --with_expanders.
 timm, torchvision: the plain trunk without context bottlenecks; its features differ from the model's.
-onnx: the whole model as a graph, compared with torch; needs pip install "mlvicx-hf[onnx]"."""
+onnx: the whole model as a graph, compared with torch; needs pip install ".[onnx]" in the repository."""
 _FORMATS = ("hub", "timm", "torchvision", "onnx")
 
 

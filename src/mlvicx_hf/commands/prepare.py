@@ -48,7 +48,8 @@ def parser() -> CommandParser:
     text = "folder, nih14: table, from here or from the root (.csv, .jsonl, .parquet)"
     add("--metadata", type=Path, metavar="FILE", help=text)
     add("--size", type=int, default=256, metavar="N", help="side of the cached images in pixels (default 256)")
-    text = "auto: the collection's own or 70/10/20; none: all train; else a CSV file such as another cache's splits.csv"
+    text = "auto: the collection's own, or 70/10/20 of the patients with labels; none: all train; else a CSV file such "
+    text += "as another cache's splits.csv"
     add("--splits", default="auto", metavar="auto|none|FILE", help=text)
     text = "leave out copies of an image: none, identical or near (default none)"
     add("--drop_duplicates", choices=("none", "identical", "near"), default="none", metavar="KIND", help=text)

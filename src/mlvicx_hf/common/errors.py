@@ -28,7 +28,7 @@ def require(what: str, extra: str, *libraries: str) -> None:
     """
     missing = [name for name in libraries if find_spec(name) is None]
     if missing:
-        raise MissingExtraError(f'{what} needs {", ".join(missing)}: pip install "mlvicx-hf[{extra}]"')
+        raise MissingExtraError(f'{what} needs {", ".join(missing)}: pip install ".[{extra}]" in the repository')
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def backbone_levels(backbone: str) -> Levels:
 
 @strict
 class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Architecture and loss of MLVICX (arXiv 2403.11504). The README's table of differences gives the defaults.
+    """Architecture and loss of MLVICX (arXiv 2403.11504). docs/concepts/differences.md gives the defaults.
 
     Args:
         backbone: name of a timm model that can give the maps of several levels (`features_only`), such as resnet18.

@@ -78,7 +78,7 @@ def write_pictures(folder: Path, parts: Mapping[str, Any]) -> list[str]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return [f'no {HISTOGRAM}: it needs matplotlib, pip install "mlvicx-hf[report]"']
+        return [f'no {HISTOGRAM}: it needs matplotlib, pip install ".[report]" in the repository']
     figure = Figure(figsize=(8, 3), layout="constrained")
     grays, sides = figure.subplots(1, 2)
     counts = np.zeros(256)

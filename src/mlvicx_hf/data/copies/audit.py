@@ -54,17 +54,21 @@ class Part:
     exact: bool = False  # whether the user said that ids which differ in their spelling are others
 
 
-def audit_caches(caches: Sequence[Cache], *, near: int = NEAR, progress: bool = False) -> dict[str, Any]:
+def audit_caches(
+    caches: Sequence[Cache], *, near: int = NEAR, same_ids: bool = False, progress: bool = False
+) -> dict[str, Any]:
     """Compare all splits of some caches with each other.
 
     Args:
         caches: caches that `load_cache(path, check=False)` opened.
         near: compare the pixels of two images if at most so many bits of their hashes differ; see `near_pairs`.
+        same_ids: two caches of one kind mean the same patient by the same name, even if the kind (`folder`, `hf`)
+            leaves that to the user.
         progress: show a bar on stderr if there are many images.
 
     Returns:
-        A JSON object: "near" and "agreement" (the two thresholds), "caches" (their splits with images, patients, labels
-        and views), "splits" (copies inside each), "pairs" (what each two splits share, and whether this is a leak),
+        A JSON object: "near" and "agreement" (the two thresholds), "same_ids", "caches" (their splits with images,
+        patients, labels and views), "splits" (copies inside each), "pairs" (what each two splits share, and whether this is a leak),
         "leaks" and "notes" (lines of text).
 
     Raises:
@@ -77,10 +81,11 @@ def audit_caches(caches: Sequence[Cache], *, near: int = NEAR, progress: bool = 
     if not 0 <= near < BITS // 2:
         raise UserError(f"near={near} found; expected bits from 0 to {BITS // 2 - 1}")
     parts = [part for cache in caches for part in read_parts(cache)]
-    result = compare(parts, near=near, progress=progress)
+    result = compare(parts, near=near, same_ids=same_ids, progress=progress)
     return {
         "near": near,
         "agreement": SAME,
+        "same_ids": same_ids,
         "caches": [
             {
                 "cache": path,
@@ -147,14 +152,16 @@ def _notes(caches: Sequence[Cache]) -> list[str]:
     return notes
 
 
-def compare(parts: Sequence[Part], *, near: int = NEAR, progress: bool = False) -> dict[str, Any]:
+def compare(
+    parts: Sequence[Part], *, near: int = NEAR, same_ids: bool = False, progress: bool = False
+) -> dict[str, Any]:
     """Find what splits share, and which of it is a leak: "splits", "pairs" and "leaks" of `audit_caches`."""
     copies = copies_of_parts(parts, near, progress)
     flat = _flat_files(parts)
     pairs = []
     for (first, one), (second, other) in combinations(enumerate(parts), 2):
         shared = {
-            "patients": _shared_patients(one, other),
+            "patients": _shared_patients(one, other, same_ids),
             "identical": _shared_files(one, other, flat),
             "near": _summarize(copies[first, second], one, other),
         }
@@ -172,7 +179,7 @@ def compare(parts: Sequence[Part], *, near: int = NEAR, progress: bool = False) 
     }
 
 
-def _shared_patients(one: Part, other: Part) -> dict[str, Any]:
+def _shared_patients(one: Part, other: Part, same_ids: bool) -> dict[str, Any]:
     """Count the patients that two splits share. Return None with the reason if they cannot be compared."""
     unknown = [part for part in (one, other) if part.numbered_by is None]
     reason = None
@@ -180,7 +187,7 @@ def _shared_patients(one: Part, other: Part) -> dict[str, Any]:
         reason = f"the patients of {unknown[0].cache} are not known"
     elif one.cache != other.cache and one.numbered_by != other.numbered_by:
         reason = f"patients are numbered by {one.numbered_by} here, by {other.numbered_by} there"
-    elif one.cache != other.cache and one.numbered_by not in COLLECTIONS:
+    elif one.cache != other.cache and one.numbered_by not in COLLECTIONS and not same_ids:
         reason = f"two collections of kind {one.numbered_by} number their patients as they like"
     shared = sorted(set(one.patients) & set(other.patients))
     if reason is not None:
@@ -304,19 +311,20 @@ def report(result: dict[str, Any]) -> str:
         ]
         lines += ["shared by two splits (images of the one with more of them)", *_table([header, *rows])]
         reasons = {pair["patients"]["reason"] for pair in result["pairs"] if pair["patients"]["count"] is None}
-        lines += [*(f"- patients not comparable: {reason}" for reason in sorted(reasons)), *_alike(result["pairs"]), ""]
+        lines += [*(f"- patients not comparable: {reason}" for reason in sorted(reasons)), ""]
+    lines += _alike(result["pairs"])
     lines += [f"note: {note}" for note in result["notes"]]
     lines += [f"LEAK: {leak}" for leak in result["leaks"]]
     return "\n".join([*lines, f"{len(result['leaks'])} leak(s)" if result["leaks"] else "no leak found"])
 
 
 def _alike(pairs: Sequence[dict[str, Any]]) -> list[str]:
-    """List patients of equal names who may or may not be the same."""
+    """List patients of equal names who may or may not be the same, where that would be a leak."""
     return [
-        f"- {pair['patients']['alike']} patients have the same name in {_place(pair['one'])} and "
-        f"{_place(pair['other'])}, such as {pair['patients']['examples'][0]}: if they are the same, this is a leak"
+        f"UNSURE: {pair['patients']['alike']} patients have the same name in {_place(pair['one'])} and "
+        f"{_place(pair['other'])}, such as {pair['patients']['examples'][0]}; are they the same (--same_ids)?"
         for pair in pairs
-        if pair["patients"].get("alike")
+        if pair["patients"].get("alike") and (pair["one"]["split"] == "train") != (pair["other"]["split"] == "train")
     ]
 
 

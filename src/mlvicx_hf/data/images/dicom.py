@@ -52,7 +52,7 @@ try:
     )
     from pydicom.valuerep import DSfloat
 except ModuleNotFoundError as error:
-    raise MissingExtraError('DICOM files need pydicom: pip install "mlvicx-hf[dicom]"') from error
+    raise MissingExtraError('DICOM files need pydicom: pip install ".[dicom]" in the repository') from error
 
 # Read these attributes alone, so that names, dates and numbers of patients are never in memory.
 COLOURS = ("Red", "Green", "Blue")
@@ -447,7 +447,7 @@ def _decompress(frame: bytes, header: _Header, syntax: UID) -> tuple[np.ndarray,
         syntax = JPEGBaseline8Bit if header.allocated == 8 else JPEGLossless
     decoder = get_decoder(syntax)
     if PLUGIN[syntax] not in decoder.available_plugins:
-        raise _RefusedError(f'{syntax.name} needs python-gdcm: pip install "mlvicx-hf[dicom]"')
+        raise _RefusedError(f'{syntax.name} needs python-gdcm: pip install ".[dicom]" in the repository')
     pixels, properties = decoder.as_array(
         encapsulate([frame], has_bot=False),
         **_options(header),
