@@ -115,7 +115,7 @@ def test_parsers_accept_what_is_shown(page: Path) -> None:
                 parser_of(ours[0]).parse_args(ours[1:])  # exits if a flag does not exist
             else:
                 tool = {"benchmark", "benchmark.gpu"} & {*words}
-                assert words[0].startswith("scripts/") or tool or words[0] == "python", words
+                assert words[0].startswith("scripts/") or tool or words[0] in ("python", "hf"), words
                 for file in (word for word in words if word.startswith(("scripts/", "tools/"))):
                     assert (ROOT / file).is_file()
 

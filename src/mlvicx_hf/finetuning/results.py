@@ -16,7 +16,7 @@ from mlvicx_hf.data.cache.cache import Cache
 from .arguments import EncoderArguments, FinetuningArguments, LabelledDataArguments
 from .data import used_images
 
-FIELDS = (  # of `FinetuningArguments`, which results tell as they are
+PLAIN_FIELDS = (  # of `FinetuningArguments`, which results tell as they are
     *("weight_decay", "patience", "lr_scheduler_type", "warmup_steps", "max_steps", "gradient_accumulation_steps"),
     *("max_grad_norm", "bf16", "fp16"),
 )
@@ -56,7 +56,7 @@ def describe_run(
             "learning_rate": settings.learning_rate,
             "batch_size": settings.train_batch_size * settings.world_size * settings.gradient_accumulation_steps,
             "max_epochs": settings.num_train_epochs,
-            **{name: getattr(arguments, name) for name in FIELDS},
+            **{name: getattr(arguments, name) for name in PLAIN_FIELDS},
             "patient_balanced": data.patient_balanced,
             **arguments.trainer_options,
         },

@@ -68,8 +68,8 @@ def audit_caches(
 
     Returns:
         A JSON object: "near" and "agreement" (the two thresholds), "same_ids", "caches" (their splits with images,
-        patients, labels and views), "splits" (copies inside each), "pairs" (what each two splits share, and whether this is a leak),
-        "leaks" and "notes" (lines of text).
+        patients, labels and views), "splits" (copies inside each), "pairs" (what each two splits share, and whether it
+        is a leak), "leaks" and "notes" (lines of text).
 
     Raises:
         UserError: no cache is given, or one twice, or the distance is out of range.
