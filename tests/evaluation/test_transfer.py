@@ -497,7 +497,9 @@ def test_a_cache_in_the_training_caches_place_is_not_taken_for_it(tuned: Path, h
     cache = load_cache(away)
     assert check_overlap(training, cache, "test")["compared"] == f"training and validation images of {home}"
     assert check_overlap(replace(training, cache=str(away)), cache, "test")["compared"] == "nothing"
-    assert check_overlap(replace(training, cache="gone"), cache, "test")["compared"] == "nothing"
+    found = check_overlap(replace(training, cache="gone"), cache, "test")
+    assert found["compared"] == "nothing"
+    assert "gone is not there to be compared with: the model may have been trained on some" in found["warnings"][0]
 
 
 def test_a_copy_in_another_file_is_found(tuned: Path, home: Path, tmp_path: Path):

@@ -156,7 +156,8 @@ def _doubts(training: Training, cache: Cache, where: str) -> list[str]:
     if there is None:
         return [f"{where}: the model does not say whether it was trained on these images"]
     shared = any({here, there} <= group for group in SHARED_IMAGES)
-    if not (shared or (here == there and here in COLLECTIONS)):
+    if not (shared or here == there):
         return []
-    text = f"{where}: {here} and {there} share images, and {training.cache} is not there to be compared with"
+    doubt = f"{here} and {there} share images, and " if here in COLLECTIONS else ""
+    text = f"{where}: {doubt}{training.cache} is not there to be compared with"
     return [f"{text}: the model may have been trained on some of these"]
