@@ -656,6 +656,7 @@ def test_other_arguments_of_the_trainer_are_taken(tmp_path: Path):
     settings = trainer_settings(arguments, 1e-3, tmp_path / "trainer")
     assert (settings.adam_epsilon, settings.adam_beta1, settings.optim) == (1e-6, 0.8, "sgd")
     assert settings.full_determinism is False
+    assert (settings.dataloader_drop_last, settings.label_smoothing_factor) == (False, 0)
     assert (settings.learning_rate, settings.weight_decay) == (1e-3, 0.1)
     assert (settings.eval_strategy, settings.load_best_model_at_end, settings.save_total_limit) == ("epoch", True, 1)
 

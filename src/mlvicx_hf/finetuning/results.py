@@ -58,7 +58,7 @@ def describe_run(
             "max_epochs": settings.num_train_epochs,
             **{name: getattr(arguments, name) for name in PLAIN_FIELDS},
             "patient_balanced": data.patient_balanced,
-            **arguments.trainer_options,
+            **{name: value for name, value in arguments.trainer_options.items() if "token" not in name},
         },
         "epochs_trained": state.epoch,
         "best_epoch": epochs.get(best or -1),
