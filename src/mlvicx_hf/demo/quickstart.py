@@ -199,8 +199,6 @@ class Quickstart:
 
 def _what_is_lacking(cache: Cache) -> str | None:
     """Why no classifier can be trained on a cache; None if one can."""
-    if not cache.label_names:
-        return "there are no labels"
     try:
         load_labelled_cache(str(cache.path))
     except UserError as error:
