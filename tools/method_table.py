@@ -6,11 +6,12 @@
     python tools/method_table.py show                 # validation scores by rate, and what each method's best one is
     python tools/method_table.py suite > methods.yaml # the best rates with their three seeds, for mlvicx evaluate
 
-`--data imagenet` (the default) starts from ImageNet's weights with recipe from_imagenet, the same for all; `random`
-starts from random weights with the recipe of each method; `phantoms` does so for 300 steps on synthetic
-radiographs. `recipe` changes one thing of recipe from_imagenet at a time. `caches/` holds pool, A, B and phantoms;
-docs/results/methods.md says how to make them, and pool500. Each pretraining becomes a row of
-docs/results/methods_DATA.jsonl, and what has a row is never done again. Rates are chosen on validation images.
+`--data imagenet` (the default) starts from ImageNet's weights with recipe from_imagenet, the same for all, and
+`imagenet_long` sees twice as many images; `random` starts from random weights with the recipe of each method;
+`phantoms` does so for 300 steps on synthetic radiographs. `recipe` changes one thing of recipe from_imagenet at a
+time. `caches/` holds pool, A, B and phantoms; docs/results/methods.md says how to make them, and pool500. Each
+pretraining becomes a row of docs/results/methods_DATA.jsonl, and what has a row is never done again. Rates are chosen
+on validation images.
 """
 
 from __future__ import annotations
@@ -99,20 +100,19 @@ class Data:
     queue: int = 1152  # a quarter of the images at most
     local_size: int = 41  # 3/7 of the image, as published
     rate: float | None = None  # of all methods; otherwise each has its own
+    start: Path | None = None  # weights that all methods start from; otherwise random ones
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
 
 
-FROM_IMAGENET = ("--recipe", "from_imagenet", "--backbone", "tf_efficientnet_lite0", "--init_from", "runs/start/lite0")
+IMAGENET = Path("runs/start/lite0")
+FROM_IMAGENET = ("--recipe", "from_imagenet", "--backbone", "tf_efficientnet_lite0", "--init_from", IMAGENET)
 DATA = {
-    "imagenet": Data(
-        words=FROM_IMAGENET,
-        factors=(1, 3, 0.3),
-        rate=0.012,
-    ),
+    "imagenet": Data(words=FROM_IMAGENET, factors=(1, 3, 0.3), rate=0.012, start=IMAGENET),
+    "imagenet_long": Data(words=(*FROM_IMAGENET, "--epochs", 4.07), factors=(1, 0.3, 3), rate=0.012, start=IMAGENET),
     "random": Data(
         words=("--image_size", 96, "--batch_size", 64, "--epochs", 4.07, "--mixed_precision", "bf16"),
     ),
-    "recipe": Data(words=FROM_IMAGENET, factors=(1,), methods=RECIPE),
+    "recipe": Data(words=FROM_IMAGENET, factors=(1,), methods=RECIPE, start=IMAGENET),
     "phantoms": Data(
         words=("--backbone", "test_resnet", "--image_size", 64, "--batch_size", 32, "--epochs", 10),
         pool="phantoms",
@@ -152,7 +152,7 @@ def main() -> None:
         print(yaml.safe_dump(table.suite(), sort_keys=False), end="")
 
 
-Cell = tuple[str, float, int]  # method, factor of its rate, seed; "random" has factor 0
+Cell = tuple[str, float, int]  # method, factor of its rate, seed; the weights of the start have factor 0
 
 
 def cell_of(row: Mapping[str, Any]) -> Cell:
@@ -165,6 +165,7 @@ class Table:
 
     def __init__(self, name: str, seeds_first: bool = False, remake: bool = False) -> None:
         self.name, self.data, self.seeds_first, self.remake = name, DATA[name], seeds_first, remake
+        self.start = "imagenet" if self.data.start else "random"
         self.runs, self.file = Path(f"runs/methods_{name}"), Path(f"docs/results/methods_{name}.jsonl")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -178,10 +179,10 @@ class Table:
         return max(tried, key=score)["factor"] if enough else None
 
     def wanted(self, methods: list[str]) -> list[Cell]:
-        """Every pretraining that can be begun: rates, then random weights, then the seeds of the best rates."""
+        """Every pretraining that can be begun: rates, the weights of the start, the seeds of the best rates."""
         rates = [(method, factor, 0) for factor in self.data.factors for method in methods]
         if self.data.methods is METHODS:
-            rates += [("random", 0, seed) for seed in self.data.seeds]
+            rates += [(self.start, 0, seed) for seed in self.data.seeds]
         best = {method: factor for method in methods if (factor := self.best_factor(method)) is not None}
         seeds = [(method, factor, seed) for method, factor in best.items() for seed in self.data.seeds]
         cells = [*seeds, *rates] if self.seeds_first else [*rates, *seeds]
@@ -235,8 +236,9 @@ class Table:
         output = self.folder(*cell)
         row: dict[str, Any] = {"method": method, "factor": factor, "seed": seed}
         model: tuple[object, ...] = ("--model", output)
-        if method == "random":
-            model = ("--model", "random", "--architecture", self.architecture())
+        if method == self.start:
+            random = ("random", "--architecture", self.architecture())
+            model = ("--model", self.data.start) if self.data.start else ("--model", *random)
         else:
             rate = row["base_learning_rate"] = (self.data.rate or self.data.methods[method].rate) * factor
             words = [*self.words(method), "--seed", seed, "--base_learning_rate", rate, "--output_dir", output]
@@ -271,7 +273,7 @@ class Table:
         options = [option.format(queue=data.queue, local=data.local_size) for option in setting.options]
         if self.data.methods is not METHODS:
             return [*words, *setting.flags]
-        if self.name == "imagenet":
+        if self.data.start:
             if method == "vicreg":
                 return [*words, "--multi_level_weight", 0]
             words += ["--objective", method]
@@ -287,7 +289,7 @@ class Table:
         tasks = self.data.tasks
         print("| method | rate | seed |", " | ".join((*tasks, "mean", "minutes")), "|")
         print("|---|---:|---" + "|---:" * (2 + len(tasks)) + "|")
-        order = ["random", *self.data.methods]
+        order = [self.start, *self.data.methods]
         for row in sorted(self.rows(), key=lambda row: (order.index(row["method"]), row["factor"], row["seed"])):
             chosen = "**" if row["factor"] == self.best_factor(row["method"]) and row["factor"] else ""
             scores = [f"{row['validation'][task]:.3f}" if row["validation"] else "failed" for task in tasks]
@@ -295,8 +297,9 @@ class Table:
             print("|", " | ".join(map(str, [*cells, round(row.get("seconds", 0) / 60)])), "|")
 
     def suite(self) -> dict[str, Any]:
-        """The frozen protocol for random weights and the methods whose seeds are done, each compared with MLVICX."""
-        models: dict[str, Any] = {"random": {"random": str(self.architecture())}}
+        """The frozen protocol for the start and the methods whose seeds are done, each compared with MLVICX."""
+        start = str(self.data.start) if self.data.start else {"random": str(self.architecture())}
+        models: dict[str, Any] = {self.start: start}
         for method in self.data.methods:
             if (factor := self.best_factor(method)) is not None:
                 cells = [(method, factor, seed) for seed in self.data.seeds]
