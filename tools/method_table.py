@@ -238,7 +238,7 @@ class Table:
         model: tuple[object, ...] = ("--model", output)
         if method == self.start:
             random = ("random", "--architecture", self.architecture())
-            model = ("--model", self.data.start) if self.data.start else ("--model", *random)
+            model = ("--model", *((self.data.start, "--image_size", 96) if self.data.start else random))
         else:
             rate = row["base_learning_rate"] = (self.data.rate or self.data.methods[method].rate) * factor
             words = [*self.words(method), "--seed", seed, "--base_learning_rate", rate, "--output_dir", output]
@@ -298,8 +298,10 @@ class Table:
 
     def suite(self) -> dict[str, Any]:
         """The frozen protocol for the start and the methods whose seeds are done, each compared with MLVICX."""
-        start = str(self.data.start) if self.data.start else {"random": str(self.architecture())}
-        models: dict[str, Any] = {self.start: start}
+        random = {"random": str(self.architecture())}
+        models: dict[str, Any] = {
+            self.start: {"weights": str(self.data.start), "image_size": 96} if self.data.start else random
+        }
         for method in self.data.methods:
             if (factor := self.best_factor(method)) is not None:
                 cells = [(method, factor, seed) for seed in self.data.seeds]
