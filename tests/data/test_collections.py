@@ -107,6 +107,11 @@ def test_metadata_gives_patients_views_and_splits(root: Path):
     [
         *[("pa", "PA"), ("AP", "AP"), ("AP Erect", "AP"), ("L", "LATERAL"), ("RL", "LATERAL"), ("LL", "LATERAL")],
         *[("Lateral", "LATERAL"), ("", "UNKNOWN"), (" unknown ", "UNKNOWN"), ("oblique", None)],
+        *[
+            (view, "LATERAL")
+            for view in ("seitlich", "PA und seitlich", "latéral", "Latero-lateral", "Profil", "Perfil")
+        ],
+        *[("bilateral", None), ("BILATERALLY", None)],
     ],
 )
 def test_views_are_normalised(view: str, expected: str | None):
@@ -216,9 +221,15 @@ def test_missing_files_are_listed_and_the_others_kept(root: Path):
         ("file_name,patient_id\n", r"no rows found; expected one row an image"),
         ("name,patient_id\na.png,1\n", r"columns name, patient_id found; expected the file in file_name or file or"),
         ("file_name,patient_id\na.png\n", r"row 2 has 1 fields; expected 2"),
-        ('file_name,note\na.png,"portable\nb.png,\n', "not a readable CSV file in UTF-8: unexpected end of data"),
-        ('file_name,note\na.png,"left\nb.png,"right\nc.png,\n', "not a readable CSV file in UTF-8: .* expected after"),
-        ("file_name,a,a\na.png,1,1\n", r"column\(s\) a found twice"),
+        (
+            'file_name,note\na.png,"portable\nb.png,\n',
+            r"in line 2 is no CSV: unexpected end of data",
+        ),
+        (
+            'file_name,note\na.png,"left\nb.png,"right\nc.png,\n',
+            r"in line 2 is no CSV: .* expected after",
+        ),
+        ("file_name,a,a\na.png,1,1\n", r"column\(s\) 'a' found twice"),
         ("file_name,patient_id\na.png,1\nb.png,\n", r"row 3 \(b\.png\): empty patient_id found"),
         ("file_name,patient_id\n,1\n", r"row 2, column file_name: '' found"),
         ("file_name,patient_id\na.png,1\n./a.png,1\n", r"1 found in more than one row: a\.png"),
@@ -233,6 +244,28 @@ def test_missing_files_are_listed_and_the_others_kept(root: Path):
 )
 def test_tables_that_do_not_fit_are_refused(root: Path, text: str, message: str):
     with pytest.raises(ValueError, match=message):
+        read_table(root, text)
+
+
+@pytest.mark.parametrize("ending", ["\r\n", "\n"])
+def test_tables_as_spreadsheets_write_them_are_read(root: Path, ending: str):
+    text = ending.join(["sep=;", '"file_name";"patient_id"', 'a.png;"p;1"', "b.png;p2", ";", ""])
+    assert [record.patient_id for record in read_table(root, text).records] == ["p;1", "p2"]
+    (root / "metadata.csv").rename(root / "m.tsv")
+    (root / "m.tsv").write_text("file_name\tpatient_id\na.png\tp,1\n")
+    assert FolderCollection(root, "m.tsv").read().records[0].patient_id == "p,1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name\na\nb\n", r"none of the 2 files of column file_name found, such as a; a\.png is there; expected"),
+        ("file_name\nA.PNG\n", r"such as A\.PNG; a\.png is there; expected paths below .*, with their suffix"),
+        ("image,path\n0001,a.png\n0002,b.png\n", r"column path has files that exist: --file_column path takes it"),
+    ],
+)
+def test_files_that_are_probably_meant_are_named(root: Path, text: str, message: str):
+    with pytest.raises(FileNotFoundError, match=message):
         read_table(root, text)
 
 
@@ -259,8 +292,9 @@ def test_metadata_may_not_use_a_link_out_of_the_root(root: Path, tmp_path: Path)
         ("m.jsonl", b'{"file_name": "a.png"}\n{oops\n', "line 2 is not JSON"),
         ("m.jsonl", b'["a.png"]\n', "line 1 is a list; expected an object"),
         ("m.parquet", b"PAR1 not really", "not a readable parquet file"),
-        ("m.csv", b"file_name\n\xff\xfe\n", "not a readable CSV file in UTF-8"),
-        ("m.xlsx", b"", r"\.xlsx found; expected a \.csv, \.jsonl or \.parquet file"),
+        ("m.csv", b"file_name\n\xff\xfe\n", "byte 0xff found in line 2; expected UTF-8"),
+        ("m.csv.gz", b"file_name\n", "not a readable gzip file"),
+        ("m.xlsx", b"", r"\.xlsx found; expected a \.csv, \.tsv, \.jsonl or \.parquet file"),
     ],
 )
 def test_damaged_tables_are_refused(root: Path, name: str, content: bytes, message: str):

@@ -80,6 +80,19 @@ def test_copies_are_listed_and_kept(root: Path, tmp_path: Path):
     assert int(rows[2]["distance"]) > 0
 
 
+@pytest.mark.parametrize("drop", ["none", "near"])
+def test_copies_that_contradict_each_other_are_named(root: Path, tmp_path: Path, drop: str):
+    """Copies with other labels, and of two patients, would otherwise be gone without a trace."""
+    summary = make(root, tmp_path / "cache", drop_duplicates=drop)
+    people = "copies of two patients, who may be one person: 2, such as q2 and p2"
+    assert [note for note in summary["notes"] if note.startswith("copies")] == [people]
+    table = (root / "metadata.csv").read_text()
+    (root / "metadata.csv").write_text(table.replace("1-again.jpg,p1,train,0", "1-again.jpg,p1,train,1"))
+    summary = make(root, tmp_path / "2", drop_duplicates=drop)
+    labels = "copies with other labels: 1, such as folder:1.png and folder:1-again.jpg"
+    assert [note for note in summary["notes"] if note.startswith("copies")] == [labels, people]
+
+
 @pytest.mark.parametrize(
     ("drop", "gone", "across"),
     [

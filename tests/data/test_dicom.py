@@ -23,6 +23,7 @@ from pydicom.encaps import generate_fragments
 from pydicom.filewriter import write_file_meta_info
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, apply_windowing, get_decoder, pixel_array
 
+from mlvicx_hf.common.errors import MissingExtraError
 from mlvicx_hf.data.images.dicom import decode_dicom
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import read_gray
@@ -60,11 +61,16 @@ def refusal(content: bytes) -> str:
     return caught.value.reason
 
 
-def own_range(values: np.ndarray, bits: int) -> tuple[float, float]:
-    """Black and white of an image without a grey scale: half a percent of the pixels off the border clips."""
+def own_range(values: np.ndarray, bits: int, stored: bool = True) -> tuple[float, float]:
+    """Black and white of an image without a grey scale: half a percent of the pixels off the border clips.
+
+    Stored values of 0 to 255 are grey levels already.
+    """
     low, high = float(values.min()), float(values.max())
+    if stored and bits >= 8 and low >= 0 and high <= 255:
+        return 0, 255
     inner = np.sort(values[(values > low) & (values < high)])
-    if bits <= 8 or not len(inner) or inner[0] == inner[-1]:
+    if bits < 8 or not len(inner) or inner[0] == inner[-1]:
         return low, high
     return tuple(float(inner[int(np.ceil(share * len(inner))) - 1]) for share in (0.005, 0.995))  # type: ignore[return-value]
 
@@ -77,7 +83,7 @@ def by_pydicom(content: bytes, ignored: tuple[str, ...] = (), padding: tuple[int
     stored = pixel_array(scan)
     outputs = apply_modality_lut(stored, scan)
     empty = np.zeros(stored.shape, bool) if padding is None else (stored >= padding[0]) & (stored <= padding[1])
-    low, high = own_range(outputs[~empty], scan.BitsStored)
+    low, high = own_range(outputs[~empty], scan.BitsStored, np.array_equal(stored, outputs))
     if scan.get("VOILUTSequence"):
         entries = apply_voi_lut(np.arange(2**16), scan)
         low, high = entries.min(), entries.max()
@@ -96,9 +102,9 @@ def assert_same(found: np.ndarray, expected: np.ndarray, tolerance: int = 1) -> 
     assert np.abs(found - expected).max() <= tolerance
 
 
-def stretched(values: np.ndarray, bits: int | None = None) -> np.ndarray:
+def stretched(values: np.ndarray, bits: int | None = None, stored: bool = True) -> np.ndarray:
     """Grey levels of an image without a grey scale, by `own_range`."""
-    low, high = own_range(values, 8 * values.dtype.itemsize if bits is None else bits)
+    low, high = own_range(values, 8 * values.dtype.itemsize if bits is None else bits, stored)
     return np.round(((values - low) / (high - low)).clip(0, 1) * 255)
 
 
@@ -384,13 +390,13 @@ def test_luts_of_12_bits_of_two_entries_in_a_word_and_of_the_wrong_type_are_appl
     entries = np.arange(100) ** 2 // 40
     pixels = shade(0, 99, np.uint8)
     deep = dicom(pixels, ModalityLUTSequence=[lut(0, entries, 12)])
-    assert_same(read(deep), stretched(entries[pixels], 8))
+    assert_same(read(deep), stretched(entries[pixels], stored=False))
     packed = lut(0, entries, 8, LUTData=entries.astype(np.uint8).tobytes())
-    assert_same(read(dicom(pixels, VOILUTSequence=[packed])), stretched(entries[pixels], 8))
+    assert_same(read(dicom(pixels, VOILUTSequence=[packed])), np.round(entries[pixels] * 255 / entries.max()))
     unsigned = lut(2**16 - 50, entries)  # -50 is meant
     unsigned["LUTDescriptor"].VR = "US"
     content = dicom(pixels.astype(np.int16) - 50, ModalityLUTSequence=[unsigned])
-    assert_same(read(content), stretched(entries[pixels]))
+    assert_same(read(content), stretched(entries[pixels], stored=False))
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -511,6 +517,13 @@ def test_colours_in_planes_subsampled_or_of_16_bits_become_luminance():
     middle = np.full((HEIGHT, 14), 128, np.uint8)
     made.PixelData = np.stack([even[:, ::2], even[:, 1::2], middle, middle], axis=-1).tobytes()
     assert_same(read(written(made)), even, 0)
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_stored_values_up_to_255_are_grey_levels_as_those_of_png_files(bits: int):
+    pixels = shade(60, 180, np.uint8)
+    made = dicom(pixels if bits == 8 else pixels.astype(np.uint16), BitsStored=bits, HighBit=bits - 1)
+    assert np.array_equal(read(made), pixels)
 
 
 @pytest.mark.lowest
@@ -717,8 +730,9 @@ def test_without_pydicom_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_without_gdcm_the_extra_is_named_and_other_files_are_read(monkeypatch: pytest.MonkeyPatch):
     for syntax in (JPEG_LS, J2K):
         monkeypatch.delitem(get_decoder(syntax)._available, "gdcm")
-    reason = refusal(dicom(shade(0, 255, np.uint8), JPEG_LS))
-    assert reason == f'{JPEG_LS.name} needs python-gdcm: pip install ".[dicom]" in the repository'
+    expected = re.escape(f'{JPEG_LS.name} needs python-gdcm: pip install ".[dicom]" in the repository')
+    with pytest.raises(MissingExtraError, match=f"^{expected}$"):
+        read(dicom(shade(0, 255, np.uint8), JPEG_LS))
     assert read(dicom(shade(0, 255, np.uint8), J2K)).max() == 255
 
 

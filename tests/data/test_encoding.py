@@ -42,7 +42,8 @@ def test_a_mask_is_read_only_where_masks_are_wanted(tmp_path: Path):
     Image.fromarray(UPRIGHT).save(tmp_path / "a.png")
     record = Record("a.png", "p", path=tmp_path / "a.png", mask_path=tmp_path / "none.png")
     assert make_picture(record, 8, "pad").reason == ""
-    assert make_picture(record, 8, "pad", ("disc",)).reason.startswith("mask none.png: cannot be read: No such file")
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        make_picture(record, 8, "pad", ("disc",))
 
 
 def draw() -> Drawing:

@@ -115,9 +115,19 @@ def test_a_split_without_the_classes_of_the_others_is_refused(tmp_path: Path):
 def test_a_table_that_would_not_be_read_is_refused(tmp_path: Path, name: str):
     root = write(tmp_path, "train/a.png", "deep/b.png")
     (root / name).write_text("file_name,patient_id\n")
-    with pytest.raises(UserError, match=rf"{name} found; expected one table of all images"):
+    with pytest.raises(UserError, match=rf"{name} found; expected metadata.csv with all images"):
         FolderCollection(root).read()
     assert len(FolderCollection(root, folders="ignore").read().records) == 2
+
+
+def test_a_table_of_files_beside_the_images_is_not_passed_over_whatever_its_name(tmp_path: Path):
+    root = write(tmp_path, "a.png", "b.png")
+    (root / "notes.csv").write_text("day,text\n1,none\n")
+    assert len(FolderCollection(root).read().records) == 2
+    (root / "labels.csv").write_text("Image,Edema\na.png,1\nb.png,0\n")
+    with pytest.raises(UserError, match=r"labels\.csv found; expected metadata\.csv .*or --metadata TABLE"):
+        FolderCollection(root).read()
+    assert FolderCollection(root, "labels.csv").read().label_names == ("Edema",)
 
 
 def test_hidden_tables_and_those_of_other_names_do_not_stop_it(tmp_path: Path):

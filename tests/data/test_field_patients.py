@@ -43,7 +43,21 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("column", ["subject_id", "PatientNumber", "pid", "MRN", "Subject", "person_id"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        "subject_id",
+        "PatientNumber",
+        "pid",
+        "MRN",
+        "Subject",
+        "person_id",
+        "pat_id",
+        "PTID",
+        "Patienten-ID",
+        "ID_paciente",
+    ],
+)
 def test_a_column_that_seems_to_tell_the_patient_is_not_passed_over(tmp_path: Path, column: str):
     root = write(tmp_path / "a", ["1", "1", "2"])
     table = root / "metadata.csv"
@@ -52,6 +66,23 @@ def test_a_column_that_seems_to_tell_the_patient_is_not_passed_over(tmp_path: Pa
         FolderCollection(root).read()
     records = FolderCollection(root, patient_column=column).read().records
     assert [record.patient_id for record in records] == ["1", "1", "2"]
+
+
+def test_ids_that_a_spreadsheet_shortened_are_refused(tmp_path: Path):
+    """Several patients would become one."""
+    root = write(tmp_path / "a", ["123", "1.2346E+11", "1.2346E+11"])
+    with pytest.raises(
+        UserError, match=r"row 3 \(a1\.png\): patient_id 1\.2346E\+11 found, .*export the column as text"
+    ):
+        FolderCollection(root).read()
+
+
+def test_sex_and_age_as_dicom_headers_call_them_are_read(tmp_path: Path):
+    root = write(tmp_path / "a", ["1", "2"])
+    (root / "metadata.csv").write_text("file_name,patient_id,PatientSex,PatientAge\na0.png,1,F,045Y\na1.png,2,M,9\n")
+    listing = FolderCollection(root).read()
+    assert [(record.sex, record.age) for record in listing.records] == [("F", 45), ("M", 9)]
+    assert "column 'PatientSex' is taken for sex" in listing.notes
 
 
 def test_names_of_columns_as_r_writes_them_are_understood(tmp_path: Path):

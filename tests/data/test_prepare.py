@@ -108,6 +108,7 @@ def test_manifest_counts_what_is_in_the_cache(root: Path, tmp_path: Path):
     (root / "3_0.png").write_bytes(b"")
     summary = make(root, tmp_path / "cache", seed=3)
     manifest = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    assert summary.pop("first_rejected") == ("3_0.png", "empty file")
     assert manifest == {key: value for key, value in summary.items() if key != "notes"}
     assert manifest == load_cache(tmp_path / "cache").manifest
     fixed = {"format": FORMAT, "collection": "folder", "synthetic": False, "label_names": ["Edema"], "exclusive": False}
@@ -276,8 +277,36 @@ def test_missing_files_stop_unless_allowed(root: Path, tmp_path: Path):
 def test_all_files_missing_is_an_error_even_when_allowed(root: Path, tmp_path: Path):
     for path in root.glob("*.png"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="none of the 40 listed images found"):
+    with pytest.raises(FileNotFoundError, match="none of the 40 files of column file_name found"):
         make(root, tmp_path / "cache", allow_missing=True)
+
+
+class Vanishing(FolderCollection):
+    """A folder of which a file goes away after it was listed, as on a disk of the network."""
+
+    def read(self) -> Listing:
+        listing = super().read()
+        listing.records[30].path.rename(Path(self.root) / "gone")
+        return listing
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_file_that_the_disk_does_not_give_stops_the_run_which_goes_on_later(
+    root: Path, tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mlvicx_hf.data.cache.shards.IMAGES_PER_SHARD", 8)
+    options = {"size": 32, "splits": "none", "num_workers": num_workers, "progress": False}
+    name = FolderCollection(root).read().records[30].name
+    with pytest.raises(OSError, match=rf"{name}: cannot be read: No such file .*goes on from here.*--allow_missing"):
+        prepare(Vanishing(root), tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
+    (root / "gone").rename(root / name)
+    summary = prepare(FolderCollection(root), tmp_path / "cache", **options)
+    assert (summary["rejected"], summary["splits"]["train"]["images"]) == (0, 40)
+    assert any(note.startswith("resumed: ") for note in summary["notes"])
+    summary = prepare(Vanishing(root), tmp_path / "other", allow_missing=True, **options)
+    assert (summary["rejected"], summary["splits"]["train"]["images"]) == (1, 39)
+    assert summary["first_rejected"] == (name, "cannot be read: No such file or directory")
 
 
 def test_max_images_keeps_patients_together_and_the_division(root: Path, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 import sys
 import time
@@ -62,7 +61,7 @@ def parser() -> CommandParser:
     add("--seed", type=int, default=0, metavar="N", help="of the splits, and of phantoms (default 0)")
     add("--num_workers", type=int, metavar="N", help="processes (default one a core)")
     add("--max_images", type=int, metavar="N", help="only so many images, for a trial")
-    add("--allow_missing", action="store_true", help="go on without listed images that are not there")
+    add("--allow_missing", action="store_true", help="go on without listed images that are not there, or not readable")
     _add_collections(made)
     return made
 
@@ -202,7 +201,6 @@ def _print_losses(summary: dict[str, Any], output: Path, images: int) -> None:
             file=sys.stderr,
         )
     if 10 * unreadable > images + unreadable:
-        with (output / REJECTED).open(newline="", encoding="utf-8") as file:
-            first = next(csv.DictReader(file))
+        file, reason = summary["first_rejected"]
         share = f"{unreadable} of {images + unreadable} images were rejected"
-        print(f"warning: {share}, such as {first['file']}: {first['reason']}", file=sys.stderr)
+        print(f"warning: {share}, such as {file}: {reason}", file=sys.stderr)

@@ -20,7 +20,7 @@ from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.text import some
 
 from ..collections.base import SPLITS, Collection, Listing, Record
-from ..copies.deduplication import DROPS, choose_dropped, find_duplicates
+from ..copies.deduplication import DROPS, choose_dropped, find_duplicates, note_contradictions
 from ..options import check_choice, check_least
 from ..split_files import plain_path, read_split_file
 from ..splits import check_no_patient_overlap, patient_hash, split_by_patient
@@ -72,14 +72,14 @@ def prepare(
         drop_duplicates: "identical" keeps one of several identical files; "near" also keeps one of several nearly
             identical images. An image of the test split is kept first, then one of validation, then one of train.
         drop_flat: leave out flat images. They are never copies of one another.
-        allow_missing: continue without files that the collection lists and the disk lacks.
+        allow_missing: continue without files that the collection lists and the disk lacks or does not give.
         max_images: prepare at most so many images, patient by patient, for a trial.
         num_workers: number of processes; by default one per core, or none for a small collection. 0 uses this process.
         overwrite: replace an existing cache when the new one is complete.
         progress: show a progress bar on stderr.
 
     Returns:
-        The manifest, and "notes" for the user.
+        The manifest, "notes" for the user, and "first_rejected": name and reason of an unreadable image, or None.
 
     Raises:
         UserError: an argument or a table does not fit, or all images were rejected.
@@ -96,7 +96,9 @@ def prepare(
     if max_images is not None:
         records = _first_patients(records, max_images, seed)
     features = cache_features(bool(listing.mask_names), any(record.boxes is not None for record in records))
-    making = Making(features.arrow_schema, collection.source, size, fit, listing.mask_names, listing.origin)
+    making = Making(
+        features.arrow_schema, collection.source, size, fit, listing.mask_names, listing.origin, allow_missing
+    )
     options = {"size": size, "fit": fit, "seed": seed, "max_images": max_images, "drop_flat": drop_flat}
     with _replacing(output, overwrite) as folder:
         shards = plan_shards(folder / "shards", records, SPLITS)
@@ -107,10 +109,11 @@ def prepare(
         duplicates = find_duplicates(whole.parts, progress=progress)
         images = whole.without(choose_dropped(whole.parts, duplicates, drop_duplicates))
         notes = [*listing.notes, *notes, *note_empty_splits(records, images), *note_images(images, drop_flat)]
+        notes += note_contradictions(whole.parts, duplicates, listing.patients_known)
         manifest = describe_cache(collection, listing, options, images)
         manifest["duplicates"] = count_duplicates(duplicates, images, len(images.rejected) - len(whole.rejected))
         lacking = assemble(folder / "cache", shards, images, duplicates, manifest, notes, features)
-    return {**manifest, "notes": [*notes, *resumed, *lacking]}
+    return {**manifest, "notes": [*notes, *resumed, *lacking], "first_rejected": min(read.rejected, default=None)}
 
 
 def check_cache_output(output: Path, overwrite: bool) -> None:

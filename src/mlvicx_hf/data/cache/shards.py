@@ -4,6 +4,7 @@ A shard is a fixed piece of a split, whatever the number of workers. Its note (`
 exists and still describes the records, the shard is finished.
 """
 
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -25,11 +26,12 @@ from mlvicx_hf.common.files import read_json, sync, write_json
 
 from ..collections.base import Record
 from ..images.encoding import Picture, make_picture
+from ..images.errors import UnreadableImageError
 
 ROWS_PER_BATCH = 100  # images that a worker holds in memory before it writes them
 IMAGES_PER_SHARD = 128  # at least
 SHARDS_PER_SPLIT = 256  # at most: a reader of the cache keeps every shard open
-LAYOUT = 3  # of the notes; another version makes its shards anew
+LAYOUT = 4  # of the notes; another version makes its shards anew
 DIED = (
     "a worker process died. Out of memory? Fewer --num_workers may help. A Python script that calls prepare needs a "
     "file of its own, with the call below `if __name__ == '__main__':`; or use num_workers=0"
@@ -48,6 +50,7 @@ class Making:
     fit: str  # "pad", "squash" or "crop"
     mask_names: tuple[str, ...] = ()  # see `Listing`
     origin: str = ""  # see `Listing`
+    allow_missing: bool = False  # leave out images that the disk does not give
 
 
 @dataclass(frozen=True)
@@ -182,13 +185,41 @@ def make_shard(shard: Shard, making: Making, refused: Mapping[int, str] | None =
     with closing(writer.file), shard.position.open("w") as position:
         for number, record in enumerate(shard.records):
             os.pwrite(position.fileno(), b"%08d" % number, 0)
-            if number in refused:
-                picture = Picture(reason=refused[number])
-            else:
-                picture = make_picture(record, making.size, making.fit, making.mask_names)
-            writer.add(record, picture)
+            writer.add(record, Picture(reason=refused[number]) if number in refused else _picture(record, making))
         writer.finish()
     shard.position.unlink()
+
+
+def _picture(record: Record, making: Making, content: bytes | Exception | None = None) -> Picture:
+    """Make a picture. A file whose content is damaged gives none.
+
+    Raises:
+        OSError: the disk, the network or the memory fails, perhaps for a moment, and `allow_missing` is off. The
+            message names the file.
+    """
+    try:
+        if isinstance(content, Exception):
+            raise content
+        return make_picture(record, making.size, making.fit, making.mask_names, content)
+    except UnreadableImageError as error:
+        return Picture(reason=error.reason)
+    except (OSError, MemoryError) as error:
+        reason = "needs more memory than there is"
+        if isinstance(error, OSError):
+            reason = f"cannot be read: {error.strerror or error}"
+        if making.allow_missing or (isinstance(error, OSError) and _is_broken_link(error)):
+            return Picture(reason=reason)
+        name = getattr(error, "filename", None) or record.name
+        raise OSError(
+            f"{name}: {reason}; the same command goes on from here once it can be read, and with --allow_missing "
+            "without such files"
+        ) from error
+
+
+def _is_broken_link(error: OSError) -> bool:
+    """Whether a file was not read because it is a link that leads nowhere, which stays so."""
+    broken = isinstance(error, FileNotFoundError) and os.path.islink(error.filename or "")
+    return broken or error.errno == errno.ELOOP
 
 
 def write_shards(shards: Sequence[Shard], making: Making, num_workers: int) -> Iterator[Shard]:
@@ -276,11 +307,14 @@ def start_worker() -> None:
 
 
 def write_in_order(
-    shards: Sequence[Shard], records: Sequence[Record], making: Making, contents: Callable[[int], Iterator[bytes]]
+    shards: Sequence[Shard],
+    records: Sequence[Record],
+    making: Making,
+    contents: Callable[[int], Iterator[bytes | Exception]],
 ) -> Iterator[Shard]:
     """Do what `write_shards` does, for a collection that can only be read in order. Use this process alone.
 
-    `contents` gives the content of every record from a given number on.
+    `contents` gives the content of every record from a given number on, or the error of reading it.
     """
     if not shards:
         return
@@ -295,8 +329,7 @@ def write_in_order(
             shard = shard_of[record.name]
             if shard.path not in writers:
                 writers[shard.path] = ShardWriter(shard, making)
-            picture = make_picture(record, making.size, making.fit, making.mask_names, content)
-            writers[shard.path].add(record, picture)
+            writers[shard.path].add(record, _picture(record, making, content))
             left[shard.path] -= 1
             if not left[shard.path]:
                 writers.pop(shard.path).finish()

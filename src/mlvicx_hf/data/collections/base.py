@@ -19,7 +19,8 @@ from ..masks import check_mask_names
 
 SPLITS = ("train", "validation", "test")
 UNKNOWN_VIEWS = ("", "UNKNOWN", "NAN", "NA", "N/A", "<NA>", "NONE", "NULL")
-_LATERAL = re.compile(r"[LR]?LAT|\w*LATERAL")  # a word of a view
+# A word of a lateral view, in English, French, German, Spanish or Portuguese; accents are left out before
+_LATERAL = re.compile(r"[LR]?LAT|\w*LATERAL\w*|SEITLICH\w*|PROFIL|PERFIL")
 _SIDES = ("L", "LL", "RL")  # the first word of a lateral view
 _FRONTAL = {
     "PA": "PA",
@@ -104,7 +105,8 @@ class Listing:
         patients_known: false if the patients are unknown, so that each image counts as a patient of its own.
         patient_source: the collection that numbers the patients, if it is another one. Caches with the same source can
             be compared patient by patient.
-        contents: for collections that can only be read in order: gives the content of every record from a given number.
+        contents: for collections that can only be read in order: gives the content of every record from a given number,
+            or the error of reading it.
         origin: what such contents depend on, such as a hash of the files' sizes and times; other records have files.
 
     Raises:
@@ -120,7 +122,7 @@ class Listing:
     policy: dict[str, str] = field(default_factory=dict)
     patients_known: bool = True
     patient_source: str | None = None
-    contents: Callable[[int], Iterator[bytes]] | None = None
+    contents: Callable[[int], Iterator[bytes | Exception]] | None = None
     origin: str = ""
 
     def __post_init__(self) -> None:
@@ -203,11 +205,12 @@ def normalize_view(view: str) -> str | None:
     first word that is known decides: `AP_horizontal` and `Chest AP supine` are AP.
     """
     text = view.strip().upper()
+    text = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     if text in UNKNOWN_VIEWS:
         return "UNKNOWN"
     joined = re.sub(r"(POSTERO|POSTERIOR|ANTERO|ANTERIOR)[\s_-]+(?=ANTERIOR|POSTERIOR)", r"\1", text.replace(".", ""))
     words = re.split(r"[\W_]+", joined)
-    if words[0] in _SIDES or any(word != "BILATERAL" and _LATERAL.fullmatch(word) for word in words):
+    if words[0] in _SIDES or any("BILATERAL" not in word and _LATERAL.fullmatch(word) for word in words):
         return "LATERAL"
     return next((_FRONTAL[word] for word in words if word in _FRONTAL), None)
 

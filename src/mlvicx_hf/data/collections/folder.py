@@ -15,7 +15,7 @@ from .base import Collection, Listing, Record, file_below, keep_present, spelled
 from .cells import label_cells
 from .labels import FILE_COLUMNS, read_labels
 from .layout import FOLDER_MEANINGS, describe_layout, read_layout, refuse_masks
-from .metadata import MASK_COLUMN, TableOptions, read_records, usual_names
+from .metadata import MASK_COLUMN, TableOptions, plain_name, read_records, usual_names
 from .tables import FILLED, Columns, check_unique, find_table, numbered, read_cells, read_columns
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
@@ -98,7 +98,7 @@ class FolderCollection(TableOptions, Collection):
             )
         if tables := self._deep_tables(skipped):
             raise UserError(
-                f"{tables[0]} found; expected one table of all images in {self.folder}, or --metadata TABLE; "
+                f"{tables[0]} found; expected metadata.csv with all images in {self.folder}, or --metadata TABLE; "
                 "--collection hf reads a table a split, and --folders ignore the images alone"
             )
         notes = ["no metadata, so no patients are known: each image is counted as a patient of its own"]
@@ -119,12 +119,19 @@ class FolderCollection(TableOptions, Collection):
         return Listing(records, tuple(classes), bool(classes), notes=notes, patients_known=False)
 
     def _deep_tables(self, skipped: Iterable[str]) -> list[Path]:
-        """Find tables of metadata in other places than expected, such as one a split, so that none is passed over."""
+        """Find tables of metadata in other places than expected, such as one a split, so that none is passed over.
+
+        In the folder itself a table of any name counts, if it has a column of files.
+        """
         if self.folders == "ignore" or not set(skipped) & set(TABLE_SUFFIXES):
             return []
-        named = (file for file in self.folder.rglob("*.*") if file.name.lower().startswith("metadata."))
-        seen = (file for file in named if not any(part[0] == "." for part in file.relative_to(self.folder).parts))
-        return sorted(file for file in seen if file.suffix.lower() in TABLE_SUFFIXES)
+        files = (file for file in self.folder.rglob("*.*") if file.suffix.lower() in TABLE_SUFFIXES)
+        seen = (file for file in files if not any(part[0] == "." for part in file.relative_to(self.folder).parts))
+        return sorted(
+            file
+            for file in seen
+            if file.name.lower().startswith("metadata.") or (file.parent == self.folder and _lists_files(file))
+        )
 
     def _read_table(self, table: Path) -> Listing:
         given = (self.file_column, self.patient_column, self.mask_column, *(self.label_columns or ()))
@@ -151,6 +158,8 @@ class FolderCollection(TableOptions, Collection):
                 records = [replace(row, split=split) for row, split in zip(records, layout.splits, strict=True)]
         notes += self._note_unlisted(table, [*names, *masks])
         records, missing = keep_present(records)
+        if not records and mask_column is None:
+            raise FileNotFoundError(self._nothing_found(table, columns, file_column, missing))
         return Listing(
             records,
             labels.names,
@@ -184,6 +193,17 @@ class FolderCollection(TableOptions, Collection):
         such = others[0].relative_to(self.folder)
         return [f"images below {self.folder} that {table.name} does not list, left out: {len(others)}, such as {such}"]
 
+    def _nothing_found(self, table: Path, columns: Columns, file_column: str, missing: Sequence[str]) -> str:
+        """Say that no listed file exists, and which files may be meant."""
+        found = f"{table}: none of the {len(missing)} files of column {file_column} found, such as {missing[0]}"
+        for name in FILE_COLUMNS:
+            if name != file_column and any((self.folder / file).is_file() for file in columns.get(name, ())):
+                return f"{found}; column {name} has files that exist: --file_column {name} takes it"
+        stem = Path(missing[0]).stem.casefold()
+        alike = next((file for file in image_files(self.folder) if file.stem.casefold() == stem), None)
+        expected = f"; {alike.relative_to(self.folder)} is there" if alike else ""
+        return f"{found}{expected}; expected paths below {self.folder}, with their suffix and in their case"
+
     def _choose_file_column(self, table: Path, columns: Columns) -> str:
         candidates = FILE_COLUMNS if self.file_column is None else (self.file_column,)
         for name in candidates:
@@ -203,3 +223,11 @@ class FolderCollection(TableOptions, Collection):
         raise UserError(
             f"{table}: columns {some(columns, 30)} found; expected the mask in {column} (--mask_column names another)"
         )
+
+
+def _lists_files(table: Path) -> bool:
+    """Whether a file is a table with a column of files."""
+    try:
+        return bool({plain_name(name) for name in read_columns(table)} & {plain_name(name) for name in FILE_COLUMNS})
+    except UserError:
+        return False

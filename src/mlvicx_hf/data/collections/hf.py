@@ -208,14 +208,14 @@ class HFCollection(TableOptions, Collection):
         rows = zip(self._rows(opened, counts), known, strict=True)
         return [partial(load_mask, *place, column, folder) if there else None for place, there in rows]
 
-    def _contents(self, counts: Mapping[str, int], image: str, start: int) -> Iterator[bytes]:
+    def _contents(self, counts: Mapping[str, int], image: str, start: int) -> Iterator[bytes | Exception]:
         """Files of the rows from one on, in order. What comes before it in its split is read as well, and dropped."""
         opened, folder = self.open(columns=[image]), folder_of(self.path)
         for split, count in counts.items():
             if start < count:
                 for batch in _undecoded(opened.splits[split], image).skip(start).iter(batch_size=IMAGE_ROWS):
                     for cell in batch[image]:
-                        yield _content_or_empty(cell, folder)
+                        yield _content_or_error(cell, folder)
             start = max(0, start - count)
 
 
@@ -233,12 +233,12 @@ def _undecoded(dataset: Any, column: str) -> Any:
     return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
 
-def _content_or_empty(cell: Mapping[str, Any] | None, folder: str | None) -> bytes:
-    """Read a cell, or return nothing if that fails: the stream goes on, and the cache rejects the empty file."""
+def _content_or_error(cell: Mapping[str, Any] | None, folder: str | None) -> bytes | Exception:
+    """Read a cell, or return the error: raised here, it would end the stream."""
     try:
         return read_cell(cell, folder)
-    except (UnreadableImageError, OSError):
-        return b""
+    except (UnreadableImageError, OSError) as error:
+        return error
 
 
 def _class_names(feature: Any) -> list[str]:

@@ -21,11 +21,17 @@ SPLIT_LIKE = re.compile(
     "subsets?|k?folds?|cvfold|set|partition|phase|usage|data(sub)?sets?|(data(set)?|official|original)split|splits|"
     "splitname|train(val)?test(split)?"
 )
-# the patient,
-PATIENT_LIKE = re.compile("(patient|subject|person|participant)s?(id|no|nr|num|number|name|key|code)?|pid|mrn")
-# and the view.
+# the patient, here in English, German and Spanish,
+PATIENT_LIKE = re.compile(
+    "((anonymi[sz]ed|anon|deid(entified)?)?(patient|patienten|paciente|subject|person|participant|individual)s?"
+    "(id|uid|no|nr|num|number|nummer|name|key|code)?|(pat|pt|case|fall|anon|deid)s?(id|uid|no|nr|num|number|nummer|code)|"
+    "id(de|del|do)?(patient|paciente|pat)|pseudonym(id)?|hospitalnumber|pid|mrn)"
+)
+# the view,
 VIEW_LIKE = ("view", "viewposition", "projection")
 NO_VIEW = (None, "UNKNOWN")
+# and sex and age, as headers of DICOM files call them.
+PERSON_LIKE = {"patientsex": "sex", "patientgender": "sex", "gender": "sex", "patientage": "age"}
 
 
 @dataclass(kw_only=True)
@@ -62,14 +68,14 @@ def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> t
     """Rename `Patient ID` to `patient_id` and so on: otherwise a patient could silently be in two splits.
 
     A column that tells an official division, such as `subset`, becomes `split` if it holds the names of splits alone.
-    One such as `Projection` becomes `view` if it holds views. Names that the user gave stay as they are. Return the
-    columns, and notes of renamed or ignored ones.
+    One such as `Projection` becomes `view` if it holds views, and `PatientSex` becomes `sex`. Names that the user gave
+    stay as they are. Return the columns, and notes of renamed or ignored ones.
 
     Raises:
         UserError: two columns would have the same name.
     """
-    usual = {_plain(name): name for name in (*RESERVED_COLUMNS, *LONE_COLUMNS, MASK_COLUMN)}
-    new = {name: name if name in given else usual.get(_plain(name), name) for name in columns}
+    usual = {plain_name(name): name for name in (*RESERVED_COLUMNS, *LONE_COLUMNS, MASK_COLUMN)}
+    new = {name: name if name in given else usual.get(plain_name(name), name) for name in columns}
     twice = [name for name, count in Counter(new.values()).items() if count > 1]
     if twice:
         listed = some((name for name in columns if new[name] == twice[0]), 9)
@@ -77,8 +83,12 @@ def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> t
     view = find_view(columns, given)
     if view and "view" not in new.values() and any(normalize_view(cell) not in NO_VIEW for cell in columns[view]):
         new[view] = "view"
+    for name in (name for name in columns if name not in given):
+        meant = PERSON_LIKE.get(plain_name(name))
+        if meant and meant not in new.values():
+            new[name] = meant
     unused = []
-    for name in (name for name in columns if SPLIT_LIKE.fullmatch(_plain(name)) and name not in given):
+    for name in (name for name in columns if SPLIT_LIKE.fullmatch(plain_name(name)) and name not in given):
         if "split" not in new.values() and all(cell.lower() in SPLIT_NAMES for cell in columns[name]):
             new[name] = "split"
         elif any(columns[name]):
@@ -93,11 +103,12 @@ def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> t
 
 def find_view(names: Iterable[str], given: Sequence[str | None] = ()) -> str | None:
     """Find the column of views by its name: `view`, or else one such as `View Position`; None if there is none."""
-    spelled = {_plain(name): name for name in names if name not in given}
+    spelled = {plain_name(name): name for name in names if name not in given}
     return next((spelled[name] for name in VIEW_LIKE if name in spelled), None)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Write a column's name without case, blanks and signs."""
     return re.sub(r"[\W_]", "", name).lower()
 
 
@@ -151,7 +162,7 @@ def read_records(
 def _refuse_unnamed_patients(table: Path, columns: Columns) -> None:
     """Refuse a column that seems to name the patients of several images each: they could fall into two splits."""
     for name, cells in columns.items():
-        if PATIENT_LIKE.fullmatch(_plain(name)) and len(set(cells)) < len(cells) and any(cells):
+        if PATIENT_LIKE.fullmatch(plain_name(name)) and len(set(cells)) < len(cells) and any(cells):
             raise UserError(
                 f"{table}: column {name} found, which seems to tell the patient, in several rows each, and no column "
                 f"patient_id; expected --patient_column {name}, or the name of another column that tells it"

@@ -59,6 +59,7 @@ def believe_ages(ages: Sequence[float]) -> tuple[list[float], list[str]]:
 
 PATIENT_IDS = ("exact", "normalised")  # what ids mean that differ in their spelling alone
 _DECIMALS = re.compile(r"(?<=\d)\.0+$")
+_SHORTENED = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE)  # 1.2346E+11, of a spreadsheet
 _ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 
 
@@ -95,13 +96,19 @@ def read_patients(
         spelling: one of `PATIENT_IDS`; None if the user did not say.
 
     Raises:
-        UserError: a patient is unknown; or two are spelled alike, and `spelling` is None.
+        UserError: a patient is unknown, or a number that a spreadsheet shortened, so that several patients share it; or
+            two are spelled alike, and `spelling` is None.
     """
     if spelling is not None:
         check_choice("patient_ids", spelling, PATIENT_IDS)
     for (row, value), name in zip(numbered(table, values), names, strict=True):
         if not value:
             raise UserError(f"{table}: row {row} ({name}): empty {column} found; expected a patient")
+        if _SHORTENED.fullmatch(value):
+            raise UserError(
+                f"{table}: row {row} ({name}): {column} {value} found, a number that a spreadsheet shortened; expected "
+                "all its digits: export the column as text"
+            )
     if spelling == "normalised":
         return [plain_patient(value) for value in values]
     alike = spelled_alike(values) if spelling is None else []

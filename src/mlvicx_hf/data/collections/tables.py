@@ -2,8 +2,10 @@
 
 import csv
 import gzip
+import io
 import json
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -102,7 +104,7 @@ def numbered(table: Path, rows: Iterable[Value]) -> Iterator[tuple[int, Value]]:
 
     Empty lines are not counted.
     """
-    is_csv = table.name.lower().endswith((".csv", ".csv.gz"))
+    is_csv = table.name.lower().endswith((".csv", ".csv.gz", ".tsv"))
     return enumerate(rows, start=2 if is_csv else 1)
 
 
@@ -120,7 +122,7 @@ def find_table(root: Path, *names: str, expected: str, given: str | Path | None 
 
 
 def read_columns(table: Path) -> Columns:
-    """Read a .csv (or .csv.gz), .json, .jsonl or .parquet table by column, all as text. Unknown values are empty.
+    """Read a .csv (or .csv.gz), .tsv, .json, .jsonl or .parquet table by column, all as text. Unknown values are empty.
 
     R writes NA into every empty cell, and others NaN or null.
 
@@ -128,9 +130,10 @@ def read_columns(table: Path) -> Columns:
         UserError: the file is damaged, of another kind, or has no rows.
     """
     suffix = (table.with_suffix("") if table.suffix.lower() == ".gz" else table).suffix.lower()
-    readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = dict.fromkeys((".csv", ".tsv"), _read_csv)
+    readers |= {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if suffix not in readers:
-        raise UserError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .jsonl or .parquet file")
+        raise UserError(f"{table}: {suffix or 'no suffix'} found; expected a .csv, .tsv, .jsonl or .parquet file")
     columns = readers[suffix](table)
     if not any(columns.values()):
         raise UserError(f"{table}: no rows found; expected one row an image")
@@ -151,19 +154,23 @@ def require_columns(table: Path, columns: Columns, names: Iterable[str]) -> None
 def _read_csv(table: Path) -> Columns:
     """Read text separated by commas, semicolons or tabs without surrounding blanks.
 
-    Skip empty lines, lines of separators alone at the end, and empty columns at the end (NIH's).
+    Skip empty lines, lines of separators alone at the end, empty columns at the end (NIH's), and Excel's first line
+    `sep=;`.
     """
+    text = _read_text(table)
+    first, _, rest = text.partition("\n")
+    if re.fullmatch(r'"?sep=[,;\t]"?', first.strip()):
+        first, text = rest.partition("\n")[0], rest
+    # A quotation mark that nothing closes would swallow the rows after it: `strict` refuses it.
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(DELIMITERS, key=first.count), strict=True)
+    rows, begun = [], 1
     try:
-        opener = gzip.open if table.suffix.lower() == ".gz" else open
-        with opener(table, "rt", newline="", encoding="utf-8-sig") as file:
-            header_line = file.readline()
-            delimiter = max(DELIMITERS, key=header_line.count)
-            file.seek(0)
-            # A quotation mark that nothing closes would swallow the rows after it: `strict` refuses it.
-            lines = csv.reader(file, delimiter=delimiter, strict=True)
-            rows = [[field.strip() for field in row] for row in lines if row]
-    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{table}: not a readable CSV file in UTF-8: {error}") from error
+        for row in lines:
+            if row:
+                rows.append([field.strip() for field in row])
+            begun = lines.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{table}: the row that begins in line {begun} is no CSV: {error}") from error
     if not rows:
         raise UserError(f"{table}: empty file found; expected a header line")
     header, *rows = rows
@@ -177,8 +184,24 @@ def _read_csv(table: Path) -> Columns:
             raise UserError(f"{table}: row {number} has {len(row)} fields; expected {width} as in the header")
     repeated = [name for name, count in Counter(header).items() if count > 1]
     if repeated:
-        raise UserError(f"{table}: column(s) {some(repeated)} found twice; expected each name once")
+        raise UserError(f"{table}: column(s) {some(map(repr, repeated))} found twice; expected each name once")
     return {name: [row[index] for row in rows] for index, name in enumerate(header)}
+
+
+def _read_text(table: Path) -> str:
+    try:
+        data = table.read_bytes()
+        data = gzip.decompress(data) if table.suffix.lower() == ".gz" else data
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{table}: not a readable gzip file: {error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{table}: byte 0x{data[error.start]:02x} found in line {line}; expected UTF-8, which spreadsheets call "
+            "'CSV UTF-8'"
+        ) from error
 
 
 def _read_json(table: Path) -> Columns:

@@ -100,6 +100,28 @@ def choose_dropped(parts: Mapping[str, Any], duplicates: Sequence[Duplicate], dr
     return dropped
 
 
+def note_contradictions(parts: Mapping[str, Any], duplicates: Sequence[Duplicate], patients_known: bool) -> list[str]:
+    """Tell the user of copies whose known labels differ, and of copies that belong to two patients."""
+    labels = {
+        source: values
+        for part in parts.values()
+        for source, values in zip(column(part, "source"), column(part, "labels"), strict=True)
+    }
+
+    def differ(pair: Duplicate) -> bool:
+        both = zip(labels[pair.source], labels[pair.other_source], strict=True)
+        return any(one != other for one, other in both if one in (0, 1) and other in (0, 1))
+
+    notes = []
+    if unlike := [pair for pair in duplicates if differ(pair)]:
+        such = f"{unlike[0].source} and {unlike[0].other_source}"
+        notes.append(f"copies with other labels: {len(unlike)}, such as {such}")
+    if patients_known and (shared := [pair for pair in duplicates if pair.patient_id != pair.other_patient_id]):
+        such = f"{shared[0].patient_id} and {shared[0].other_patient_id}"
+        notes.append(f"copies of two patients, who may be one person: {len(shared)}, such as {such}")
+    return notes
+
+
 def count_across(duplicates: Sequence[Duplicate], parts: Mapping[str, Any]) -> int:
     """Count the pairs whose images are both left, in different splits."""
     left = {source for part in parts.values() for source in column(part, "source")}

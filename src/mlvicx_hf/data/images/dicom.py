@@ -142,8 +142,8 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
 
     Grey values pass through these steps (PS3.3 C.11): the modality LUT or the rescale; a grey scale; the inversion of
     MONOCHROME1, or of any image whose PresentationLUTShape is INVERSE. The grey scale is the first that fits of these:
-    each VOI LUT, each window (LINEAR, LINEAR_EXACT, SIGMOID), and last the range of the image's own values (for more
-    than 8 bits `ranges.robust_range`, as of PNG and TIFF files). The output range of a window, or the range of the
+    each VOI LUT, each window (LINEAR, LINEAR_EXACT, SIGMOID), and last the range of the image's own values (from 8
+    bits on by the rule of `ranges`, as of PNG and TIFF files). The output range of a window, or the range of the
     entries of a VOI LUT, becomes 0 to 255.
 
     A VOI LUT or window does not fit if it is damaged, if its width is not a number or is too small (below 1 for
@@ -166,6 +166,7 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
     Raises:
         UnreadableImageError: the file holds no image or several frames, or is damaged, suspiciously large, or of a
             kind that is not supported.
+        MissingExtraError: it is compressed in a way that only python-gdcm reads, which is not installed.
     """
     with _silence():
         try:
@@ -173,6 +174,8 @@ def decode_dicom(data: bytes, file: str | Path) -> Image.Image:
             image = Image.fromarray(gray)
             image.info |= {"note": note} if note else {}
             return image
+        except MissingExtraError:  # the file may be whole
+            raise
         except _RefusedError as refusal:
             reason = str(refusal)
         except DAMAGED_DICOM as damage:  # its message may quote the file
@@ -235,15 +238,14 @@ def _read(data: bytes) -> tuple[Dataset, UID]:
 
 
 def _inflate(deflated: bytes) -> bytes:
-    """Inflate twice: count first, and keep the result only when the total is safe. A block becomes 16 MiB at most."""
-    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    for start in range(0, len(deflated), 2**14):
-        size += len(inflater.decompress(deflated[start : start + 2**14]))
-        if size > MAX_INFLATED:
-            raise _RefusedError(f"suspiciously large (decompression bomb?): inflates to more than {MAX_INFLATED} bytes")
-        if inflater.eof:
-            return zlib.decompress(deflated, -zlib.MAX_WBITS, size)
-    raise _RefusedError("deflated data end early")
+    """Inflate up to the largest size that is safe."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflated = inflater.decompress(deflated, MAX_INFLATED + 1)
+    if len(inflated) > MAX_INFLATED:
+        raise _RefusedError(f"suspiciously large (decompression bomb?): inflates to more than {MAX_INFLATED} bytes")
+    if not inflater.eof:
+        raise _RefusedError("deflated data end early")
+    return inflated
 
 
 def _integer(dataset: Dataset, keyword: str, default: int | None = None) -> int:
@@ -447,7 +449,7 @@ def _decompress(frame: bytes, header: _Header, syntax: UID) -> tuple[np.ndarray,
         syntax = JPEGBaseline8Bit if header.allocated == 8 else JPEGLossless
     decoder = get_decoder(syntax)
     if PLUGIN[syntax] not in decoder.available_plugins:
-        raise _RefusedError(f'{syntax.name} needs python-gdcm: pip install ".[dicom]" in the repository')
+        raise MissingExtraError(f'{syntax.name} needs python-gdcm: pip install ".[dicom]" in the repository')
     pixels, properties = decoder.as_array(
         encapsulate([frame], has_bot=False),
         **_options(header),
@@ -592,7 +594,7 @@ def _misfit(table: np.ndarray, values: np.ndarray, counts: np.ndarray) -> str | 
 def _own_range(values: np.ndarray, outputs: np.ndarray, counts: np.ndarray, bits: int) -> tuple[float, float]:
     """The outputs that become black and white where no grey scale of the file fits."""
     present = np.flatnonzero(counts)
-    if bits > 8:
+    if bits >= 8:
         ends = float(values[present].min()), float(values[present].max())
         if is_eight_bit(*ends) and np.array_equal(values, outputs):
             return 0, 255

@@ -44,6 +44,10 @@ def make_picture(
     """Read or draw one image and its mask, fit them to squares of `size` pixels, and encode them.
 
     Without `mask_names` no mask is read. `content` is that of the image file, if it was read before.
+
+    Raises:
+        OSError: the disk does not give a file, which says nothing of its content.
+        MissingExtraError: a DICOM file needs a library that is not installed.
     """
     drawn = None
     try:
@@ -54,15 +58,13 @@ def make_picture(
         else:
             content = _read(record) if content is None else content
             gray = decode_gray(content, record.name, padded_to=size if fit == "pad" else None)
-    except (UnreadableImageError, OSError) as error:
-        return Picture(reason=_reason(error))
-    except MemoryError:
-        return Picture(reason="needs more memory than there is")
+    except UnreadableImageError as error:
+        return Picture(reason=error.reason)
     original = original_size(gray)
     try:
         mask = _make_mask(record, drawn, original, size, fit, mask_names) if mask_names else None
-    except (UnreadableImageError, OSError) as error:
-        return Picture(reason=f"mask {record.mask_path.name if record.mask_path else 'drawn'}: {_reason(error)}")
+    except UnreadableImageError as error:
+        return Picture(reason=f"mask {record.mask_path.name if record.mask_path else 'drawn'}: {error.reason}")
     square = fit_square_gray(gray, size, fit)
     boxes = None
     if record.boxes is not None:
@@ -167,9 +169,3 @@ def fit_box(box: Box, frame: tuple[int, int], size: int, fit: str) -> Box | None
     x_min, x_max = (min(max(x * scale_x + left, 0), size) for x in (box.x_min, box.x_max))
     y_min, y_max = (min(max(y * scale_y + top, 0), size) for y in (box.y_min, box.y_max))
     return Box(box.label, x_min, y_min, x_max, y_max) if x_min < x_max and y_min < y_max else None
-
-
-def _reason(error: UnreadableImageError | OSError) -> str:
-    if isinstance(error, UnreadableImageError):
-        return error.reason
-    return f"cannot be read: {error.strerror or error}"
