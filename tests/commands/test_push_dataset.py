@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from helpers import assert_users_error, make_cache, mlvicx, mlvicx_elsewhere, run_code
 from loopback_hub import LoopbackHub
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.hub.publishing import push_cache
 
@@ -84,6 +87,15 @@ def test_a_dry_run_shows_card_and_files_and_sends_nothing(cache: Path, monkeypat
     assert_users_error(done, "bad name!")
     done = mlvicx("publish", "--dataset", cache, "--repo_id", NAME, "--card", "x")
     assert_users_error(done, "--card found; --dataset does not take it")
+
+
+@pytest.mark.parametrize("name", ["patients.xlsx", ".git/config", "train/notes.txt", "deep/train/a.arrow"])
+def test_files_that_prepare_did_not_write_are_never_sent(cache: Path, tmp_path: Path, name: str):
+    shutil.copytree(cache, tmp_path / "cache")
+    (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache" / name).write_text("Erika Mustermann")
+    with pytest.raises(UserError, match=f"{re.escape(name)} found, which `mlvicx prepare` did not write"):
+        push_cache(tmp_path / "cache", NAME, dry_run=True)
 
 
 def test_a_public_repository_is_not_filled_with_private_images(cache: Path, hub: LoopbackHub, tmp_path: Path):

@@ -57,6 +57,11 @@ def test_a_card_is_written_whole(tmp_path: Path):
     assert "| **this model** (random weights of the default architecture, fine-tuned) | 12 | 3 | 0.910 |" in card.text
     assert "**The labelled images are synthetic" in card.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "run"]
+    output.write_text("by hand")
+    assert_users_error(mlvicx("card", *words, "--output", output), "README.md is there already; --overwrite")
+    assert output.read_text() == "by hand"
+    assert mlvicx("card", *words, "--output", output, "--overwrite").returncode == 0
+    assert ModelCard.load(output).text == card.text
 
 
 def test_without_an_output_the_card_is_printed(tmp_path: Path):
@@ -67,6 +72,9 @@ def test_without_an_output_the_card_is_printed(tmp_path: Path):
         assert mlvicx("card", "--model", model, *template).stdout == expected
     assert_users_error(mlvicx("card", "--model", model, "--template", "classifier"), "MLVICXForSemanticSegmentation")
     assert_users_error(mlvicx("card", "--model", model, "--template", tmp_path / "segmenter.md"), "segmenter.md")
+    (tmp_path / "latin.md").write_bytes("größe {{ name }}".encode("latin-1"))
+    message = "latin.md: byte 0xf6 found; expected text in UTF-8"
+    assert_users_error(mlvicx("card", "--model", model, "--template", tmp_path / "latin.md"), message)
 
 
 def test_a_missing_result_is_a_users_error_and_leaves_no_card(tmp_path: Path):

@@ -67,3 +67,11 @@ def test_a_link_is_followed(tmp_path: Path):
         temporary.write_text("new")
     assert (tmp_path / "real").read_text() == "new"
     assert (tmp_path / "link").is_symlink()
+
+
+def test_the_working_folder_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("."), tmp_path):
+        with pytest.raises(FileExistsError, match="is the working folder; expected another one, new or empty"):
+            check_output(path)
+    assert check_output(Path("new")) == Path("new")

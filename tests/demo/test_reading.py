@@ -19,6 +19,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import read_gray
 from mlvicx_hf.demo import reading
+from mlvicx_hf.demo.page import _table
 from mlvicx_hf.demo.reading import Reader
 from mlvicx_hf.encoders.inference import load
 from mlvicx_hf.prediction.indexing import build_index
@@ -42,6 +43,22 @@ def test_findings_are_those_of_the_model(classifier: Path, radiograph: bytes, tm
     assert found.answer == ""
     assert found.gray.shape == (48, 64)
     assert (found.outlines, found.neighbours, found.unlike) == ({}, [], None)
+
+
+def test_a_finding_that_was_not_calibrated_stands_last_without_a_probability(
+    classifier: Path, radiograph: bytes, tmp_path: Path
+):
+    model = MLVICXForImageClassification.from_pretrained(classifier)
+    first = Reader(str(classifier)).read(radiograph).findings[0].name
+    model.config.calibration["values"][first] = model.config.calibration["bands"][first] = None
+    model.save_pretrained(tmp_path)
+    load(str(classifier)).processor.save_pretrained(tmp_path)
+    found = Reader(str(tmp_path)).read(radiograph)
+    assert [each.name for each in found.findings][-1] == first
+    assert [each.probability is None for each in found.findings] == [False, False, True]
+    page = _table(found)
+    assert page.count("not calibrated") == 1
+    assert page.index("not calibrated") > page.index("%")
 
 
 def test_exclusive_classes_have_one_answer(classifier: Path, radiograph: bytes, tmp_path: Path):

@@ -303,7 +303,7 @@ def test_segmentation_with_one_is_refused(tmp_path: Path):
 
     arguments = EncoderArguments("timm:resnet18")
     with pytest.raises(UserError, match="with maps of levels"):
-        load_for_task(MLVICXForSemanticSegmentation, load_config(arguments), arguments, "pad")
+        load_for_task(MLVICXForSemanticSegmentation, load_config(arguments), arguments, (32, "pad"))
 
 
 assert sys.modules[__name__]  # `callable:` finds the functions of this file by its name

@@ -25,7 +25,7 @@ from mlvicx_hf.common.files import sha256
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections.base import Box, Collection, Drawing, Listing, Record
-from mlvicx_hf.evaluation.explanation.explaining import explain, grad_cam
+from mlvicx_hf.evaluation.explanation.explaining import explain, grad_cam, picture_name
 from mlvicx_hf.evaluation.explanation.localization import (
     Subject,
     chance,
@@ -621,6 +621,13 @@ def test_a_library_that_is_missing(
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=rf'a heat map needs {name}: pip install "\.\[explain\]"'):
         explain_on({"m": model}, boxed, tmp_path / "out")
+
+
+def test_pictures_of_long_names_have_short_ones_that_differ():
+    assert picture_name("deep/a b.png", "m/x") == "deep%2Fa b.png_m%2Fx.png"
+    long = [picture_name("胸部X線写真" * 6 + end, "MLVICX") for end in ("甲.png", "乙.png")]
+    assert len(set(long)) == 2
+    assert all(len(name.encode()) <= 255 and name.endswith(".png") for name in long)
 
 
 def test_models_are_named():

@@ -357,10 +357,49 @@ def test_calibration_and_what_was_not_calibrated(saved: dict[str, Path], tmp_pat
     assert "| Effusion | 0.100 → 0.100 | n/a → n/a | no band | no band |" in text
     assert "- Not calibrated: Effusion: 3 positives and 160 negatives.\n" in text
     assert "at most\n10 % of the\npositives are answered absent, and of the negatives present." in text
+    assert "gives calibrated probabilities, but for the findings named below. ECE is" in text
     assert "Calibration" not in render_card(TEMPLATES["classifier"], saved["classifier"], []).text
+    reasons = changes["calibration"]["not_fitted"] | {"Edema": "2 positives"}
+    nothing = result(**changes | {"calibration": record | {"not_fitted": reasons}})
+    other = write_model(saved["classifier"], tmp_path / "other", nothing, calibration=record)
+    text = section(render_card(TEMPLATES["classifier"], other, []), "Evaluation")
+    assert "**No probability of this model is calibrated**" in text
+    assert "gives calibrated" not in text
     write_model(saved["classifier"], model, result(**changes), calibration=record | {"level": 0.8})
     with pytest.raises(ValueError, match=r"config\.json: calibration found that differ from calibration of .*res"):
         render_card(TEMPLATES["classifier"], model, [])
+
+
+def test_unknown_patients_are_said_not_to_be_kept_apart(render: Render, saved: dict[str, Path], tmp_path: Path):
+    known = render_card(TEMPLATES["classifier"], saved["classifier"], [])
+    assert "No patient is in two splits." in section(known, "Training data")
+    content = result(data=result()["data"] | {"patients_known": False})
+    model = write_model(saved["classifier"], tmp_path / "mine", content)
+    card = render_card(TEMPLATES["classifier"], model, [])
+    text = section(card, "Training data")
+    assert "**one patient may be in two splits**" in text
+    assert "No patient is in two splits" not in text
+    assert re.search(r"\| test \| [\d,]+ \| unknown \|", text)
+    assert "Test split: 239 images of an unknown number of patients;" in card.text
+    assert all("patients" not in found.dataset_args for found in card.data.eval_results)
+
+
+def test_a_card_says_what_the_views_and_the_rates_of_pretraining_were(render: Render, tmp_path: Path):
+    folder = tmp_path / "run"
+    write_run(folder)
+    run = json.loads((folder / "run.json").read_text())
+    run["data"] |= {"positives": "same_patient", "flip": 0.0, "jitter": 0.7, "patient_balanced": True}
+    run["training"] |= {"backbone_learning_rate_ratio": 0.1, "backbone_thaw_epochs": 2.0, "freeze_batch_norm": True}
+    write(folder / "run.json", run)
+    card = render("backbone", result(), pretraining=folder)
+    assert "Two random views of\ntwo images of a patient\npass" in card.text
+    text = section(card, "Training recipe")
+    assert "| views: of | same_patient |" in text
+    assert "| views: chance of a flip, of other brightness and contrast | 0, 0.7 |" in text
+    assert "| batch normalisation of the backbone | frozen |" in text
+    assert "| sampling | every patient alike |" in text
+    whole = float(re.search(r"\| peak learning rate \| ([\d.e-]+) \|", text)[1])
+    assert f"| of the backbone | {whole / 10:g}, reached in 2 epochs |" in text
 
 
 def test_subgroups_are_shown_and_the_others_said_not_to_be_measured(render: Render):

@@ -116,7 +116,9 @@ def test_timm_gets_the_constants(tmp_path: Path, fit: str, shape: tuple[int, int
     assert not {"tag", "license", "paper_ids", "origin_url", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
     assert str(tmp_path) not in (folder / "config.json").read_text()
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    transform = create_transform(**resolve_model_data_config(model))
+    settings = resolve_model_data_config(model)
+    assert resolve_model_data_config(model, use_test_size=True) == settings
+    transform = create_transform(**settings)
     # A ramp: the libraries' filters differ a little at edges, and PIL rounds to whole grey values.
     ramp = np.linspace(40, 200, shape[0])[:, None] + np.linspace(0, 50, shape[1])[None]
     image = Image.fromarray(ramp.astype(np.uint8))
@@ -246,7 +248,12 @@ def test_onnx_equals_torch(
     source = saved(tmp_path / "source", model_class, **values)
     difference = export_onnx(source, tmp_path / "onnx")
     assert {file.name for file in (tmp_path / "onnx").iterdir()} == {"model.onnx", "preprocessing.json"}
-    assert json.loads((tmp_path / "onnx" / "preprocessing.json").read_text())["num_channels"] == 1
+    about = json.loads((tmp_path / "onnx" / "preprocessing.json").read_text())
+    assert about["num_channels"] == 1
+    if model_class is MLVICXForImageClassification:
+        assert about["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
+        assert about["problem_type"] == "multi_label_classification"
+        assert {"decision_thresholds", "calibration"} <= about.keys()
     assert str(tmp_path).encode() not in (tmp_path / "onnx" / "model.onnx").read_bytes()
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     (entry,) = session.get_inputs()

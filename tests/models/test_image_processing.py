@@ -17,7 +17,7 @@ from transformers.image_utils import ChannelDimension
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from mlvicx_hf import MLVICXConfig, MLVICXForImageClassification, MLVICXImageProcessor
-from mlvicx_hf.data.images.pixels import read_gray
+from mlvicx_hf.data.images.pixels import fit_square_gray, read_gray
 from mlvicx_hf.models.image_processing_mlvicx import _robust_range, fit_square, to_unit_gray
 
 GRAY = np.random.default_rng(0).integers(0, 256, (24, 20), np.uint8)
@@ -265,12 +265,31 @@ def test_the_input_is_left_alone():
     assert torch.equal(tensor, kept)
 
 
+@pytest.mark.parametrize("fit", ["pad", "squash", "crop"])
+@pytest.mark.parametrize("shape", [(90, 61), (33, 70), (40, 40)])
+def test_images_are_as_the_squares_that_the_model_was_trained_on(fit: str, shape: tuple[int, int]):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)  # noise: all of its detail is fine
+    plain, prepared = (MLVICXImageProcessor(48, fit=fit, **kept) for kept in ({}, {"prepared_size": 20}))
+    square = fit_square_gray(Image.fromarray(pixels), 20, fit)
+    expected = plain(square)["pixel_values"]
+    step = 4 / 255  # a grey level after normalisation
+    assert (prepared(pixels)["pixel_values"] - expected).abs().max() <= 1.01 * step
+    assert (plain(pixels)["pixel_values"] - expected).abs().mean() > 10 * step
+    assert torch.equal(prepared(square)["pixel_values"], expected)
+    mask = (pixels > 128).astype(np.uint8)
+    found = prepared(pixels, mask)["labels"][0].numpy()
+    small = np.asarray(fit_square_gray(Image.fromarray(mask), 20, fit, Image.Resampling.NEAREST))
+    assert np.array_equal(found, plain(np.zeros_like(small), small)["labels"][0].numpy())
+
+
 def test_constants_survive_saving(tmp_path: Path):
     processor = MLVICXImageProcessor(image_size=48, num_channels=3, image_mean=0.41, image_std=0.19, fit="crop")
+    assert "prepared_size" not in processor.to_dict()
+    processor.prepared_size = 30
     processor.save_pretrained(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["preprocessor_config.json"]
     loaded = MLVICXImageProcessor.from_pretrained(tmp_path)
-    for name in ("image_size", "num_channels", "image_mean", "image_std", "fit"):
+    for name in ("image_size", "num_channels", "image_mean", "image_std", "fit", "prepared_size"):
         assert getattr(loaded, name) == getattr(processor, name)
     assert torch.equal(loaded(GRAY)["pixel_values"], processor(GRAY)["pixel_values"])
 
@@ -376,6 +395,7 @@ def test_keywords_of_a_call_of_the_constructor_and_of_loading_do_the_same(
         ({"image_size": -3}, ValueError, "image_size=-3 found; expected 1 or more pixels"),
         ({"image_size": 16.5}, ValueError, "image_size=16.5 found"),
         ({"size": 24, "image_size": 16}, ValueError, "size=24 and image_size=16 found; expected one of them"),
+        ({"prepared_size": 0}, ValueError, "prepared_size=0 found; expected 1 or more pixels"),
         ({"fit": "bogus"}, ValueError, "fit='bogus' found; expected one of pad, squash, crop"),
         ({"num_channels": 0}, ValueError, "num_channels=0 found; expected 1, or 3"),
         ({"resample": 1}, ValueError, r"resample=1 found; expected one of 0 \(NEAREST\), 2 \(BILINEAR\)"),

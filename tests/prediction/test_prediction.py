@@ -31,7 +31,12 @@ from mlvicx_hf import (
     MLVICXModel,
 )
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.cache.prepare import prepare
+from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.images.pixels import read_gray
+from mlvicx_hf.finetuning.arguments import ClassifierArguments
+from mlvicx_hf.finetuning.classification import load_classifier
 from mlvicx_hf.prediction.prediction import predict
 
 FINDINGS = ["Effusion", "Mass, left", "Nodule"]
@@ -165,6 +170,40 @@ def test_a_multi_label_classifier_says_what_the_model_says(classifier: Path, ima
         decisions += [row["decision:Effusion"], row["decision:Nodule"]]
     assert set(decisions) == {"0", "1"}  # else the test could not fail
     assert (record["images"], record["errors"]) == (12, 12 - READABLE)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("model", ["random", "encoder"])
+def test_files_are_seen_as_the_cache_of_training_showed_them(fit: str, model: str, encoder: Path, tmp_path: Path):
+    """Otherwise thresholds and calibrated probabilities do not hold."""
+    root = tmp_path / "images"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["file_name,patient_id,split,Edema"]
+    for number in range(6):
+        Image.fromarray(rng.integers(0, 256, (120 + 10 * number, 150), np.uint8)).save(root / f"{number}.png")
+        lines.append(f"{number}.png,p{number},{('train', 'validation', 'test')[number % 3]},{number % 2}")
+    (root / "metadata.csv").write_text("\n".join(lines))
+    prepare(FolderCollection(root), tmp_path / "cache", size=24, fit=fit, num_workers=0, progress=False)
+    cache = load_cache(tmp_path / "cache")
+    given = {"architecture": str(encoder)} if model == "random" else {}
+    arguments = ClassifierArguments(model if model == "random" else str(encoder), image_size=32, **given)
+    trained, processor = load_classifier(arguments, cache)
+    settled(trained, trained.classifier)
+    trained.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    predict(str(tmp_path / "model"), root, tmp_path / "out.csv", **OPTIONS)
+    found = {Path(row["file"]).name: float(row["probability:Edema"]) for row in read(tmp_path / "out.csv")}
+    plain = MLVICXImageProcessor.from_dict(processor.to_dict() | {"prepared_size": None})
+    near, far = [], []
+    for row in (row for part in cache.datasets.values() for row in part):
+        name = row["source"].removeprefix("folder:")
+        inputs = processor(row["image"])["pixel_values"], plain(read_gray(root / name))["pixel_values"]
+        with torch.no_grad():
+            expected, sharper = (trained(pixels).logits.sigmoid().item() for pixels in inputs)
+        near.append(abs(found[name] - expected))
+        far.append(abs(sharper - expected))
+    assert max(near) < max(far) / 5, (near, far)
 
 
 def test_unreadable_files_are_rows_with_their_reason(classifier: Path, images: Path, tmp_path: Path):
@@ -564,6 +603,8 @@ def test_what_comes_into_the_mask_folder_meanwhile_stays(
         ({"device": "cuda:99"}, "device='cuda:99' found; this machine has"),
         ({"revision": "v1"}, "only models on the Hub have revisions"),
         ({"model_source": "./absent"}, "'./absent' found; expected a folder"),
+        ({"model_source": __file__}, "a file found; expected the folder of a saved model"),
+        ({"model_source": "my model"}, "my model"),
     ],
 )
 def test_arguments_that_do_not_fit(

@@ -17,6 +17,7 @@ def parser() -> CommandParser:
     add = made.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="folder of the model")
     add("--output", type=Path, metavar="FILE", help="file to write (default: print the card)")
+    add("--overwrite", action="store_true", help="replace that file")
     name = "org/mlvicx-resnet18"
     add("--repo_id", default=name, metavar="NAME", help=f"name on the Hub (default {name})")
     add_sources(made)
@@ -54,7 +55,7 @@ def find_template(model: Path, name: str | None = None) -> Path:
 def main(words: Sequence[str] | None = None) -> None:
     """Render a card."""
     given = vars(parser().parse_args(words))
-    output, model = given.pop("output"), given.pop("model")
+    output, model, overwrite = (given.pop(name) for name in ("output", "model", "overwrite"))
     from mlvicx_hf.common.files import new_file
     from mlvicx_hf.hub.cards.rendering import render_card
 
@@ -62,6 +63,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if output is None:
         print(card)
         return
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} is there already; --overwrite replaces it")
     with new_file(output) as temporary:
         card.save(temporary)
     print(f"card written to {output}")

@@ -40,4 +40,8 @@ def main(words: Sequence[str] | None = None) -> None:
     start_inference(given["device"])
     from mlvicx_hf.prediction.prediction import predict
 
-    print_images(output, predict(given.pop("model"), given.pop("input"), output, **given, progress=not quiet))
+    record = predict(given.pop("model"), given.pop("input"), output, **given, progress=not quiet)
+    print_images(output, record)
+    values = (record["calibration"] or {}).get("values") or {}
+    if names := [name for name, value in values.items() if value is None]:
+        print(f"not calibrated, so not to be compared with the others: {', '.join(names)}")

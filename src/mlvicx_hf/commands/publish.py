@@ -7,6 +7,7 @@ from typing import Any
 
 from mlvicx_hf.common.arguments import CommandParser
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import read_text
 
 from .card import add_sources, find_template
 
@@ -83,7 +84,7 @@ def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _make_card(arguments: argparse.Namespace) -> str:
     """Read the card that was given, or fill the template of the model's kind from its runs."""
     if arguments.card is not None:
-        return Path(arguments.card).read_text(encoding="utf-8")
+        return read_text(Path(arguments.card))
     from mlvicx_hf.hub.cards.rendering import RESULTS_NAME, render_card
 
     model = Path(arguments.model)

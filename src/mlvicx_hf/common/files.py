@@ -24,8 +24,10 @@ def check_output(output: Path) -> Path:
     """Refuse to write over something.
 
     Raises:
-        FileExistsError: a folder with something in it, or anything that is no folder.
+        FileExistsError: a folder with something in it, the working folder, or anything that is no folder.
     """
+    if output.resolve() == Path.cwd():  # a new folder takes the place of an empty one, and this one is in use
+        raise FileExistsError(f"{output} is the working folder; expected another one, new or empty")
     if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"{output} is there already; expected a new or an empty folder")
     return output
@@ -74,6 +76,18 @@ def new_file(path: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte 0x{error.object[error.start]:02x} found; expected text in UTF-8") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -274,7 +274,8 @@ def _table(reading: RadiographReading) -> str:
 def _row(finding: JudgedFinding) -> str:
     threshold = "" if finding.threshold is None else f"<br>threshold {finding.threshold:.1%}"
     band = "" if finding.band is None else f"<br>unsure from {finding.band[0]:.1%} to {finding.band[1]:.1%}"
-    cells = (f"{finding.probability:.1%}{threshold}", f"{escape(finding.answer)}{band}")
+    probability = "not calibrated" if finding.probability is None else f"{finding.probability:.1%}{threshold}"
+    cells = (probability, f"{escape(finding.answer)}{band}")
     return f'<tr><th scope="row">{escape(finding.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 

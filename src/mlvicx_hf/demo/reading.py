@@ -33,7 +33,7 @@ class JudgedFinding(NamedTuple):
     """What the classifier says of one label."""
 
     name: str
-    probability: float
+    probability: float | None  # None if nothing calibrated it: beside calibrated ones it would mislead
     threshold: float | None  # from which on it counts as present
     band: tuple[float, float] | None  # within which the answer is "unsure"
     answer: str  # present, absent, unsure, or "" where there is no band
@@ -55,7 +55,7 @@ class RadiographReading:
 
     gray: np.ndarray  # uint8 [H, W], as it is shown
     pixels: torch.Tensor  # [1, C, S, S], input of the classifier
-    findings: list[JudgedFinding]  # the most probable first
+    findings: list[JudgedFinding]  # the most probable first, those without a calibrated probability last
     answer: str  # of exclusive classes: the class, or "unsure"; else ""
     outlines: dict[str, np.ndarray]  # by structure, bool [H, W]: the pixels of its border
     neighbours: list[Neighbour]  # the most similar first
@@ -152,7 +152,9 @@ class Reader:
                 labels, probabilities, [""] * len(labels) if answers.exclusive else cells, strict=True
             )
         ]
-        return sorted(found, key=lambda each: -each.probability), cells[0] if answers.exclusive else ""
+        found.sort(key=lambda each: (each.name in answers.uncalibrated, -probabilities[labels.index(each.name)]))
+        found = [each._replace(probability=None) if each.name in answers.uncalibrated else each for each in found]
+        return found, cells[0] if answers.exclusive else ""
 
     def _outline(self, image: Image.Image, shown: tuple[int, int]) -> dict[str, np.ndarray]:
         """Borders of the segmenter's structures, at the size (width, height) that is shown."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from mlvicx_hf.common.errors import UserError, user_input
@@ -16,12 +17,18 @@ def check_source(source: str) -> str:
 
     Raises:
         FileNotFoundError: it looks like a path, and there is no model.
+        UserError: it is a file, or no name that a repository can have.
     """
     path = Path(source)
+    if path.is_file():
+        raise UserError(f"{source}: a file found; expected the folder of a saved model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json; expected the folder of a saved model")
     if not path.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source):
         raise FileNotFoundError(f"{source!r} found; expected a folder that exists, or a name on the Hub")
+    if not path.exists():
+        with user_input():
+            validate_repo_id(source)
     return source
 
 

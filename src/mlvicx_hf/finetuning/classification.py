@@ -47,8 +47,7 @@ def load_classifier(
                 "positive_weights='balanced' found for exclusive classes; expected none, or several findings"
             )
         config.positive_weights = balanced_weights(np.array(cache.datasets["train"]["labels"], dtype=np.float64))
-    fit = cache.manifest["fit"]
-    return load_for_task(MLVICXForImageClassification, config, arguments, fit, arguments.image_size)
+    return load_for_task(MLVICXForImageClassification, config, arguments, cache.square, arguments.image_size)
 
 
 def balanced_weights(labels: np.ndarray) -> list[float]:

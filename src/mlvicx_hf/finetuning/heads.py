@@ -56,7 +56,7 @@ def load_for_task(
     model_class: type[MLVICXPreTrainedModel],
     config: MLVICXConfig,
     arguments: EncoderArguments,
-    fit: str,
+    square: tuple[int, str],
     image_size: int | None = None,
 ) -> tuple[Any, MLVICXImageProcessor]:
     """Load a model with a new head for this configuration, and its image processor.
@@ -65,7 +65,7 @@ def load_for_task(
         model_class: with the head of the task.
         config: adapted to the task.
         arguments: which weights the encoder has.
-        fit: of the cache, for an image processor that no model brings along.
+        square: size and fit of the cache's squares. The image processor first makes such squares of other images.
         image_size: side of the input in pixels; None for the model's.
 
     Raises:
@@ -76,25 +76,25 @@ def load_for_task(
         if model_class is not MLVICXForImageClassification:
             raise UserError(f"model={arguments.model!r} found; expected a model of this package, with maps of levels")
         adapted = adapt(arguments.model, image_size)
-        adapted.processor.fit = fit
-        return ExternalClassifier(ExternalEncoder(adapted, config, arguments.model)), adapted.processor
-    if image_size is None:
-        return _load_own(model_class, config, arguments, fit)
-    config.image_size = image_size  # before the model is made: some backbones are made for a size
-    model, processor = _load_own(model_class, config, arguments, fit)
-    processor.image_size = image_size
+        model: Any = ExternalClassifier(ExternalEncoder(adapted, config, arguments.model))
+        processor = adapted.processor
+    else:
+        if image_size is not None:
+            config.image_size = image_size  # before the model is made: some backbones are made for a size
+        model, processor = _load_own(model_class, config, arguments)
+        processor.image_size = image_size or processor.image_size
+    processor.prepared_size, processor.fit = square
     return model, processor
 
 
 def _load_own(
-    model_class: type[MLVICXPreTrainedModel], config: MLVICXConfig, arguments: EncoderArguments, fit: str
+    model_class: type[MLVICXPreTrainedModel], config: MLVICXConfig, arguments: EncoderArguments
 ) -> tuple[Any, MLVICXImageProcessor]:
     source = _configured_by(arguments)
     if is_timm_source(arguments.model):
         processor = starting_processor(config, arguments.model)
-        processor.fit = fit
     elif source is None:
-        processor = MLVICXImageProcessor(config.image_size, config.num_channels, fit=fit)
+        processor = MLVICXImageProcessor(config.image_size, config.num_channels)
     else:
         processor = MLVICXImageProcessor.from_pretrained(source)
     if arguments.model == "random":

@@ -42,6 +42,7 @@ def describe_run(
     epochs = {int(row["step"]): row["epoch"] for row in state.log_history if score in row}
     about = {name: cache.manifest[name] for name in ("collection", "synthetic", "policy", "data_hash", "split_hash")}
     about["used_hash"] = hashlib.sha256(used_images(cache).encode()).hexdigest()
+    about["patients_known"] = cache.manifest.get("patients_known")  # None in caches of an earlier version
     about["copies_across_splits"] = cache.manifest["duplicates"]["across_splits"]
     return {
         "protocol": "frozen" if encoder.freeze_backbone else "finetuned",

@@ -96,7 +96,7 @@ def load_segmenter(
     names = cache.mask_names if len(cache.mask_names) > 1 else ("background", *cache.mask_names)
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     config.positive_weights = config.decision_thresholds = config.calibration = None
-    return load_for_task(MLVICXForSemanticSegmentation, config, arguments, cache.manifest["fit"], image_size)
+    return load_for_task(MLVICXForSemanticSegmentation, config, arguments, cache.square, image_size)
 
 
 def decide(logits: Tensor, labels: Tensor) -> Tensor:

@@ -28,14 +28,22 @@ from mlvicx_hf.common.files import check_output, new_folder, write_json
 from mlvicx_hf.encoders.loading import load_model
 from mlvicx_hf.models.backbones_mlvicx import create_sized
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
-from mlvicx_hf.models.modeling_mlvicx import MLVICXBackbone, MLVICXModel
+from mlvicx_hf.models.modeling_mlvicx import (
+    MLVICXBackbone,
+    MLVICXForImageClassification,
+    MLVICXForSemanticSegmentation,
+    MLVICXModel,
+)
 
 ONNX_NAME = "model.onnx"
 PREPROCESSING_NAME = "preprocessing.json"
 ONNX_TOLERANCE = 1e-4
 TIMM_CROP_MODES = {"pad": "border", "squash": "squash", "crop": "center"}
 # What timm's registry says about weights that are not these.
-TIMM_FOREIGN = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description", "label_offset")
+TIMM_FOREIGN = (
+    *("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description", "label_offset"),
+    *("test_input_size", "test_crop_pct", "min_input_size"),
+)
 
 
 def load_encoder(source: str | Path) -> tuple[MLVICXModel, MLVICXImageProcessor]:
@@ -190,9 +198,20 @@ def _of_channels(value: float | list[float], channels: int) -> tuple[float, ...]
 
 def preprocessing(processor: MLVICXImageProcessor) -> dict[str, Any]:
     """List the constants that make an image model input, for programs that do not use transformers."""
-    names = ["image_size", "num_channels", "image_mean", "image_std", "fit", "resample"]
+    names = ["image_size", "num_channels", "image_mean", "image_std", "fit", "prepared_size", "resample"]
     names += ["do_resize", "do_rescale", "rescale_factor", "do_normalize"]
     return {name: getattr(processor, name) for name in names}
+
+
+def _meaning(model: PreTrainedModel) -> dict[str, Any]:
+    """What the logits of a classifier or segmenter mean: names in their order, and how an answer is found."""
+    if not isinstance(model, MLVICXForImageClassification | MLVICXForSemanticSegmentation):
+        return {}
+    config: Any = model.config
+    rules = ["problem_type", "decision_thresholds", "calibration"]
+    if isinstance(model, MLVICXForSemanticSegmentation):
+        rules = []
+    return {"labels": [config.id2label[i] for i in range(model.num_labels)], **{n: getattr(config, n) for n in rules}}
 
 
 class Tensors(nn.Module):
@@ -224,7 +243,8 @@ def export_onnx(source: str | Path, output: str | Path) -> float:
 
     Args:
         source: folder or Hub name of a saved model.
-        output: new or empty folder; gets `model.onnx` and `preprocessing.json`.
+        output: new or empty folder; gets `model.onnx` and `preprocessing.json`, which also names the labels, thresholds
+            and calibration of a classifier.
 
     Returns:
         The largest absolute difference between onnxruntime and torch, for 1 and 3 images of noise.
@@ -255,7 +275,7 @@ def export_onnx(source: str | Path, output: str | Path) -> float:
         )
         onnx.checker.check_model(folder / ONNX_NAME, full_check=True)
         difference = compare_onnx(tensors, folder / ONNX_NAME, size)
-        write_json(folder / PREPROCESSING_NAME, preprocessing(processor))
+        write_json(folder / PREPROCESSING_NAME, preprocessing(processor) | _meaning(model))
     return difference
 
 

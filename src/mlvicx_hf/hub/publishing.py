@@ -1,6 +1,7 @@
 """Publish a model, its page or a cache on the Hub: one commit, and a tag if wanted."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -9,7 +10,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.provenance import git_commit
-from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.common.text import some
+from mlvicx_hf.data.cache.assembly import NOTED, REJECTED, SPLIT_FILE
+from mlvicx_hf.data.cache.cache import DUPLICATES, MANIFEST, load_cache
+from mlvicx_hf.data.cache.summary import CONTACT_SHEET, HISTOGRAM
+from mlvicx_hf.data.collections.base import SPLITS
 
 from .folder import export
 from .spaces import write_space
@@ -107,6 +112,21 @@ def _check_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
 
 
+def _refuse_strangers(cache: Path, paths: Sequence[Path]) -> None:
+    """Refuse files that `prepare` did not write: they may hold what nobody means to publish."""
+    own = {MANIFEST, SPLIT_FILE, DUPLICATES, REJECTED, NOTED, CONTACT_SHEET, HISTOGRAM}
+    own |= {"README.md", "dataset_dict.json"}
+    strange = [
+        path
+        for path in paths
+        if not (path.parent == cache and path.name in own)
+        and not (path.parent.parent == cache and path.parent.name in SPLITS and path.suffix in (".arrow", ".json"))
+    ]
+    if strange:
+        names = some(str(path.relative_to(cache)) for path in strange)
+        raise UserError(f"{cache}: {names} found, which `mlvicx prepare` did not write; expected its files alone")
+
+
 def _send(
     folder: Path,
     repo_id: str,
@@ -121,6 +141,8 @@ def _send(
     """Send a folder in one commit, and say what was sent, or would be."""
     paths = sorted(file for file in folder.rglob("*") if file.is_file())
     paths = [path for path in paths if not path.name.startswith("cache-")]  # intermediate files of `datasets`
+    if repo_type == "dataset":
+        _refuse_strangers(folder, paths)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     plan = {"repo_id": repo_id, "private": private, "revision": revision or "main", "tag": tag, "files": files}
     if dry_run:

@@ -224,11 +224,13 @@ class MLVICXImageProcessorKwargs(ImagesKwargs, total=False):
         image_size: side of the square in pixels, the short form of `size`.
         num_channels: 1, or 3 for weights that expect colour.
         fit: what happens to an image that is not square, see `fit_square`.
+        prepared_size: side of the squares that the model was trained on, see `MLVICXImageProcessor`.
     """
 
     image_size: int
     num_channels: int
     fit: str
+    prepared_size: int
 
 
 # What transformers hands on from loading a model, or keeps in the file; none of it changes a pixel.
@@ -277,6 +279,9 @@ class MLVICXImageProcessor(BaseImageProcessor):
         do_rescale: false takes pixel values as they are instead of bringing them to [0, 1] by their bit depth.
         rescale_factor: factor that brings them to [0, 1] instead.
         do_normalize: false leaves out mean and standard deviation.
+        prepared_size: fit an image to a square of this side first. A classifier or segmenter was trained on the squares
+            of a cache, and its thresholds and probabilities hold for images with no more detail than those. On a square
+            of this side it does nothing.
         kwargs: other keywords of transformers, with values that ask for nothing. `do_convert_rgb` changes nothing:
             colour becomes grey in any case.
 
@@ -307,6 +312,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
         do_rescale: bool | None = True,
         rescale_factor: float | None = None,
         do_normalize: bool | None = True,
+        prepared_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**{name: value for name, value in kwargs.items() if name == "auto_map"})
@@ -320,6 +326,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
+        self.prepared_size = prepared_size
         if kwargs.get("do_convert_rgb") is not None:
             self.do_convert_rgb = kwargs["do_convert_rgb"]
         _refuse(kwargs, _IGNORED)
@@ -491,6 +498,8 @@ class MLVICXImageProcessor(BaseImageProcessor):
         for name in ("do_resize", "do_rescale", "do_normalize"):
             if getattr(self, name) not in (True, False, None):
                 raise ValueError(f"{name}={getattr(self, name)!r} found; expected true or false")
+        if self.prepared_size is not None and not (_is_whole(self.prepared_size) and self.prepared_size > 0):
+            raise ValueError(f"prepared_size={self.prepared_size!r} found; expected 1 or more pixels, or None")
         factor = self.rescale_factor
         if factor is not None and not (_is_number(factor) and factor > 0):
             raise ValueError(f"rescale_factor={factor!r} found; expected a number above 0, or None")
@@ -513,8 +522,11 @@ class MLVICXImageProcessor(BaseImageProcessor):
     def _fit(self, image: torch.Tensor, nearest: bool = False) -> torch.Tensor:
         if not self.do_resize:
             return image
-        mode = Image.Resampling.NEAREST if nearest else Image.Resampling(self.resample)
-        return fit_square(image, self.image_size, self.fit, RESAMPLING[mode])
+        mode = RESAMPLING[Image.Resampling.NEAREST if nearest else Image.Resampling(self.resample)]
+        if self.prepared_size is not None and image.shape[-2:] != (self.prepared_size, self.prepared_size):
+            of_cache = InterpolationMode.NEAREST_EXACT if nearest else InterpolationMode.BILINEAR
+            image = fit_square(image, self.prepared_size, self.fit, of_cache)
+        return fit_square(image, self.image_size, self.fit, mode)
 
     def _unfit(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Bring logits [K, h, w] to an image of this size; what `fit` cut off becomes -inf."""
@@ -533,9 +545,11 @@ def _refuse(kwargs: dict[str, Any], ignored: frozenset[str]) -> None:
             raise ValueError(f"{name}={value!r} found; this image processor has size, fit and num_channels instead")
         if name not in known and name not in ignored:
             similar = difflib.get_close_matches(name, known, 1)
-            names = "image_size, size, fit, num_channels, do_resize, do_rescale, do_normalize, image_mean, image_std"
+            names = (
+                "image_size, size, fit, prepared_size, num_channels, do_resize, do_rescale, do_normalize, image_mean"
+            )
             raise TypeError(
-                f"keyword {name!r} found; expected {similar[0] if similar else f'one of {names}, resample'}"
+                f"keyword {name!r} found; expected {similar[0] if similar else f'one of {names}, image_std, resample'}"
             )
 
 

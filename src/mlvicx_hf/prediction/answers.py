@@ -26,6 +26,7 @@ class Answers:
         self.labels, self.exclusive = labels, exclusive
         self.columns = ["answer"] if exclusive else [f"answer:{name}" for name in labels]
         self.bands: Any = None
+        self.uncalibrated: list[str] = []  # labels that the calibration of the others left out
         if calibration is None:
             return
         method = "temperature" if exclusive else "platt"
@@ -36,6 +37,8 @@ class Answers:
             if not isinstance(value, Mapping) or set(value) != set(labels):
                 raise UserError(f"calibration: {field}={value} found; expected entries for {', '.join(labels)}")
         self.bands = calibration.get("bands")
+        if not exclusive:
+            self.uncalibrated = [name for name in labels if calibration["values"][name] is None]
         lowest = None if self.bands is None else [self.bands.get("lowest")]
         for name, limits in {"lowest": lowest}.items() if exclusive else self.bands.items():
             fits = limits is None or (len(limits) == (1 if exclusive else 2) and all(map(_is_probability, limits)))

@@ -116,9 +116,10 @@ def build_index(
 
 def _check_added(earlier: ImageIndex, cache: Cache, splits: Sequence[str]) -> None:
     """Refuse images of another size or fit, and images whose original files are in the index already."""
-    found = (cache.manifest["size"], cache.manifest["fit"])
-    if found != earlier.square:
-        raise UserError(f"{cache.path}: size and fit {found} found; expected {earlier.square}, as of {earlier.folder}")
+    if cache.square != earlier.square:
+        raise UserError(
+            f"{cache.path}: size and fit {cache.square} found; expected {earlier.square}, as of {earlier.folder}"
+        )
     known = set(earlier.items["sha256"])
     again = [
         source
@@ -185,6 +186,7 @@ def _describe(
         "notice": NOTICE,
         "format": INDEX_FORMAT,
         **loaded.describe(),
+        "model": str(Path(loaded.source).resolve()) if Path(loaded.source).is_dir() else loaded.source,
         "images": len(images.items),
         "dimensions": images.embeddings.shape[1],
         "caches": caches,

@@ -52,7 +52,10 @@ class RunSettings:
     def description(self) -> dict[str, Any]:
         """Everything that made the run, for `run.json`."""
         return self._sections() | {
-            "source": {name: self.manifest[name] for name in ("collection", "split_hash", "splits")},
+            "source": {
+                **{name: self.manifest[name] for name in ("collection", "split_hash", "splits")},
+                "patients_known": self.manifest.get("patients_known"),  # None in caches of an earlier version
+            },
             **({} if self.pair_share is None else {"pair_share": self.pair_share}),
             "num_processes": self.hardware["processes"],
             "device": str(self.device),

@@ -76,6 +76,11 @@ class Cache:
         return sha256(self.path / MANIFEST)
 
     @property
+    def square(self) -> tuple[int, str]:
+        """Side of the images in pixels, and what happened to originals that were not square."""
+        return self.manifest["size"], self.manifest["fit"]
+
+    @property
     def mask_names(self) -> tuple[str, ...]:
         """Names of what the masks show: none, one structure (pixels 0 and 1), or the classes by pixel value from 0."""
         return tuple(self.manifest.get("mask_names", ()))

@@ -1,5 +1,6 @@
 """Show what classifiers look at: Grad-CAM heat maps of the images of a prepared cache, drawn and scored."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from .localization import Localization, Subject, chance, find_subject, localize,
 from .overlays import Panel, draw_grid, draw_overlay
 
 logger = logging.getLogger(__name__)
+LONGEST_NAME = 240  # bytes of a picture's name, without its suffix
 
 
 def grad_cam(
@@ -185,13 +187,21 @@ class Explainer:
                 maps.drawn.append(Panel(np.asarray(row["image"]), region, heat))
                 maps.sources.append(row["source"])
                 image = row["source"].split(":", 1)[-1]  # without the collection
-                draw_overlay(folder / f"{quote(image, safe=' ')}_{quote(model, safe=' ')}.png", maps.drawn[-1])
+                draw_overlay(folder / picture_name(image, model), maps.drawn[-1])
             if self.score and region is not None:
                 maps.scores.append(localize(heat, region, self.tolerance))
                 maps.regions.append(region)
                 maps.patients.append(row["patient_id"])
             bar.update()
         return maps
+
+
+def picture_name(image: str, model: str) -> str:
+    """Name the picture of an image. A system takes 255 bytes at most, so a hash ends a longer name."""
+    name = f"{quote(image, safe=' ')}_{quote(model, safe=' ')}"
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name}.png"
 
 
 def explain(

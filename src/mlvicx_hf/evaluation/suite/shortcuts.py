@@ -145,7 +145,7 @@ def _encoder(cell: Cell, cache: Cache) -> tuple[Any, MLVICXImageProcessor]:
     config.pooled_levels = "last"
     set_seed(cell.seed)
     side = cell.options.get("image_size")
-    model, processor = load_for_task(MLVICXForImageClassification, config, arguments, cache.manifest["fit"], side)
+    model, processor = load_for_task(MLVICXForImageClassification, config, arguments, cache.square, side)
     return model.mlvicx, processor
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from mlvicx_hf.common.errors import UserError, user_input
-from mlvicx_hf.common.files import json_field, read_json
+from mlvicx_hf.common.files import json_field, read_json, read_text
 from mlvicx_hf.data.cache.cache import MANIFEST
 
 from .results import NUMBER, TASKS, Result, describe_code, describe_machine, last_part, read_results
@@ -159,9 +159,11 @@ def _fill(template: Path, context: dict[str, Any], looked_at: Sequence[Path]) ->
         "machine": describe_machine, "versions": describe_code,
     }  # fmt: skip
     try:
-        return environment.from_string(template.read_text(encoding="utf-8")).render(context)
+        return environment.from_string(read_text(template)).render(context)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{error.filename or template}, line {error.lineno}: {error.message}") from error
+    except UserError:
+        raise
     except (jinja2.UndefinedError, LookupError, TypeError, ValueError) as error:  # no value, or one of another type
         files_of_frames = {"<template>": template} | {str(part): part for part in TEMPLATES.glob("parts/*.md")}
         frames = reversed(traceback.extract_tb(error.__traceback__))

@@ -79,6 +79,7 @@ def _table(results: Sequence[Result], encoder: Collection[str], own: Result | No
     grouped, first = _settings(results, encoder, own), results[0]
     rows = grouped if own is None else _own_first(grouped, own)
     task, data, counts = first.task, first.content["data"], first.content["counts"]
+    known = data.get("patients_known") is not False
     images = [_range([result.content["counts"]["train"]["images"] for result in row.results]) for row in rows]
     lines = [
         [row.name, trained_on, row.list_seeds(), *(_mean(row.scores(name)) for name in task.scores)]
@@ -87,7 +88,7 @@ def _table(results: Sequence[Result], encoder: Collection[str], own: Result | No
     commits = dict.fromkeys(describe_commit(r.content["code"]["commit"]) for row in rows for r in row.results)
     return Table(
         title=f"{first.content['task'].capitalize()}, `{last_part(data['cache'])}`",
-        facts=f"Test split: {_counts(counts['test'])}; validation: {_counts(counts['validation'])}. "
+        facts=f"Test split: {_counts(counts['test'], known)}; validation: {_counts(counts['validation'], known)}. "
         f"Collection `{data['collection']}`, data `{data['data_hash'][:12]}`, split `{data['split_hash'][:12]}`. "
         f"Made by {', '.join(commits)}.",
         synthetic=data["synthetic"],
@@ -263,7 +264,7 @@ def evaluation_results(tables: Sequence[Table], repo_id: str) -> list[EvalResult
                     dataset_config=content["data"]["split_hash"],
                     dataset_split="test",
                     dataset_revision=content["data"]["data_hash"],
-                    dataset_args=dict(content["counts"]["test"]),
+                    dataset_args=_known_counts(content),
                     metric_type=metric,
                     metric_name=f"{task.scores[key]}, {name}{mean}",
                     metric_value=round(fmean(values), 6),
@@ -282,8 +283,17 @@ def _mean(values: Sequence[Any]) -> str:
     return f"{fmean(values):.3f}" + (f" (SD {stdev(values):.3f})" if len(values) > 1 else "")
 
 
-def _counts(split: dict[str, int]) -> str:
-    return f"{count(split['images'], 'image', 'images')} of {count(split['patients'], 'patient', 'patients')}"
+def _known_counts(content: dict[str, Any]) -> dict[str, int]:
+    """Images and patients of the test split, without the patients where they are not known."""
+    counts = dict(content["counts"]["test"])
+    if content["data"].get("patients_known") is False:
+        del counts["patients"]
+    return counts
+
+
+def _counts(split: dict[str, int], patients_known: bool) -> str:
+    patients = count(split["patients"], "patient", "patients") if patients_known else "an unknown number of patients"
+    return f"{count(split['images'], 'image', 'images')} of {patients}"
 
 
 def _range(values: Collection[int]) -> str:
