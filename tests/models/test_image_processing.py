@@ -282,6 +282,22 @@ def test_images_are_as_the_squares_that_the_model_was_trained_on(fit: str, shape
     assert np.array_equal(found, plain(np.zeros_like(small), small)["labels"][0].numpy())
 
 
+@pytest.mark.parametrize("fit", ["pad", "squash", "crop"])
+@pytest.mark.parametrize("shape", [(90, 61), (100, 150), (150, 100)])
+@pytest.mark.parametrize(("prepared_size", "image_size"), [(20, 48), (25, 24), (24, 48)])
+def test_masks_lie_where_they_lay_before_the_squares_of_training(
+    fit: str, shape: tuple[int, int], prepared_size: int, image_size: int
+):
+    """Borders are whole pixels of the cache's squares, not of the model's input."""
+    processor = MLVICXImageProcessor(image_size, fit=fit, prepared_size=prepared_size, do_normalize=False)
+    mask = np.zeros(shape, np.uint8)
+    mask[shape[0] // 3 : shape[0] // 2, shape[1] // 3 : shape[1] * 2 // 3] = 1
+    logits = processor(mask * 255)["pixel_values"] - 0.5
+    (found,) = processor.post_process_semantic_segmentation(SemanticSegmenterOutput(logits=logits), [shape])
+    centres = [np.argwhere(each).mean(0) for each in (found.numpy(), mask)]
+    assert np.abs(centres[0] - centres[1]).max() < 0.5
+
+
 def test_constants_survive_saving(tmp_path: Path):
     processor = MLVICXImageProcessor(image_size=48, num_channels=3, image_mean=0.41, image_std=0.19, fit="crop")
     assert "prepared_size" not in processor.to_dict()

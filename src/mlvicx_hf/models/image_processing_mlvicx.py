@@ -205,6 +205,28 @@ def unfit_square(logits: torch.Tensor, height: int, width: int, fit: str = "pad"
     return torch.nn.functional.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)[0]
 
 
+def _unpad(logits: torch.Tensor, height: int, width: int, size: int) -> torch.Tensor:
+    """Do what `unfit_square` does with "pad", where the borders were whole pixels of a square of another size.
+
+    Args:
+        logits: [C, S, S].
+        height: of the image.
+        width: of the image.
+        size: side of the square in which the image got its borders.
+
+    Returns:
+        [C, H, W].
+    """
+    top, left, inner_height, inner_width = _padded(height, width, size)
+    inner = [
+        [inner_width / size, 0, (2 * left + inner_width) / size - 1],
+        [0, inner_height / size, (2 * top + inner_height) / size - 1],
+    ]
+    theta = torch.tensor([inner], dtype=logits.dtype, device=logits.device)
+    grid = torch.nn.functional.affine_grid(theta, [1, len(logits), height, width], align_corners=False)
+    return torch.nn.functional.grid_sample(logits[None], grid, padding_mode="border", align_corners=False)[0]
+
+
 def to_class_map(mask: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
     """Convert a mask of class indices [H, W] to int64 [1, H, W].
 
@@ -531,6 +553,8 @@ class MLVICXImageProcessor(BaseImageProcessor):
     def _unfit(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Bring logits [K, h, w] to an image of this size; what `fit` cut off becomes -inf."""
         fit = self.fit if self.do_resize and logits.shape[-2] == logits.shape[-1] else "squash"
+        if fit == "pad" and self.prepared_size is not None:
+            return _unpad(logits, height, width, self.prepared_size)
         found = unfit_square(logits, height, width, fit)
         top, left = (height - found.shape[-2]) // 2, (width - found.shape[-1]) // 2
         bottom, right = height - found.shape[-2] - top, width - found.shape[-1] - left
