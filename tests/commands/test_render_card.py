@@ -72,9 +72,9 @@ def test_without_an_output_the_card_is_printed(tmp_path: Path):
         assert mlvicx("card", "--model", model, *template).stdout == expected
     assert_users_error(mlvicx("card", "--model", model, "--template", "classifier"), "MLVICXForSemanticSegmentation")
     assert_users_error(mlvicx("card", "--model", model, "--template", tmp_path / "segmenter.md"), "segmenter.md")
-    (tmp_path / "latin.md").write_bytes("größe {{ name }}".encode("latin-1"))
-    message = "latin.md: byte 0xf6 found; expected text in UTF-8"
-    assert_users_error(mlvicx("card", "--model", model, "--template", tmp_path / "latin.md"), message)
+    (tmp_path / "segmenter.md").write_bytes("größe {{ name }}".encode("latin-1"))
+    message = "segmenter.md: byte 0xf6 found; expected text in UTF-8"
+    assert_users_error(mlvicx("card", "--model", model, "--template", tmp_path / "segmenter.md"), message)
 
 
 def test_a_missing_result_is_a_users_error_and_leaves_no_card(tmp_path: Path):
