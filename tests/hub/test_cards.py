@@ -371,8 +371,11 @@ def test_calibration_and_what_was_not_calibrated(saved: dict[str, Path], tmp_pat
 
 
 def test_unknown_patients_are_said_not_to_be_kept_apart(render: Render, saved: dict[str, Path], tmp_path: Path):
-    known = render_card(TEMPLATES["classifier"], saved["classifier"], [])
-    assert "No patient is in two splits." in section(known, "Training data")
+    old = render_card(TEMPLATES["classifier"], saved["classifier"], [])
+    assert "if the patients were known, which was not recorded." in section(old, "Training data")
+    content = result(data=result()["data"] | {"patients_known": True})
+    known = render_card(TEMPLATES["classifier"], write_model(saved["classifier"], tmp_path / "known", content), [])
+    assert "No patient is in two splits.\n" in section(known, "Training data")
     content = result(data=result()["data"] | {"patients_known": False})
     model = write_model(saved["classifier"], tmp_path / "mine", content)
     card = render_card(TEMPLATES["classifier"], model, [])
