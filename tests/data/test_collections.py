@@ -229,6 +229,7 @@ def test_missing_files_are_listed_and_the_others_kept(root: Path):
             'file_name,note\na.png,"left\nb.png,"right\nc.png,\n',
             r"in line 2 is no CSV: .* expected after",
         ),
+        ('sep=;\nfile_name;note\na.png;"portable\nb.png;\n', "in line 3 is no CSV: unexpected end of data"),
         ("file_name,a,a\na.png,1,1\n", r"column\(s\) 'a' found twice"),
         ("file_name,patient_id\na.png,1\nb.png,\n", r"row 3 \(b\.png\): empty patient_id found"),
         ("file_name,patient_id\n,1\n", r"row 2, column file_name: '' found"),

@@ -31,7 +31,7 @@ from ..images.errors import UnreadableImageError
 ROWS_PER_BATCH = 100  # images that a worker holds in memory before it writes them
 IMAGES_PER_SHARD = 128  # at least
 SHARDS_PER_SPLIT = 256  # at most: a reader of the cache keeps every shard open
-LAYOUT = 4  # of the notes; another version makes its shards anew
+LAYOUT = 4  # of the notes, and how originals become grey; another version makes its shards anew
 DIED = (
     "a worker process died. Out of memory? Fewer --num_workers may help. A Python script that calls prepare needs a "
     "file of its own, with the call below `if __name__ == '__main__':`; or use num_workers=0"

@@ -157,18 +157,19 @@ def _read_csv(table: Path) -> Columns:
     Skip empty lines, lines of separators alone at the end, empty columns at the end (NIH's), and Excel's first line
     `sep=;`.
     """
-    text = _read_text(table)
-    first, _, rest = text.partition("\n")
-    if re.fullmatch(r'"?sep=[,;\t]"?', first.strip()):
-        first, text = rest.partition("\n")[0], rest
+    text = io.StringIO(_read_text(table), newline="")
+    start, header_line, skipped = 0, text.readline(), 0
+    if re.fullmatch(r'"?sep=[,;\t]"?', header_line.strip()):
+        start, header_line, skipped = text.tell(), text.readline(), 1
+    text.seek(start)
     # A quotation mark that nothing closes would swallow the rows after it: `strict` refuses it.
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(DELIMITERS, key=first.count), strict=True)
-    rows, begun = [], 1
+    lines = csv.reader(text, delimiter=max(DELIMITERS, key=header_line.count), strict=True)
+    rows, begun = [], skipped + 1
     try:
         for row in lines:
             if row:
                 rows.append([field.strip() for field in row])
-            begun = lines.line_num + 1
+            begun = skipped + lines.line_num + 1
     except csv.Error as error:
         raise UserError(f"{table}: the row that begins in line {begun} is no CSV: {error}") from error
     if not rows:
