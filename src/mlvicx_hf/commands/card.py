@@ -59,12 +59,12 @@ def main(words: Sequence[str] | None = None) -> None:
     from mlvicx_hf.common.files import new_file
     from mlvicx_hf.hub.cards.rendering import render_card
 
+    if output is not None and output.exists() and not overwrite:
+        raise FileExistsError(f"{output} is there already; --overwrite replaces it")
     card = render_card(find_template(model, given.pop("template")), model, **given)
     if output is None:
         print(card)
         return
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} is there already; --overwrite replaces it")
     with new_file(output) as temporary:
         card.save(temporary)
     print(f"card written to {output}")

@@ -149,11 +149,13 @@ class Reader:
         found = [
             JudgedFinding(name, value, thresholds.get(name), bands.get(name), answer, self.pointing.get(name, ""))
             for name, value, answer in zip(
-                labels, probabilities, [""] * len(labels) if answers.exclusive else cells, strict=True
+                labels,
+                [None if name in answers.uncalibrated else p for name, p in zip(labels, probabilities, strict=True)],
+                [""] * len(labels) if answers.exclusive else cells,
+                strict=True,
             )
         ]
-        found.sort(key=lambda each: (each.name in answers.uncalibrated, -probabilities[labels.index(each.name)]))
-        found = [each._replace(probability=None) if each.name in answers.uncalibrated else each for each in found]
+        found.sort(key=lambda each: (each.probability is None, -(each.probability or 0)))
         return found, cells[0] if answers.exclusive else ""
 
     def _outline(self, image: Image.Image, shown: tuple[int, int]) -> dict[str, np.ndarray]:

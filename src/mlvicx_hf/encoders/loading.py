@@ -24,9 +24,9 @@ def check_source(source: str) -> str:
         raise UserError(f"{source}: a file found; expected the folder of a saved model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json; expected the folder of a saved model")
-    if not path.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source):
-        raise FileNotFoundError(f"{source!r} found; expected a folder that exists, or a name on the Hub")
     if not path.exists():
+        if source.startswith(("/", ".", "~")) or source.count("/") > 1 or not source:
+            raise FileNotFoundError(f"{source!r} found; expected a folder that exists, or a name on the Hub")
         with user_input():
             validate_repo_id(source)
     return source

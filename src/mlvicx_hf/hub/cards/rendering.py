@@ -158,12 +158,11 @@ def _fill(template: Path, context: dict[str, Any], looked_at: Sequence[Path]) ->
         "thousands": "{:,}".format, "short": "{:g}".format, "last_part": last_part,
         "machine": describe_machine, "versions": describe_code,
     }  # fmt: skip
+    text = read_text(template)
     try:
-        return environment.from_string(read_text(template)).render(context)
+        return environment.from_string(text).render(context)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{error.filename or template}, line {error.lineno}: {error.message}") from error
-    except UserError:
-        raise
     except (jinja2.UndefinedError, LookupError, TypeError, ValueError) as error:  # no value, or one of another type
         files_of_frames = {"<template>": template} | {str(part): part for part in TEMPLATES.glob("parts/*.md")}
         frames = reversed(traceback.extract_tb(error.__traceback__))
