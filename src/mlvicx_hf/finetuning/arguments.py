@@ -65,6 +65,11 @@ class LabelledDataArguments:
     )
     max_train_samples: int | None = option("Use only the first training images.", None, least=1)
     patient_balanced: bool = option("Draw all training patients equally often.", False)
+    augment: bool = option(
+        "Flip, rotate, shift and scale training images, and masks with them; classify does so without "
+        "--freeze_backbone alone.",
+        True,
+    )
     allow_leak: bool = option("Go on with copies of an image in two splits, and record it.", False)
 
 
@@ -84,7 +89,7 @@ class FinetuningArguments:
     per_device_train_batch_size: int = option("Images of a training step, a device.", 64, first=True, least=1)
     per_device_eval_batch_size: int = option("Images of an evaluation step, a device.", 64, least=1)
     learning_rate: float | None = option(
-        "Peak of AdamW; by default 1e-3, and 1e-4 for classify without --freeze_backbone.", None, first=True, above=0
+        "Peak of AdamW; by default 1e-3, and 3e-4 for classify without --freeze_backbone.", None, first=True, above=0
     )
     weight_decay: float = option("Of weight matrices; vectors have none.", 0.0, least=0)
     lr_scheduler_type: str = option("Schedule of the rate, by transformers' name.", "linear")
@@ -157,6 +162,10 @@ class ClassifierArguments(EncoderArguments):
     )
     cache_features: bool = option("Frozen: encode every image once instead of once an epoch.", True)
     fast_probe: bool = option("Frozen, with cache_features: a plain loop in place of the Trainer.", False)
+    probe_first: bool = option(
+        "Not frozen: start from the head that --freeze_backbone trains, so that a new one does not spoil the encoder.",
+        True,
+    )
     positive_weights: str = option(
         "Weight of positives in the loss; balanced: negatives over positives of each label in training.",
         "none",
@@ -184,7 +193,6 @@ class SegmentationDataArguments(LabelledDataArguments):
     """Which images and masks."""
 
     image_size: int | None = option("Side of the input in pixels; by default the model's.", None)
-    augment: bool = option("Flip, rotate, shift and scale training images and masks together.", True)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from .data import LabelledImages, check_splits, keep_known
 from .heads import load_config, load_for_task
 from .linear_probe import FeatureStore, LinearProbe, ProbeTrainer, prepare_probe
 from .results import write_images
-from .training import FinetuningTask, Split, train_with_trainer
+from .training import UNFINISHED, FinetuningTask, Split, train_with_trainer, trainer_settings
 
 
 def load_classifier(
@@ -145,7 +145,7 @@ class Classification(FinetuningTask):
             raise UserError(f"band_level={encoder.band_level} found; expected a number above 0.5 and below 1")
         if encoder.fast_probe and not (encoder.freeze_backbone and encoder.cache_features):
             raise UserError("fast_probe found; expected freeze_backbone as well, with cache_features")
-        self.learning_rate = 1e-3 if encoder.freeze_backbone else 1e-4
+        self.learning_rate = 1e-3 if encoder.freeze_backbone else 3e-4
         self.store = store
 
     def _load_cache(self) -> Cache:
@@ -161,16 +161,44 @@ class Classification(FinetuningTask):
     def _prepare(self, training: Split) -> tuple[nn.Module, Callable[[Split], Split]]:
         if not self.encoder.freeze_backbone:
             return self.model, lambda images: images
+        self.model.freeze_backbone()
+        return self._prepare_probe(training, self.encoder.cache_features)
+
+    def _prepare_probe(self, training: Split, cache_features: bool) -> tuple[LinearProbe, Callable[[Split], Split]]:
         batch_size, device = self.settings.per_device_eval_batch_size, self.settings.device
-        return prepare_probe(self.model, training, self.encoder.cache_features, batch_size, device, self.store)
+        return prepare_probe(self.model, training, cache_features, batch_size, device, self.store)
 
     def _train(
         self, trained: nn.Module, splits: Mapping[str, Split], patients: Sequence[str] | None
     ) -> Trainer | ProbeTrainer:
-        how = (splits, self.settings, self.arguments.patience, self._scalars, patients)
+        how = (self.settings, self.arguments.patience, self._scalars, patients)
         if isinstance(trained, LinearProbe) and self.encoder.fast_probe:
-            return ProbeTrainer(trained, *how).train()
-        return train_with_trainer(trained, *how)
+            return ProbeTrainer(trained, splits, *how).train()
+        if not self.encoder.freeze_backbone:
+            if self.encoder.probe_first:
+                self._start_from_probe(splits, patients)
+            if self.data.augment:
+                training: Any = splits["train"]
+                splits = {**splits, "train": training.augmented()}
+        return train_with_trainer(trained, splits, *how)
+
+    def _start_from_probe(self, splits: Mapping[str, Split], patients: Sequence[str] | None) -> None:
+        """Give the model the head of the frozen protocol (LP-FT, Kumar et al., ICLR 2022).
+
+        The steps of a head that knows nothing spoil the features of the encoder before they use them.
+        """
+        probe, prepare = self._prepare_probe(splits["train"], cache_features=True)
+        # What the user says of rate, epochs and precision is said of the whole network.
+        usual = ClassificationArguments(
+            self.arguments.output_dir,
+            per_device_train_batch_size=self.arguments.per_device_train_batch_size,
+            seed=self.arguments.seed,
+            use_cpu=self.arguments.use_cpu,
+        )
+        settings = trainer_settings(usual, 1e-3, Path(self.arguments.output_dir, UNFINISHED))
+        features = {split: prepare(images) for split, images in splits.items()}
+        ProbeTrainer(probe, features, settings, usual.patience, self._scalars, patients).train()
+        probe.fold()
 
     def _scalars(self, prediction: EvalPrediction) -> dict[str, float]:
         scores = self._outcome(prediction).scores()
@@ -215,6 +243,8 @@ class Classification(FinetuningTask):
                 "positive_weights": self.encoder.positive_weights,
                 "cache_features": self.encoder.freeze_backbone and self.encoder.cache_features,
                 "fast_probe": self.encoder.fast_probe,
+                "probe_first": self.encoder.probe_first and not self.encoder.freeze_backbone,
+                "augment": self.data.augment and not self.encoder.freeze_backbone,
                 "pooled_levels": self.model.config.pooled_levels,
                 "image_size": self.processor.image_size,
             },

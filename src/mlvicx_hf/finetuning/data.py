@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
@@ -90,18 +91,33 @@ def select_training(cache: Cache, arguments: LabelledDataArguments, seed: int) -
     return with_splits(cache, {"train": train})
 
 
+def random_moves() -> v2.Transform:
+    """Flip (half of the images), rotate (±10°), shift (5 %) and scale (10 %) at random."""
+    moves = v2.RandomAffine(10, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)
+    return v2.Compose([v2.RandomHorizontalFlip(), moves])
+
+
 class LabelledImages(Dataset[dict[str, Tensor]]):
-    """Images of one split as model input, with their labels; nothing random.
+    """Images of one split as model input, with their labels.
 
     Args:
         images: split of a cache.
         processor: of the model.
         exclusive: labels are one class an image: its index instead of the vector.
         digest: of the cache.
+        augment: move images at random, as `random_moves` does; otherwise nothing is random.
     """
 
-    def __init__(self, images: Any, processor: MLVICXImageProcessor, exclusive: bool, digest: str = "") -> None:
+    def __init__(
+        self,
+        images: Any,
+        processor: MLVICXImageProcessor,
+        exclusive: bool,
+        digest: str = "",
+        augment: bool = False,
+    ) -> None:
         self.images, self.processor, self.exclusive, self.digest = images, processor, exclusive, digest
+        self.transform = random_moves() if augment else None
         self.names: list[str] = images["source"][:]
         self.key = f"{digest} {processor.to_json_string()}"
 
@@ -111,8 +127,12 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
         labels = torch.tensor(self.images["labels"][:], dtype=torch.float32)
         return labels.argmax(1) if self.exclusive else labels
 
+    def augmented(self) -> LabelledImages:
+        """The same images, moved at random."""
+        return LabelledImages(self.images, self.processor, self.exclusive, self.digest, augment=True)
+
     def rows(self, indices: Sequence[int]) -> LabelledImages:
-        """Some of the images."""
+        """Some of the images, as they are."""
         return LabelledImages(self.images.select(indices), self.processor, self.exclusive, self.digest)
 
     def __len__(self) -> int:
@@ -120,7 +140,7 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.images[index]
-        image: Image.Image = row["image"]
+        image: Image.Image = row["image"] if self.transform is None else self.transform(row["image"])
         labels = torch.tensor(row["labels"], dtype=torch.float32)
         pixels: Tensor = self.processor(image)["pixel_values"][0]
         return {"pixel_values": pixels, "labels": labels.argmax() if self.exclusive else labels}

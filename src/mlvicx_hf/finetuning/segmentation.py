@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 from transformers import EvalPrediction, Trainer
 
 from mlvicx_hf.common.errors import UserError, user_input
@@ -22,7 +21,7 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXForSemanticSegmentation
 from mlvicx_hf.scoring.overlap import EMPTY_MASKS, overlap_counts, score_overlap
 
 from .arguments import EncoderArguments, SegmentationArguments, SegmentationDataArguments
-from .data import check_splits, keep_known
+from .data import check_splits, keep_known, random_moves
 from .heads import load_config, load_for_task
 from .results import write_images
 from .training import FinetuningTask, Split, train_with_trainer
@@ -34,16 +33,12 @@ class MaskedImages(Dataset[dict[str, Tensor]]):
     Args:
         images: split of a cache, every mask known.
         processor: of the model.
-        augment: flip (half of the images), rotate (±10°), shift (5 %) and scale (10 %) at random.
+        augment: move images at random, as `random_moves` does.
     """
 
     def __init__(self, images: Any, processor: MLVICXImageProcessor, augment: bool = False) -> None:
         self.images, self.processor = images, processor
-        geometry = [
-            v2.RandomHorizontalFlip(),
-            v2.RandomAffine(10, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
-        ]
-        self.transform = v2.Compose(geometry) if augment else None
+        self.transform = random_moves() if augment else None
 
     def __len__(self) -> int:
         return len(self.images)
