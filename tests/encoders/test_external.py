@@ -35,6 +35,7 @@ from mlvicx_hf.finetuning.classification import load_classifier
 from mlvicx_hf.finetuning.data import LabelledImages
 from mlvicx_hf.finetuning.heads import ExternalClassifier
 from mlvicx_hf.finetuning.linear_probe import FeatureStore
+from mlvicx_hf.models.modeling_mlvicx import batch_norms
 
 SMALL: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
 SMALL |= {"patch_size": 14, "intermediate_size": 48}
@@ -336,3 +337,21 @@ def test_a_frozen_encoder_stays_in_evaluation_mode():
     assert classifier.training
     assert not any(part.training for part in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def make_normalised() -> tuple[nn.Module, dict[str, Any]]:
+    network, constants = make_features()
+    return nn.Sequential(nn.BatchNorm2d(1), network), constants
+
+
+def test_batch_normalisation_of_an_encoder_is_frozen_alone():
+    source = f"callable:{__name__}:make_normalised"
+    encoder = ExternalEncoder(adapt(source), MLVICXConfig(use_context=False), source)
+    classifier = ExternalClassifier(encoder)
+    classifier.freeze_batch_norm()
+    classifier.eval().train()
+    norms = batch_norms(encoder)
+    assert norms
+    assert {part for part in classifier.modules() if not part.training} == set(norms)
+    kept = {parameter for norm in norms for parameter in norm.parameters()}
+    assert {parameter for parameter in classifier.parameters() if not parameter.requires_grad} == kept

@@ -22,7 +22,6 @@ from mlvicx_hf import MLVICXForImageClassification, MLVICXImageProcessor
 from mlvicx_hf.common.arguments import from_values
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import Cache, load_cache
-from mlvicx_hf.data.reading.sampling import PatientBalancedSampler
 from mlvicx_hf.data.split_files import read_split_file
 from mlvicx_hf.encoders.features import encode
 from mlvicx_hf.finetuning.arguments import (
@@ -289,6 +288,7 @@ def test_folding_keeps_the_logits():
         before = probe(features=features)["logits"]
         probe.fold()
         torch.testing.assert_close(model(x).logits, before, rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for p in model.mlvicx.parameters())
 
 
 def test_the_probe_works_on_a_feature_that_never_varies():
@@ -303,33 +303,6 @@ class Reached(Exception):
     """The Trainer would begin."""
 
 
-@pytest.mark.parametrize("positive_weights", ["none", "balanced"])
-def test_fine_tuning_starts_from_the_head_of_the_frozen_protocol(
-    positive_weights: str, cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Calibration multiplies each row of a saved head by a number above 0, so directions are compared."""
-    usual = {"positive_weights": positive_weights, "seed": 3, "label_fraction": 0.6}
-    run(tmp_path / "frozen", pretrained, cache, freeze_backbone=True, fast_probe=True, num_train_epochs=100, **usual)
-    expected = load_file(tmp_path / "frozen" / "model.safetensors")["classifier.weight"]
-    reached: list[MLVICXForImageClassification] = []
-
-    def begin(model: MLVICXForImageClassification, *args: object, **options: object) -> None:
-        reached.append(model)
-        raise Reached
-
-    monkeypatch.setattr("mlvicx_hf.finetuning.classification.train_with_trainer", begin)
-    for flag in (True, False):
-        with pytest.raises(Reached):
-            run(tmp_path / f"tuned-{flag}", pretrained, cache, learning_rate=1e-5, probe_first=flag, **usual)
-    started, plain = (torch.cosine_similarity(model.classifier.weight, expected) for model in reached)
-    assert (started > 0.99999).all()
-    assert (plain < 0.5).all()
-    for model in reached:
-        assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
-        for name, value in AutoModel.from_pretrained(pretrained).state_dict().items():
-            assert torch.equal(model.mlvicx.state_dict()[name], value), name
-
-
 def test_training_images_move_and_others_stay(
     cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -340,7 +313,7 @@ def test_training_images_move_and_others_stay(
         raise Reached
 
     monkeypatch.setattr("mlvicx_hf.finetuning.classification.train_with_trainer", begin)
-    for how in ({"probe_first": False}, {"augment": False, "probe_first": False}, FROZEN):
+    for how in ({}, {"augment": False}, FROZEN):
         with pytest.raises(Reached):
             run(tmp_path / str(len(reached)), pretrained, cache, **how)
     moved, still, features = reached
@@ -352,20 +325,19 @@ def test_training_images_move_and_others_stay(
     assert set(features["train"][0]) == {"features", "labels"}
 
 
-def test_patients_are_balanced_while_the_head_is_trained_first(
-    cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    drawn: list[int] = []
-    iterate = PatientBalancedSampler.__iter__
-
-    def count(sampler: PatientBalancedSampler) -> Any:
-        drawn.append(1)
-        return iterate(sampler)
-
-    monkeypatch.setattr(PatientBalancedSampler, "__iter__", count)
-    results = run(tmp_path / "run", pretrained, cache, patient_balanced=True, num_train_epochs=1)
-    assert len(drawn) > 10
-    assert results["hyperparameters"]["probe_first"] is True
+def test_fine_tuning_keeps_the_statistics_of_pretrained_weights(cache: Path, pretrained: Path, tmp_path: Path):
+    before = AutoModel.from_pretrained(pretrained).state_dict()
+    for number, (model, flag, kept) in enumerate(
+        [(pretrained, True, True), (pretrained, False, False), ("random", True, False)]
+    ):
+        given = {"architecture": str(pretrained)} if model == "random" else {}
+        how = {"freeze_batch_norm": flag, "num_train_epochs": 1, "learning_rate": 1e-2}
+        results = run(tmp_path / str(number), model, cache, **how, **given)
+        assert results["hyperparameters"]["freeze_batch_norm"] is kept
+        found = AutoModel.from_pretrained(tmp_path / str(number)).state_dict()
+        same = {torch.equal(found[name], before[name]) for name in before if "running_mean" in name}
+        assert same == {kept}
+        assert [name for name in before if name.endswith("weight") and not torch.equal(found[name], before[name])]
 
 
 # -- repeatable, and with few labels -----------------------------------------------------------------------------------

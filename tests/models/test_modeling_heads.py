@@ -24,6 +24,7 @@ from mlvicx_hf import (
     MLVICXModel,
 )
 from mlvicx_hf.models.configuration_mlvicx import backbone_levels
+from mlvicx_hf.models.modeling_mlvicx import batch_norms
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
@@ -126,6 +127,26 @@ def test_freezing_leaves_the_decoder_to_learn():
     assert all(torch.equal(v, state[k]) for k, v in model.mlvicx.state_dict().items())
     assert all(p.grad is None for p in model.mlvicx.parameters())
     assert all(p.grad is not None for p in model.decoder.parameters())
+
+
+@pytest.mark.parametrize("part", ["", "backbone"])
+def test_frozen_batch_normalisation_stays_while_the_rest_learns(part: str):
+    model = segmenter()
+    model.freeze_batch_norm(part)
+    model.eval().train()
+    frozen = set(batch_norms(model.mlvicx.get_submodule(part)))
+    assert frozen
+    assert {norm for norm in batch_norms(model) if not norm.training} == frozen
+    assert all(m.training for m in model.modules() if m not in frozen)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step(
+        lambda: model(torch.randn(2, 1, 32, 32), labels=torch.randint(0, 2, (2, 32, 32))).loss.backward()
+    )
+    names = {name for name, module in model.named_modules() if module in frozen}
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, state[name])}
+    assert not [name for name in moved if name.rpartition(".")[0] in names]
+    assert {name for name in state if "running_mean" in name and name.rpartition(".")[0] not in names} <= moved
+    assert [name for name in moved if name.startswith("mlvicx.backbone.")]
 
 
 @pytest.mark.parametrize(

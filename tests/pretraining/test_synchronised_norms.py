@@ -7,9 +7,10 @@ from methods import small_objective
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from mlvicx_hf import MLVICXForPreTraining
+from mlvicx_hf import MLVICXForPreTraining, MLVICXModel
+from mlvicx_hf.models.modeling_mlvicx import batch_norms
 from mlvicx_hf.objectives import OBJECTIVES
-from mlvicx_hf.pretraining.model import backbone_norms, synchronise_norms
+from mlvicx_hf.pretraining.model import synchronise_norms
 
 
 def test_queries_must_not_be_told_by_the_statistics_of_their_keys():
@@ -29,12 +30,17 @@ def test_norms_of_other_methods_are_converted(name: str):
     assert all(torch.equal(value, before[key]) for key, value in found.state_dict().items())
 
 
-def test_norms_to_freeze_are_found_after_the_conversion():
+def test_frozen_norms_stay_frozen_through_the_conversion():
     objective = small_objective("byol")
-    before = backbone_norms(objective)
-    found = backbone_norms(synchronise_norms(objective))
-    assert len(found) == len(before) > 0
+    for encoder in objective.modules():
+        if isinstance(encoder, MLVICXModel):
+            encoder.freeze_batch_norm("backbone")
+    found = batch_norms(synchronise_norms(objective).train())
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in found)
+    encoders = [part for part in objective.modules() if isinstance(part, MLVICXModel)]
+    still = {norm for encoder in encoders for norm in batch_norms(encoder.backbone)}
+    assert {norm for norm in found if not norm.training} == still
+    assert 0 < len(still) < len(found)
 
 
 @pytest.mark.parametrize("final_norm", [False, True])

@@ -25,6 +25,7 @@ from mlvicx_hf.common.errors import UserError, require, user_input
 from mlvicx_hf.models.backbones_mlvicx import create_sized
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig, check_backbone
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
+from mlvicx_hf.models.modeling_mlvicx import batch_norms
 
 from .loading import check_source
 from .weights import WEIGHT_FILES, find_network, read_weights
@@ -51,6 +52,7 @@ class ExternalEncoder(nn.Module):
     """
 
     frozen = False  # in evaluation mode through every call of `train()`
+    norms_frozen = False  # its batch normalisation alone
 
     def __init__(self, adapted: Adapted, config: MLVICXConfig, source: str) -> None:
         super().__init__()
@@ -66,8 +68,11 @@ class ExternalEncoder(nn.Module):
         self.channels = [found.shape[1]]
 
     def train(self, mode: bool = True) -> ExternalEncoder:
-        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode."""
-        return super().train(mode and not self.frozen)
+        """As `nn.Module.train`, but what is frozen stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        for norm in batch_norms(self) if self.norms_frozen else ():
+            norm.train(False)
+        return self
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False

@@ -162,8 +162,8 @@ class ClassifierArguments(EncoderArguments):
     )
     cache_features: bool = option("Frozen: encode every image once instead of once an epoch.", True)
     fast_probe: bool = option("Frozen, with cache_features: a plain loop in place of the Trainer.", False)
-    probe_first: bool = option(
-        "Not frozen: start from the head that --freeze_backbone trains, so that a new one does not spoil the encoder.",
+    freeze_batch_norm: bool = option(
+        "Not frozen: keep statistics, scales and shifts of the encoder's batch normalisation, but for random weights.",
         True,
     )
     positive_weights: str = option(

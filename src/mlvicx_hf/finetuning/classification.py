@@ -24,7 +24,7 @@ from .data import LabelledImages, check_splits, keep_known
 from .heads import load_config, load_for_task
 from .linear_probe import FeatureStore, LinearProbe, ProbeTrainer, prepare_probe
 from .results import write_images
-from .training import UNFINISHED, FinetuningTask, Split, train_with_trainer, trainer_settings
+from .training import FinetuningTask, Split, train_with_trainer
 
 
 def load_classifier(
@@ -155,50 +155,34 @@ class Classification(FinetuningTask):
         return load_classifier(self.encoder, self.cache)
 
     def _images(self, split: str) -> LabelledImages:
-        cache = self.cache
-        return LabelledImages(cache.datasets[split], self.processor, cache.exclusive, cache.digest)
+        cache, augment = self.cache, self._augments and split == "train"
+        return LabelledImages(cache.datasets[split], self.processor, cache.exclusive, cache.digest, augment)
 
     def _prepare(self, training: Split) -> tuple[nn.Module, Callable[[Split], Split]]:
         if not self.encoder.freeze_backbone:
+            if self._freezes_norms:
+                self.model.freeze_batch_norm()
             return self.model, lambda images: images
-        self.model.freeze_backbone()
-        return self._prepare_probe(training, self.encoder.cache_features)
-
-    def _prepare_probe(self, training: Split, cache_features: bool) -> tuple[LinearProbe, Callable[[Split], Split]]:
         batch_size, device = self.settings.per_device_eval_batch_size, self.settings.device
-        return prepare_probe(self.model, training, cache_features, batch_size, device, self.store)
+        return prepare_probe(self.model, training, self.encoder.cache_features, batch_size, device, self.store)
+
+    @property
+    def _augments(self) -> bool:
+        """A frozen encoder sees each image once."""
+        return self.data.augment and not self.encoder.freeze_backbone
+
+    @property
+    def _freezes_norms(self) -> bool:
+        """Random weights have no statistics worth keeping."""
+        return self.encoder.freeze_batch_norm and not self.encoder.freeze_backbone and self.encoder.model != "random"
 
     def _train(
         self, trained: nn.Module, splits: Mapping[str, Split], patients: Sequence[str] | None
     ) -> Trainer | ProbeTrainer:
-        how = (self.settings, self.arguments.patience, self._scalars, patients)
+        how = (splits, self.settings, self.arguments.patience, self._scalars, patients)
         if isinstance(trained, LinearProbe) and self.encoder.fast_probe:
-            return ProbeTrainer(trained, splits, *how).train()
-        if not self.encoder.freeze_backbone:
-            if self.encoder.probe_first:
-                self._start_from_probe(splits, patients)
-            if self.data.augment:
-                training: Any = splits["train"]
-                splits = {**splits, "train": training.augmented()}
-        return train_with_trainer(trained, splits, *how)
-
-    def _start_from_probe(self, splits: Mapping[str, Split], patients: Sequence[str] | None) -> None:
-        """Give the model the head of the frozen protocol (LP-FT, Kumar et al., ICLR 2022).
-
-        The steps of a head that knows nothing spoil the features of the encoder before they use them.
-        """
-        probe, prepare = self._prepare_probe(splits["train"], cache_features=True)
-        # What the user says of rate, epochs and precision is said of the whole network.
-        usual = ClassificationArguments(
-            self.arguments.output_dir,
-            per_device_train_batch_size=self.arguments.per_device_train_batch_size,
-            seed=self.arguments.seed,
-            use_cpu=self.arguments.use_cpu,
-        )
-        settings = trainer_settings(usual, 1e-3, Path(self.arguments.output_dir, UNFINISHED))
-        features = {split: prepare(images) for split, images in splits.items()}
-        ProbeTrainer(probe, features, settings, usual.patience, self._scalars, patients).train()
-        probe.fold()
+            return ProbeTrainer(trained, *how).train()
+        return train_with_trainer(trained, *how)
 
     def _scalars(self, prediction: EvalPrediction) -> dict[str, float]:
         scores = self._outcome(prediction).scores()
@@ -243,8 +227,8 @@ class Classification(FinetuningTask):
                 "positive_weights": self.encoder.positive_weights,
                 "cache_features": self.encoder.freeze_backbone and self.encoder.cache_features,
                 "fast_probe": self.encoder.fast_probe,
-                "probe_first": self.encoder.probe_first and not self.encoder.freeze_backbone,
-                "augment": self.data.augment and not self.encoder.freeze_backbone,
+                "freeze_batch_norm": self._freezes_norms,
+                "augment": self._augments,
                 "pooled_levels": self.model.config.pooled_levels,
                 "image_size": self.processor.image_size,
             },

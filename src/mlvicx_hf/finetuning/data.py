@@ -127,10 +127,6 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
         labels = torch.tensor(self.images["labels"][:], dtype=torch.float32)
         return labels.argmax(1) if self.exclusive else labels
 
-    def augmented(self) -> LabelledImages:
-        """The same images, moved at random."""
-        return LabelledImages(self.images, self.processor, self.exclusive, self.digest, augment=True)
-
     def rows(self, indices: Sequence[int]) -> LabelledImages:
         """Some of the images, as they are."""
         return LabelledImages(self.images.select(indices), self.processor, self.exclusive, self.digest)

@@ -18,7 +18,7 @@ from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starti
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.loss_mlvicx import multi_label_loss, own_precision, single_label_loss
-from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXPreTrainedModel
+from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXPreTrainedModel, batch_norms
 
 from .arguments import EncoderArguments
 
@@ -141,6 +141,12 @@ class ExternalClassifier(nn.Module):
         """Switch off the encoder's gradients, and keep it in evaluation mode."""
         self.mlvicx.frozen = True
         self.mlvicx.requires_grad_(False).train(False)
+
+    def freeze_batch_norm(self) -> None:
+        """Keep statistics, scales and shifts of the encoder's batch normalisation as they are."""
+        self.mlvicx.norms_frozen = True
+        for norm in batch_norms(self.mlvicx):
+            norm.requires_grad_(False).train(False)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Logits [B, L] of images [B, C, S, S], and the loss if labels are given."""

@@ -41,7 +41,7 @@ class LinearProbe(nn.Module):
     Args:
         model: classifier whose linear layer is trained, in place.
         features: training features [N, C].
-        encode: features are computed from `pixel_values` in every step, by an encoder that is frozen, instead of given.
+        encode: features are computed from `pixel_values` in every step instead of given.
     """
 
     mean: Tensor
@@ -49,6 +49,7 @@ class LinearProbe(nn.Module):
 
     def __init__(self, model: MLVICXForImageClassification, features: Tensor, encode: bool) -> None:
         super().__init__()
+        model.freeze_backbone()
         self.classifier = model.classifier
         self.encoder = model.mlvicx if encode else None
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.compute_loss
@@ -128,7 +129,7 @@ def prepare_probe(
     Args:
         model: classifier whose linear layer is trained, in place.
         training: images whose features give the scale.
-        cache_features: whether the features are computed once; otherwise the encoder must be frozen.
+        cache_features: whether the features are computed once.
         batch_size: images encoded at a time.
         device: on which they are encoded.
         store: of features that other runs have computed or will want.

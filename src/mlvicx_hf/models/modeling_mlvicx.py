@@ -85,6 +85,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
         super().gradient_checkpointing_enable(*args, **kwargs)
 
     _frozen = False  # of an encoder
+    _frozen_norms: str | None = None  # part of an encoder whose batch normalisation is frozen; "" is all of it
     _labels_seen = False
 
     def __init__(self, config: MLVICXConfig, *args: Any, **kwargs: Any) -> None:
@@ -151,9 +152,31 @@ class MLVICXPreTrainedModel(PreTrainedModel):
         encoder._frozen = True
         encoder.requires_grad_(False).train(False)
 
+    def freeze_batch_norm(self, part: str = "") -> None:
+        """Keep statistics, scales and shifts of the encoder's batch normalisation, through every call of `train()`.
+
+        The statistics of a small batch, or of enlarged and moved images, are not those of the images to be read.
+
+        Args:
+            part: of the encoder, such as "backbone"; by default all of it.
+        """
+        encoder: Any = self.base_model
+        encoder._frozen_norms = part
+        for norm in batch_norms(encoder.get_submodule(part)):
+            norm.requires_grad_(False).train(False)
+
     def train(self, mode: bool = True) -> MLVICXPreTrainedModel:
-        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode, whatever it is a part of."""
-        return super().train(mode and not self._frozen)
+        """As `nn.Module.train`, but what is frozen stays in evaluation mode, whatever it is a part of."""
+        super().train(mode and not self._frozen)
+        if self._frozen_norms is not None:
+            for norm in batch_norms(self.get_submodule(self._frozen_norms)):
+                norm.train(False)
+        return self
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The layers of a module that normalise over the batch."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 
 
 @contextmanager
@@ -162,7 +185,7 @@ def _running_statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
 
     Copies take the traces. Without statistics, the repetition would save fewer tensors, and checkpoints compare that.
     """
-    norms = [part for module in modules for part in module.modules() if isinstance(part, _BatchNorm)]
+    norms = [norm for module in modules for norm in batch_norms(module)]
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
     for norm, name, buffer in kept:
         setattr(norm, name, buffer.clone())

@@ -43,8 +43,6 @@ def train(run: Run) -> Path:
     reporter = Reporter(run)
     reporter.begin()
     objective.train()
-    for norm in run.frozen_norms:
-        norm.eval()
     score = None
     with StopSignals() as signals:
         with reporter.bar:

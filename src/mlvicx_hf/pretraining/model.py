@@ -53,8 +53,10 @@ def prepare_objective(
                 "a list of layers, such as a ResNet"
             )
         objective.encoder.backbone.set_grad_checkpointing()
-    for norm in backbone_norms(objective) if arguments.freeze_batch_norm else ():
-        norm.requires_grad_(False)
+    if arguments.freeze_batch_norm:
+        for part in list(objective.modules()):
+            if isinstance(part, MLVICXModel):  # a momentum copy as well: it must see what the encoder sees
+                part.freeze_batch_norm("backbone")
     objective.notes[:0] = [*_unused_arguments(objective, model_arguments), *_leave_nothing_to_chance(objective)]
     return objective
 
@@ -150,12 +152,6 @@ def _leave_nothing_to_chance(objective: Objective) -> list[str]:
         path.drop_prob = 0.0
     found = len(dropouts) + len(paths)
     return [f"dropout and stochastic depth of {found} layers are off"] if found else []
-
-
-def backbone_norms(objective: Objective) -> list[nn.Module]:
-    """Batch normalisations of the backbone and of its momentum copy, which must see what the encoder sees."""
-    encoders = [part for part in objective.modules() if isinstance(part, MLVICXModel)]
-    return [part for encoder in encoders for part in encoder.backbone.modules() if isinstance(part, _BatchNorm)]
 
 
 def synchronise_norms(objective: Objective) -> Objective:

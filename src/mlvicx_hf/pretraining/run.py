@@ -50,7 +50,6 @@ class Run:
     checkpoints: Checkpoints
     watcher: Watcher | None  # measures the objective; None in all processes but the main one
     notes: list[str]  # lines to print when training begins
-    frozen_norms: list[nn.Module]  # batch normalisations that stay in evaluation mode
     step: int = 0  # steps that are done
     # Step and value of the first loss that is not finite; -1 and 0 before.
     _first_bad: tuple[Tensor, Tensor] | None = None

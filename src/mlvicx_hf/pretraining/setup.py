@@ -23,7 +23,7 @@ from .checkpoints import Checkpoint, Checkpoints
 from .collapse import Watcher
 from .data import create_augmentation, load_data
 from .memory import Trial
-from .model import backbone_norms, create_config, prepare_objective, synchronise_norms
+from .model import create_config, prepare_objective, synchronise_norms
 from .optimizer import BUFFERS, create_optimizer
 from .run import Run
 from .settings import RunSettings, of_early_checkpoints
@@ -116,8 +116,6 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         checkpoints=checkpoints,
         watcher=watcher,
         notes=notes,
-        # The modules as they are now: sharing statistics over processes made new ones.
-        frozen_norms=backbone_norms(objective) if arguments.freeze_batch_norm else [],
     )
     if checkpoint is not None:
         run.load(checkpoint)
