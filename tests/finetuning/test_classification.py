@@ -333,7 +333,7 @@ def test_fine_tuning_keeps_the_statistics_of_pretrained_weights(cache: Path, pre
         given = {"architecture": str(pretrained)} if model == "random" else {}
         how = {"freeze_batch_norm": flag, "num_train_epochs": 1, "learning_rate": 1e-2}
         results = run(tmp_path / str(number), model, cache, **how, **given)
-        assert results["hyperparameters"]["freeze_batch_norm"] is kept
+        assert results["hyperparameters"]["freeze_batch_norm"] is flag
         found = AutoModel.from_pretrained(tmp_path / str(number)).state_dict()
         same = {torch.equal(found[name], before[name]) for name in before if "running_mean" in name}
         assert same == {kept}

@@ -160,7 +160,7 @@ class Classification(FinetuningTask):
 
     def _prepare(self, training: Split) -> tuple[nn.Module, Callable[[Split], Split]]:
         if not self.encoder.freeze_backbone:
-            if self._freezes_norms:
+            if self.encoder.freeze_batch_norm and self.encoder.model != "random":  # which has no statistics to keep
                 self.model.freeze_batch_norm()
             return self.model, lambda images: images
         batch_size, device = self.settings.per_device_eval_batch_size, self.settings.device
@@ -170,11 +170,6 @@ class Classification(FinetuningTask):
     def _augments(self) -> bool:
         """A frozen encoder sees each image once."""
         return self.data.augment and not self.encoder.freeze_backbone
-
-    @property
-    def _freezes_norms(self) -> bool:
-        """Random weights have no statistics worth keeping."""
-        return self.encoder.freeze_batch_norm and not self.encoder.freeze_backbone and self.encoder.model != "random"
 
     def _train(
         self, trained: nn.Module, splits: Mapping[str, Split], patients: Sequence[str] | None
@@ -227,7 +222,8 @@ class Classification(FinetuningTask):
                 "positive_weights": self.encoder.positive_weights,
                 "cache_features": self.encoder.freeze_backbone and self.encoder.cache_features,
                 "fast_probe": self.encoder.fast_probe,
-                "freeze_batch_norm": self._freezes_norms,
+                # As asked for, so that cards compare random weights with pretrained ones of the same settings.
+                "freeze_batch_norm": self.encoder.freeze_batch_norm and not self.encoder.freeze_backbone,
                 "augment": self._augments,
                 "pooled_levels": self.model.config.pooled_levels,
                 "image_size": self.processor.image_size,
