@@ -54,7 +54,7 @@ def prepare_objective(
             )
         objective.encoder.backbone.set_grad_checkpointing()
     if arguments.freeze_batch_norm:
-        for part in list(objective.modules()):
+        for part in objective.modules():
             if isinstance(part, MLVICXModel):  # a momentum copy as well: it must see what the encoder sees
                 part.freeze_batch_norm("backbone")
     objective.notes[:0] = [*_unused_arguments(objective, model_arguments), *_leave_nothing_to_chance(objective)]
