@@ -66,7 +66,7 @@ RECIPE = {
     "base": Method(),
     "pool-500": Method(flags=("--dataset", CACHES / "pool500", "--epochs", 22)),  # as many steps
     "epochs-6": Method(flags=("--epochs", 6)),
-    "gates-middle": Method(flags=("--use_context", "true", "--context_gain", 2, "--context_init_scale", 0)),
+    "gates-middle": Method(flags=("--use_context", "true", "--context_gain", 2)),
     "gates-drawn": Method(flags=("--use_context", "true", "--context_gain", 2, "--context_init_scale", 1)),
     "crop-0.08": Method(flags=("--crop_area", 0.08, 1)),
     "crop-0.4": Method(flags=("--crop_area", 0.4, 1)),

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from mlvicx_hf.common.streams import RandomStream, stream_generator
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.reading.sampling import (
     EpochBatches,
     PatientBalancedSampler,
     choose_views,
-    order_generator,
     patient_balanced_order,
 )
 
@@ -25,9 +25,9 @@ PATIENTS = st.lists(st.sampled_from("abcdefgh"), max_size=60)
 @settings(deadline=None, max_examples=150)
 @given(PATIENTS, st.integers(0, 2**31), st.integers(0, 300))
 def test_every_patient_comes_equally_often_and_so_does_every_image_of_one(patients: list[str], seed: int, epoch: int):
-    order = patient_balanced_order(patients, order_generator(seed, epoch))
+    order = patient_balanced_order(patients, stream_generator(seed, epoch, RandomStream.ORDER))
     assert (order.dtype, order.shape) == (np.int64, (len(patients),))
-    assert np.array_equal(order, patient_balanced_order(patients, order_generator(seed, epoch)))
+    assert np.array_equal(order, patient_balanced_order(patients, stream_generator(seed, epoch, RandomStream.ORDER)))
     drawn = [patients[index] for index in order]
     names = sorted(set(patients))
     for start in range(0, len(drawn), max(1, len(names))):  # round by round
@@ -47,7 +47,7 @@ def test_over_many_epochs_patients_and_the_images_of_one_are_drawn_alike():
     draws = np.zeros(10)
     first = np.zeros(10)
     for epoch in range(3000):
-        order = patient_balanced_order(patients, order_generator(1, epoch))
+        order = patient_balanced_order(patients, stream_generator(1, epoch, RandomStream.ORDER))
         draws += np.bincount(order, minlength=10)
         first[order[0]] += 1
     shares = draws / draws.sum()
@@ -58,7 +58,7 @@ def test_over_many_epochs_patients_and_the_images_of_one_are_drawn_alike():
 
 def test_the_order_of_many_images_is_as_even():
     patients = [f"p{number // 4 if number % 5 else 0}" for number in range(200_000)]  # one has 40,000
-    order = patient_balanced_order(patients, order_generator(0, 0))
+    order = patient_balanced_order(patients, stream_generator(0, 0, RandomStream.ORDER))
     counts = np.unique(np.array(patients)[order], return_counts=True)[1]
     assert counts.max() - counts.min() <= 1
 
@@ -82,7 +82,7 @@ def test_batches_of_two_processes_share_the_balanced_order(patients: list[str], 
     parts = [EpochBatches(len(patients), 4, 7, rank, 2, patients) for rank in range(2)]
     for part in parts:
         part.start_at(epoch, 1)
-    order = patient_balanced_order(patients, order_generator(7, epoch))
+    order = patient_balanced_order(patients, stream_generator(7, epoch, RandomStream.ORDER))
     found = [one + other for one, other in zip(*parts, strict=True)]
     assert found == [order[start : start + 4].tolist() for start in range(4, len(patients) - 3, 4)]
 

@@ -117,7 +117,7 @@ def test_a_file_of_another_form_is_an_error(tmp_path: Path):
 
 
 def test_weights_of_another_architecture_are_an_error():
-    with pytest.raises(UserError, match=r"init_from='resnet34\.a1_in1k' found with backbone='test_resnet'"):
+    with pytest.raises(UserError, match=r"weights 'resnet34\.a1_in1k' found for backbone 'test_resnet'"):
         load_timm_weights(encoder(), "resnet34.a1_in1k")
 
 

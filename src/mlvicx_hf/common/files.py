@@ -123,6 +123,8 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     """
     import yaml
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a YAML file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

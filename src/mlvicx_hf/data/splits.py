@@ -53,6 +53,12 @@ def patient_hash(patient: str, seed: int) -> str:
     return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
 
 
+def first_patients(patient_ids: Sequence[str], limit: int, seed: int) -> list[int]:
+    """Choose at most `limit` of the rows, patient by patient in the seed's order. The rows keep their order."""
+    order = sorted(range(len(patient_ids)), key=lambda row: (patient_hash(patient_ids[row], seed), row))
+    return sorted(order[:limit])
+
+
 def split_by_patient(
     patient_ids: Sequence[str], labels: Labels, fractions: Mapping[str, float], seed: int
 ) -> list[str]:

@@ -1,6 +1,5 @@
 """The whole of MLVICX in one go: prepare, pretrain, load, classify against random weights, report."""
 
-import json
 import os
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from jinja2 import StrictUndefined, Template
 from transformers import AutoImageProcessor, AutoModel
 
 from mlvicx_hf.common.errors import MissingExtraError, UserError
-from mlvicx_hf.common.files import write_json
+from mlvicx_hf.common.files import read_json, write_json
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.common.text import markdown_table, number
 from mlvicx_hf.data.cache.cache import Cache, load_cache
@@ -170,7 +169,7 @@ class Quickstart:
                 words += ["--architecture", self.model_folder] if start == "random" else []
                 words += ["--freeze_backbone"] if protocol == "frozen" else ["--num_train_epochs", 6]
                 self._command("classify", *words)
-                test = json.loads((folder / "results.json").read_text())["test"]
+                test = read_json(folder / "results.json")["test"]
                 report[protocol][start] = {key: test[key] for key in ("auroc_macro", "auroc", "accuracy")}
         return report
 

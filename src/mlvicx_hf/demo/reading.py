@@ -146,15 +146,12 @@ class Reader:
         cells = answers.cells(probabilities)
         thresholds = (config.decision_thresholds or {}).get("values", {})
         bands = {} if answers.exclusive or answers.bands is None else answers.bands
-        found = [
-            JudgedFinding(name, value, thresholds.get(name), bands.get(name), answer, self.pointing.get(name, ""))
-            for name, value, answer in zip(
-                labels,
-                [None if name in answers.uncalibrated else p for name, p in zip(labels, probabilities, strict=True)],
-                [""] * len(labels) if answers.exclusive else cells,
-                strict=True,
-            )
-        ]
+        found = []
+        for number, name in enumerate(labels):
+            value = None if name in answers.uncalibrated else probabilities[number]
+            answer = "" if answers.exclusive else cells[number]
+            pointing = self.pointing.get(name, "")
+            found.append(JudgedFinding(name, value, thresholds.get(name), bands.get(name), answer, pointing))
         found.sort(key=lambda each: (each.probability is None, -(each.probability or 0)))
         return found, cells[0] if answers.exclusive else ""
 

@@ -26,14 +26,7 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .loading import check_source, load_image_processor
 
-WEIGHT_FILES = (
-    ".safetensors",
-    ".pth",
-    ".pt",
-    ".bin",
-    ".tar",
-    ".ckpt",
-)  # endings of weights, of torch.save but the first
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # torch.save writes all but the first
 # Errors of the readers for a file that is cut short, altered or of another kind. A safe unpickler checks little else.
 UNREADABLE = (
     *(SafetensorError, pickle.UnpicklingError, struct.error, EOFError, AssertionError),
@@ -135,7 +128,7 @@ def _timm_name(config: MLVICXConfig, source: str) -> str:
     if source == "imagenet" or source.endswith(WEIGHT_FILES):
         return config.backbone
     if source.split(".")[0] != config.backbone.split(".")[0]:
-        raise UserError(f"init_from={source!r} found with backbone={config.backbone!r}; expected weights of the latter")
+        raise UserError(f"weights {source!r} found for backbone {config.backbone!r}; expected weights of that backbone")
     return source
 
 
@@ -160,7 +153,7 @@ def load_timm_weights(encoder: MLVICXModel, source: str) -> str:
     if source.endswith(WEIGHT_FILES):
         about = Path(source).with_name("config.json")
         if about.is_file() and read_json(about).get("model_type") == MLVICXConfig.model_type:
-            raise UserError(f"init_from={source}: a file of a saved model found; expected its folder, {about.parent}")
+            raise UserError(f"{source}: a file of a saved model found; expected its folder, {about.parent}")
         return load_backbone(encoder, read_weights(Path(source)), source)
     config: Any = copy.copy(encoder.config)
     config.backbone = _timm_name(config, source)
@@ -215,7 +208,7 @@ def find_network(
     others = sorted(key for key in state if key not in wanted and not key.endswith(COUNTER))
     wrong += [key for key in others if key.split(".")[0] in own]  # of a larger network
     if wrong:
-        raise UserError(f"init_from={source} does not fit {name}: {len(wrong)} weights differ, such as {wrong[0]}")
+        raise UserError(f"{source} does not fit {name}: {len(wrong)} weights differ, such as {wrong[0]}")
     kept = {key: value for key, value in state.items() if key not in others}
     others += beside
     left_out = f"; left out: {len(others)} other tensors ({some(others, 3)})" if others else ""
@@ -242,12 +235,12 @@ def _networks(content: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> Itera
 def _choose(source: str, networks: list[Found], name: str, wanted: Mapping[str, Tensor]) -> Found:
     """Choose the network of a checkpoint that its authors evaluate."""
     if not networks:
-        raise UserError(f"init_from={source} does not fit {name}: no {next(iter(wanted))} and the like in it")
+        raise UserError(f"{source} does not fit {name}: no {next(iter(wanted))} and the like in it")
     if len(networks) > 1:
         networks = [each for each in networks if set(each[0].split(".")) & set(EVALUATED)] or networks
     if len(networks) > 1:
         names = ", ".join(prefix or "(no prefix)" for prefix, *_ in networks)
-        raise UserError(f"init_from={source}: networks {names} found; expected one, or one named as in {EVALUATED}")
+        raise UserError(f"{source}: networks {names} found; expected one, or one named as in {EVALUATED}")
     return networks[0]
 
 

@@ -58,7 +58,7 @@ def evaluate(
     else unknown. Exclusive classes are scored as such, with accuracy, only if model and images have the same ones.
     Else each is scored against the rest, and the accuracy of a model of exclusive classes is not defined.
 
-    Arguments that are not listed are as of `prediction.predict`.
+    Arguments that are not listed are those of `prediction.predict`.
 
     Args:
         model_source: folder or Hub name.
@@ -126,8 +126,7 @@ def match_labels(loaded: LoadedModel, collection: str | None, cache: Cache, find
     Raises:
         UserError: a cache without labels, nothing in common, or findings that are not in common.
     """
-    if not cache.label_names:
-        raise UserError(f"{cache.path} has no labels; expected some: prepare it with --metadata that has label columns")
+    cache.require_labels()
     matching = match(collection, loaded.labels, cache.manifest["collection"], cache.label_names)
     if not matching.matches:
         raise UserError(

@@ -16,7 +16,14 @@ from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.calibration import CALIBRATION_BINS, score_calibration
-from mlvicx_hf.scoring.labels import score_accuracy, score_decisions, score_labels, score_precision, youden_thresholds
+from mlvicx_hf.scoring.labels import (
+    has_both_values,
+    score_accuracy,
+    score_decisions,
+    score_labels,
+    score_precision,
+    youden_thresholds,
+)
 
 from .arguments import ClassificationArguments, ClassifierArguments, LabelledDataArguments
 from .calibration import Calibration, calibrate
@@ -63,13 +70,12 @@ def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
         UserError: no labels, a split that is missing, or a validation split on which nothing can be scored.
     """
     cache = load_cache(path)
-    if not cache.label_names:
-        raise UserError(f"{path} has no labels; expected some: prepare it with --metadata that has label columns")
+    cache.require_labels()
     check_splits(cache, allow_leak)
     known = {split: cache.labelled(split) for split in cache.datasets}
     cache = keep_known(cache, known, "class" if cache.exclusive else "label")
     table = np.array(cache.datasets["validation"]["labels"], dtype=np.float64)
-    if not any(len(np.unique(column[~np.isnan(column)])) > 1 for column in table.T):
+    if not any(map(has_both_values, table.T)):
         raise UserError(
             f"{path}: no label has both values in the validation split, so no epoch can be chosen by it; "
             "expected more images (--max_images of `mlvicx prepare`?), or another --seed there"

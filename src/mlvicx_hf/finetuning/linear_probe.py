@@ -159,7 +159,7 @@ class ProbeTrainer:
     The arguments are those of `train_with_trainer`; the probe and the splits come from `prepare_probe`.
 
     Raises:
-        ValueError: arguments that it does not follow.
+        UserError: arguments that it does not follow.
     """
 
     def __init__(

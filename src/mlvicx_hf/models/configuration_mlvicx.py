@@ -237,7 +237,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of the base class, but a configuration of another model is an error, not a warning.
+        """As in the base class, but a configuration of another model is an error, not a warning.
 
         The whole is validated after `kwargs` have replaced values of the dictionary. With other labels or another
         problem type, what belongs to the saved ones is left out: thresholds, calibration, weights of positives.
@@ -262,7 +262,7 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         return made
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As of the base class. A configuration that names its code, in `auto_map`, is saved with the code.
+        """As in the base class. A configuration that names its code, in `auto_map`, is saved with the code.
 
         One that could not be loaded again is not saved.
         """
@@ -290,12 +290,12 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         weights = ("invariance_weight", "variance_weight", "covariance_weight", "global_weight", "multi_level_weight")
         for name in (*weights, "variance_target"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} found; expected 0 or more")
+                raise ValueError(f"{name}={getattr(self, name)} found; expected a finite number, 0 or more")
         if self.global_weight == 0 and self.multi_level_weight == 0:
             raise ValueError("global_weight=0 and multi_level_weight=0 found; expected at least one above 0")
         for name in ("variance_epsilon", "context_gain", "context_init_scale"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} found; expected a positive number")
+                raise ValueError(f"{name}={getattr(self, name)} found; expected a finite positive number")
         self._validate_labels()
         if self.context_placement not in (None, "between", "taps"):
             raise ValueError(f"context_placement={self.context_placement!r} found; expected None, 'between' or 'taps'")

@@ -375,7 +375,7 @@ class MLVICXImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of the base class, but every keyword is used or refused.
+        """As in the base class, but every keyword is used or refused.
 
         Args:
             image_processor_dict: constants, as `to_dict` gives them.
@@ -393,18 +393,18 @@ class MLVICXImageProcessor(BaseImageProcessor):
         return (processor, unused) if unused_wanted else processor
 
     def to_dict(self) -> dict[str, Any]:
-        """As of the base class; `size` is also given as `image_size`."""
+        """As in the base class; `size` is also given as `image_size`."""
         constants = super().to_dict() | {"image_size": self.image_size, "resample": int(self.resample)}
         return {name: value for name, value in constants.items() if value is not None or name.startswith("do_")}
 
     def to_json_file(self, json_file_path: str | PathLike[str]) -> None:
-        """As of the base class. A processor that names its code, in `auto_map`, is saved with the code."""
+        """As in the base class. A processor that names its code, in `auto_map`, is saved with the code."""
         if found := getattr(self, "auto_map", None):  # which transformers sets without declaring it
             self.auto_map = save_code(Path(json_file_path).parent, found, IMAGE_PROCESSOR_AUTO_MAP)
         super().to_json_file(json_file_path)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the base class. The code goes along, so that it also loads where this package is not installed."""
+        """As in the base class. The code goes along, so that it also loads where this package is not installed."""
         self.auto_map = dict(IMAGE_PROCESSOR_AUTO_MAP)
         return super().push_to_hub(*args, **kwargs)
 

@@ -239,10 +239,15 @@ class Expander(nn.Sequential):
                 layers.append(nn.ReLU(inplace=True))
             in_features = width
         if final_norm:  # a constant shift of all embeddings cancels in the loss: keep it, do not train it
-            norm = layers[-1]
-            del norm.bias
-            norm.register_buffer("bias", torch.zeros(width))
+            keep_shift(layers[-1])
         super().__init__(*layers)
+
+
+def keep_shift(norm: nn.Module) -> None:
+    """Make the shift of a normalisation a buffer: a checkpoint holds it, and nothing trains it."""
+    shift: Any = norm.bias
+    del norm.bias
+    norm.register_buffer("bias", shift.detach())
 
 
 class DecoderBlock(nn.Sequential):

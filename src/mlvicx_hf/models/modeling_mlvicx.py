@@ -72,7 +72,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
         return bool(self.base_model.is_plain)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As of the base class.
+        """As in the base class.
 
         Raises:
             ValueError: a backbone that is no list of layers.
@@ -94,7 +94,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of the base class, with one kind of error for weights that are not whole.
+        """As in the base class, with one kind of error for weights that are not whole.
 
         Raises:
             OSError: weights that are damaged, absent or not reachable.
@@ -113,13 +113,13 @@ class MLVICXPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of the base class, after a check of what was downloaded."""
+        """As in the base class, after a check of what was downloaded."""
         for file in checkpoint_files or []:
             check_download(Path(file))
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # the base class wraps its own
-        """As of the base class. The code goes along, so that the model also loads where this package is not installed.
+        """As in the base class. The code goes along, so that the model also loads where this package is not installed.
 
         Push the image processor, too.
         """
@@ -174,7 +174,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
         return self
 
 
-def batch_norms(module: nn.Module) -> list[nn.Module]:
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     """The layers of a module that normalise over the batch."""
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 

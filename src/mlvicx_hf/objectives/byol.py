@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mlvicx_hf.common.arguments import option
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
@@ -19,6 +18,7 @@ from .parts import (
     momentum_copy,
     note_on_momentum,
     scale_momentum,
+    unit_vectors,
 )
 
 
@@ -65,7 +65,7 @@ class BYOLObjective(Objective):
         one, two = embeddings_1["predictions"], embeddings_2["predictions"]
         target_1, target_2 = embeddings_1["targets"].detach(), embeddings_2["targets"].detach()
         loss = mean_over_batch(4 - 2 * cosines(one, target_2) - 2 * cosines(two, target_1))
-        units = F.normalize(one.float(), dim=1), F.normalize(two.float(), dim=1)
+        units = unit_vectors(one), unit_vectors(two)
         return LossOutput(loss, {"cosine_loss": loss}, {"predictions": units})
 
     def momentum(self, step: int) -> float:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from mlvicx_hf.common.arguments import option
 from mlvicx_hf.models.layers_mlvicx import Expander, average_pool
-from mlvicx_hf.models.loss_mlvicx import at_least_float32
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .barlow_twins import correlation_terms
 from .base import Embeddings, LossOutput, ViewSpecification
+from .decoders import squared_error
 from .momentum_contrast import ContrastOptions, MomentumContrast
 from .parts import gather, mean_over_batch
 
@@ -95,4 +95,4 @@ def _distance(query: Tensor, key: Tensor, grid: int) -> Tensor:
     """Mean square of the difference of two maps on a grid, of each image: [B]."""
     side = min(grid, *query.shape[2:])  # a smaller map stays as it is
     query, key = (average_pool(each, side) for each in (query, key))
-    return (at_least_float32(query) - at_least_float32(key)).square().flatten(1).mean(1)
+    return squared_error(query, key)[:, 0]

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mlvicx_hf.common.arguments import option
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.models.loss_mlvicx import at_least_float32, own_precision
+from mlvicx_hf.models.loss_mlvicx import own_precision
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, Objective, Schedule
@@ -20,6 +19,7 @@ from .parts import (
     momentum_copy,
     note_on_momentum,
     scale_momentum,
+    unit_vectors,
 )
 
 
@@ -125,11 +125,6 @@ class MomentumContrast(Objective):
         self.new_keys = []
 
 
-def unit_vectors(vectors: Tensor) -> Tensor:
-    """Vectors [B, D] of length 1, in float32 or more."""
-    return F.normalize(at_least_float32(vectors), dim=1)
-
-
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Compute −log of exp(q·k⁺/T) over exp(q·k⁺/T) + Σ_j exp(q·k_j/T) for each query: [B].
 
@@ -140,6 +135,11 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
         temperature: T.
     """
     with own_precision(queries):
-        positive = (queries * keys).sum(1, keepdim=True)
-        logits = torch.cat([positive, queries @ queue.to(queries.dtype).T], 1) / temperature
+        logits = queue_logits(queries, keys, queue, temperature)
         return logits.logsumexp(1) - logits[:, 0]
+
+
+def queue_logits(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Compute q·k⁺/T and q·k_j/T of each query; arguments as for `info_nce`: [B, 1 + K]."""
+    positive = (queries * keys).sum(1, keepdim=True)
+    return torch.cat([positive, queries @ queue.to(queries.dtype).T], 1) / temperature

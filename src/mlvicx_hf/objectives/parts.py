@@ -5,12 +5,13 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from mlvicx_hf.models.layers_mlvicx import keep_shift
 from mlvicx_hf.models.loss_mlvicx import at_least_float32, gather_batch, own_precision, sum_over_ranks, world_size
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -39,9 +40,7 @@ class ProjectionHead(nn.Sequential):
         if last:
             layers.append(nn.BatchNorm1d(widths[-1], affine=last == "scale"))
         if last == "scale":
-            shift = layers[-1]
-            del shift.bias
-            shift.register_buffer("bias", torch.zeros(widths[-1]))
+            keep_shift(layers[-1])
         super().__init__(*layers)
 
 
@@ -58,7 +57,7 @@ def follow(copied: nn.Module, network: nn.Module, momentum: float) -> None:
     """Move the weights of a copy: k ← m·k + (1−m)·q. Its running statistics are its own."""
     slow: list[Tensor] = list(copied.parameters())
     fast: list[Tensor] = list(network.parameters())
-    torch._foreach_lerp_(slow, fast, 1 - momentum)
+    get_ema_multi_avg_fn(momentum)(slow, fast, 0)
 
 
 def scale_momentum(momentum: float, batch_size: int, reference: int) -> float:
@@ -70,7 +69,7 @@ def scale_momentum(momentum: float, batch_size: int, reference: int) -> float:
 
 
 def note_on_momentum(momentum: float, total_steps: int, name: str) -> list[str]:
-    """Say that a copy forgets too slowly for a run of so many steps; `name` is the option of its momentum."""
+    """Say that a copy forgets too slowly for a run of `total_steps`; `name` is the option of its momentum."""
     steps = 1 / max(1 - momentum, 1e-12)
     if steps <= total_steps:
         return []
@@ -102,16 +101,6 @@ class KeyQueue(nn.Module):
         """
         place = number * len(keys) % len(self.keys)
         self.keys[place : place + len(keys)] = keys
-
-
-# -- random numbers ----------------------------------------------------------------------------------------------------
-
-STEP_STREAM = 8  # apart from those of the views, which have smaller numbers
-
-
-def step_generator(seed: int, step: int) -> np.random.Generator:
-    """Random numbers of a step, alike in all processes and in a run that is resumed."""
-    return np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, STEP_STREAM, 0]))
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -147,6 +136,11 @@ def gather(local: Tensor) -> Tensor:
 def mean_over_batch(values: Tensor) -> Tensor:
     """Mean over the samples of all processes and all other dimensions, float32 or more; [b, …] to a scalar."""
     return sum_over_ranks(at_least_float32(values).mean()) / world_size()
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Vectors [B, D] of length 1, in float32 or more."""
+    return F.normalize(at_least_float32(vectors), dim=1)
 
 
 def cosines(one: Tensor, other: Tensor) -> Tensor:

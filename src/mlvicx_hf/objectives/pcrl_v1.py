@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from mlvicx_hf.common.arguments import option
+from mlvicx_hf.common.streams import RandomStream, stream_generator
 from mlvicx_hf.models.loss_mlvicx import own_precision
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Schedule, ViewSpecification
 from .decoders import RestorationDecoder, squared_error
 from .distortions import CutOut
-from .momentum_contrast import ContrastOptions, MomentumContrast, unit_vectors
-from .parts import ProjectionHead, gather, mean_over_batch, step_generator
+from .momentum_contrast import ContrastOptions, MomentumContrast, queue_logits
+from .parts import ProjectionHead, gather, mean_over_batch, unit_vectors
 
 CODE_SIZE, GATE_SIZE = 6, 256  # numbers that tell flips and quarter turns; width inside the gate
 NOISE_EPSILON = 1e-5
@@ -68,7 +69,7 @@ class PCRLv1Objective(MomentumContrast):
         return ViewSpecification(extras=extras, upright_targets=True, normalised_targets=True, distortion=CutOut())
 
     def prepare(self, schedule: Schedule) -> None:
-        """As of the base class; the noise contrast also depends on the number of batches."""
+        """As in the base class; the noise contrast also depends on the number of batches."""
         super().prepare(schedule)
         self.seed, self.batches = schedule.seed, schedule.batches
 
@@ -78,12 +79,12 @@ class PCRLv1Objective(MomentumContrast):
 
     def shares(self) -> list[float]:
         """α₁, α₂ and λ of the step: max(β, 1−β) of a uniform β each."""
-        draws = step_generator(self.seed, self.step).random(3)
+        draws = stream_generator(self.seed, self.step, RandomStream.STEP).random(3)
         return [float(max(draw, 1 - draw)) for draw in draws]
 
     def partners(self, count: int) -> Tensor:
         """A permutation π of the images of a process, which are mixed in pairs: [B], on the CPU."""
-        generator = step_generator(self.seed, self.step)
+        generator = stream_generator(self.seed, self.step, RandomStream.STEP)
         generator.random(3)  # those of `shares`
         return torch.from_numpy(generator.permutation(count))
 
@@ -150,7 +151,7 @@ class PCRLv1Objective(MomentumContrast):
         return torch.stack([mean_over_batch(each) for each in losses]).mean()
 
     def update(self, step: int) -> None:
-        """As of the base class, and keep Z."""
+        """As in the base class, and keep Z."""
         super().update(step)
         if self.found_normaliser is not None:
             self.normaliser.copy_(self.found_normaliser)
@@ -158,8 +159,7 @@ class PCRLv1Objective(MomentumContrast):
 
 def noise_values(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """exp(q·k/T) of each query with its key, then with the queue: [B, 1 + K]."""
-    positive = (queries * keys).sum(1, keepdim=True)
-    return (torch.cat([positive, queries @ queue.to(queries.dtype).T], 1) / temperature).exp()
+    return queue_logits(queries, keys, queue, temperature).exp()
 
 
 def noise_contrast(probabilities: Tensor, noise: float) -> Tensor:

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from mlvicx_hf.common.arguments import option
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.streams import RandomStream, stream_generator
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective, Schedule, ViewSpecification
 from .decoders import RestorationDecoder, squared_error
 from .distortions import CutOut
-from .parts import ProjectionHead, cosines, mean_over_batch, step_generator
+from .parts import ProjectionHead, cosines, mean_over_batch
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class PCRLv2Objective(Objective):
 
     def start_step(self, step: int) -> None:
         """Draw a scale for each pair of views, and find β."""
-        generator = step_generator(self.schedule.seed, step)
+        generator = stream_generator(self.schedule.seed, step, RandomStream.STEP)
         self.scales = generator.integers(0, len(self.norms), len(self.scales)).tolist()
         epoch = step // self.schedule.batches
         self.scale_weight = (1 + math.cos(math.pi * epoch / self.schedule.epochs)) / 2

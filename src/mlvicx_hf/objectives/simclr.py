@@ -11,7 +11,7 @@ from mlvicx_hf.models.loss_mlvicx import own_precision
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective
-from .parts import ProjectionHead, gather
+from .parts import ProjectionHead, gather, unit_vectors
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class SimCLRObjective(Objective):
 
     def loss(self, embeddings_1: Embeddings, embeddings_2: Embeddings) -> LossOutput:
         """NT-Xent over the global batch."""
-        pair = [F.normalize(gather(each["embeddings"]), dim=1) for each in (embeddings_1, embeddings_2)]
+        pair = [unit_vectors(gather(each["embeddings"])) for each in (embeddings_1, embeddings_2)]
         loss = nt_xent(pair[0], pair[1], self.options.temperature)
-        one, two = (F.normalize(each["embeddings"].float(), dim=1) for each in (embeddings_1, embeddings_2))
+        one, two = (unit_vectors(each["embeddings"]) for each in (embeddings_1, embeddings_2))
         return LossOutput(loss, {"contrastive_loss": loss}, {"embeddings": (one, two)})
 
 

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from mlvicx_hf.common.arguments import option
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 
 from .base import Embeddings, LossOutput, Objective, OwnRate
-from .parts import ProjectionHead, cosines, mean_over_batch
+from .parts import ProjectionHead, cosines, mean_over_batch, unit_vectors
 
 
 @dataclass(frozen=True)
@@ -49,5 +48,5 @@ class SimSiamObjective(Objective):
         z_1, z_2 = embeddings_1["projections"].detach(), embeddings_2["projections"].detach()
         one, two = embeddings_1["predictions"], embeddings_2["predictions"]
         loss = mean_over_batch(-(cosines(one, z_2) + cosines(two, z_1)) / 2)
-        units = F.normalize(z_1.float(), dim=1), F.normalize(z_2.float(), dim=1)
+        units = unit_vectors(z_1), unit_vectors(z_2)
         return LossOutput(loss, {"cosine_loss": loss}, {"projections": units})

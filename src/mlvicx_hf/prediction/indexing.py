@@ -57,7 +57,7 @@ def build_index(
 
     The threshold for images unlike all indexed ones, and precision@5, are measured on the validation split. The index
     keeps the embeddings of that split, so that both are measured anew, on the validation images of all caches, when
-    images are added. Arguments that are not listed are as of `predict`.
+    images are added. Arguments that are not listed are those of `predict`.
 
     Args:
         model_source: folder or Hub name of an encoder, a pretraining, a classifier or a segmenter.

@@ -61,7 +61,7 @@ def find_similar(
     The table has one row a file and neighbour, or one row with the error of a file that cannot be read. Its column
     `unlike` is 1 if the nearest image has a smaller cosine than the index's threshold, 0 if not, empty without one.
 
-    Arguments that are not listed are as of `predict`.
+    Arguments that are not listed are those of `predict`.
 
     Args:
         index: folder that `build_index` wrote.

@@ -14,8 +14,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from mlvicx_hf.models.modeling_mlvicx import batch_norms
 from mlvicx_hf.objectives.base import Embeddings, LossOutput
 
 from .memory import micro_batch
@@ -38,7 +38,7 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, views: Sequence[Ten
     """
     micro_batch(len(views[0]), steps)
     pieces = list(zip(*(view.chunk(steps) for view in views), strict=True))
-    with torch.no_grad(), _running_statistics_kept(wrapped):
+    with torch.no_grad(), _statistics_untracked(wrapped):
         # Clones, because the CUDA graphs of a compiled model write the next piece into the same memory.
         parts = [[_clone(view) for view in wrapped(*piece, return_loss=False)] for piece in pieces]
     leaves = [
@@ -46,7 +46,7 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, views: Sequence[Ten
         for view in (0, 1)
     ]
     output: LossOutput = accelerator.unwrap_model(wrapped).loss(*leaves)
-    slopes = _slopes(output.loss, leaves)
+    slopes = _gradients(output.loss, leaves)
     for number, piece in enumerate(pieces):
         with accelerator.no_sync(wrapped) if number < steps - 1 else nullcontext():
             again = wrapped(*piece, return_loss=False)
@@ -65,7 +65,7 @@ def _clone(embeddings: Embeddings) -> Embeddings:
     return {name: value.clone() for name, value in embeddings.items()}
 
 
-def _slopes(loss: Tensor, leaves: list[Embeddings]) -> dict[tuple[int, str], Tensor]:
+def _gradients(loss: Tensor, leaves: list[Embeddings]) -> dict[tuple[int, str], Tensor]:
     """Gradient of the loss at every embedding that it depends on, by view and name."""
     places = [(view, name) for view in (0, 1) for name in leaves[view]]
     gradients = torch.autograd.grad(loss, [leaves[view][name] for view, name in places], allow_unused=True)
@@ -73,9 +73,9 @@ def _slopes(loss: Tensor, leaves: list[Embeddings]) -> dict[tuple[int, str], Ten
 
 
 @contextmanager
-def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+def _statistics_untracked(model: nn.Module) -> Iterator[None]:
     """Normalise by the batch at hand and leave no trace in the running statistics."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:

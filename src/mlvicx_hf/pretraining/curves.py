@@ -44,7 +44,7 @@ def plot_curves(metrics: Path, picture: Path, title: str = "", panels: Mapping[s
 
     Raises:
         ImportError: without matplotlib, naming the extra that brings it.
-        ValueError: a file in which nothing can be drawn.
+        UserError: a file in which nothing can be drawn.
     """
     require("a plot", "report", "matplotlib")
     from matplotlib.figure import Figure
@@ -93,7 +93,7 @@ def _line(key: str, points: int, branches: list[str]) -> dict[str, Any]:
 
 
 def view_sheet(images: list[Image.Image], augment: TwoViewAugmentation, picture: Path, seed: int = 0) -> None:
-    """Draw rows of three into a PNG file: an image (a grey square) and its two views."""
+    """Draw images (grey squares), each beside its two views, into a PNG file; two of them make a row."""
     batch = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in images]))[:, None]
     views = augment(batch, view_draws(seed, 0, range(len(images))))
     size = (augment.image_size, augment.image_size)

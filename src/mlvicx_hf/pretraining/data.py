@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
+from mlvicx_hf.data.options import check_choice
 from mlvicx_hf.data.reading.sampling import EpochBatches, PatientPartners, PretrainingImages, choose_views
 from mlvicx_hf.data.reading.streaming import Stream, StreamBatches, open_stream
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
@@ -81,8 +82,7 @@ def _load_images(data: DataArguments) -> tuple[Any, dict[str, Any], int]:
         if getattr(data, name) is not None:
             raise UserError(f"{name}={getattr(data, name)} found without streaming; expected --streaming as well")
     cache = load_cache(data.dataset)
-    if data.split not in cache.datasets:
-        raise UserError(f"split={data.split!r} found; {data.dataset} has {', '.join(cache.datasets)}")
+    check_choice("split", data.split, cache.datasets)
     images, left_out = choose_views(cache.datasets[data.split], data.views)
     limit = data.max_train_samples
     if limit is not None:
@@ -100,9 +100,11 @@ def _partners(data: DataArguments, images: Any, seed: int) -> PatientPartners:
 
 def _load_stream(data: DataArguments) -> Stream:
     if data.patient_balanced:
-        raise UserError("patient_balanced found with streaming; a stream is read in order, so expected one of them")
+        raise UserError(
+            "patient_balanced found with streaming, which reads in order; expected --patient_balanced false"
+        )
     if data.positives != "same_image":
-        raise UserError(f"positives={data.positives} found with streaming; a stream is read in order, so expected one")
+        raise UserError(f"positives={data.positives} found with streaming, which reads in order; expected same_image")
     if data.max_train_samples is not None:
         raise UserError(f"max_train_samples={data.max_train_samples} found with streaming; expected --num_images")
     return open_stream(

@@ -14,6 +14,7 @@ from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.encoders.loading import check_source
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
+from mlvicx_hf.models.layers_mlvicx import keep_shift
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
 from mlvicx_hf.objectives import Objective, find_objective, make_objective
 from mlvicx_hf.objectives.base import Schedule
@@ -171,8 +172,5 @@ def synchronise_norms(objective: Objective) -> Objective:
         norm.bias = nn.Parameter(shift, requires_grad=False)
     synchronised = convert_sync_batchnorm(objective)  # of timm: torch's drops the activation inside timm's norms
     for name in norms:
-        norm = synchronised.get_submodule(name)
-        shift = norm.bias.detach()
-        del norm.bias
-        norm.register_buffer("bias", shift)
+        keep_shift(synchronised.get_submodule(name))
     return synchronised

@@ -4,20 +4,18 @@ The probes are fitted on the train split of a labelled cache and scored on its v
 never read. Nothing is random: the same encoder and cache give the same scores, and random generators do not move.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
-from mlvicx_hf.data.splits import patient_hash
+from mlvicx_hf.data.splits import first_patients
 from mlvicx_hf.encoders.features import encode, prepared_images
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXModel
-from mlvicx_hf.scoring.labels import score_labels
+from mlvicx_hf.scoring.labels import has_both_values, score_labels
 from mlvicx_hf.scoring.probes import knn_scores, linear_scores
 
 # Most images of a split. Of more, those of the patients whose hash comes first are taken.
@@ -33,22 +31,24 @@ class Probe:
 
     Raises:
         FileNotFoundError: no cache.
-        ValueError: no labels, a split that is missing, or no label that both splits know with both values.
+        UserError: no labels, a split that is missing, or no label that both splits know with both values.
     """
 
     def __init__(self, path: str | Path, processor: MLVICXImageProcessor) -> None:
         cache = load_cache(path, ["train", "validation"])
-        if not cache.label_names:
-            raise UserError(f"{path} has no labels; expected some: prepare it with --metadata that has label columns")
+        cache.require_labels()
         self.names, self.processor = cache.label_names, processor
+        known = {split: cache.datasets[split].select(cache.labelled(split)) for split in LIMITS}
         self.images = {
-            split: _capped(cache.datasets[split].select(cache.labelled(split)), limit)
-            for split, limit in LIMITS.items()
+            split: images.select(first_patients(images["patient_id"][:], LIMITS[split], seed=0))
+            for split, images in known.items()
         }
         shape = (-1, len(self.names))
         self.labels = {name: np.array(x["labels"], dtype=np.float64).reshape(shape) for name, x in self.images.items()}
         fit, scored = self.labels["train"], self.labels["validation"]
-        self.usable = [i for i in range(len(self.names)) if _has_both(fit[:, i]) and _has_both(scored[:, i])]
+        self.usable = [
+            i for i in range(len(self.names)) if has_both_values(fit[:, i]) and has_both_values(scored[:, i])
+        ]
         if not self.usable:
             raise UserError(f"{path}: no label has both values in train and in validation, so nothing can be probed")
         patients = [np.array(self.images[split]["patient_id"], dtype=object) for split in ("validation", "train")]
@@ -75,14 +75,3 @@ class Probe:
             scalars[f"probe_{kind}_auroc"] = auroc["auroc_macro"]
             scalars |= {f"probe_{kind}_auroc/{name}": value for name, value in auroc["auroc"].items()}
         return scalars
-
-
-def _capped(images: Any, limit: int) -> Any:
-    """At most so many rows, patient after patient in the order of their hashes; the rows keep their order."""
-    patients: Sequence[str] = images["patient_id"][:]
-    order = sorted(range(len(images)), key=lambda i: (patient_hash(patients[i], 0), i))
-    return images.select(sorted(order[:limit]))
-
-
-def _has_both(values: np.ndarray) -> bool:
-    return len(np.unique(values[~np.isnan(values)])) == 2

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.streams import RandomStream, stream_generator
 from mlvicx_hf.objectives.base import ViewSpecification
 from mlvicx_hf.objectives.distortions import BoxPlan, distort
 
-from .views import DRAWS, TwoViewAugmentation, ViewPlan, sample_generators, view_draws
+from .views import DRAWS, TwoViewAugmentation, ViewPlan, view_draws
 
 Views = tuple[Tensor, ...]  # view 1 and view 2, [B, C, S, S] each, then the extras of a `ViewSpecification`
-
-# Random streams: 0 is that of the views, 1 the order of an epoch. View 2 has one of its own after that of view 1.
-DISTORTION, TURNS, LOCAL = 2, 4, 6
 
 
 class MorePlans(NamedTuple):
@@ -78,22 +76,26 @@ class ViewSet:
         plans = self.augment.plan(draws)
         if not wanted.extras and wanted.distortion is None:
             return plans, None
-        count, more = len(plans), MorePlans()
+
+        def generators(stream: RandomStream) -> list[np.random.Generator]:
+            return [stream_generator(seed, epoch, stream, int(sample)) for sample in samples]
+
+        more = MorePlans()
         if any(name.startswith("target") for name in wanted.extras):
             maps = [plan.warp for plan in plans]
             if wanted.upright_targets:
-                maps = [self._upright(draws[:, view].double()) for view in range(count)]
+                maps = [self._upright(draws[:, view].double()) for view in range(len(plans))]
             more = more._replace(targets=tuple(maps))
         if wanted.distortion is not None:
-            streams = [sample_generators(seed, epoch, samples, DISTORTION + view) for view in range(count)]
             side = self.augment.image_size
-            more = more._replace(distortions=tuple(wanted.distortion.plan(list(each), side) for each in streams))
+            views = [generators(RandomStream.DISTORTION_1), generators(RandomStream.DISTORTION_2)]
+            more = more._replace(distortions=tuple(wanted.distortion.plan(each, side) for each in views))
         if any(name.startswith("turn") for name in wanted.extras):
-            generators = [sample_generators(seed, epoch, samples, TURNS + view) for view in range(count)]
-            turns = [np.stack([each.integers(0, (2, 2, 4)) for each in some]) for some in generators]
+            views = [generators(RandomStream.TURNS_1), generators(RandomStream.TURNS_2)]
+            turns = [np.stack([each.integers(0, (2, 2, 4)) for each in view]) for view in views]
             more = more._replace(turns=tuple(torch.from_numpy(each) for each in turns))
         if wanted.local_views:
-            small = view_draws(seed, epoch, samples, wanted.local_views, LOCAL).double()
+            small = view_draws(seed, epoch, samples, wanted.local_views, RandomStream.LOCAL).double()
             if self.augment.flip_together:
                 small[:, :, DRAWS.index("flip")] = draws[:, :1, DRAWS.index("flip")].double()
             more = more._replace(local=tuple(self.local.plan_view(each, 0) for each in small.unbind(1)))

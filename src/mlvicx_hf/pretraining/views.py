@@ -4,7 +4,7 @@ These are the six transforms of section III-A of the paper. It gives no magnitud
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.streams import RandomStream, stream_generator
 
 # One uniform number in [0, 1) for each, in this order. The views of a run depend on nothing else.
 DRAWS = (
@@ -22,33 +23,28 @@ DRAWS = (
 )
 
 
-def sample_generators(
-    seed: int, epoch: int, samples: Sequence[int] | np.ndarray, stream: int = 0
-) -> Iterator[np.random.Generator]:
-    """A generator of random numbers for each sample.
-
-    Every sample has its own counter of a Philox generator, so its numbers do not depend on its batch, on workers, on
-    ranks or on a resume.
+def view_draws(
+    seed: int,
+    epoch: int,
+    samples: Sequence[int] | np.ndarray,
+    views: int = 2,
+    stream: RandomStream = RandomStream.VIEWS,
+) -> Tensor:
+    """Uniform numbers behind the views of each sample.
 
     Args:
         seed: of the run.
         epoch: counted from 0.
-        samples: indices in the data set.
-        stream: of independent streams.
-    """
-    for sample in samples:
-        yield np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, int(sample)]))
-
-
-def view_draws(seed: int, epoch: int, samples: Sequence[int] | np.ndarray, views: int = 2, stream: int = 0) -> Tensor:
-    """Uniform numbers behind the views of each sample; see `sample_generators`.
+        samples: indices in the data set, [B].
+        views: of each sample.
+        stream: of independent numbers.
 
     Returns:
         Float32 [B, views, len(DRAWS)] in [0, 1), on the CPU.
     """
     draws = np.empty((len(samples), views, len(DRAWS)), np.float32)
-    for row, generator in zip(draws, sample_generators(seed, epoch, samples, stream), strict=True):
-        generator.random(out=row, dtype=np.float32)
+    for row, sample in zip(draws, samples, strict=True):
+        stream_generator(seed, epoch, stream, int(sample)).random(out=row, dtype=np.float32)
     return torch.from_numpy(draws)
 
 

@@ -62,9 +62,15 @@ def _score_each(
     values: dict[str, float | str] = {}
     for i, name in enumerate(names):
         known = ~np.isnan(labels[:, i])
-        both = len(np.unique(labels[known, i])) > 1
-        values[name] = float(metric(labels[known, i], scores[known, i])) if both else NOT_SCORED
+        values[name] = NOT_SCORED
+        if has_both_values(labels[:, i]):
+            values[name] = float(metric(labels[known, i], scores[known, i]))
     return values, mean_scored(values.values())
+
+
+def has_both_values(labels: np.ndarray) -> bool:
+    """Whether a label, [N] of 1, 0 or NaN for unknown, is present in some images and absent in others."""
+    return len(np.unique(labels[~np.isnan(labels)])) > 1
 
 
 def mean_scored(values: Iterable[float | str]) -> float | str:
@@ -91,7 +97,7 @@ def youden_thresholds(
     for i, name in enumerate(label_names):
         known = ~np.isnan(labels[:, i])
         thresholds[name] = None
-        if len(np.unique(labels[known, i])) > 1:
+        if has_both_values(labels[:, i]):
             false, true, values = roc_curve(labels[known, i], probabilities[known, i])
             thresholds[name] = float(values[1:][(true - false)[1:].argmax()])  # the first is infinite
     return thresholds

@@ -85,6 +85,17 @@ class Cache:
         """Names of what the masks show: none, one structure (pixels 0 and 1), or the classes by pixel value from 0."""
         return tuple(self.manifest.get("mask_names", ()))
 
+    def require_labels(self) -> None:
+        """Refuse a cache without labels.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not self.label_names:
+            raise UserError(
+                f"{self.path} has no labels; expected some: prepare it with --metadata that has label columns"
+            )
+
     def labelled(self, split: str) -> list[int]:
         """Rows of a split of whose labels at least one is known."""
         rows = self.datasets[split]["labels"]

@@ -21,9 +21,10 @@ from mlvicx_hf.common.text import some
 
 from ..collections.base import SPLITS, Collection, Listing, Record
 from ..copies.deduplication import DROPS, choose_dropped, find_duplicates, note_contradictions
+from ..images.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES
 from ..options import check_choice, check_least
 from ..split_files import plain_path, read_split_file
-from ..splits import check_no_patient_overlap, patient_hash, split_by_patient
+from ..splits import check_no_patient_overlap, first_patients, split_by_patient
 from .assembly import assemble, count_duplicates, describe_cache, note_empty_splits, note_images, read_shards
 from .cache import MANIFEST, cache_features
 from .shards import Making, Shard, is_made, plan_shards, write_in_order, write_shards
@@ -32,7 +33,7 @@ SPLIT_SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 CACHE_FITS = ("pad", "squash", "crop")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 USED = "used"  # new name of the folder `shards` when the new cache is complete
-ROBUST = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")  # decoders that do not crash
+ROBUST = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in DICOM_SUFFIXES)  # decoders that do not crash
 
 
 def prepare(
@@ -94,7 +95,8 @@ def prepare(
     listing = _spelled_out(collection.read())
     records, notes = _assign_splits(_present(listing, allow_missing), splits, seed, bool(listing.mask_names))
     if max_images is not None:
-        records = _first_patients(records, max_images, seed)
+        chosen = first_patients([record.patient_id for record in records], max_images, seed)
+        records = [records[row] for row in chosen]
     features = cache_features(bool(listing.mask_names), any(record.boxes is not None for record in records))
     making = Making(
         features.arrow_schema, collection.source, size, fit, listing.mask_names, listing.origin, allow_missing
@@ -289,12 +291,6 @@ def _with_splits(records: list[Record], names: list[str]) -> list[Record]:
         by_split.setdefault(name, []).append(record.patient_id)
     check_no_patient_overlap(by_split)
     return [replace(record, split=name) for record, name in zip(records, names, strict=True)]
-
-
-def _first_patients(records: list[Record], limit: int, seed: int) -> list[Record]:
-    """Choose at most `limit` records, patient by patient in a seeded order. Keep their original order."""
-    order = sorted(range(len(records)), key=lambda index: (patient_hash(records[index].patient_id, seed), index))
-    return [records[index] for index in sorted(order[:limit])]
 
 
 def _write_shards(

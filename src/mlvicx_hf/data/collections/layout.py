@@ -78,7 +78,7 @@ def read_layout(root: Path, names: Sequence[str], folders: str | None = None) ->
         if folders == "classes":
             return _without_splits(root, names, parts)
         if splits - {"train"}:
-            return _only(root, names, levels, *named)
+            return _only(root, names, levels, sorted(named))
         return Layout(others=_folders([found[-1:] for found in parts]))
     usual = Counter(level[0] for level in levels if len(level) == 1).most_common(1)
     odd = [name for name, level in zip(names, levels, strict=True) if not usual or level != [usual[0][0]]]
@@ -126,7 +126,7 @@ def _folders(parts: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(found) if 2 <= len(found) <= MOST_CLASSES else ()
 
 
-def _only(root: Path, names: Sequence[str], levels: Sequence[list[int]], *named: str) -> Layout:
+def _only(root: Path, names: Sequence[str], levels: Sequence[list[int]], named: list[str]) -> Layout:
     """Read a lone folder of images for validation or test; refuse it beside images without a split."""
     if not all(levels):
         other = names[[bool(level) for level in levels].index(False)]

@@ -510,7 +510,8 @@ def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> tuple[n
             return _look_up(table, words), "; ".join(passed_over)
         passed_over.append(f"{name} {reason}")
     unit = _to_unit(outputs, *_own_range(values, outputs, inside, header.stored))
-    passed_over[-1:] = [f"{reason}: the range of the pixels was used" for reason in passed_over[-1:]]
+    if passed_over:
+        passed_over[-1] += ": the range of the pixels was used"
     return _look_up(_table(unit, padding, invert), words), "; ".join(passed_over)
 
 

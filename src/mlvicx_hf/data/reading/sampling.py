@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.streams import RandomStream, stream_generator
 
 from ..options import check_choice
 
 VIEW_CHOICES = ("frontal", "all")  # for pretraining; "frontal" leaves out images known to be lateral
 LATERAL = "LATERAL"
-PARTNER_STREAM = 7  # third word of the counter of random numbers; views, their extras and the order have smaller ones
 
 
 class PretrainingImages(Dataset[tuple[Tensor, int]]):
@@ -60,8 +60,7 @@ class PatientPartners:
         others = [row for row in self.rows[self.groups[sample]] if row != sample]
         if not others:
             return sample
-        bits = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, PARTNER_STREAM, sample])
-        return others[np.random.Generator(bits).integers(len(others))]
+        return others[stream_generator(self.seed, epoch, RandomStream.PARTNERS, sample).integers(len(others))]
 
 
 def choose_views(images: Any, views: str = "frontal") -> tuple[Any, int]:
@@ -81,11 +80,6 @@ def choose_views(images: Any, views: str = "frontal") -> tuple[Any, int]:
     if lateral.all():
         raise UserError(f"{len(images)} lateral images found and no other; expected frontal ones, or --views all")
     return images.select(np.flatnonzero(~lateral)), int(lateral.sum())
-
-
-def order_generator(seed: int, epoch: int) -> np.random.Generator:
-    """Make the random numbers for the order of an epoch. Those of views have 0 in the third word of the counter."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, 0]))
 
 
 def patient_balanced_order(patients: Sequence[str], rng: np.random.Generator) -> np.ndarray:
@@ -150,7 +144,9 @@ class PatientBalancedSampler(Sampler[int]):
         return len(self.patients)
 
     def __iter__(self) -> Iterator[int]:
-        yield from patient_balanced_order(self.patients, order_generator(self.seed, self.epoch)).tolist()
+        yield from patient_balanced_order(
+            self.patients, stream_generator(self.seed, self.epoch, RandomStream.ORDER)
+        ).tolist()
 
 
 class GlobalBatches:
@@ -206,7 +202,7 @@ class EpochBatches(GlobalBatches, Sampler[list[int]]):
         self.patients = patients
 
     def __iter__(self) -> Iterator[list[int]]:
-        rng = order_generator(self.seed, self.epoch)
+        rng = stream_generator(self.seed, self.epoch, RandomStream.ORDER)
         if self.patients is None:
             order = rng.permutation(self.num_images)
         else:

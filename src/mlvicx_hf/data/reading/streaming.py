@@ -105,8 +105,7 @@ def open_stream(
     if (Path(path) / MANIFEST).is_file():
         return _open_cache(path, split, views, num_images)
     opened = open_dataset(path, streaming=True)
-    if split not in opened.splits:
-        raise UserError(f"split={split!r} found; {path} has {', '.join(opened.splits)}")
+    check_choice("split", split, opened.splits)
     features = opened.splits[split].features
     image = find_image_column(path, features, image_column)
     view = find_view(features) if views == "frontal" else None
@@ -141,8 +140,7 @@ def open_stream(
 def _open_cache(path: str, split: str, views: str, num_images: int | None) -> Stream:
     """Open a cache, whose squares need no change."""
     cache = load_cache(path)
-    if split not in cache.datasets:
-        raise UserError(f"split={split!r} found; {path} has {', '.join(cache.datasets)}")
+    check_choice("split", split, cache.datasets)
     images = cache.datasets[split].select_columns(["image", "view", "source"])
     chosen, left_out = choose_views(images, views)
     view = "view" if views == "frontal" else None

@@ -223,7 +223,7 @@ def explain(
     """Explain what classifiers see in the images that show a finding, and return what `explanations.json` holds.
 
     Nothing is transformed at random. Images that a model was trained on are explained too; a warning says so and is
-    recorded. Arguments that are not listed are as of `prediction.predict`.
+    recorded. Arguments that are not listed are those of `prediction.predict`.
 
     Args:
         models: name → folder or Hub name of a classifier. Labels are matched by `data.vocabulary`.

@@ -1,6 +1,5 @@
 """What the finished cells of a suite say: scores with intervals, comparisons, calibration, subgroups, paper tables."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import read_json
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import code_version
 from mlvicx_hf.scoring.calibration import COVERAGES, calibration_error, selective_errors
@@ -109,7 +109,7 @@ def _read_settings(cells: Sequence[Cell], output: Path, samples: int) -> list[Su
     by_task: dict[str, dict[str, RunResults]] = {}
     for cell in cells:
         folder = output / cell.path
-        results, about = (json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in ("results", "cell"))
+        results, about = (read_json(folder / f"{n}.json") for n in ("results", "cell"))
         run = FinishedCell(cell, results, read_run(folder), about["files"])
         groups.setdefault((cell.task, cell.protocol, cell.label_fraction, cell.model), []).append(run)
         by_task.setdefault(cell.task, {})[str(folder)] = run.predictions

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from mlvicx_hf.common.arguments import names_of
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import read_yaml, sha256
+from mlvicx_hf.common.files import read_json, read_yaml, sha256
 from mlvicx_hf.common.text import some
 from mlvicx_hf.data.cache.cache import MANIFEST
 from mlvicx_hf.encoders.external import ADAPTERS, is_external
@@ -130,7 +130,7 @@ class Cell:
         file = output / self.path / "cell.json"
         if not file.is_file():
             return False
-        found, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(self.describe()))
+        found, wanted = read_json(file), json.loads(json.dumps(self.describe()))
         files = {file: digest for file, digest in wanted.pop("files").items() if file in found["files"]}
         then, now = found | found["files"], wanted | files
         changed = "; ".join(f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key])
@@ -308,7 +308,7 @@ def _check_flags(path: Path, where: str, kind: str, options: Iterable[str]) -> N
         if name in GRID_FLAGS:
             raise UserError(f"{path}: {where}: flag {name} found; expected no flag that the grid sets itself")
         if name not in known:
-            similar = ", ".join(difflib.get_close_matches(name, known)) or "one that there is"
+            similar = ", ".join(difflib.get_close_matches(name, known)) or "a flag that the command lists under --help"
             raise UserError(f"{path}: {where}: {name} found, which is no flag of {kind}; expected {similar}")
 
 

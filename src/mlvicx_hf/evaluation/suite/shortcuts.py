@@ -1,6 +1,5 @@
 """Shortcut audit: how well the frozen features that classify findings also tell view, sex and source; and search."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import set_seed
 
-from mlvicx_hf.common.files import write_json
+from mlvicx_hf.common.files import read_json, write_json
 from mlvicx_hf.common.machine import choose_device, use_cpu_threads
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.data.cache.cache import Cache, load_cache
@@ -53,7 +52,7 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
             made_of |= {"drop_context": bool(cell.options.get("drop_context"))}
             made_of |= {"image_size": cell.options.get("image_size")} if "image_size" in cell.options else {}
             made_of |= {"data": data, "kinds": list(suite.shortcuts)}
-            if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["made_of"] != made_of:
+            if not file.is_file() or read_json(file)["made_of"] != made_of:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 found = probe_shortcuts(cell, caches, suite.shortcuts, store)
                 write_json(file, {"made_of": made_of, "found": found})
@@ -66,7 +65,7 @@ def read_audits(suite: Suite, output: Path) -> dict[str, list[Audit]]:
     for model, member in dict.fromkeys((cell.model, cell.member) for cell in suite.cells if suite.shortcuts):
         file = _file(output, model, member)
         if file.is_file():
-            found.setdefault(model, []).append(json.loads(file.read_text(encoding="utf-8"))["found"])
+            found.setdefault(model, []).append(read_json(file)["found"])
     return found
 
 
