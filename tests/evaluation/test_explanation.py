@@ -25,7 +25,7 @@ from mlvicx_hf.common.files import sha256
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections.base import Box, Collection, Drawing, Listing, Record
-from mlvicx_hf.evaluation.explanation.explaining import explain, grad_cam, picture_name
+from mlvicx_hf.evaluation.explanation.explaining import explain, file_name, grad_cam, picture_name
 from mlvicx_hf.evaluation.explanation.localization import (
     Subject,
     chance,
@@ -628,6 +628,7 @@ def test_pictures_of_long_names_have_short_ones_that_differ():
     long = [picture_name("胸部X線写真" * 6 + end, "MLVICX") for end in ("甲.png", "乙.png")]
     assert len(set(long)) == 2
     assert all(len(name.encode()) <= 255 and name.endswith(".png") for name in long)
+    assert len(f"grid_{file_name('нижнедолевое затемнение ' * 9)}.png") <= 255
 
 
 def test_models_are_named():

@@ -12,7 +12,7 @@ import torch
 from helpers import make_cache, save_encoders
 
 from mlvicx_hf.data.cache.cache import load_cache
-from mlvicx_hf.evaluation.suite import shortcuts
+from mlvicx_hf.evaluation.suite import analysis, shortcuts
 from mlvicx_hf.evaluation.suite.grid import Cell, Suite
 from mlvicx_hf.evaluation.suite.shortcuts import audit_shortcuts, probe_shortcuts, read_audits
 from mlvicx_hf.finetuning.linear_probe import FeatureStore
@@ -112,6 +112,28 @@ def test_what_is_unknown_or_rare_is_left_out(cell: Cell, tmp_path: Path):
     few = [row | {"sex": "F" if i < 9 else "M", "view": "UNKNOWN"} for i, row in enumerate(rows(2))]
     cache = load_cache(make_cache(tmp_path, few))
     assert probe_shortcuts(cell, [cache], ["view", "sex", "source"], FeatureStore()) == []
+
+
+def test_a_single_test_patient_gives_no_interval(cell: Cell, paths: list[Path], tmp_path: Path):
+    alone = [row | ({"patient_id": "one"} if row["split"] == "test" else {}) for row in rows(3)]
+    cache = load_cache(make_cache(tmp_path, alone))
+    (found,) = probe_shortcuts(cell, [cache], ["sex"], FeatureStore())
+    assert (found["low"], found["high"]) == ("n/a", "n/a")
+    assert found["auroc"] > 0.8
+    (other,) = probe_shortcuts(cell, [load_cache(paths[0])], ["sex"], FeatureStore())
+    averaged = [
+        analysis._shortcuts({"model": audits})[0]
+        for audits in ([[found]], [[found], [other | {"data": found["data"]}]])
+    ]
+    assert [(row["low"], row["high"]) for row in averaged] == [("n/a", "n/a"), (other["low"], other["high"])]
+
+
+def test_caches_of_other_sizes_do_not_change_the_figures(cell: Cell, paths: list[Path], tmp_path: Path):
+    large = make_cache(tmp_path, rows(4), size=80, name="large")
+    caches = [load_cache(path) for path in (paths[0], large)]
+    alone = [probe_shortcuts(cell, [cache], ["sex", "search"], FeatureStore()) for cache in caches]
+    both = probe_shortcuts(cell, caches, ["sex", "search"], FeatureStore())
+    assert sorted(both, key=str) == sorted([*alone[0], *alone[1]], key=str)
 
 
 def test_the_source_of_caches_that_share_images_is_not_asked(cell: Cell, paths: list[Path]):

@@ -133,6 +133,7 @@ def test_what_cannot_be_scored_is_said(tmp_path: Path) -> None:
     assert [each["folder"] for each in found["run_folders"]] == [str(tmp_path / "one")]
     assert found["baseline_folders"] == [{"folder": str(tmp_path / "two"), "seed": 3, "data": {"data_hash": "ab"}}]
     assert found["code"]["torch"] == torch.__version__
+    assert "found.json is there already; expected a new file" in mlvicx("compare", *words).stderr
 
 
 def write_overlaps(folder: Path, share: float, seed: int) -> Path:

@@ -187,6 +187,39 @@ def test_a_changed_cache_recipe_or_configuration_is_refused(parts: dict[str, Any
             cell.is_finished(tmp_path / "out")
         file.write_text(before)
     assert cell.is_finished(tmp_path / "out")
+    about = tmp_path / "out" / cell.path / "cell.json"
+    written = json.loads(about.read_text())
+    for arguments in ({"num_train_epochs": 7}, {"an_option_of_before": 1}, {}):  # of versions with other defaults
+        about.write_text(json.dumps(written | {"arguments": arguments}))
+        if "num_train_epochs" in arguments:
+            with pytest.raises(UserError, match=r"made with other settings \(num_train_epochs: 7 then, 2\.0 now\)"):
+                cell.is_finished(tmp_path / "out")
+        else:
+            assert cell.is_finished(tmp_path / "out")
+    about.write_text(json.dumps({name: value for name, value in written.items() if name != "arguments"}))
+    assert cell.is_finished(tmp_path / "out")
+
+
+def test_weights_of_other_libraries_are_hashed_too(small: dict[str, Any], tmp_path: Path):
+    folder = Path(shutil.copytree(small["models"]["pretrained"][0], tmp_path / "model"))
+    file, sharded = folder / "model.safetensors", folder / "model-00001-of-00002.safetensors"
+    shutil.copy(file, sharded)
+    configurations = {str(folder / name) for name in ("config.json", "preprocessor_config.json")}
+    models = {
+        "plain": {"weights": str(file)},
+        "timm": {"timm": f"test_resnet:{file}"},
+        "hub": {"hub": str(folder)},
+        "named": {"timm": "test_resnet.r160_in1k"},
+    }
+    found = {cell.model: cell for cell in read_suite(write(tmp_path, small | {"models": models})).cells}
+    weights = {name: set(cell.files) - {str(Path(cell.dataset, "cache.json"))} for name, cell in found.items()}
+    assert weights == {
+        "plain": {str(file)},
+        "timm": {str(file)},
+        "hub": {str(file), str(sharded)} | configurations,
+        "named": set(),
+    }
+    assert [found[name].weights_file for name in ("plain", "timm", "hub")] == [str(file)] * 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A saved classifier on another collection, on its own, and on images that it has seen."""
 
 import csv
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -23,6 +24,7 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.copies.duplicates import perceptual_hash
 from mlvicx_hf.data.vocabulary import match
 from mlvicx_hf.encoders.inference import load
+from mlvicx_hf.evaluation import transfer
 from mlvicx_hf.evaluation.overlap import Training, check_overlap, read_training
 from mlvicx_hf.evaluation.statistics import compare_runs
 from mlvicx_hf.evaluation.transfer import combine_labels, combine_logits, evaluate
@@ -577,6 +579,19 @@ def test_a_results_file_that_no_fine_tuning_wrote(tuned: Path, away: Path, tmp_p
     (model / "results.json").write_text('{"data": {"collection": "nih14"}}')
     with pytest.raises(ValueError, match=r"model/results\.json: no field 'data\.cache' found"):
         evaluate_on(model, away, tmp_path)
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    tuned: Path, away: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transfer, "write_json", fail)
+        with pytest.raises(OSError, match="No space left"):
+            evaluate_on(tuned, away, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["results.json", "test_predictions.csv"])

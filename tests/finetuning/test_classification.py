@@ -1,11 +1,13 @@
 """Classification: frozen and fine-tuned, what is written, label fractions, and what cannot be done."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import math
 import shutil
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.split_files import read_split_file
 from mlvicx_hf.encoders.features import encode
+from mlvicx_hf.finetuning import training
 from mlvicx_hf.finetuning.arguments import (
     CLASSIFICATION_SECTIONS,
     ClassificationArguments,
@@ -119,7 +122,9 @@ def test_results_say_what_was_measured_on_what(kind: str, cache: Path, pretraine
     }
     assert results["data"]["data_hash"] == loaded.manifest["data_hash"]
     assert results["data"]["split_hash"] == loaded.manifest["split_hash"]
+    assert results["data"]["label_hash"] == loaded.manifest["label_hash"]
     assert results["data"]["synthetic"] is False
+    assert results["max_train_samples"] is None
     assert results["code"]["commit"]
     assert results["hyperparameters"]["fast_probe"] is (kind == "fast")
     assert results["hyperparameters"]["learning_rate"] == (1e-3 if kind == "tuned" else 1e-2)
@@ -215,6 +220,9 @@ def test_the_fast_probe_learns_as_the_trainer_does(cache: Path, pretrained: Path
         ({"cache_features": False}, "fast_probe found"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 found with fast_probe; expected 1"),
         ({"report_to": "tensorboard"}, "report_to=.*tensorboard.* found with fast_probe"),
+        ({"trainer_options": {"eval_delay": 2}}, "eval_delay=2 found with fast_probe; expected 0"),
+        ({"trainer_options": {"eval_on_start": True}}, "eval_on_start=True found with fast_probe; expected False"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type=reduce_lr_on_plateau found with fast_probe"),
     ],
 )
 def test_what_the_fast_probe_refuses(
@@ -222,6 +230,37 @@ def test_what_the_fast_probe_refuses(
 ):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", pretrained, cache, **HOW["fast"] | values)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "fast"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr, .* which do not fit: "),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "which do not fit: .*num_decay_steps"),
+        ({"trainer_options": {"adam_beta1": 2.0}}, "which do not fit: Invalid beta"),
+        ({"trainer_options": {"run_name": date(2024, 5, 1)}}, r"run_name=datetime.date\(2024, 5, 1\) found; expected"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_any_work(
+    kind: str, values: dict[str, Any], message: str, cache: Path, pretrained: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", pretrained, cache, **HOW[kind] | values)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_cannot_be_written_leave_no_half_run(
+    cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "describe_run", lambda *rest: {"hyperparameters": {}, "when": date(2024, 5, 1)})
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            run(tmp_path / "run", pretrained, cache, **HOW["fast"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".unfinished"]
+    run(tmp_path / "run", pretrained, cache, **HOW["fast"], max_train_samples=20)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["max_train_samples"], results["counts"]["train"]["images"]) == (20, 20)
 
 
 def test_a_store_encodes_every_image_once(cache: Path, pretrained: Path):
@@ -730,6 +769,13 @@ def test_a_model_that_does_not_fit_is_an_error(cache: Path, pretrained: Path, tm
     with pytest.raises((ValueError, OSError), match=messages[case]):
         run(tmp_path / "run", source, cache)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_class_with_the_name_of_an_answer_is_refused(exclusive: Path, pretrained: Path):
+    cache = load_cache(exclusive)
+    named = dataclasses.replace(cache, label_names=(*cache.label_names[:-1], "unsure"))
+    with pytest.raises(UserError, match=rf"class 'unsure' found in {exclusive}; expected another name"):
+        load_classifier(ClassifierArguments(str(pretrained)), named)
 
 
 def test_a_classifier_of_other_labels_lends_its_encoder(frozen: Path, exclusive: Path):

@@ -173,6 +173,17 @@ def test_a_structure_that_no_mask_shows(tmp_path: Path):
         load_masked_cache(str(path))
 
 
+def test_a_structure_that_no_chosen_mask_shows(cache: Path, pretrained: Path, tmp_path: Path):
+    rows = [
+        {"patient_id": str(i), "split": ("train", "validation", "test")[i % 3], "_draw": {"disc": i > 5}}
+        for i in range(12)
+    ]
+    path = make_cache(tmp_path, rows, mask_names=("disc",))
+    with pytest.raises(UserError, match="no mask of the 2 training images that were chosen shows disc; expected one"):
+        run(tmp_path / "run", pretrained, path, max_train_samples=2)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

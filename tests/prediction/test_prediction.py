@@ -333,6 +333,7 @@ def test_answers_by_the_bands_of_the_model(classifier: Path, images: Path, tmp_p
         ({"method": "temperature"}, "calibration: method='temperature' found; expected 'platt'"),
         ({"bands": {name: [0.2, 1.5] for name in FINDINGS}}, "found for Effusion; expected probabilities or null"),
         ({"bands": {name: [0.2] for name in FINDINGS}}, "found for Effusion; expected probabilities or null"),
+        ({"bands": dict.fromkeys(FINDINGS, 5)}, "bands: 5 found for Effusion; expected probabilities or null"),
     ],
 )
 def test_a_calibration_that_does_not_fit_the_labels(

@@ -238,6 +238,9 @@ def test_images_that_are_in_already_are_refused(models: list[str], built: Path, 
         build_index(models[0], larger, tmp_path / "new", add_to=built, **INDEXING)
     build_index(models[0], cache, tmp_path / "new", add_to=built, splits=["test"], **INDEXING)
     assert ImageIndex(tmp_path / "new").items["split"].value_counts().to_dict() == {"train": 24, "test": 8}
+    again = build_index(models[0], cache, tmp_path / "more", add_to=built, splits=["validation"], **INDEXING)
+    assert again["validation"]["images"] == 8  # each counts once
+    assert again["images"] == 32
 
 
 def test_the_index_of_another_model_is_refused(models: list[str], built: Path, cache: Path, tmp_path: Path):

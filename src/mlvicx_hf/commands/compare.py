@@ -35,6 +35,8 @@ def main(words: Sequence[str] | None = None) -> None:
     from mlvicx_hf.common.provenance import code_version
     from mlvicx_hf.evaluation.statistics import compare_runs
 
+    if arguments.output and arguments.output.exists():
+        raise FileExistsError(f"{arguments.output} is there already; expected a new file")
     found = compare_runs(arguments.runs, arguments.baselines, arguments.samples, arguments.seed)
     ours, theirs = (f"{number(found[name])} (SD {number(found[f'{name}_sd'])})" for name in ("runs", "baselines"))
     gain, low, high = (number(found[name], "+.4f") for name in ("difference", "low", "high"))

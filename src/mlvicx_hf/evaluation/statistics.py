@@ -39,7 +39,7 @@ class Estimate:
         It is the percentile interval, but the basic one for a score that draws raise. Such is average precision: a
         positive that is drawn twice ties with itself, and a mean over labels keeps the bias while its spread shrinks.
         """
-        low, high = _interval(self.draws)
+        low, high = interval(self.draws)
         return (max(2 * self.value - high, 0.0), min(2 * self.value - low, 1.0)) if self.raised else (low, high)
 
     def describe(self) -> dict[str, Any]:
@@ -49,11 +49,12 @@ class Estimate:
         return defined(found) | {"runs": len(self.runs)}
 
 
-def _interval(draws: np.ndarray) -> tuple[float, float]:
-    defined = draws[~np.isnan(draws)]
-    if 2 * len(defined) < len(draws):
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of draws [D]; NaN if fewer than half of them are defined."""
+    known = draws[~np.isnan(draws)]
+    if 2 * len(known) < len(draws):
         return float("nan"), float("nan")
-    low, high = np.percentile(defined, [2.5, 97.5])
+    low, high = np.percentile(known, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -79,7 +80,7 @@ def estimate(runs: Sequence[RunResults], samples: int = 1000, seed: int = 0) -> 
 
 def difference(ours: Estimate, theirs: Estimate) -> dict[str, float | str]:
     """`difference` of two estimates with the same draws, `low` and `high`; "n/a" for what is not defined."""
-    low, high = _interval(ours.draws - theirs.draws)
+    low, high = interval(ours.draws - theirs.draws)
     return defined({"difference": ours.value - theirs.value, "low": low, "high": high})
 
 

@@ -115,8 +115,12 @@ def evaluate(
         "notice": NOTICE,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(table, common, found.probabilities)
-    write_json(output, results)
+    try:
+        write_predictions(table, common, found.probabilities)
+        write_json(output, results)
+    except BaseException:  # nothing half-written stays
+        table.unlink(missing_ok=True)
+        raise
     return results
 
 

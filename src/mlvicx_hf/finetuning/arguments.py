@@ -143,6 +143,9 @@ def read_trainer_options(options: Mapping[str, Any], own: set[str]) -> dict[str,
         if name not in names:
             close = difflib.get_close_matches(name, names | own) or ["a flag of --help or of TrainingArguments"]
             raise UserError(f"{name} found, which does not exist; did you mean {', '.join(close)}?")
+    for name, value in options.items():
+        if not isinstance(value, (str, int, float, list, dict, type(None))):
+            raise UserError(f"{name}={value!r} found; expected text, a number, true, false, a list or a mapping")
     given = {name: [value] if isinstance(value, str) else value for name, value in options.items()}
     words = [w for name, value in given.items() if isinstance(value, list) for w in (f"--{name}", *map(str, value))]
     try:

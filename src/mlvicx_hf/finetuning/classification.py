@@ -15,7 +15,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
-from mlvicx_hf.scoring.calibration import CALIBRATION_BINS, score_calibration
+from mlvicx_hf.scoring.calibration import CALIBRATION_BINS, UNSURE, score_calibration
 from mlvicx_hf.scoring.labels import (
     has_both_values,
     score_accuracy,
@@ -40,8 +40,12 @@ def load_classifier(
     """Load a classifier for the labels of a cache, and its image processor.
 
     Raises:
-        UserError: a model of another kind, or whose encoder lacks weights.
+        UserError: a model of another kind, or whose encoder lacks weights; a class with the name of an answer.
     """
+    if cache.exclusive and UNSURE in cache.label_names:
+        raise UserError(
+            f"class {UNSURE!r} found in {cache.path}; expected another name: it is an answer of classifiers"
+        )
     config = load_config(arguments)
     names = dict(enumerate(cache.label_names))
     config.id2label, config.label2id = names, {name: i for i, name in names.items()}

@@ -29,7 +29,9 @@ from .data import LabelledImages
 # What a `ProbeTrainer` does not do: argument of the Trainer → the only value that it takes.
 NOT_FOLLOWED: dict[str, Any] = {
     "gradient_accumulation_steps": 1, "max_steps": -1, "bf16": False, "fp16": False, "report_to": [],
+    "eval_delay": 0, "eval_on_start": False, "train_sampling_strategy": "random",
 }  # fmt: skip
+PLATEAU = "reduce_lr_on_plateau"  # the only schedule that it does not follow either
 
 
 class LinearProbe(nn.Module):
@@ -152,6 +154,31 @@ def prepare_probe(
     return probe, prepare
 
 
+def make_optimizer(
+    settings: TrainingArguments, groups: Sequence[dict[str, Any]], total: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Optimiser and schedule of the Trainer for groups of weights and this number of steps.
+
+    Raises:
+        UserError: arguments that they refuse.
+    """
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(settings)
+        optimizer = kind(groups, **options)
+        scheduler = get_scheduler(
+            settings.lr_scheduler_type,
+            optimizer,
+            settings.get_warmup_steps(total),
+            total,
+            scheduler_specific_kwargs=settings.lr_scheduler_kwargs,  # type: ignore[arg-type]  # parsed, no text any more
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        given = settings.to_dict()
+        found = ", ".join(f"{name}={given[name]}" for name in ("optim", "lr_scheduler_type", "lr_scheduler_kwargs"))
+        raise UserError(f"{found} found, which do not fit: {error}") from error
+    return optimizer, scheduler
+
+
 class ProbeTrainer:
     """`train_with_trainer` for a probe on features in memory, without what a step of the Trainer costs.
 
@@ -172,8 +199,11 @@ class ProbeTrainer:
         patients: Sequence[str] | None = None,
     ) -> None:
         for name, expected in NOT_FOLLOWED.items():
-            if getattr(settings, name) != expected:
-                raise UserError(f"{name}={getattr(settings, name)} found with fast_probe; expected {expected}")
+            found = getattr(settings, name, expected)  # transformers of another version may lack one
+            if found != expected:
+                raise UserError(f"{name}={found} found with fast_probe; expected {expected}")
+        if settings.lr_scheduler_type == PLATEAU:
+            raise UserError(f"lr_scheduler_type={PLATEAU} found with fast_probe; expected another schedule")
         self.probe, self.splits, self.settings, self.patience = probe, splits, settings, patience
         self.compute_metrics, self.patients = compute_metrics, patients
         self.state = TrainerState()
@@ -184,7 +214,9 @@ class ProbeTrainer:
         features, labels = self._tensors(self.splits["train"])
         total = math.ceil(settings.num_train_epochs * -(-len(labels) // settings.train_batch_size))
         self.probe.to(self.settings.device)
-        optimizer, scheduler = self._optimizer(total)
+        layer = self.probe.classifier
+        decayed = {"params": [layer.weight], "weight_decay": settings.weight_decay}
+        optimizer, scheduler = make_optimizer(settings, [decayed, {"params": [layer.bias], "weight_decay": 0.0}], total)
         best: dict[str, Tensor] = {}
         with progress_bar(math.ceil(settings.num_train_epochs), "training", "epoch") as bar:
             for epoch, order in enumerate(self._orders(len(labels))):
@@ -229,23 +261,6 @@ class ProbeTrainer:
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             yield torch.tensor(list(sampler))
-
-    def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        settings, layer = self.settings, self.probe.classifier
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(settings)
-        groups = [
-            {"params": [layer.weight], "weight_decay": settings.weight_decay},
-            {"params": [layer.bias], "weight_decay": 0.0},
-        ]
-        optimizer = kind(groups, **options)
-        scheduler = get_scheduler(
-            settings.lr_scheduler_type,
-            optimizer,
-            settings.get_warmup_steps(total),
-            total,
-            scheduler_specific_kwargs=settings.lr_scheduler_kwargs,  # type: ignore[arg-type]  # parsed, no text any more
-        )
-        return optimizer, scheduler
 
     def _step(self, features: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer) -> None:
         self.probe(features, labels=labels)["loss"].backward()

@@ -41,8 +41,9 @@ def describe_run(
     score = f"eval_{settings.metric_for_best_model}"
     epochs = {int(row["step"]): row["epoch"] for row in state.log_history if score in row}
     about = {name: cache.manifest[name] for name in ("collection", "synthetic", "policy", "data_hash", "split_hash")}
+    about["label_hash"] = cache.manifest.get("label_hash")  # None in caches of an earlier version
     about["used_hash"] = hashlib.sha256(used_images(cache).encode()).hexdigest()
-    about["patients_known"] = cache.manifest.get("patients_known")  # None in caches of an earlier version
+    about["patients_known"] = cache.manifest.get("patients_known")
     about["copies_across_splits"] = cache.manifest["duplicates"]["across_splits"]
     return {
         "protocol": "frozen" if encoder.freeze_backbone else "finetuned",
@@ -50,6 +51,7 @@ def describe_run(
         "architecture": encoder.architecture,
         "drop_context": encoder.drop_context,
         "label_fraction": data.label_fraction,
+        "max_train_samples": data.max_train_samples,
         "seed": settings.seed,
         "counts": counts,
         "data": {"cache": data.dataset} | about,

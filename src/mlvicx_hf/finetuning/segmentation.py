@@ -123,9 +123,23 @@ class Segmentation(FinetuningTask):
 
     def _load_model(self) -> tuple[MLVICXForSemanticSegmentation, MLVICXImageProcessor]:
         self.names = list(foreground(self.cache.mask_names))
+        self._check_shown()
         self.batches: list[np.ndarray] = []
         with user_input():
             return load_segmenter(self.encoder, self.cache, self.data.image_size)
+
+    def _check_shown(self) -> None:
+        """Refuse a structure that the chosen part of train does not show: nothing could learn it."""
+        lacking = {value: name for name, value in foreground(self.cache.mask_names).items()}
+        images = self.cache.datasets["train"]
+        for row in images.select_columns("mask"):
+            lacking = {value: name for value, name in lacking.items() if value not in np.asarray(row["mask"])}
+            if not lacking:
+                return
+        raise UserError(
+            f"{self.data.dataset}: no mask of the {len(images)} training images that were chosen shows "
+            f"{', '.join(lacking.values())}; expected one at least: a larger label_fraction, or another seed"
+        )
 
     def _images(self, split: str) -> MaskedImages:
         return MaskedImages(self.cache.datasets[split], self.processor, self.data.augment and split == "train")

@@ -35,11 +35,12 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXPreTrainedModel
 
 from .arguments import EncoderArguments, FinetuningArguments, LabelledDataArguments
 from .data import select_training, used_images
-from .linear_probe import LinearProbe
+from .linear_probe import LinearProbe, make_optimizer
 from .results import describe_run, score_subgroups
 
 logger = logging.getLogger(__name__)
 Split = Dataset[Any]
+RESULTS = "results.json"
 UNFINISHED = ".unfinished"  # folder in the output, of checkpoints, and of files until all of them are written
 
 
@@ -109,9 +110,9 @@ class FinetuningTask(ABC):
             self.processor.save_pretrained(final)
             self._write_test(final, test)
             (final / SPLIT_FILE).write_text(used_images(self.cache), encoding="utf-8")
-            for file in sorted(final.iterdir()):
+            write_json(final / RESULTS, results)
+            for file in sorted(final.iterdir(), key=lambda file: (file.name == RESULTS, file.name)):  # it says: done
                 os.replace(file, output / file.name)
-            write_json(output / "results.json", results)
             shutil.rmtree(output / UNFINISHED, ignore_errors=True)
         return results
 
@@ -161,7 +162,7 @@ def _is_interrupted(output: Path) -> bool:
     """Whether a folder holds what an interrupted run left, even one that was interrupted while it moved its files."""
     found = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
     others = found - {UNFINISHED, f".{UNFINISHED}.writing"}
-    return bool(found) and (not others or (UNFINISHED in found and "results.json" not in found))
+    return bool(found) and (not others or (UNFINISHED in found and RESULTS not in found))
 
 
 def trainer_settings(arguments: FinetuningArguments, learning_rate: float, folder: Path) -> TrainingArguments:
@@ -186,6 +187,8 @@ def trainer_settings(arguments: FinetuningArguments, learning_rate: float, folde
     options = {"dataloader_pin_memory": torch.cuda.is_available()} | arguments.trainer_options
     with user_input():
         settings = TrainingArguments(**options | own | fixed | {"output_dir": str(folder)})
+    if not settings.optim_target_modules:  # such an optimiser asks for the model
+        make_optimizer(settings, [{"params": [nn.Parameter(torch.zeros(1))]}], 1)  # a trial, before hours of work
     if settings.n_gpu > 1:  # else the Trainer would divide every batch by `nn.DataParallel`
         logger.warning("%d GPUs found, one of them is used; `accelerate launch` uses all", settings.n_gpu)
         settings._n_gpu = 1

@@ -36,12 +36,18 @@ class Answers:
             value = calibration.get(field)
             if not isinstance(value, Mapping) or set(value) != set(labels):
                 raise UserError(f"calibration: {field}={value} found; expected entries for {', '.join(labels)}")
-        self.bands = calibration.get("bands")
+        self.bands = bands = calibration.get("bands")
+        if not isinstance(bands, (Mapping, type(None))):
+            raise UserError(f"calibration: bands={bands} found; expected a mapping, or null")
         if not exclusive:
             self.uncalibrated = [name for name in labels if calibration["values"][name] is None]
         lowest = None if self.bands is None else [self.bands.get("lowest")]
         for name, limits in {"lowest": lowest}.items() if exclusive else self.bands.items():
-            fits = limits is None or (len(limits) == (1 if exclusive else 2) and all(map(_is_probability, limits)))
+            fits = limits is None or (
+                isinstance(limits, list)
+                and len(limits) == (1 if exclusive else 2)
+                and all(map(_is_probability, limits))
+            )
             if not fits:
                 raise UserError(f"calibration: bands: {limits} found for {name}; expected probabilities or null")
 

@@ -96,10 +96,11 @@ def build_index(
         split: _encode_split(loaded, cache, split, number, batch_size, progress)
         for split in dict.fromkeys(splits + measured)
     }
-    old = [] if earlier is None else [(IndexedImages(earlier.embeddings, earlier.items), earlier.validation)]
-    images = _join([each[0] for each in old] + [parts[split] for split in splits])
+    old = [] if earlier is None else [IndexedImages(earlier.embeddings, earlier.items)]
+    images = _join([*old, *(parts[split] for split in splits)])
     nothing = IndexedImages(images.embeddings[:0], images.items[:0])
-    validation = _join([nothing, *(each[1] for each in old), *(parts[split] for split in measured)])
+    known = nothing if earlier is None else earlier.validation
+    validation = _join([nothing, known, *(_without(parts[split], known) for split in measured)])
     caches = ([] if earlier is None else earlier.content["caches"]) + [_describe_cache(cache, splits)]
     content = _describe(loaded, caches, images, validation) | {"approximate": approximate}
     with new_folder(folder) as temporary:
@@ -155,6 +156,12 @@ def _encode_split(
     labels = np.array(column(dataset, "labels"), np.float32).reshape(len(dataset), len(cache.label_names))
     columns |= {LABEL_PREFIX + name: values for name, values in zip(cache.label_names, labels.T, strict=True)}
     return IndexedImages(features / lengths, pd.DataFrame(columns))
+
+
+def _without(images: IndexedImages, known: IndexedImages) -> IndexedImages:
+    """The images whose original files are not among the known ones."""
+    new = ~images.items["sha256"].isin(known.items["sha256"]).to_numpy(bool)
+    return IndexedImages(images.embeddings[torch.from_numpy(new)], images.items[new])
 
 
 def _join(parts: Sequence[IndexedImages]) -> IndexedImages:

@@ -149,6 +149,7 @@ def describe_cache(
         "flat": len(images.flat),
         "split_hash": hashlib.sha256(_split_file(images.parts).encode()).hexdigest(),
         "data_hash": _data_hash(images),
+        "label_hash": _label_hash(images),
         "version": __version__,
         "commit": git_commit(Path(__file__).parent),
     }
@@ -171,6 +172,15 @@ def _data_hash(images: PreparedParts) -> str:
         for image, mask in zip(column(part, "sha256"), images.masks[split], strict=True):
             known = "" if mask is None else mask["sha256"]
             lines.append(f"{image}\t{known}" if masked else image)
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _label_hash(images: PreparedParts) -> str:
+    """Hash what is known of the images: labels, view, sex and age. Order and splits do not change the hash."""
+    lines = []
+    for part in images.parts.values():
+        known = zip(*(column(part, name) for name in ("source", "labels", "view", "sex", "age")), strict=True)
+        lines += ["\t".join(map(str, each)) for each in known]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

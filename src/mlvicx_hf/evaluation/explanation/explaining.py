@@ -155,7 +155,7 @@ class Explainer:
 
     def explain(self, subject: Subject, folder: Path, bar: Any) -> dict[str, Any]:
         """Draw the heat maps of a finding into a folder, score them, and return what `explanations.json` says of it."""
-        name = quote(subject.finding, safe=" ")
+        name = file_name(subject.finding)
         (folder / name).mkdir()
         done = {model: self._explain_by(model, subject, folder / name, bar) for model in self.models}
         first = next(iter(done.values()))
@@ -197,11 +197,16 @@ class Explainer:
 
 
 def picture_name(image: str, model: str) -> str:
-    """Name the picture of an image. A system takes 255 bytes at most, so a hash ends a longer name."""
-    name = f"{quote(image, safe=' ')}_{quote(model, safe=' ')}"
+    """Name the picture of an image."""
+    return f"{file_name(image, model)}.png"
+
+
+def file_name(*words: str) -> str:
+    """Join words to a name without a suffix. A system takes 255 bytes at most, so a hash ends a longer name."""
+    name = "_".join(quote(word, safe=" ") for word in words)
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return f"{name}.png"
+    return name
 
 
 def explain(

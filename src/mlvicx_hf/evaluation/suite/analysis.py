@@ -1,5 +1,6 @@
 """What the finished cells of a suite say: scores with intervals, comparisons, calibration, subgroups, paper tables."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import read_json
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import code_version
+from mlvicx_hf.common.text import some
 from mlvicx_hf.scoring.calibration import COVERAGES, calibration_error, selective_errors
 from mlvicx_hf.scoring.labels import NOT_SCORED, mean_scored
 from mlvicx_hf.scoring.significance import delong_test, paired_tests
@@ -151,7 +153,7 @@ def _describe_setting(setting: SuiteSetting, metric: str) -> dict[str, Any]:
         "members": sorted({run.cell.member for run in runs}),
         "seeds": sorted({run.cell.seed for run in runs}),
         "weights": {run.cell.weights: run.files.get(run.cell.weights_file) for run in runs},
-        "hyperparameters": runs[0].results["hyperparameters"],
+        "hyperparameters": _hyperparameters(runs),
         "scores": {name: value.describe() for name, value in setting.estimates.items()},
         "subgroups": _subgroups(setting, metric),
     }
@@ -161,6 +163,19 @@ def _describe_setting(setting: SuiteSetting, metric: str) -> dict[str, Any]:
         found |= {"calibration": calibrated} if calibrated else {}
         found["confidence"] = _confidence(runs)
         found["decisions"] = _mean_decisions([run.results["test"].get("decisions") for run in runs])
+    return found
+
+
+def _hyperparameters(runs: Sequence[FinishedCell]) -> dict[str, Any]:
+    """Settings of the runs; where they differ, as another version has other defaults, a list of all values."""
+    rows = [run.results["hyperparameters"] for run in runs]
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        different = [value for i, value in enumerate(values) if value not in values[:i]]
+        found[name] = different if len(different) > 1 else different[0]
+        if len(different) > 1:
+            print(f"runs of {runs[0].cell.path.parent} differ in {name}: {some(different)}", file=sys.stderr)
     return found
 
 
@@ -296,10 +311,11 @@ def _shortcuts(audits: Mapping[str, Sequence[Audit]]) -> list[dict[str, Any]]:
     for model, members in audits.items():
         for first in (row for row in members[0] if row["kind"] != SEARCH):
             same = [row for audit in members for row in audit if all(row[k] == first[k] for k in ("kind", "data"))]
+            ends = [row for row in same if row["low"] != NOT_SCORED]
             merged = first | {
                 "auroc": float(np.mean([row["auroc"] for row in same])),
-                "low": min(row["low"] for row in same),
-                "high": max(row["high"] for row in same),
+                "low": min((row["low"] for row in ends), default=NOT_SCORED),
+                "high": max((row["high"] for row in ends), default=NOT_SCORED),
             }
             rows.append({"model": model, "members": len(same)} | merged)
     return rows

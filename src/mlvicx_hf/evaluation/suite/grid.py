@@ -22,7 +22,8 @@ from mlvicx_hf.common.text import some
 from mlvicx_hf.data.cache.cache import MANIFEST
 from mlvicx_hf.encoders.external import ADAPTERS, is_external
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, SEGMENTATION_SECTIONS
-from mlvicx_hf.finetuning.linear_probe import NOT_FOLLOWED
+from mlvicx_hf.finetuning.linear_probe import NOT_FOLLOWED, PLATEAU
+from mlvicx_hf.recipes import fill_sections
 
 from .paper import paper_tables
 
@@ -54,6 +55,11 @@ SOURCES = ("weights", "random", "imagenet", *ADAPTERS)
 WEIGHTS_FILE, CONFIGURATION_FILES = "model.safetensors", ("config.json", "preprocessor_config.json")
 
 
+def _place_of(source: str) -> Path:
+    """File or folder of a source, if it lies on this disk: also in `timm:NAME:FILE` and `hub:FOLDER`."""
+    return Path(source.rpartition(":")[2] if source.startswith(("timm:", "hub:")) else source)
+
+
 @functools.cache
 def _hash_of(file: Path, changed: int) -> str:
     return sha256(file)
@@ -77,16 +83,24 @@ class Cell:
 
     @property
     def weights_file(self) -> str:
-        """The file of the weights, if they lie in a folder."""
-        return str(Path(self.weights, WEIGHTS_FILE))
+        """The file of the weights, if they lie on this disk."""
+        place = _place_of(self.weights)
+        return str(place if place.is_file() else place / WEIGHTS_FILE)
 
     @property
     def files(self) -> dict[str, str]:
         """SHA-256 of weights, configurations, cache and recipe, as far as they lie on this disk."""
         files = [Path(self.weights_file), Path(self.dataset, MANIFEST), Path(str(self.options.get("recipe", "")))]
-        folders = [folder for folder in (self.weights, self.architecture) if folder is not None]
-        files += [Path(folder, name) for folder in folders for name in CONFIGURATION_FILES]
+        for place in [_place_of(source) for source in (self.weights, self.architecture) if source is not None]:
+            files += [place / name for name in CONFIGURATION_FILES]
+            files += sorted(place.glob("*.safetensors")) if place.is_dir() else []
         return {str(file): _hash_of(file, file.stat().st_mtime_ns) for file in files if file.is_file()}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments of the run, with those of the recipe and the defaults, but for the output folder."""
+        filled = fill_sections(TASK_SECTIONS[self.kind], self.flags | {"output_dir": ""}, self.kind)
+        return {name: value for section in filled for name, value in vars(section).items() if name != "output_dir"}
 
     @property
     def path(self) -> Path:
@@ -114,12 +128,14 @@ class Cell:
         found |= PROTOCOL_FLAGS[self.protocol]
         if self.kind == "classification" and self.protocol != "finetuned":
             usual = NOT_FOLLOWED | {"cache_features": True, "report_to": "none"}
-            found["fast_probe"] = all(self.options.get(name, value) == value for name, value in usual.items())
+            found["fast_probe"] = self.options.get("lr_scheduler_type") != PLATEAU and all(
+                self.options.get(name, value) == value for name, value in usual.items()
+            )
         return found | self.options
 
     def describe(self) -> dict[str, Any]:
         """What is written of the cell, and what a finished cell must have been made with."""
-        return asdict(self) | {"files": self.files}
+        return asdict(self) | {"files": self.files, "arguments": self.arguments}
 
     def is_finished(self, output: Path) -> bool:
         """Whether the cell has its results in the folder of the suite.
@@ -131,8 +147,11 @@ class Cell:
         if not file.is_file():
             return False
         found, wanted = read_json(file), json.loads(json.dumps(self.describe()))
-        files = {file: digest for file, digest in wanted.pop("files").items() if file in found["files"]}
-        then, now = found | found["files"], wanted | files
+        then, now = dict(found), dict(wanted)
+        for part in ("arguments", "files"):  # an earlier version may not have written all of them
+            known = found.get(part, {})
+            then |= known
+            now |= {name: value for name, value in now.pop(part).items() if name in known}
         changed = "; ".join(f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key])
         if changed:
             raise UserError(

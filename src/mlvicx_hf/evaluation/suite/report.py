@@ -282,7 +282,7 @@ def _add_shortcuts(document: Document, report: dict[str, Any]) -> None:
     )
     lines = []
     for row in rows:
-        score = [f"{row['auroc']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+        score = [f"{row['auroc']:.3f}", " to ".join(number(row[end], ".3f") for end in ("low", "high"))]
         lines.append([row["model"], row["kind"], row["data"], ", ".join(row["classes"]), f"{row['images']:,}", *score])
     document.table(["model", "tells", "data", "values", "test images", "AUROC", "95 % interval"], lines)
 

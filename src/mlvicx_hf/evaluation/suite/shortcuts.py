@@ -1,5 +1,6 @@
 """Shortcut audit: how well the frozen features that classify findings also tell view, sex and source; and search."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from mlvicx_hf.scoring.bootstrap import draw_patients, weighted_areas
 from mlvicx_hf.scoring.neighbours import mean_precision, precision_of_neighbours
 from mlvicx_hf.scoring.probes import linear_scores
 
+from ..statistics import defined, interval
 from .grid import SEARCH, Cell, Suite
 
 FITTED, ASKED = "train", "test"  # splits
@@ -82,8 +84,9 @@ def probe_shortcuts(
 
     Returns:
         A row for each kind and data with two or more values: `kind`, `data`, `classes`, `images`, `auroc` (mean of one
-        value against the rest; 0.5 is no knowledge) and its interval over patients, `low`, `high`. There is no row for
-        the source of caches that share images. Rows of the kind "search" are those of `_search`.
+        value against the rest; 0.5 is no knowledge) and its interval over patients, `low`, `high`, "n/a" for a single
+        patient. There is no row for the source of caches that share images. Rows of the kind "search" are those of
+        `_search`.
     """
     device = choose_device(None)
     if device.type == "cpu":
@@ -125,6 +128,8 @@ def _encode(
     encoder: Any, processor: MLVICXImageProcessor, cache: Cache, split: str, store: FeatureStore, device: torch.device
 ) -> Encoded:
     images = cache.datasets[split]
+    processor = copy.copy(processor)  # squares of another size are shrunk in another way
+    processor.prepared_size, processor.fit = cache.square
     rows = LabelledImages(images, processor, exclusive=False, digest=cache.digest)
     about = pd.DataFrame({"view": images["view"][:], "sex": images["sex"][:]}, dtype=object)
     about["source"] = cache.path.name
@@ -181,11 +186,6 @@ def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:
         return np.mean([weighted_areas(*pair, weights)[0] for pair in zip(truth.T, scores.T, strict=True)], axis=0)
 
     draws = np.concatenate([macro(weights) for weights in draw_patients(test.about["patient"].to_numpy(str)[scored])])
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return {
-        "classes": classes,
-        "images": len(truth),
-        "auroc": float(macro(np.ones((1, len(truth))))[0]),
-        "low": float(low),
-        "high": float(high),
-    }
+    low, high = interval(draws)
+    auroc = float(macro(np.ones((1, len(truth))))[0])
+    return {"classes": classes, "images": len(truth), "auroc": auroc} | defined({"low": low, "high": high})
