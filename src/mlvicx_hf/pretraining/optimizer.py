@@ -23,13 +23,14 @@ def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int, f
     return peak * (final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def set_learning_rate(optimizer: Any, rate: float, backbone_ratio: float = 1.0, peak: float = 0.0) -> None:
+def set_learning_rate(optimizer: Any, rate: float, backbone_ratio: float = 1.0, peak: float | None = None) -> None:
     """Give all parameter groups this rate, and those of the backbone the rate times a ratio.
 
-    Groups with a rate of their own get it times theirs; a group whose rate is constant starts from the peak instead.
+    Groups with a rate of their own get it times theirs; a group whose rate is constant has the peak, by default this
+    rate, in its place.
     """
     for group in optimizer.param_groups:
-        base = peak if group.get("constant", False) else rate
+        base = peak if group.get("constant", False) and peak is not None else rate
         base *= group.get("rate_ratio", 1.0)
         group["lr"] = base * (backbone_ratio if group.get("of_backbone", False) else 1.0)
 

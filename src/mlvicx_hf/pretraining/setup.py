@@ -2,19 +2,22 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
+from torch import nn
 
 from mlvicx_hf.common.arguments import check_values
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.machine import describe_hardware, keep_freed_memory, refuse_other_launches, use_cpu_threads
 from mlvicx_hf.encoders.weights import starting_processor
-from mlvicx_hf.objectives import find_objective, read_options
+from mlvicx_hf.objectives import Objective, find_objective, read_options
 from mlvicx_hf.objectives.base import Schedule
 
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
@@ -74,10 +77,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     objective = prepare_objective(new, arguments, schedule)
     objective.to(device).to(memory_format=layout)
 
-    def make_views(batch: PlannedBatch) -> Views:
-        moved = send_to_device(batch, device, non_blocking=True)
-        made = view_set.apply(moved.images, moved.plans, moved.more)
-        return tuple(view.contiguous(memory_format=layout) if view.ndim == 4 else view for view in made)
+    make_views = _view_maker(view_set, device, layout)
 
     def views_of_noise(count: int) -> Views:
         shape = (count, 1, data.side, data.side)
@@ -91,14 +91,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
         _check_reached(trial.unreached)
         notes += more
-    if accelerator.num_processes > 1 and device.type == "cuda":
-        objective = synchronise_norms(objective)
-    own_rate = arguments.backbone_learning_rate_ratio != 1 or arguments.backbone_thaw_epochs > 0
-    backbone = objective.encoder.backbone if own_rate else None
-    optimizer = create_optimizer(objective, arguments, backbone, objective.own_rates())
-    if arguments.torch_compile:
-        objective.compile(mode=arguments.torch_compile_mode)  # in place: the keys of the state stay as they are
-    wrapped, prepared = accelerator.prepare(objective, optimizer)
+    objective, wrapped, optimizer = _prepare_training(accelerator, objective, arguments)
     watcher = None
     if on_main:
         watcher = Watcher(objective, processor, data_arguments.probe_dataset, arguments.probe_steps, device=device)
@@ -107,7 +100,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         accelerator=accelerator,
         objective=objective,
         wrapped=wrapped,
-        optimizer=prepared,
+        optimizer=optimizer,
         processor=processor,
         schedule=schedule,
         batches=data.batches,
@@ -122,6 +115,38 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         if on_main:
             print(f"resuming {checkpoint.path} at step {run.step} of {run.total_steps}", flush=True)
     return run
+
+
+def _view_maker(
+    view_set: ViewSet, device: torch.device, layout: torch.memory_format
+) -> Callable[[PlannedBatch], Views]:
+    """Make a function that moves a batch to the device and makes its views there, in this layout."""
+
+    def make_views(batch: PlannedBatch) -> Views:
+        moved = send_to_device(batch, device, non_blocking=True)
+        made = view_set.apply(moved.images, moved.plans, moved.more)
+        return tuple(view.contiguous(memory_format=layout) if view.ndim == 4 else view for view in made)
+
+    return make_views
+
+
+def _prepare_training(
+    accelerator: Accelerator, objective: Objective, arguments: PretrainingArguments
+) -> tuple[Objective, nn.Module, AcceleratedOptimizer]:
+    """Synchronise batch normalisation on GPUs, make the optimiser, compile if wanted, and let Accelerate wrap both.
+
+    Returns:
+        The objective, what Accelerate wraps it in, and its optimiser.
+    """
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        objective = synchronise_norms(objective)
+    own_rate = arguments.backbone_learning_rate_ratio != 1 or arguments.backbone_thaw_epochs > 0
+    backbone = objective.encoder.backbone if own_rate else None
+    optimizer = create_optimizer(objective, arguments, backbone, objective.own_rates())
+    if arguments.torch_compile:
+        objective.compile(mode=arguments.torch_compile_mode)  # in place: the keys of the state stay as they are
+    wrapped, prepared = accelerator.prepare(objective, optimizer)
+    return objective, wrapped, prepared
 
 
 def _check_reached(unreached: list[str]) -> None:
