@@ -64,6 +64,14 @@ def test_scan_finds_images_of_any_case_in_order_and_warns_that_patients_are_unkn
     assert listing.label_names == ()
 
 
+def test_scan_names_tables_that_it_does_not_read(root: Path):
+    (root / "Labels export.csv").write_text("Image File;Finding\n0.png;1\n")
+    assert any(
+        note == f"tables in {root} that were not read: Labels export.csv; --metadata takes one"
+        for note in FolderCollection(root).read().notes
+    )
+
+
 def test_scan_does_not_follow_links_out_of_the_root(root: Path, tmp_path: Path):
     write_image(tmp_path / "outside" / "secret.png")
     (root / "link.png").symlink_to(tmp_path / "outside" / "secret.png")
@@ -357,9 +365,7 @@ def test_uncertain_labels_need_a_policy(root: Path, options: dict[str, list[str]
 
 def test_a_policy_for_uncertain_labels_does_not_accept_other_values(root: Path):
     text = table("patient_id,Edema", "1,0", "2,-1.0", "3,-2", "4,1")
-    with pytest.raises(
-        ValueError, match=r"row 4, column Edema: '-2' found; expected 0, 1, -1, or empty for unknown; --l"
-    ):
+    with pytest.raises(ValueError, match=r"row 4, column Edema: '-2' found; expected 0, 1, -1, or empty for unknown$"):
         read_table(root, text, label_columns=["Edema"], uncertain="ones")
 
 

@@ -305,6 +305,34 @@ def test_a_column_named_for_a_finding_is_not_lost_among_the_others():
     )
 
 
+@pytest.mark.parametrize(
+    ("cells", "names", "rows", "exclusive"),
+    [
+        (["Edema|Mass", "No Finding", "Mass"], ("Edema", "Mass"), [(1, 1), (0, 0), (0, 1)], False),
+        (["mild", "severe", ""], ("mild", "severe"), [(1, 0), (0, 1), (NAN, NAN)], True),
+    ],
+)
+def test_a_chosen_column_of_words_holds_all_labels(cells: Cells, names: Any, rows: Any, exclusive: bool):
+    found = read_labels(Path("m.csv"), {"file_name": [""] * 3, "All findings": cells}, ["All findings"])
+    assert (found.names, found.exclusive) == (names, exclusive)
+    assert_rows(found.rows, rows)
+
+
+@pytest.mark.parametrize("cells", [["Edema", "0", "1"], ["3.5", "2.1", "1"], ["yes", "no", "unclear"]])
+def test_a_chosen_column_with_some_labels_is_not_read_as_words(cells: Cells):
+    with pytest.raises(UserError, match=r"column Finding: '\S+' found; expected 0, 1, or empty") as caught:
+        read_labels(Path("m.csv"), {"file_name": [""] * 3, "Finding": cells}, ["Finding"])
+    assert "--label_columns" not in str(caught.value)  # which is what chose it
+
+
+def test_columns_beside_one_of_all_labels_are_named_apart():
+    columns = {"file_name": ["a", "b"], "labels": ["Mass", "Edema|Mass"], "Pneumonia": ["1", "0"], "score": ["1", "2"]}
+    assert read_labels(Path("m.csv"), columns).notes == (
+        "columns ignored: score",
+        "columns named for a finding that are not read beside labels: Pneumonia (--label_columns takes them)",
+    )
+
+
 def test_measurements_that_begin_like_labels_stay_measurements():
     found = read_labels(Path("m.csv"), {"file_name": [""] * 3, "score": ["0.00", "0.35", "1.20"]})
     assert (found.names, found.notes) == ((), ("columns ignored: score (holds '0.35')",))

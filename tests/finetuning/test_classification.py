@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections import Counter
@@ -26,6 +27,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.data.split_files import read_split_file
 from mlvicx_hf.encoders.features import encode
+from mlvicx_hf.encoders.loading import load_image_processor
 from mlvicx_hf.finetuning import training
 from mlvicx_hf.finetuning.arguments import (
     CLASSIFICATION_SECTIONS,
@@ -218,6 +220,7 @@ def test_the_fast_probe_learns_as_the_trainer_does(cache: Path, pretrained: Path
     [
         ({"freeze_backbone": False}, "fast_probe found; expected freeze_backbone as well"),
         ({"cache_features": False}, "fast_probe found"),
+        ({"augment": True}, "augment found with features that are computed once; expected cache_features=false"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 found with fast_probe; expected 1"),
         ({"report_to": "tensorboard"}, "report_to=.*tensorboard.* found with fast_probe"),
         ({"trainer_options": {"eval_delay": 2}}, "eval_delay=2 found with fast_probe; expected 0"),
@@ -230,6 +233,35 @@ def test_what_the_fast_probe_refuses(
 ):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", pretrained, cache, **HOW["fast"] | values)
+
+
+def test_labels_with_a_single_value_are_named(
+    cache: Path, pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    rows = [row | {"stripes": 1} if row["split"] == "train" else row for row in labelled_rows(unknown=True)]
+    path = make_cache(tmp_path, rows)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path / "run", pretrained, path, **HOW["fast"])
+    assert "labels with a single value in train, so no classifier can learn them: stripes" in caplog.text
+    assert "in test" not in caplog.text
+    rows = [row | {"disc": 0} if row["split"] == "train" else row for row in rows]
+    path = make_cache(tmp_path, rows, name="constant")
+    with pytest.raises(UserError, match="no label has both values in the 72 training images that were chosen"):
+        run(tmp_path / "other", pretrained, path, **HOW["fast"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_images_are_moved_and_norms_frozen_as_asked(cache: Path, pretrained: Path, tmp_path: Path):
+    how = FROZEN | {"cache_features": False, "num_train_epochs": 1, "learning_rate": 1e-2}
+    still, moved = (run(tmp_path / str(flag), pretrained, cache, **how, augment=flag) for flag in (None, True))
+    assert (still["hyperparameters"]["augment"], moved["hyperparameters"]["augment"]) == (False, True)
+    assert still["test"]["auroc_macro"] != moved["test"]["auroc_macro"]
+    for asked, frozen in ((None, False), (True, True)):
+        how = {"architecture": str(pretrained), "freeze_batch_norm": asked, "num_train_epochs": 1}
+        results = run(tmp_path / f"random {asked}", "random", cache, **how)
+        assert (results["hyperparameters"]["freeze_batch_norm"], results["batch_norm_frozen"]) == (True, frozen)
+        steps = load_file(tmp_path / f"random {asked}" / "model.safetensors")
+        assert all((value == 0) == frozen for name, value in steps.items() if name.endswith("num_batches_tracked"))
 
 
 @pytest.mark.parametrize("kind", ["frozen", "fast"])
@@ -768,6 +800,14 @@ def test_a_model_that_does_not_fit_is_an_error(cache: Path, pretrained: Path, tm
     }
     with pytest.raises((ValueError, OSError), match=messages[case]):
         run(tmp_path / "run", source, cache)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_is_nowhere_is_in_the_error(cache: Path, tmp_path: Path):
+    with pytest.raises(OSError, match=r"^nothere: not found here, nor on the Hub: "):
+        run(tmp_path / "run", "nothere", cache)
+    with pytest.raises(OSError, match=r"^nothere: not found here, nor on the Hub: "):
+        load_image_processor("nothere", tiny_config())
     assert not (tmp_path / "run").exists()
 
 

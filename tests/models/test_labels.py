@@ -10,6 +10,7 @@ from helpers import tiny_config
 from torch import Tensor
 
 from mlvicx_hf import MLVICXForImageClassification, MLVICXForSemanticSegmentation
+from mlvicx_hf.models import modeling_mlvicx
 from mlvicx_hf.models.loss_mlvicx import _is_to_check, multi_label_loss, segmentation_loss, single_label_loss
 
 NAN = float("nan")
@@ -59,6 +60,19 @@ def test_masks_are_of_whole_numbers(labels: Tensor):
     model = MLVICXForSemanticSegmentation(tiny_config(num_labels=1))
     with pytest.raises(ValueError, match=r"type torch.float32 found; expected an integer type, a class index a pixel"):
         model(PIXELS, labels=labels)
+
+
+def test_masks_of_0_and_255_alone_are_told_of_once(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(modeling_mlvicx.logger, "warning", said.append)
+    masks = torch.zeros(2, 32, 32, dtype=torch.uint8)
+    masks[:, 8:16] = 255
+    for labels, warned in ((masks, 1), (masks // 255, 0), (masks * 0, 0)):
+        model = MLVICXForSemanticSegmentation(tiny_config(num_labels=1))
+        for _ in range(2):
+            model(PIXELS, labels=labels)
+        assert len(said) == warned
+        said.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool])

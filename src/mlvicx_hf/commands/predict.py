@@ -44,4 +44,5 @@ def main(words: Sequence[str] | None = None) -> None:
     print_images(output, record)
     values = (record["calibration"] or {}).get("values") or {}
     if names := [name for name, value in values.items() if value is None]:
-        print(f"not calibrated, so not to be compared with the others: {', '.join(names)}")
+        others = f", so not to be compared with the others: {', '.join(names)}" if len(names) < len(values) else ""
+        print(f"not calibrated{others}")

@@ -15,7 +15,7 @@ from mlvicx_hf.common.files import sha256
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation, MLVICXModel
 
-from .loading import check_source, load_model, saved_class
+from .loading import check_source, load_model, looking_for, saved_class
 
 WEIGHTS = "model*.safetensors"  # one file, or shards
 FILES = ["*.json", WEIGHTS]  # of a repository; no code
@@ -73,10 +73,8 @@ def load(
 def _folder(source: str, revision: str | None) -> Path:
     """Find the folder of a model's files: its own, or that of one commit in the Hub's cache."""
     if not Path(source).is_dir():
-        try:
+        with looking_for(source):
             return Path(snapshot_download(source, revision=revision, allow_patterns=FILES, ignore_patterns="*/*"))
-        except OSError as error:
-            raise OSError(f"{source}: not found here, nor on the Hub: {error}") from error
     if revision is not None:
         raise UserError(f"revision={revision!r} of the folder {source} found; only models on the Hub have revisions")
     if not any(Path(source).glob(WEIGHTS)):

@@ -1,9 +1,11 @@
 """Load models by the name or folder that a user gives."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file
 
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.models import modeling_mlvicx
@@ -32,13 +34,25 @@ def check_source(source: str) -> str:
     return source
 
 
+@contextmanager
+def looking_for(source: str | Path) -> Iterator[None]:
+    """Name the source in an error that says no more than that a file or the Hub is not there."""
+    try:
+        yield
+    except OSError as error:
+        if Path(source).exists() or str(error).startswith(str(source)):
+            raise
+        raise OSError(f"{source}: not found here, nor on the Hub: {error}") from error
+
+
 def saved_class(source: str | Path) -> type[MLVICXPreTrainedModel]:
     """Find the class that a saved model's configuration names as its architecture.
 
     Raises:
         UserError: a model of another type, or a class of another package.
     """
-    values, _ = MLVICXConfig.get_config_dict(check_source(str(source)))
+    with looking_for(check_source(str(source))):
+        values, _ = MLVICXConfig.get_config_dict(str(source))
     model_type = values.get("model_type")
     if model_type != MLVICXConfig.model_type:
         raise UserError(f"{source}: a model of type {model_type!r} found; expected {MLVICXConfig.model_type!r}")
@@ -92,6 +106,9 @@ def load_image_processor(source: str | Path, config: MLVICXConfig) -> MLVICXImag
         FileNotFoundError: there is none.
         UserError: it is of another class, or has other channels than the model.
     """
+    if not Path(source).is_dir():
+        with looking_for(source):
+            cached_file(str(source), CONFIG_NAME)
     if cached_file(str(source), IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is None:
         raise FileNotFoundError(f"{source} holds no {IMAGE_PROCESSOR_NAME}; expected the model's image processor")
     values, _ = MLVICXImageProcessor.get_image_processor_dict(source)

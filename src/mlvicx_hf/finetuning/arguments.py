@@ -65,10 +65,10 @@ class LabelledDataArguments:
     )
     max_train_samples: int | None = option("Use only the first training images.", None, least=1)
     patient_balanced: bool = option("Draw all training patients equally often.", False)
-    augment: bool = option(
-        "Flip, rotate, shift and scale training images, and masks with them; classify does so without "
-        "--freeze_backbone alone.",
-        True,
+    augment: bool | None = option(
+        "Flip, rotate, shift and scale training images, and masks with them; by default, but not for classify with "
+        "--freeze_backbone.",
+        None,
     )
     allow_leak: bool = option("Go on with copies of an image in two splits, and record it.", False)
 
@@ -165,9 +165,10 @@ class ClassifierArguments(EncoderArguments):
     )
     cache_features: bool = option("Frozen: encode every image once instead of once an epoch.", True)
     fast_probe: bool = option("Frozen, with cache_features: a plain loop in place of the Trainer.", False)
-    freeze_batch_norm: bool = option(
-        "Not frozen: keep statistics, scales and shifts of the encoder's batch normalisation, but for random weights.",
-        True,
+    freeze_batch_norm: bool | None = option(
+        "Not frozen: keep statistics, scales and shifts of the encoder's batch normalisation; by default, but not for "
+        "random weights.",
+        None,
     )
     positive_weights: str = option(
         "Weight of positives in the loss; balanced: negatives over positives of each label in training.",

@@ -1,5 +1,6 @@
 """Classification on a prepared cache: a linear layer on the encoder, frozen or fine-tuned (section IV-B)."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,9 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 
 from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.text import some
 from mlvicx_hf.data.cache.cache import Cache, load_cache
+from mlvicx_hf.data.collections.base import SPLITS
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification
 from mlvicx_hf.scoring.calibration import CALIBRATION_BINS, UNSURE, score_calibration
@@ -32,6 +35,8 @@ from .heads import load_config, load_for_task
 from .linear_probe import FeatureStore, LinearProbe, ProbeTrainer, prepare_probe
 from .results import write_images
 from .training import FinetuningTask, Split, train_with_trainer
+
+logger = logging.getLogger(__name__)
 
 
 def load_classifier(
@@ -155,11 +160,29 @@ class Classification(FinetuningTask):
             raise UserError(f"band_level={encoder.band_level} found; expected a number above 0.5 and below 1")
         if encoder.fast_probe and not (encoder.freeze_backbone and encoder.cache_features):
             raise UserError("fast_probe found; expected freeze_backbone as well, with cache_features")
+        if data.augment and encoder.freeze_backbone and encoder.cache_features:
+            raise UserError("augment found with features that are computed once; expected cache_features=false as well")
         self.learning_rate = 1e-3 if encoder.freeze_backbone else 3e-4
         self.store = store
 
     def _load_cache(self) -> Cache:
         return load_labelled_cache(self.data.dataset, self.data.allow_leak)
+
+    def _check_training(self) -> None:
+        """Say which labels a split has with one value alone; refuse to train if that are all labels of train."""
+        for split in SPLITS:
+            table = np.array(self.cache.datasets[split]["labels"], dtype=np.float64)
+            names = [
+                name for name, label in zip(self.cache.label_names, table.T, strict=True) if not has_both_values(label)
+            ]
+            if split == "train" and len(names) == len(self.cache.label_names):
+                raise UserError(
+                    f"{self.data.dataset}: no label has both values in the {len(table)} training images that were "
+                    "chosen; expected more of them: a larger label_fraction, or another seed"
+                )
+            if names:
+                what = "no classifier can learn them" if split == "train" else "they get no score there"
+                logger.warning("labels with a single value in %s, so %s: %s", split, what, some(names, 30))
 
     def _load_model(self) -> tuple[MLVICXForImageClassification, MLVICXImageProcessor]:
         return load_classifier(self.encoder, self.cache)
@@ -170,16 +193,22 @@ class Classification(FinetuningTask):
 
     def _prepare(self, training: Split) -> tuple[nn.Module, Callable[[Split], Split]]:
         if not self.encoder.freeze_backbone:
-            if self.encoder.freeze_batch_norm and self.encoder.model != "random":  # which has no statistics to keep
+            if self._freezes_batch_norm:
                 self.model.freeze_batch_norm()
             return self.model, lambda images: images
         batch_size, device = self.settings.per_device_eval_batch_size, self.settings.device
         return prepare_probe(self.model, training, self.encoder.cache_features, batch_size, device, self.store)
 
     @property
+    def _freezes_batch_norm(self) -> bool:
+        """By default, but random weights have no statistics to keep."""
+        asked = self.encoder.freeze_batch_norm
+        return not self.encoder.freeze_backbone and (self.encoder.model != "random" if asked is None else asked)
+
+    @property
     def _augments(self) -> bool:
-        """A frozen encoder sees each image once."""
-        return self.data.augment and not self.encoder.freeze_backbone
+        """By default, but features of a frozen encoder are usually computed once."""
+        return not self.encoder.freeze_backbone if self.data.augment is None else self.data.augment
 
     def _train(
         self, trained: nn.Module, splits: Mapping[str, Split], patients: Sequence[str] | None
@@ -226,6 +255,7 @@ class Classification(FinetuningTask):
             scores["decisions"] = score_decisions(test.probabilities, test.labels, thresholds["values"])
         return {
             "labels": list(self.cache.label_names),
+            "batch_norm_frozen": self.encoder.freeze_backbone or self._freezes_batch_norm,
             "validation": replace(validation, calibration=self.calibration).scores(),
             "test": scores,
             "hyperparameters": {
@@ -233,7 +263,7 @@ class Classification(FinetuningTask):
                 "cache_features": self.encoder.freeze_backbone and self.encoder.cache_features,
                 "fast_probe": self.encoder.fast_probe,
                 # As asked for, so that cards compare random weights with pretrained ones of the same settings.
-                "freeze_batch_norm": self.encoder.freeze_batch_norm and not self.encoder.freeze_backbone,
+                "freeze_batch_norm": self.encoder.freeze_batch_norm is not False and not self.encoder.freeze_backbone,
                 "augment": self._augments,
                 "pooled_levels": self.model.config.pooled_levels,
                 "image_size": self.processor.image_size,

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.files import write_json
 from mlvicx_hf.encoders.external import ExternalEncoder, adapt, is_external
-from mlvicx_hf.encoders.loading import check_source
+from mlvicx_hf.encoders.loading import check_source, looking_for
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starting_processor
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
@@ -37,8 +37,10 @@ def load_config(arguments: EncoderArguments) -> MLVICXConfig:
         )
     if is_external(arguments.model):
         return MLVICXConfig(use_context=False)  # holds labels and problem type; the encoder knows its own form
-    with user_input():
-        config: Any = MLVICXConfig() if source is None else AutoConfig.from_pretrained(check_source(source))
+    config: Any = MLVICXConfig()
+    if source is not None:
+        with looking_for(check_source(source)), user_input():
+            config = AutoConfig.from_pretrained(source)
     if config.model_type != "mlvicx":
         raise UserError(f"{source} holds a {config.model_type} model; expected one of mlvicx")
     if arguments.drop_context or is_timm_source(arguments.model):

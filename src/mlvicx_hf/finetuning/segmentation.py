@@ -123,13 +123,12 @@ class Segmentation(FinetuningTask):
 
     def _load_model(self) -> tuple[MLVICXForSemanticSegmentation, MLVICXImageProcessor]:
         self.names = list(foreground(self.cache.mask_names))
-        self._check_shown()
         self.batches: list[np.ndarray] = []
         with user_input():
             return load_segmenter(self.encoder, self.cache, self.data.image_size)
 
-    def _check_shown(self) -> None:
-        """Refuse a structure that the chosen part of train does not show: nothing could learn it."""
+    def _check_training(self) -> None:
+        """Refuse a structure that no chosen mask shows."""
         lacking = {value: name for name, value in foreground(self.cache.mask_names).items()}
         images = self.cache.datasets["train"]
         for row in images.select_columns("mask"):
@@ -141,8 +140,12 @@ class Segmentation(FinetuningTask):
             f"{', '.join(lacking.values())}; expected one at least: a larger label_fraction, or another seed"
         )
 
+    @property
+    def _augments(self) -> bool:
+        return self.data.augment is not False
+
     def _images(self, split: str) -> MaskedImages:
-        return MaskedImages(self.cache.datasets[split], self.processor, self.data.augment and split == "train")
+        return MaskedImages(self.cache.datasets[split], self.processor, self._augments and split == "train")
 
     def _prepare(self, training: Split) -> tuple[nn.Module, Callable[[Split], Split]]:
         if self.encoder.freeze_backbone:
@@ -191,7 +194,7 @@ class Segmentation(FinetuningTask):
             "validation": validation.scores(),
             "test": test.scores(),
             "hyperparameters": {
-                "augment": self.data.augment,
+                "augment": self._augments,
                 "metric_for_best_model": self.arguments.metric_for_best_model,
             },
         }

@@ -78,6 +78,7 @@ class FinetuningTask(ABC):
             use_cpu_threads()
             keep_freed_memory()
         self.cache = select_training(self._load_cache(), self.data, self.arguments.seed)
+        self._check_training()
         set_seed(self.arguments.seed)
         self.model, self.processor = self._load_model()
         splits = {split: self._images(split) for split in SPLITS}
@@ -119,6 +120,10 @@ class FinetuningTask(ABC):
     @abstractmethod
     def _load_cache(self) -> Cache:
         """Open the cache, and check that it can train, choose and test this task."""
+
+    @abstractmethod
+    def _check_training(self) -> None:
+        """Refuse a chosen part of train from which the task cannot be learned."""
 
     @abstractmethod
     def _load_model(self) -> tuple[Any, MLVICXImageProcessor]:

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import (
     SemanticSegmenterOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .backbones_mlvicx import Tap, create_backbone, find_taps, is_plain, layout_of, named_layers, refine
 from .configuration_mlvicx import MLVICXConfig
@@ -46,6 +46,8 @@ from .loss_mlvicx import (
     values_are_readable,
     variance_covariance_loss,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class MLVICXPreTrainedModel(PreTrainedModel):
@@ -688,8 +690,14 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
         logits = self.decoder(maps, pixel_values)
         loss = None
         if labels is not None:
+            ignored = self.config.semantic_loss_ignore_index
             labels, check = labels.to(logits.device), self._check_labels(labels)
-            loss = segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index, check)
+            if check and bool(((labels == 0) | (labels == ignored)).all() and (labels == ignored).any()):
+                logger.warning(
+                    f"masks of 0 and {ignored} alone found in the first batch. Pixels of {ignored} do not count, so if "
+                    f"they show the structure, divide the masks by {ignored} first"
+                )
+            loss = segmentation_loss(logits, labels, ignored, check)
         return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None)
 
 

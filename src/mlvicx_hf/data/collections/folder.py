@@ -105,6 +105,8 @@ class FolderCollection(TableOptions, Collection):
         if outside:
             notes.append(f"{outside} links that lead out of {self.folder} were skipped")
         notes += filter(None, [describe_skipped(skipped)])
+        if unread := sorted(file.name for file in self.folder.iterdir() if file.suffix.lower() in TABLE_SUFFIXES):
+            notes.append(f"tables in {self.folder} that were not read: {some(unread)}; --metadata takes one")
         if self.folders != "ignore":
             refuse_masks(self.folder, names)
         layout = read_layout(self.folder, names, self.folders)

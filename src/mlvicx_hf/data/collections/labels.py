@@ -82,14 +82,15 @@ def read_labels(
         UserError: a column or value does not fit. The message names file, row, column and value.
     """
     hint = "" if uncertain else f" (--uncertain {'|'.join(UNCERTAIN)} says what -1 means)"
-    cell_type = label_cells(uncertain, f"{hint}; --label_columns names the label columns if this is none")
+    others = "" if explicit is not None else "; --label_columns names the label columns if this is none"
+    cell_type = label_cells(uncertain, hint + others)
     lone = _lone_column(table, columns, explicit)
     rest = [name for name in columns if name not in (*RESERVED_COLUMNS, *skip) and not name.endswith("_file_name")]
     check_once("label_names", label_names or ())
     if label_names is not None and lone is None:
         raise UserError(f"{table}: columns {some(columns, 30)} found; expected label or labels, for --label_names")
     if lone is not None:
-        ignored = note_ignored(name for name in rest if name != lone) if explicit is None else ()
+        ignored = _note_beside(lone, rest) if explicit is None else ()
         return _lone_labels(table, lone, columns[lone], FindingsReader("|", label_names, uncertain), ignored)
     if explicit is not None:
         require_columns(table, columns, explicit)
@@ -102,11 +103,12 @@ def read_labels(
 def _lone_column(table: Path, columns: Columns, explicit: Sequence[str] | None) -> str | None:
     """Find the column that holds all labels, if there is one."""
     if explicit is not None:
-        lone = explicit[0] if len(explicit) == 1 and explicit[0] in LONE_COLUMNS else ""
+        lone = explicit[0] if len(explicit) == 1 else ""
         cells = columns.get(lone, [])
-        # With a comma it may be a list of two numbers.
-        binary = all(_is_flag(cell) and "," not in cell for cell in cells)
-        return None if binary else lone
+        if lone in LONE_COLUMNS:  # with a comma it may be a list of two numbers
+            return None if all(_is_flag(cell) and "," not in cell for cell in cells) else lone
+        known = [cell for cell in cells if not is_unknown(cell)]
+        return lone if known and not any(_is_flag(cell) or is_number(cell) for cell in known) else None
     if all(name in columns for name in LONE_COLUMNS):
         raise UserError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
     return next((name for name in LONE_COLUMNS if name in columns), None)
@@ -120,6 +122,15 @@ def note_ignored(columns: Iterable[str]) -> tuple[str, ...]:
     """Note the columns that are not read."""
     listed = some(columns, 30)
     return (f"columns ignored: {listed}",) if listed else ()
+
+
+def _note_beside(lone: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """Note what is not read beside a column of all labels."""
+    named = [name for name in columns if common_name(None, name) and name != lone]
+    listed = (
+        f"columns named for a finding that are not read beside {lone}: {some(named, 30)} (--label_columns takes them)"
+    )
+    return (*note_ignored(name for name in columns if name not in (lone, *named)), *([listed] if named else []))
 
 
 def _label_columns(table: Path, columns: Columns, candidates: list[str]) -> tuple[list[str], tuple[str, ...]]:
