@@ -20,7 +20,7 @@ from mlvicx_hf import MLVICXForPreTraining
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.objectives import OBJECTIVES
 from mlvicx_hf.pretraining import setup
-from mlvicx_hf.pretraining.memory import ResourceEstimate, Trial, largest_that_fits, micro_batch
+from mlvicx_hf.pretraining.memory import ResourceEstimate, Trial, largest_that_fits, micro_batch_size
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
 @pytest.mark.parametrize("steps", [3, 5, 16])
 def test_no_number_of_micro_batches(steps: int):
     with pytest.raises(ValueError, match=f"gradient_accumulation_steps={steps} found for 16 images of a process"):
-        micro_batch(16, steps)
+        micro_batch_size(16, steps)
     with pytest.raises(ValueError, match=f"gradient_accumulation_steps={steps} found"):
         largest_that_fits(16, steps, out_of_memory_above(99, []))
 
@@ -215,14 +215,14 @@ def test_a_loss_alone_can_be_tried():
 
 
 def test_lines():
-    assert ResourceEstimate(3 * 2**29, False, 1.26).line(1000) == (
+    assert ResourceEstimate(3 * 2**29, False, 1.26).describe(1000) == (
         "about 1.5 GiB of memory at the peak; about 1.3 s a step, 0:21:00 for 1000 steps"
     )
-    assert ResourceEstimate(2**30, True, None).line(9) == (
+    assert ResourceEstimate(2**30, True, None).describe(9) == (
         "about 1.0 GiB of GPU memory at the peak; the time of a compiled step is measured after the first ones"
     )
-    assert trial().choice(1) == "find_batch_size: all 16 images of a process fit into the memory at once"
-    assert trial().choice(4) == (
+    assert trial().describe_choice(1) == "find_batch_size: all 16 images of a process fit into the memory at once"
+    assert trial().describe_choice(4) == (
         "find_batch_size: 4 micro-batches of 4 images a process fit into the memory (gradient_accumulation_steps=4); "
         "batch_size stays, batch normalisation works on micro-batches"
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlvicx_hf.models.loss_mlvicx import variance_loss
-from mlvicx_hf.scoring.embeddings import describe_embeddings, mean_correlation, mean_deviation, rankme
+from mlvicx_hf.scoring.embeddings import describe_embeddings, mean_correlation, mean_standard_deviation, rankme
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +63,11 @@ def test_rankme_of_any_magnitude(scale: float):
 
 def test_deviation_is_that_of_the_variance_loss():
     embeddings = torch.randn(50, 6) * torch.arange(6) + 3
-    assert mean_deviation(embeddings) == pytest.approx(embeddings.std(0).mean().item())
-    assert mean_deviation(torch.full((8, 4), 0.1)) == pytest.approx(0, abs=1e-12)
-    assert variance_loss(embeddings, target=100, epsilon=0).item() == pytest.approx(100 - mean_deviation(embeddings))
+    assert mean_standard_deviation(embeddings) == pytest.approx(embeddings.std(0).mean().item())
+    assert mean_standard_deviation(torch.full((8, 4), 0.1)) == pytest.approx(0, abs=1e-12)
+    assert variance_loss(embeddings, target=100, epsilon=0).item() == pytest.approx(
+        100 - mean_standard_deviation(embeddings)
+    )
 
 
 def test_correlation_is_that_of_numpy():
@@ -100,7 +102,7 @@ def test_a_description_names_its_figures():
     found = describe_embeddings("level_0", embeddings)
     assert found == {
         "level_0_rankme": pytest.approx(rankme(embeddings)),
-        "level_0_deviation": pytest.approx(mean_deviation(embeddings)),
+        "level_0_deviation": pytest.approx(mean_standard_deviation(embeddings)),
         "level_0_correlation": pytest.approx(mean_correlation(embeddings)),
     }
     centred = describe_embeddings("level_0", embeddings, centre=True)

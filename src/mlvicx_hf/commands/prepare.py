@@ -60,7 +60,7 @@ def parser() -> CommandParser:
     add("--fit", choices=("pad", "squash", "crop"), default="pad", metavar="KIND", help=text)
     add("--seed", type=int, default=0, metavar="N", help="of the splits, and of phantoms (default 0)")
     add("--num_workers", type=int, metavar="N", help="processes (default one a core)")
-    add("--max_images", type=int, metavar="N", help="only so many images, for a trial")
+    add("--max_images", type=int, metavar="N", help="only this number of images, for a trial")
     add("--allow_missing", action="store_true", help="go on without listed images that are not there, or not readable")
     _add_collections(made)
     return made

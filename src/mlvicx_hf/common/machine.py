@@ -61,7 +61,7 @@ def _group_files(*names: str) -> list[list[str]]:
 
 
 def use_cpu_threads(threads: int | None = None) -> None:
-    """Give torch this process's share of the cores, or so many threads.
+    """Give torch this process's share of the cores, or this number of threads.
 
     `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, which would leave the other cores idle.
     """
@@ -125,7 +125,7 @@ def refuse_other_launches() -> None:
 
 
 def describe_hardware(device: Any, processes: int = 1) -> dict[str, Any]:
-    """Describe what a run of so many processes computed on, for its result files.
+    """Describe what a run of `processes` processes computed on, for its result files.
 
     Returns:
         `device` (its type), `name`, `cores` (of a process's machine) and `processes`.

@@ -26,7 +26,7 @@ from .outputs import Outputs, printable
 from .prediction import Batch, InputImage, find_inputs, image_loader
 from .search import LABEL_PREFIX, ImageIndex
 
-SHEET_FILES = 50  # a contact sheet shows the first so many files
+SHEET_FILES = 50  # files that a contact sheet shows, the first ones
 SHEET_TILE = 128  # side of an image on it, in pixels
 FROM_ITEMS = ("source", "patient_id", "split")  # columns that the table takes from the index
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mlvicx_hf.models.modeling_mlvicx import batch_norms
 from mlvicx_hf.objectives.base import Embeddings, LossOutput
 
-from .memory import micro_batch
+from .memory import micro_batch_size
 
 
 def accumulate(accelerator: Accelerator, wrapped: nn.Module, views: Sequence[Tensor], steps: int) -> LossOutput:
@@ -36,7 +36,7 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, views: Sequence[Ten
     Raises:
         UserError: micro-batches that are unequal or smaller than two images.
     """
-    micro_batch(len(views[0]), steps)
+    micro_batch_size(len(views[0]), steps)
     pieces = list(zip(*(view.chunk(steps) for view in views), strict=True))
     with torch.no_grad(), _statistics_untracked(wrapped):
         # Clones, because the CUDA graphs of a compiled model write the next piece into the same memory.
@@ -46,13 +46,13 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, views: Sequence[Ten
         for view in (0, 1)
     ]
     output: LossOutput = accelerator.unwrap_model(wrapped).loss(*leaves)
-    slopes = _gradients(output.loss, leaves)
+    gradients = _gradients(output.loss, leaves)
     for number, piece in enumerate(pieces):
         with accelerator.no_sync(wrapped) if number < steps - 1 else nullcontext():
             again = wrapped(*piece, return_loss=False)
             products = [
-                (again[view][name] * slope.chunk(steps)[number]).sum()
-                for (view, name), slope in slopes.items()
+                (again[view][name] * gradient.chunk(steps)[number]).sum()
+                for (view, name), gradient in gradients.items()
                 if again[view][name].requires_grad  # a target has no gradient
             ]
             accelerator.backward(torch.stack(products).sum())
@@ -69,7 +69,8 @@ def _gradients(loss: Tensor, leaves: list[Embeddings]) -> dict[tuple[int, str], 
     """Gradient of the loss at every embedding that it depends on, by view and name."""
     places = [(view, name) for view in (0, 1) for name in leaves[view]]
     gradients = torch.autograd.grad(loss, [leaves[view][name] for view, name in places], allow_unused=True)
-    return {place: slope for place, slope in zip(places, gradients, strict=True) if slope is not None}
+    found = zip(places, gradients, strict=True)
+    return {place: gradient for place, gradient in found if gradient is not None}
 
 
 @contextmanager

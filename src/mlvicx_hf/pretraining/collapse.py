@@ -77,7 +77,7 @@ class Watcher:
             self._remember(json.loads(line))
 
     def scalars(self, embeddings: EmbeddingPairs, view: Tensor) -> dict[str, float]:
-        """RankMe, mean deviation and mean correlation of the first view's embeddings and of every level.
+        """RankMe, mean standard deviation and mean correlation of the first view's embeddings and of every level.
 
         The levels' figures are those of their spatial means in evaluation mode, centred for RankMe. For these, some
         images of `view`, the first one [B, C, H, W], are encoded again.
@@ -123,7 +123,9 @@ class Watcher:
             if f"{name}_rankme" not in scalars:
                 continue
             rank, deviation, full = scalars[f"{name}_rankme"], scalars[f"{name}_deviation"], min(first.shape)
-            text = f"{name} collapse to a point: their mean deviation is {deviation:.2g}, the target {target:g}."
+            text = (
+                f"{name} collapse to a point: their mean standard deviation is {deviation:.2g}, the target {target:g}."
+            )
             yield Rule(f"{name}_deviation", deviation, LOW_DEVIATION * target, f"{text} {remedy}")
             limit = min(LOW_RANK - 1, LOW_RANK_SHARE * (full - 1))
             text = f"{name} collapse to few directions: RankMe is {rank:.2f} of at most {full}."
@@ -141,8 +143,8 @@ class Watcher:
             past = self._starts[f"level_{level}_deviation"]
             start = median(past) if len(past) >= START_AT_LEAST else 0.0
             limit = max(LOW_LEVEL_DEVIATION * start, torch.finfo(torch.float32).tiny)
-            text = f"level {level} of the encoder gives nearly the same for all images: the mean deviation of its "
-            text += f"features is {deviation:.2g}, at the start {start:.2g}."
+            text = f"level {level} of the encoder gives nearly the same for all images: the mean standard deviation of "
+            text += f"its features is {deviation:.2g}, at the start {start:.2g}."
             yield Rule(f"level_{level}_deviation", deviation, limit, f"{text} {remedy}")
             text = f"level {level} of the encoder varies in one direction only: RankMe of its centred features is "
             yield Rule(f"level_{level}_rankme", rank, LOW_LEVEL_RANK, f"{text}{rank:.2f}. {remedy}")

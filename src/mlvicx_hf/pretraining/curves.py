@@ -25,7 +25,7 @@ PANELS = {
     "variance": r"(\w+_)?variance",
     "covariance": r"(\w+_)?covariance",
     "RankMe of a batch": r"\w+_rankme",
-    "mean deviation of a batch": r"\w+_deviation",
+    "mean standard deviation of a batch": r"\w+_deviation",
     "mean |correlation| of a batch": r"\w+_correlation",
 }
 LOSS_AND_RANK = {"loss": r"\w+_loss", "RankMe of a batch's embeddings": r"\w+_embeddings_rankme"}

@@ -33,8 +33,8 @@ class ResourceEstimate:
     on_gpu: bool  # which of the two
     seconds: float | None  # of a step, without reading images and without communication; None if not known
 
-    def line(self, steps: int) -> str:
-        """A line about a run of so many steps."""
+    def describe(self, steps: int) -> str:
+        """A line about a run of `steps` steps."""
         memory = f"about {self.memory / 2**30:.1f} GiB of {'GPU memory' if self.on_gpu else 'memory'} at the peak"
         if self.seconds is None:
             return f"{memory}; the time of a compiled step is measured after the first ones"
@@ -83,7 +83,7 @@ class Trial:
         self.base = max(before, _resident() - trial)  # of the process: code, weights, what torch keeps once it ran
 
     def estimate(self, steps: int, timed: bool = True) -> ResourceEstimate:
-        """What a step of so many micro-batches needs. `timed=False` leaves out the time, as for a model to be compiled.
+        """What a step of `steps` micro-batches needs. `timed=False` leaves out the time, as for a model to be compiled.
 
         On a GPU this is the memory of a trial step. On the CPU it is computed by `process_memory`, unless the process
         is larger after the trial step.
@@ -91,7 +91,7 @@ class Trial:
         Raises:
             UserError: unequal micro-batches, or smaller than two images.
         """
-        size, on_gpu = micro_batch(self.share, steps), self.device.type == "cuda"
+        size, on_gpu = micro_batch_size(self.share, steps), self.device.type == "cuda"
         if not on_gpu:
             seconds = self.run(size) if timed else None
             return ResourceEstimate(max(self.process_memory(size), _resident() + self.besides), on_gpu, seconds)
@@ -102,8 +102,8 @@ class Trial:
         torch.cuda.reset_peak_memory_stats(self.device)
         return ResourceEstimate(memory, on_gpu, seconds if timed else None)
 
-    def choice(self, steps: int) -> str:
-        """A line about so many micro-batches."""
+    def describe_choice(self, steps: int) -> str:
+        """A line about the choice of `steps` micro-batches."""
         if steps == 1:
             return f"find_batch_size: all {self.share} images of a process fit into the memory at once"
         return (
@@ -133,7 +133,7 @@ class Trial:
         return max(one for one in everyone if isinstance(one, int))
 
     def run(self, size: int) -> float:
-        """Seconds of a step without the optimiser, in which one micro-batch of so many images stands for all."""
+        """Seconds of a step without the optimiser, in which one micro-batch of `size` images stands for all."""
         with self._no_trace():
             start = self._now()
             views = self.make_views(self.share)
@@ -147,7 +147,7 @@ class Trial:
         return made - start + self.share // size * (done - made)
 
     def process_memory(self, size: int) -> int:
-        """Peak memory of a process on the CPU in bytes, with micro-batches of so many images.
+        """Peak memory of a process on the CPU in bytes, with micro-batches of `size` images.
 
         A step adds the momentum, the gradients of both views before they are added up, and what autograd saves for
         each image. Measured runs took 0.92 to 1.09 times as much.
@@ -156,7 +156,7 @@ class Trial:
         return round(self.base + self.besides + 2 * self.weights + maps)
 
     def _saved(self, count: int) -> int:
-        """Bytes that autograd saves in a step of so many images, without weights and statistics."""
+        """Bytes that autograd saves in a step of `count` images, without weights and statistics."""
         saved: dict[int, int] = {}  # by address: several operations save the same tensor
 
         def save(tensor: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Trial:
         return sum(saved.values())
 
     def _attempt(self, size: int) -> None:
-        """Raise torch's out-of-memory error if micro-batches of so many images are too large."""
+        """Raise torch's out-of-memory error if micro-batches of `size` images are too large."""
         if self.device.type == "cpu":
             available = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             further = self.process_memory(size) - _resident()
@@ -221,7 +221,7 @@ def _resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-def micro_batch(share: int, steps: int) -> int:
+def micro_batch_size(share: int, steps: int) -> int:
     """Images of a micro-batch, where a process has `share` images and divides them into `steps` micro-batches.
 
     Raises:
@@ -238,12 +238,12 @@ def micro_batch(share: int, steps: int) -> int:
 def largest_that_fits(share: int, steps: int, attempt: Callable[[int], None]) -> int:
     """Halve micro-batches until they fit into the memory, and return their images; `share` and `steps` as above.
 
-    `attempt` tries micro-batches of so many images and raises torch's out-of-memory error.
+    `attempt` tries micro-batches of a size in images and raises torch's out-of-memory error.
 
     Raises:
         UserError: even the smallest ones do not fit, or the images cannot be divided into `steps` equal parts.
     """
-    size = micro_batch(share, steps)
+    size = micro_batch_size(share, steps)
 
     def smaller() -> int:
         nonlocal size

@@ -46,7 +46,7 @@ class RunSettings:
     pair_share: float | None = None  # of the images whose view 2 is made of another image; None if that is not wanted
 
     def with_micro_batches(self, steps: int) -> RunSettings:
-        """The same settings with so many micro-batches."""
+        """The same settings with another number of micro-batches."""
         return replace(self, training=replace(self.training, gradient_accumulation_steps=steps))
 
     def description(self) -> dict[str, Any]:

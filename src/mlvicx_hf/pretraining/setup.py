@@ -228,10 +228,10 @@ def _fit(trial: Trial, settings: RunSettings, steps: int, resumed: bool) -> tupl
     if arguments.find_batch_size:
         if not resumed:
             settings = settings.with_micro_batches(trial.find(arguments.gradient_accumulation_steps))
-        notes.append(trial.choice(settings.training.gradient_accumulation_steps))
+        notes.append(trial.describe_choice(settings.training.gradient_accumulation_steps))
     timed = not arguments.torch_compile  # timing would compile for other shapes as well
     estimate = trial.estimate(settings.training.gradient_accumulation_steps, timed)
-    return settings, [*notes, f"expected: {estimate.line(steps)}"]
+    return settings, [*notes, f"expected: {estimate.describe(steps)}"]
 
 
 # -- resume ------------------------------------------------------------------------------------------------------------

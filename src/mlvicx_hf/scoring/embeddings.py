@@ -27,7 +27,7 @@ def rankme(embeddings: Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def mean_deviation(embeddings: Tensor) -> float:
+def mean_standard_deviation(embeddings: Tensor) -> float:
     """Standard deviation over the samples, averaged over the dimensions: 0 when all samples are the same point.
 
     Args:
@@ -78,6 +78,6 @@ def describe_embeddings(name: str, embeddings: Tensor, centre: bool = False) -> 
         return {}
     return {
         f"{name}_rankme": rankme(values - values.mean(0) if centre else values),
-        f"{name}_deviation": mean_deviation(values),
+        f"{name}_deviation": mean_standard_deviation(values),
         f"{name}_correlation": mean_correlation(values),
     }

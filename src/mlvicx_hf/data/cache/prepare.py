@@ -74,7 +74,7 @@ def prepare(
             identical images. An image of the test split is kept first, then one of validation, then one of train.
         drop_flat: leave out flat images. They are never copies of one another.
         allow_missing: continue without files that the collection lists and the disk lacks or does not give.
-        max_images: prepare at most so many images, patient by patient, for a trial.
+        max_images: prepare at most this number of images, patient by patient, for a trial.
         num_workers: number of processes; by default one per core, or none for a small collection. 0 uses this process.
         overwrite: replace an existing cache when the new one is complete.
         progress: show a progress bar on stderr.

@@ -95,7 +95,7 @@ def write_pictures(folder: Path, parts: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(places: list[tuple[str, int]], count: int) -> list[tuple[str, int]]:
-    """Choose so many places, evenly spread over all."""
+    """Choose `count` places, evenly spread over all."""
     return [places[index] for index in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int))]
 
 

@@ -45,7 +45,7 @@ class Reading:
     boxes: list[Box] = field(default_factory=list)
 
     def seen(self, needed: int) -> set[str]:
-        """Find the findings that at least so many readers saw."""
+        """Find the findings that at least this number of readers saw."""
         return {finding for finding, readers in self.votes.items() if len(readers) >= needed}
 
     def add_box(self, where: str, label: str, corners: list[float | None], *, boxed: bool) -> None:

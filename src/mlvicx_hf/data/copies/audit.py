@@ -61,7 +61,7 @@ def audit_caches(
 
     Args:
         caches: caches that `load_cache(path, check=False)` opened.
-        near: compare the pixels of two images if at most so many bits of their hashes differ; see `near_pairs`.
+        near: compare the pixels of two images if at most this number of bits of their hashes differ; see `near_pairs`.
         same_ids: two caches of one kind mean the same patient by the same name, even if the kind (`folder`, `hf`)
             leaves that to the user.
         progress: show a bar on stderr if there are many images.

@@ -28,9 +28,9 @@ THUMBNAIL = 64  # side in pixels of the thumbnails that are hashed and compared
 # Different patients: 10 pairs in a million are within NEAR; their details agree by 0.61 at most. Two films of one
 # patient: 0.71 at most. Copies saved again, scaled, windowed or marked: median 0.93 or more, 99 % above 0.83 (0.77 at
 # 32 px).
-NEAR = 56  # compare the pixels of two images if at most so many of the 256 bits differ
+NEAR = 56  # compare the pixels of two images if at most this number of the 256 bits differ
 SAME = 0.75  # two images are copies if their details agree at least so much
-SHIFT = 2  # a copy may be displaced by so many pixels of the thumbnail
+SHIFT = 2  # a copy may be displaced by this number of pixels of the thumbnail
 # An image is flat if its 5th and 95th percentile are closer than CONTRAST, or if fewer than TEXTURE of its pixels
 # differ by a grey level from the mean of their neighbours. 1,800 chest radiographs have at least 52, and 37 % of the
 # pixels. A white film, padded or collimated, has 16 % at most.
@@ -38,7 +38,7 @@ CONTRAST = 10  # grey levels of 255
 TEXTURE = 0.2
 _BLOCK = 2048  # hashes to compare at a time: a table of 16 MB
 HELD = 16_384  # thumbnails to keep for the next pairs: 128 MB
-MANY = 20_000  # show a progress bar for so many hashes or more
+MANY = 20_000  # show a progress bar for this number of hashes or more
 
 Pair = tuple[int, int, int]
 _COSINES = np.cos(np.pi / THUMBNAIL * np.outer(np.arange(HASH_SIDE), np.arange(THUMBNAIL) + 0.5))  # DCT-II, [16, 64]

@@ -459,7 +459,7 @@ def _decompress(frame: bytes, header: _Header, syntax: UID) -> tuple[np.ndarray,
 
 
 def _luminance(pixels: np.ndarray, photometric: str, bits: int) -> np.ndarray:
-    """Colours [H, W, 3] of so many bits to luminance [H, W]."""
+    """Colours [H, W, 3] of `bits` bits to luminance [H, W]."""
     if bits != 8:
         pixels = (pixels * np.float32(255 / (2**bits - 1))).round().clip(0, 255).astype(np.uint8)
     if photometric.startswith("YBR"):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LANES = 16  # most lanes; so many shards are open at a time
+LANES = 16  # most lanes, and most shards that are open at a time
 STREAM_ORDER = f"{LANES} lanes"  # names the order in checkpoints; change it whenever the order changes
 ROW_BITS = 32  # bits of a sample's number for the row within its shard
 PLACE_BITS = 56  # bits for the row and the shard

@@ -59,8 +59,10 @@ from .sampling import LATERAL, VIEW_CHOICES, GlobalBatches, choose_views
 logger = logging.getLogger(__name__)
 
 MAX_UNREADABLE = 0.01  # largest share of unreadable images
-FEW_UNREADABLE = 3  # so many are never too many
-_IN_A_ROW = 32  # so many unreadable images may follow one another in a lane, or as many as the lane's buffer holds
+FEW_UNREADABLE = 3  # up to this number they are never too many
+_IN_A_ROW = (
+    32  # this number of unreadable images may follow one another in a lane, or as many as the lane's buffer holds
+)
 
 
 @dataclass(frozen=True)
