@@ -228,6 +228,7 @@ def test_missing_files_are_listed_and_the_others_kept(root: Path):
         ("", r"metadata\.csv: empty file found; expected a header line"),
         ("file_name,patient_id\n", r"no rows found; expected one row an image"),
         ("name,patient_id\na.png,1\n", r"columns name, patient_id found; expected the file in file_name or file or"),
+        ("name,View Position\na.png,AP\n", r"columns name, View Position found; expected the file in file_name or"),
         ("file_name,patient_id\na.png\n", r"row 2 has 1 fields; expected 2"),
         (
             'file_name,note\na.png,"portable\nb.png,\n',

@@ -212,7 +212,7 @@ class FolderCollection(TableOptions, Collection):
             if name in columns:
                 return name
         raise UserError(
-            f"{table}: columns {some(columns, 30)} found; expected the file in {' or '.join(candidates)} "
+            f"{table}: columns {some(read_columns(table), 30)} found; expected the file in {' or '.join(candidates)} "
             "(--file_column names another)"
         )
 
@@ -223,7 +223,7 @@ class FolderCollection(TableOptions, Collection):
         if self.mask_column is None and self.mask_names is None:
             return None
         raise UserError(
-            f"{table}: columns {some(columns, 30)} found; expected the mask in {column} (--mask_column names another)"
+            f"{table}: columns {some(read_columns(table), 30)} found; expected the mask in {column} (--mask_column names another)"
         )
 
 
