@@ -223,7 +223,8 @@ class FolderCollection(TableOptions, Collection):
         if self.mask_column is None and self.mask_names is None:
             return None
         raise UserError(
-            f"{table}: columns {some(read_columns(table), 30)} found; expected the mask in {column} (--mask_column names another)"
+            f"{table}: columns {some(read_columns(table), 30)} found; expected the mask in {column} "
+            "(--mask_column names another)"
         )
 
 
