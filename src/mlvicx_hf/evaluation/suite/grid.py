@@ -98,7 +98,10 @@ class Cell:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """All arguments of the run, with those of the recipe and the defaults, but for the output folder."""
+        """All arguments of the run, but for the output folder; none if the file of the recipe is gone."""
+        recipe = Path(str(self.options.get("recipe", "")))
+        if recipe.suffix in (".yaml", ".yml") and not recipe.is_file():
+            return {}
         filled = fill_sections(TASK_SECTIONS[self.kind], self.flags | {"output_dir": ""}, self.kind)
         return {name: value for section in filled for name, value in vars(section).items() if name != "output_dir"}
 
