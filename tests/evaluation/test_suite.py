@@ -175,7 +175,7 @@ def test_a_changed_cache_recipe_or_configuration_is_refused(parts: dict[str, Any
     shutil.copytree(parts["tasks"]["findings"]["dataset"], cache)
     shutil.copytree(parts["models"]["pretrained"][0], model)
     suite = parts | {"tasks": {"findings": {"kind": "classification", "dataset": str(cache), "recipe": str(recipe)}}}
-    suite |= {"models": {"random": {"random": str(model)}}, "label_fractions": [1]}
+    suite |= {"models": {"named": {"random": str(model)}}, "label_fractions": [1]}  # not as its weights are called
     [cell] = read_suite(write(tmp_path, suite)).cells
     assert run_cells([cell], tmp_path / "out") == ([cell], [])
     results = json.loads((tmp_path / "out" / cell.path / "results.json").read_text())

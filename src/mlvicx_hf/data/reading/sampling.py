@@ -144,9 +144,8 @@ class PatientBalancedSampler(Sampler[int]):
         return len(self.patients)
 
     def __iter__(self) -> Iterator[int]:
-        yield from patient_balanced_order(
-            self.patients, stream_generator(self.seed, self.epoch, RandomStream.ORDER)
-        ).tolist()
+        rng = stream_generator(self.seed, self.epoch, RandomStream.ORDER)
+        yield from patient_balanced_order(self.patients, rng).tolist()
 
 
 class GlobalBatches:

@@ -60,9 +60,7 @@ logger = logging.getLogger(__name__)
 
 MAX_UNREADABLE = 0.01  # largest share of unreadable images
 FEW_UNREADABLE = 3  # up to this number they are never too many
-_IN_A_ROW = (
-    32  # this number of unreadable images may follow one another in a lane, or as many as the lane's buffer holds
-)
+_IN_A_ROW = 32  # unreadable images that may follow one another in a lane, or as many as the lane's buffer holds
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,9 @@ def _hyperparameters(runs: Sequence[FinishedCell]) -> dict[str, Any]:
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         different = [value for i, value in enumerate(values) if value not in values[:i]]
-        found[name] = different if len(different) > 1 else different[0]
+        found[name] = different[0]
         if len(different) > 1:
+            found[name] = different
             print(f"runs of {runs[0].cell.path.parent} differ in {name}: {some(different)}", file=sys.stderr)
     return found
 

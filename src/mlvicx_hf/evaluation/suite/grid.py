@@ -150,12 +150,12 @@ class Cell:
         if not file.is_file():
             return False
         found, wanted = read_json(file), json.loads(json.dumps(self.describe()))
-        then, now = dict(found), dict(wanted)
+        pairs = []
         for part in ("arguments", "files"):  # an earlier version may not have written all of them
-            known = found.get(part, {})
-            then |= known
-            now |= {name: value for name, value in now.pop(part).items() if name in known}
-        changed = "; ".join(f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key])
+            then, now = found.get(part, {}), wanted.pop(part)
+            pairs += [(name, then[name], value) for name, value in now.items() if name in then]
+        pairs[:0] = [(name, found.get(name), value) for name, value in wanted.items()]
+        changed = "; ".join(f"{name}: {then} then, {now} now" for name, then, now in pairs if then != now)
         if changed:
             raise UserError(
                 f"{file.parent} was made with other settings ({changed}); choose another --output, or remove it"
