@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import make_cache, segmentation_cache, unlabelled_cache
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 
 from mlvicx_hf import MLVICXImageProcessor
 from mlvicx_hf.common.errors import UserError
@@ -114,6 +114,17 @@ def test_several_classes_on_a_frozen_random_encoder(pretrained: Path, tmp_path: 
     state = load_file(tmp_path / "run" / "model.safetensors")
     means = [value for key, value in state.items() if key.startswith("mlvicx.") and key.endswith("running_mean")]
     assert all(mean.abs().max() > 0 for mean in means)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_batch_normalisation_is_kept_as_asked(kept: bool, cache: Path, pretrained: Path, tmp_path: Path):
+    before = AutoModel.from_pretrained(pretrained).state_dict()
+    results = run(tmp_path / "run", pretrained, cache, freeze_batch_norm=kept, learning_rate=1e-2)
+    assert (results["hyperparameters"]["freeze_batch_norm"], results["batch_norm_frozen"]) == (kept, kept)
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    same = {name: torch.equal(found[f"mlvicx.{name}"], value) for name, value in before.items()}
+    assert {equal for name, equal in same.items() if name.endswith("running_mean")} == {kept}
+    assert not all(equal for name, equal in same.items() if name.endswith("weight"))  # the convolutions
 
 
 def test_augmentation_moves_image_and_mask_together(cache: Path):

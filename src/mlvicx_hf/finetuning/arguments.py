@@ -51,6 +51,11 @@ class EncoderArguments:
     )
     freeze_backbone: bool = option("Train the head alone.", False, first=True)
     drop_context: bool = option("Leave the pretrained context blocks out.", False)
+    freeze_batch_norm: bool | None = option(
+        "Not frozen: keep statistics, scales and shifts of the encoder's batch normalisation; by default, but not for "
+        "random weights.",
+        None,
+    )
 
 
 @dataclass
@@ -165,11 +170,6 @@ class ClassifierArguments(EncoderArguments):
     )
     cache_features: bool = option("Frozen: encode every image once instead of once an epoch.", True)
     fast_probe: bool = option("Frozen, with cache_features: a plain loop in place of the Trainer.", False)
-    freeze_batch_norm: bool | None = option(
-        "Not frozen: keep statistics, scales and shifts of the encoder's batch normalisation; by default, but not for "
-        "random weights.",
-        None,
-    )
     positive_weights: str = option(
         "Weight of positives in the loss; balanced: negatives over positives of each label in training.",
         "none",

@@ -200,12 +200,6 @@ class Classification(FinetuningTask):
         return prepare_probe(self.model, training, self.encoder.cache_features, batch_size, device, self.store)
 
     @property
-    def _freezes_batch_norm(self) -> bool:
-        """By default, but random weights have no statistics to keep."""
-        asked = self.encoder.freeze_batch_norm
-        return not self.encoder.freeze_backbone and (self.encoder.model != "random" if asked is None else asked)
-
-    @property
     def _augments(self) -> bool:
         """By default, but features of a frozen encoder are usually computed once."""
         return not self.encoder.freeze_backbone if self.data.augment is None else self.data.augment
@@ -255,16 +249,12 @@ class Classification(FinetuningTask):
             scores["decisions"] = score_decisions(test.probabilities, test.labels, thresholds["values"])
         return {
             "labels": list(self.cache.label_names),
-            "batch_norm_frozen": self.encoder.freeze_backbone or self._freezes_batch_norm,
             "validation": replace(validation, calibration=self.calibration).scores(),
             "test": scores,
             "hyperparameters": {
                 "positive_weights": self.encoder.positive_weights,
                 "cache_features": self.encoder.freeze_backbone and self.encoder.cache_features,
                 "fast_probe": self.encoder.fast_probe,
-                # As asked for, so that cards compare random weights with pretrained ones of the same settings.
-                "freeze_batch_norm": self.encoder.freeze_batch_norm is not False and not self.encoder.freeze_backbone,
-                "augment": self._augments,
                 "pooled_levels": self.model.config.pooled_levels,
                 "image_size": self.processor.image_size,
             },

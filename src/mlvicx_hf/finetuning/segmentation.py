@@ -140,10 +140,6 @@ class Segmentation(FinetuningTask):
             f"{', '.join(lacking.values())}; expected one at least: a larger label_fraction, or another seed"
         )
 
-    @property
-    def _augments(self) -> bool:
-        return self.data.augment is not False
-
     def _images(self, split: str) -> MaskedImages:
         return MaskedImages(self.cache.datasets[split], self.processor, self._augments and split == "train")
 
@@ -152,6 +148,8 @@ class Segmentation(FinetuningTask):
             if self.encoder.model == "random":
                 self._calibrate()
             self.model.freeze_backbone()
+        elif self.encoder.freeze_batch_norm:
+            self.model.freeze_batch_norm()
         return self.model, lambda images: images
 
     def _calibrate(self) -> None:
@@ -193,10 +191,7 @@ class Segmentation(FinetuningTask):
             "empty_mask_convention": EMPTY_MASKS,
             "validation": validation.scores(),
             "test": test.scores(),
-            "hyperparameters": {
-                "augment": self._augments,
-                "metric_for_best_model": self.arguments.metric_for_best_model,
-            },
+            "hyperparameters": {"metric_for_best_model": self.arguments.metric_for_best_model},
         }
 
     def _write_test(self, folder: Path, test: Segmented) -> None:

@@ -99,10 +99,14 @@ class FinetuningTask(ABC):
         # Everything is chosen. Only now is the test split looked at, once.
         test = self._evaluate(trainer, prepare(splits["test"]))
         self._complete(trained)
-        results = {"task": self.name} | self._results(validation, test) | chosen
+        frozen, asked = self.encoder.freeze_backbone, self.encoder.freeze_batch_norm
+        results: dict[str, Any] = {"task": self.name, "batch_norm_frozen": frozen or self._freezes_batch_norm}
+        results |= self._results(validation, test) | chosen
         results["test"] |= {"subgroups": score_subgroups(self.cache.datasets["test"], test.scores)}
         run = describe_run(self.cache, self.encoder, self.data, self.arguments, self.settings, trainer.state)
         run["model_commit"] = getattr(self.model.config, "_commit_hash", None)  # of the Hub
+        # As asked for, so that cards compare random weights with pretrained ones of the same settings.
+        run["hyperparameters"] |= {"freeze_batch_norm": asked is not False and not frozen, "augment": self._augments}
         run["hyperparameters"] |= results.pop("hyperparameters")
         results |= run
         if trainer.is_world_process_zero():
@@ -116,6 +120,17 @@ class FinetuningTask(ABC):
                 os.replace(file, output / file.name)
             shutil.rmtree(output / UNFINISHED, ignore_errors=True)
         return results
+
+    @property
+    def _augments(self) -> bool:
+        """Whether training images are moved at random: by default."""
+        return self.data.augment is not False
+
+    @property
+    def _freezes_batch_norm(self) -> bool:
+        """By default, but random weights have no statistics to keep."""
+        asked = self.encoder.freeze_batch_norm
+        return not self.encoder.freeze_backbone and (self.encoder.model != "random" if asked is None else asked)
 
     @abstractmethod
     def _load_cache(self) -> Cache:
