@@ -230,8 +230,50 @@ def test_columns_of_0_1_and_minus_1_as_in_a_folder(tmp_path: Path):
     assert same(listing.records[3].labels, math.nan, 0)
     assert listing.policy == {"uncertain": "ones"}
     assert any("vector (List)" in note for note in listing.notes)
-    with pytest.raises(ValueError, match="column Mass holds classes; --uncertain does not fit"):
+    assert HFCollection(path, uncertain="ones").read().label_names == ("Edema", "Mass")
+    shape = (ClassLabel(names=["round", "long"]), [0, 1, 1, 0])
+    path = write_parquet(tmp_path / "shapes", {"train": make(4, {"shape": shape})})
+    with pytest.raises(ValueError, match="column shape holds classes; --uncertain does not fit"):
         HFCollection(path, uncertain="ones").read()
+
+
+def test_classes_that_describe_the_patient_are_no_labels(tmp_path: Path):
+    sexes = (ClassLabel(names=["F", "M"]), [0, 1, 0, 1])
+    edema = (Value("int64"), [1, 0, 0, 1])
+    for number, (name, feature) in enumerate(
+        [
+            ("Sex", sexes),
+            ("View Position", (ClassLabel(names=["PA", "Lateral"]), [0, 1, 0, 1])),
+            ("Subset", (ClassLabel(names=["train", "test"]), [0, 1, 0, 1])),
+        ]
+    ):
+        path = write_parquet(tmp_path / str(number), {"train": make(4, {name: feature, "Edema": edema})})
+        listing = HFCollection(path).read()
+        assert (listing.label_names, listing.exclusive) == (("Edema",), False)
+        assert [record.labels for record in listing.records] == [(1,), (0,), (0,), (1,)]
+        assert not any("ignored" in note for note in listing.notes)
+    assert [record.split for record in listing.records] == ["train", "test", "train", "test"]
+    path = write_parquet(tmp_path / "other", {"train": make(4, {"hand": sexes, "Edema": edema})})
+    with pytest.raises(UserError, match="column hand of classes found beside labels Edema; expected --label_columns"):
+        HFCollection(path).read()
+
+
+def test_classes_of_yes_and_no_mean_what_they_say(tmp_path: Path):
+    columns = {
+        "Edema": (ClassLabel(names=["yes", "no"]), [0, 1, 0, -1]),
+        "Mass": (Value("int64"), [1, 0, 0, 1]),
+        "Nodule": (ClassLabel(names=["negative", "positive"]), [0, 1, 1, 1]),
+    }
+    path = write_parquet(tmp_path / "data", {"train": make(4, columns)})
+    for chosen in (None, list(columns)):
+        listing = HFCollection(path, label_columns=chosen).read()
+        assert listing.label_names == ("Edema", "Mass", "Nodule")
+        assert [record.labels for record in listing.records[:3]] == [(1, 1, 0), (0, 0, 1), (1, 0, 1)]
+        assert same(listing.records[3].labels, math.nan, 1, 1)
+    columns["Edema"] = (ClassLabel(names=["sick", "healthy"]), [0, 1, 0, 1])
+    path = write_parquet(tmp_path / "words", {"train": make(4, columns)})
+    with pytest.raises(UserError, match="row 1, column Edema: 'sick' found; expected 0, 1"):
+        HFCollection(path, label_columns=["Edema", "Mass"]).read()
 
 
 def test_several_columns_of_classes_must_be_chosen_from(tmp_path: Path):

@@ -20,9 +20,9 @@ from mlvicx_hf.common.text import some
 from ..images.errors import UnreadableImageError
 from ..masks import decode_mask
 from .base import SPLIT_NAMES, Collection, Listing
-from .cells import NO_FINDING, same_name
+from .cells import BINARY, NO_FINDING, plain_cell, same_name
 from .labels import LONE_COLUMNS, RESERVED_COLUMNS, LabelTable, note_ignored, read_labels
-from .metadata import TableOptions, read_records, usual_names
+from .metadata import TableOptions, plain_name, read_records, usual_names
 from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, folder_of, kind, open_dataset, read_cell
 from .tables import Columns, as_text
 
@@ -172,24 +172,36 @@ class HFCollection(TableOptions, Collection):
         return columns, counts
 
     def _labels(self, features: Any, columns: Mapping[str, list[Any]], text: Columns, count: int) -> LabelTable:
-        """Read columns of class labels, or else labels as in a folder's table."""
+        """Read columns of class labels, or else labels as in a folder's table.
+
+        Classes such as yes and no are the two values of a finding, unless the column is called `label`.
+        """
         skip = (self.patient_column, "patient_id")
-        typed = [n for n in columns if _class_names(features[n]) and n not in (*RESERVED_COLUMNS, *skip)]
+        lone = [name for name in columns if plain_name(name) in LONE_COLUMNS]
+        # What is not in `text` tells something else, such as Sex, which is taken for sex.
+        others = [name for name in columns if name in text and name not in (*RESERVED_COLUMNS, *skip, *lone)]
+        typed = [n for n in (*lone, *others) if _class_names(features[n]) and (n in lone or not _is_yes_no(features[n]))]
         chosen = typed if self.label_columns is None else [n for n in self.label_columns if n in typed]
-        chosen = [name for name in chosen if name in ("label", "labels")] or chosen
+        chosen = [name for name in chosen if name in lone] or chosen
         alone = self.label_columns is None or list(self.label_columns) == chosen
         if len(chosen) == 1 and alone:
             if self.uncertain is not None:
                 raise UserError(f"{self.path}: column {chosen[0]} holds classes; --uncertain does not fit")
-            rest = [n for n in columns if n not in (chosen[0], *RESERVED_COLUMNS, *skip)]
-            notes = note_ignored(rest) if self.label_columns is None else ()
+            notes = note_ignored(n for n in others if n != chosen[0]) if self.label_columns is None else ()
+            if self.label_columns is None and chosen[0] not in lone:
+                rest = {name: cells for name, cells in text.items() if name != chosen[0]}
+                findings = read_labels(Path(self.path), rest, skip=skip).names
+                if findings:
+                    raise UserError(
+                        f"{self.path}: column {chosen[0]} of classes found beside labels {some(findings)}; expected "
+                        "--label_columns to choose"
+                    )
             return _typed_labels(self.path, features[chosen[0]], columns[chosen[0]], notes)
         if len(chosen) > 1 and self.label_columns is None:
             raise UserError(f"{self.path}: columns of classes {some(chosen)} found; expected --label_columns to choose")
         if not text:
             return LabelTable([()] * count)
-        numbers = {name: [as_text(value) for value in columns[name]] for name in chosen}  # 0 and 1 instead of names
-        return read_labels(Path(self.path), text | numbers, self.label_columns, skip, self.uncertain, self.label_names)
+        return read_labels(Path(self.path), text, self.label_columns, skip, self.uncertain, self.label_names)
 
     def _rows(self, opened: Opened, counts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
         """Yield the Arrow file, the time of its last change, and the row in it, of every record."""
@@ -245,6 +257,12 @@ def _class_names(feature: Any) -> list[str]:
     """Find the names of a class label or of a list of class labels. Other types have none."""
     inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
     return list(inner.names) if isinstance(inner, datasets.ClassLabel) else []
+
+
+def _is_yes_no(feature: Any) -> bool:
+    """Whether a class label has the two values of a finding, such as yes and no."""
+    names = [plain_cell(name) for name in _class_names(feature)]
+    return isinstance(feature, datasets.ClassLabel) and set(names) <= set(BINARY)
 
 
 def _is_text(name: str, feature: Any) -> bool:
