@@ -443,6 +443,23 @@ def test_bits_above_the_stored_ones_that_are_an_overlay_are_ignored():
     assert "note" not in found.info
 
 
+def test_overlays_that_the_file_declares_in_unused_bits_are_ignored():
+    words = picture(0, 4095).astype(np.uint16)
+    plain = read(dicom(words, BitsStored=12))
+    y, x = np.mgrid[:64, :64]
+    words |= np.where((y - 32) ** 2 + (x - 32) ** 2 > 700, 0x1000, 0).astype(np.uint16)  # a round shutter
+    words[5:20, 5:40] |= 0x2000
+    made = dataset(words, BitsStored=12)
+    for group, position in ((0x6000, 12), (0x6002, 13)):
+        made.add_new((group, 0x0100), "US", 16)
+        made.add_new((group, 0x0102), "US", position)
+    found = decode_dicom(written(made), "film.dcm")
+    assert_same(np.asarray(found), plain, 0)
+    assert "note" not in found.info
+    made.add_new((0x6000, 0x0100), "OB", b"damaged")
+    assert read(written(made)).shape == plain.shape
+
+
 @pytest.mark.parametrize(("value", "signed"), [(65535, 0), (-32768, 1)])
 def test_padding_that_needs_more_than_the_stored_bits_is_black(value: int, signed: int):
     low = -2048 if signed else 0
@@ -512,6 +529,9 @@ def test_colours_in_planes_subsampled_or_of_16_bits_become_luminance():
     planes = np.ascontiguousarray(colours().transpose(2, 0, 1)).reshape(HEIGHT, WIDTH, 3)
     assert_same(read(dicom(planes, PlanarConfiguration=1)), colours() @ LUMINANCE)
     assert_same(read(dicom(colours().astype(np.uint16) * 257 >> 4, BitsStored=12)), colours() @ LUMINANCE)
+    shallow = colours().astype(np.uint16) << 4
+    shallow[0, 0] = 65535
+    assert refusal(dicom(shallow)).startswith("16 bits a channel of which 14 or fewer are used")
     even = shade(0, 255, np.uint8)[:, :28]
     made = dataset(np.stack([even] * 3, axis=-1), PhotometricInterpretation="YBR_FULL_422")
     middle = np.full((HEIGHT, 14), 128, np.uint8)
@@ -552,6 +572,10 @@ def test_overlays_change_nothing():
         ({"NumberOfFrames": 2}, "NumberOfFrames 2 found; expected 1"),
         ({"Rows": 0}, "Rows 0 and Columns 29 found; expected 1 to 65535"),
         ({"Rows": 12}, "2204 bytes of PixelData found; expected 696 for 29 × 12 pixels of 1 × 16 bits"),
+        (
+            {"Rows": 19},
+            "2204 bytes of PixelData found; expected 1102 for 29 × 19 pixels",
+        ),  # two frames, or 16 for 8 bits
         ({"Columns": 40}, "2204 bytes of PixelData found; expected 3040 for 40 × 38 pixels of 1 × 16 bits"),
         ({"Rows": 60000, "Columns": 60000}, "suspiciously large (decompression bomb?): 60000 × 60000 pixels found"),
         ({"Rows": 9000, "Columns": 9000}, "2204 bytes of PixelData found; expected 162000000"),

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -82,6 +84,21 @@ def test_links_to_folders_are_followed_inside_the_root_and_named_outside(tmp_pat
     names, notes = found(root)
     assert names == ["a/a.png", "stored/b.png"]
     assert any("link to a folder outside 1" in note for note in notes)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for ward in ("ward1", "ward2"):
+        write(tmp_path / ward / "a.dcm", FILM)
+    look = os.scandir
+
+    def scandir(folder: str) -> Any:  # as root, no folder is closed
+        if str(folder).endswith("ward2"):
+            raise PermissionError(13, "Permission denied", folder)
+        return look(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="ward2"):
+        FolderCollection(tmp_path).read()
 
 
 def test_unlisted_images_are_counted(tmp_path: Path):

@@ -121,7 +121,7 @@ def test_more_numbers_than_names_and_names_of_no_finding_are_refused():
         read_csv(["a", "c"], label_names=["a", "b"])
     names, rows = read_csv(["[0, -1]", "[1, 0]", "B"], label_names=["a", "b"], uncertain="ones")
     assert (names, rows) == (("a", "b"), [(0, 1), (1, 0), (0, 1)])
-    with pytest.raises(UserError, match="expected label or labels, for --label_names"):
+    with pytest.raises(UserError, match="expected labels in label or labels, for --label_names"):
         read_csv(["1"], column="Edema", label_names=["a"])
 
 
@@ -343,3 +343,16 @@ def test_a_label_that_is_given_twice_is_refused(option: dict[str, Any]):
     columns = {"file_name": ["a"], "Edema": ["1"], "labels": ["[1, 0, 1]"]}
     with pytest.raises(UserError, match=r"label_(columns|names) with (Edema|A) twice found; expected each once"):
         read_labels(Path("m.csv"), columns, **option)
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_an_empty_column_of_labels_does_not_hide_findings(column: str):
+    table = read_labels(Path("t.csv"), {column: ["", "nan"], "Edema": ["1", "0"], "Mass": ["0", "0"]})
+    assert (table.names, table.rows) == (("Edema", "Mass"), [(1, 0), (0, 0)])
+    assert table.notes == (f"columns ignored: {column} (empty)",)
+
+
+def test_a_class_is_one_however_its_number_is_written():
+    table = read_labels(Path("t.csv"), {"label": ["01", "1", "+1", "2.0", "0"]})
+    assert (table.names, table.exclusive) == (("0", "1", "2"), True)
+    assert [row.index(1) for row in table.rows] == [1, 1, 1, 2, 0]

@@ -78,6 +78,16 @@ def test_folders_without_splits_are_classes_only_if_the_user_says_so(tmp_path: P
         FolderCollection(root, folders="maybe")
 
 
+def test_folders_of_patients_below_classes_are_no_classes(tmp_path: Path):
+    root = write(tmp_path / "a", "NORMAL/p1/a.png", "NORMAL/p2/a.png", "SICK/p3/a.png")
+    with pytest.raises(UserError, match="folders NORMAL, SICK found above folders p1, p2, p3 for --folders classes"):
+        FolderCollection(root, folders="classes").read()
+    root = write(
+        tmp_path / "b", *(f"{site}/{kind}/a.png" for site in ("north", "south") for kind in ("NORMAL", "SICK"))
+    )
+    assert FolderCollection(root, folders="classes").read().label_names == ("NORMAL", "SICK")
+
+
 @pytest.mark.parametrize(
     ("names", "named"),
     [
@@ -154,7 +164,7 @@ def test_letters_of_one_or_two_characters_and_a_root_behind_a_link_are_found(tmp
     assert not any("does not list" in note for note in listing.notes)
 
 
-@pytest.mark.parametrize("name", ["View Position", "ViewPosition", "Projection", "VIEW"])
+@pytest.mark.parametrize("name", ["View Position", "ViewPosition", "Projection", "VIEW", "Frontal/Lateral"])
 def test_views_under_a_usual_name_are_read(tmp_path: Path, name: str):
     root = write(tmp_path, "a.png", "b.png")
     (root / "metadata.csv").write_text(f"file_name,patient_id,{name}\na.png,1,PA\nb.png,2,LATERAL\n")

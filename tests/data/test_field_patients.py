@@ -56,6 +56,10 @@ PAIRS = [
         "PTID",
         "Patienten-ID",
         "ID_paciente",
+        "study_id",
+        "StudyInstanceUID",
+        "record_id",
+        "Accession Number",
     ],
 )
 def test_a_column_that_seems_to_tell_the_patient_is_not_passed_over(tmp_path: Path, column: str):

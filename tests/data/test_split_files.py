@@ -34,6 +34,10 @@ def test_a_table_of_files_is_a_split_file(tmp_path: Path):
         ("file_name,split\na,train\nb,holdout\n", "row 3, column split: 'holdout' found; expected train, validation"),
         ("file_name,split\n,train\n", "row 2, column file_name: '' found"),
         ("file_name,split\na,train\na,test\n", "1 found in more than one row: a; expected one row each"),
+        (
+            "file_name,patient_id,split\na,P1,train\nb,P1,test\nc,,test\nd,,train\n",
+            r"1 patient\(s\) in both train and test: P1",
+        ),
     ],
 )
 def test_split_files_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str):

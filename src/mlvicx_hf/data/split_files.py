@@ -3,10 +3,14 @@
 import csv
 import io
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from mlvicx_hf.common.errors import UserError
+
 from .collections.tables import FILLED, SPLIT, check_unique, read_cells, read_columns, require_columns
+from .splits import check_no_patient_overlap
 
 SPLIT_FILE = "splits.csv"
 
@@ -38,7 +42,8 @@ def read_split_file(path: Path) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: the columns are others, a split has another name, or an image is in two rows.
+        UserError: the columns are others, a split has another name, an image is in two rows, or a patient of a column
+            patient_id in two splits.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected --splits to be auto, none or a CSV file")
@@ -50,4 +55,12 @@ def read_split_file(path: Path) -> dict[str, str]:
         images = [image.partition(":")[2] or image for image in images]
     images = [plain_path(image) for image in images]
     check_unique(path, images)
-    return dict(zip(images, read_cells(path, "split", columns["split"], SPLIT), strict=True))
+    splits = read_cells(path, "split", columns["split"], SPLIT)
+    patients: dict[str, list[str]] = defaultdict(list)
+    for patient, split in zip(columns.get("patient_id", ()), splits, strict=False):
+        patients[split] += [patient] if patient else []
+    try:
+        check_no_patient_overlap(patients)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return dict(zip(images, splits, strict=True))

@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.synthetic.phantom import draw_phantom
@@ -181,6 +181,8 @@ class Page:
             reading = self.reader.read(content)
         except UnreadableImageError as error:
             return self._fail(error.reason)
+        except MissingExtraError as error:
+            return self._fail(str(error))
         except (binascii.Error, TypeError):
             return self._fail("it arrived damaged")
         return self._present(reading, black, white, outlined)

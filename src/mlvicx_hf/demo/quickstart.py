@@ -94,7 +94,7 @@ class Quickstart:
                     f"{given} lies in {place} or {previous}, which are made anew; expected another --output"
                 )
         for folder in (place, previous):
-            ours = any((folder / name).is_file() for name in (STARTED, "report.json"))
+            ours = (folder / STARTED).is_file()
             if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not ours):
                 raise UserError(f"{folder} holds other files; expected a new folder, or one of an earlier quick start")
         if place.exists():

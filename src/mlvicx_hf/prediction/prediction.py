@@ -61,7 +61,7 @@ def find_inputs(inputs: Sequence[Path], skipped: Counter[str] | None = None) -> 
     for item in inputs:
         if not item.exists():
             raise FileNotFoundError(f"input {str(item)!r} does not exist; expected an image or a folder of images")
-        folder, files = (item, list(image_files(item, _fail, skipped))) if item.is_dir() else (item.parent, [item])
+        folder, files = (item, list(image_files(item, skipped))) if item.is_dir() else (item.parent, [item])
         bases.append(folder.resolve())
         for file in files:
             places.setdefault(bases[-1] / file.relative_to(folder), file)
@@ -72,10 +72,6 @@ def find_inputs(inputs: Sequence[Path], skipped: Counter[str] | None = None) -> 
         )
     root = os.path.commonpath(bases)
     return [InputImage(file, place.relative_to(root)) for place, file in places.items()]
-
-
-def _fail(error: OSError) -> None:
-    raise error
 
 
 class Item(NamedTuple):

@@ -83,7 +83,7 @@ class FolderCollection(TableOptions, Collection):
     def _scan(self) -> Listing:
         """List every image below the root, sorted. Skip hidden files and links that lead outside."""
         names, outside, skipped = [], 0, Counter[str]()
-        for file in image_files(self.folder, skipped=skipped):
+        for file in image_files(self.folder, skipped):
             name = file.relative_to(self.folder).as_posix()
             try:
                 file_below(self.folder, name)
@@ -189,7 +189,7 @@ class FolderCollection(TableOptions, Collection):
     def _note_unlisted(self, table: Path, listed: Sequence[str]) -> list[str]:
         """Note the images below the root that the table does not list."""
         known = {os.path.normpath(spelled_as_on_disk(self.folder / name)) for name in listed}
-        others = [file for file in image_files(self.folder) if os.path.normpath(file) not in known]
+        others = [file for file in image_files(self.folder, onerror=None) if os.path.normpath(file) not in known]
         if not others:
             return []
         such = others[0].relative_to(self.folder)
@@ -202,7 +202,7 @@ class FolderCollection(TableOptions, Collection):
             if name != file_column and any((self.folder / file).is_file() for file in columns.get(name, ())):
                 return f"{found}; column {name} has files that exist: --file_column {name} takes it"
         stem = Path(missing[0]).stem.casefold()
-        alike = next((file for file in image_files(self.folder) if file.stem.casefold() == stem), None)
+        alike = next((file for file in image_files(self.folder, onerror=None) if file.stem.casefold() == stem), None)
         expected = f"; {alike.relative_to(self.folder)} is there" if alike else ""
         return f"{found}{expected}; expected paths below {self.folder}, with their suffix and in their case"
 

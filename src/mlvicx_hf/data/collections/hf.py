@@ -180,7 +180,8 @@ class HFCollection(TableOptions, Collection):
         lone = [name for name in columns if plain_name(name) in LONE_COLUMNS]
         # What is not in `text` tells something else, such as Sex, which is taken for sex.
         others = [name for name in columns if name in text and name not in (*RESERVED_COLUMNS, *skip, *lone)]
-        typed = [n for n in (*lone, *others) if _class_names(features[n]) and (n in lone or not _is_yes_no(features[n]))]
+        typed = [name for name in lone if _class_names(features[name])]
+        typed += [name for name in others if _class_names(features[name]) and not _is_yes_no(features[name])]
         chosen = typed if self.label_columns is None else [n for n in self.label_columns if n in typed]
         chosen = [name for name in chosen if name in lone] or chosen
         alone = self.label_columns is None or list(self.label_columns) == chosen

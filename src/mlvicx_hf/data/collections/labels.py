@@ -88,7 +88,9 @@ def read_labels(
     rest = [name for name in columns if name not in (*RESERVED_COLUMNS, *skip) and not name.endswith("_file_name")]
     check_once("label_names", label_names or ())
     if label_names is not None and lone is None:
-        raise UserError(f"{table}: columns {some(columns, 30)} found; expected label or labels, for --label_names")
+        raise UserError(
+            f"{table}: columns {some(columns, 30)} found; expected labels in label or labels, for --label_names"
+        )
     if lone is not None:
         ignored = _note_beside(lone, rest) if explicit is None else ()
         return _lone_labels(table, lone, columns[lone], FindingsReader("|", label_names, uncertain), ignored)
@@ -111,7 +113,9 @@ def _lone_column(table: Path, columns: Columns, explicit: Sequence[str] | None) 
         return lone if known and not any(_is_flag(cell) or is_number(cell) for cell in known) else None
     if all(name in columns for name in LONE_COLUMNS):
         raise UserError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
-    return next((name for name in LONE_COLUMNS if name in columns), None)
+    # An empty column, as of an annotation that never began, must not hide columns of findings.
+    filled = (name for name in LONE_COLUMNS if not all(map(is_unknown, columns.get(name, ()))))
+    return next(filled, None)
 
 
 def _is_flag(text: str) -> bool:
@@ -178,8 +182,6 @@ def _lone_labels(
     table: Path, column: str, values: list[str], reader: FindingsReader, notes: tuple[str, ...]
 ) -> LabelTable:
     """Read a column that holds all labels of an image."""
-    if all(map(is_unknown, values)):
-        return LabelTable([()] * len(values), notes=(*notes, f"column {column} is empty: no labels"))
     lists = any(map(is_literal, values))
     numbers = all(is_number(value) or is_unknown(value) for value in values) and not lists
     if reader.uncertain is not None and not (lists or numbers):
@@ -236,7 +238,7 @@ def _class_name(text: str, flags: bool) -> str:
     if flags:
         return str(int(BINARY[plain_cell(text)]))
     if _WHOLE.fullmatch(text):
-        return text
+        return str(int(text))  # 01 is 1
     if not _NUMBER.fullmatch(text.strip()):  # such as 1_000, which Python would take for one
         return text.strip()
     if not float(text).is_integer():

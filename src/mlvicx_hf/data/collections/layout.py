@@ -138,8 +138,22 @@ def _only(root: Path, names: Sequence[str], levels: Sequence[list[int]], named: 
 
 
 def _without_splits(root: Path, names: Sequence[str], parts: Sequence[tuple[str, ...]]) -> Layout:
-    """Read classes from the last folder of each image."""
+    """Read classes from the last folder of each image.
+
+    Raises:
+        UserError: too few or too many of them, an image in none, or folders above that tell classes as well as the last
+            ones do, which may be patients.
+    """
     classes = [found[-1] if found else "" for found in parts]
+    above = sorted({found[-2] for found in parts if len(found) > 1})
+    lying = defaultdict(set)
+    for found in parts:
+        lying[found[-1:]].add(found[:-1])
+    if len(above) > 1 and any(len(places) < 2 for places in lying.values()):
+        raise UserError(
+            f"{root}: folders {some(above)} found above folders {some(sorted(set(classes)))} for --folders classes; "
+            "expected one level of classes, or the same classes in every folder above: a metadata.csv can tell both"
+        )
     if not all(classes) or not 2 <= len(set(classes)) <= MOST_CLASSES:
         raise UserError(
             f"{root}: {len(set(classes))} folders of images found for --folders classes; expected from 2 to "

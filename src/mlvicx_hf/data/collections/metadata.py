@@ -21,14 +21,15 @@ SPLIT_LIKE = re.compile(
     "subsets?|k?folds?|cvfold|set|partition|phase|usage|data(sub)?sets?|(data(set)?|official|original)split|splits|"
     "splitname|train(val)?test(split)?"
 )
-# the patient, here in English, German and Spanish,
+# the patient, here in English, German and Spanish, or a study, which is always of one patient,
 PATIENT_LIKE = re.compile(
     "((anonymi[sz]ed|anon|deid(entified)?)?(patient|patienten|paciente|subject|person|participant|individual)s?"
     "(id|uid|no|nr|num|number|nummer|name|key|code)?|(pat|pt|case|fall|anon|deid)s?(id|uid|no|nr|num|number|nummer|code)|"
-    "id(de|del|do)?(patient|paciente|pat)|pseudonym(id)?|hospitalnumber|pid|mrn)"
+    "id(de|del|do)?(patient|paciente|pat)|pseudonym(id)?|hospitalnumber|pid|mrn|"
+    "(study(instance)?|record|exam(ination)?|accession|visit)(id|uid|no|nr|num|number))"
 )
 # the view,
-VIEW_LIKE = ("view", "viewposition", "projection")
+VIEW_LIKE = ("view", "viewposition", "projection", "frontallateral")
 NO_VIEW = (None, "UNKNOWN")
 # and sex and age, as headers of DICOM files call them.
 PERSON_LIKE = {"patientsex": "sex", "patientgender": "sex", "gender": "sex", "patientage": "age"}
@@ -164,6 +165,6 @@ def _refuse_unnamed_patients(table: Path, columns: Columns) -> None:
     for name, cells in columns.items():
         if PATIENT_LIKE.fullmatch(plain_name(name)) and len(set(cells)) < len(cells) and any(cells):
             raise UserError(
-                f"{table}: column {name} found, which seems to tell the patient, in several rows each, and no column "
-                f"patient_id; expected --patient_column {name}, or the name of another column that tells it"
+                f"{table}: column {name} found, which seems to tell the patient or a study, in several rows each, "
+                f"and no column patient_id; expected --patient_column {name}, or another column that tells it"
             )

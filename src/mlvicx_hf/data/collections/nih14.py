@@ -72,7 +72,7 @@ class NIH14Collection(ReleasedCollection):
         ages, notes = believe_ages(written_ages)
         splits = self._splits(names, patients, labels)
         folders = [self.folder / "images", *(folder / "images" for folder in sorted(self.folder.glob("images_*")))]
-        found = (file for folder in folders for file in image_files(folder))
+        found = (file for folder in folders if folder.is_dir() for file in image_files(folder))
         files = files_by_name(found, names, lambda file: file.name)
         boxes = self._read_boxes()
         records = []

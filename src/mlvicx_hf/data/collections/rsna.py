@@ -130,8 +130,8 @@ class RSNACollection(ReleasedCollection):
         return details
 
     def _find_images(self, names: Iterable[str]) -> dict[str, Path]:
-        for folder in FOLDERS:
-            files = files_by_name(image_files(self.folder / folder), names)
+        for folder in filter(Path.is_dir, (self.folder / name for name in FOLDERS)):
+            files = files_by_name(image_files(folder), names)
             if files:
                 return files
         return {}

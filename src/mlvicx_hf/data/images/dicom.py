@@ -23,7 +23,7 @@ from PIL import Image
 from mlvicx_hf.common.errors import MissingExtraError, UserError
 
 from .errors import DAMAGED, UnreadableImageError
-from .ranges import is_eight_bit, robust_range
+from .ranges import FEW_LEVELS, has_few_levels, is_eight_bit, robust_range
 
 try:
     from pydicom.dataset import Dataset
@@ -56,6 +56,7 @@ except ModuleNotFoundError as error:
 
 # Read these attributes alone, so that names, dates and numbers of patients are never in memory.
 COLOURS = ("Red", "Green", "Blue")
+OVERLAYS = range(0x6000, 0x6020, 2)  # groups of attributes
 _TAGS = tuple(
     int(Tag(keyword))
     for keyword in (
@@ -68,6 +69,7 @@ _TAGS = tuple(
         "PixelData",
     )
 )
+_TAGS += tuple(group << 16 | element for group in OVERLAYS for element in (0x0100, 0x0102))  # bits allocated, position
 # pydicom's plug-in for each compressed transfer syntax. All have permissive licences. Use one plug-in only: where one
 # decoder refuses a damaged file, another may fill the gap with grey. Do not give unknown files to gdcm's JPEG 2000
 # decoder, which is too old.
@@ -212,7 +214,10 @@ def _decode(data: bytes) -> tuple[np.ndarray, str]:
     else:
         pixels, photometric = _uncompressed(dataset, header, syntax)
     if header.samples == 3:
-        return _luminance(pixels, photometric, header.stored), ""
+        gray = _luminance(pixels, photometric, header.stored)
+        if header.stored == 16 and has_few_levels(gray):
+            raise _RefusedError(FEW_LEVELS)
+        return gray, ""
     words = pixels.view(f"{pixels.dtype.byteorder}u{pixels.dtype.itemsize}")
     if photometric == "PALETTE COLOR":
         return _look_up(_palette(dataset, header), words), ""
@@ -322,7 +327,7 @@ def _uncompressed(dataset: Dataset, header: _Header, syntax: UID) -> tuple[np.nd
     bits = header.rows * header.columns * header.samples * header.allocated
     expected = math.ceil((bits * 2 // 3 if header.photometric == "YBR_FULL_422" else bits) / 8)
     found = len(element.value)
-    if not expected <= found < 2 * expected + 2:  # real files hold some padding
+    if not expected <= found < 2 * expected:  # real files hold some padding; twice as much is another image
         raise _RefusedError(
             f"{found} bytes of PixelData found; expected {expected} for {header.columns} × {header.rows} pixels of "
             f"{header.samples} × {header.allocated} bits"
@@ -487,6 +492,8 @@ def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> tuple[n
     Returns:
         The grey, uint8 [H, W], and why grey scales of the file were passed over: empty if none was.
     """
+    if planes := _overlay_bits(dataset, header):
+        words = words & words.dtype.type(2**header.container - 1 - planes)
     counts = np.zeros(2**header.container, np.intp)
     for block in _blocks(words):
         counts += np.bincount(block, minlength=len(counts))
@@ -513,6 +520,19 @@ def _monochrome(dataset: Dataset, header: _Header, words: np.ndarray) -> tuple[n
     if passed_over:
         passed_over[-1] += ": the range of the pixels was used"
     return _look_up(_table(unit, padding, invert), words), "; ".join(passed_over)
+
+
+def _overlay_bits(dataset: Dataset, header: _Header) -> int:
+    """The unused bits of the pixels that hold overlays, as files of before 2004 declare them (PS3.3 C.9.2, retired)."""
+    found = 0
+    for group in OVERLAYS:
+        try:
+            allocated, position = (dataset[group, element].value for element in (0x0100, 0x0102))
+        except DAMAGED_DICOM:  # or absent
+            continue
+        if allocated == header.allocated and position in range(header.high + 1, header.container):
+            found |= 1 << position
+    return found
 
 
 def _uses_more_bits(dataset: Dataset, header: _Header, words: np.ndarray, counts: np.ndarray) -> bool:

@@ -19,7 +19,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 
 from .errors import DAMAGED, UnreadableImageError
-from .ranges import count_values, is_eight_bit, robust_range
+from .ranges import FEW_LEVELS, count_values, has_few_levels, is_eight_bit, robust_range
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", *DICOM_SUFFIXES)
@@ -52,8 +52,12 @@ _PHOTOMETRIC = 262  # 0 means that small values are white
 _SAMPLE_FORMAT = 339  # 2 means numbers with a sign
 
 
+def _fail(error: OSError) -> None:
+    raise error
+
+
 def image_files(
-    folder: Path, onerror: Callable[[OSError], None] | None = None, skipped: Counter[str] | None = None
+    folder: Path, skipped: Counter[str] | None = None, onerror: Callable[[OSError], None] | None = _fail
 ) -> Iterator[Path]:
     """Find the image files below a folder, in sorted order.
 
@@ -63,8 +67,11 @@ def image_files(
 
     Args:
         folder: where to look.
-        onerror: called with the error of a folder that cannot be listed. Without it such a folder is skipped.
         skipped: counts what is skipped, by kind.
+        onerror: called with the error of a folder that cannot be listed; None skips such a folder.
+
+    Raises:
+        OSError: a folder that cannot be listed, unless `onerror` does otherwise.
     """
     skipped = Counter() if skipped is None else skipped
     root, seen = os.path.realpath(folder), set[str]()
@@ -262,11 +269,10 @@ def _load(data: bytes, formats: tuple[str, ...], padded_to: int | None) -> Image
     if orientation in range(2, 9):
         image.info[TURNED] = orientation
     image.info[_ORIGINAL_SIZE] = (2 * image.width, 2 * image.height) if halved else image.size
-    if deep_colour and np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max() < 64:
-        # Pillow keeps the high byte. If only 14 bits or fewer are used, next to nothing is left in it.
-        raise UserError(
-            "16 bits a channel of which 14 or fewer are used; expected such depth in one-channel files only"
-        )
+    if deep_colour and has_few_levels(
+        np.asarray(image)[..., : 1 if image.mode == "LA" else 3]
+    ):  # all that Pillow keeps
+        raise UserError(FEW_LEVELS)
     return image
 
 

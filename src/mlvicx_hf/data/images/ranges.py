@@ -4,6 +4,8 @@ import numpy as np
 
 TAIL = 0.005  # of the pixels at each end may be clipped: a marker or a dead pixel must not darken the film
 
+FEW_LEVELS = "16 bits a channel of which 14 or fewer are used; expected such depth in one-channel files only"
+
 
 def is_eight_bit(low: float, high: float) -> bool:
     """Whether whole numbers from `low` to `high` are grey levels of 8 bits already."""
@@ -39,3 +41,8 @@ def robust_range(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
             if low < high:
                 return low, high
     return float(values[0]), float(values[-1])
+
+
+def has_few_levels(high_bytes: np.ndarray) -> bool:
+    """Whether next to nothing is left of colours of 16 bits in their high bytes, uint8, a marker aside."""
+    return robust_range(*count_values(high_bytes))[1] < 64
