@@ -114,8 +114,10 @@ def test_folder_without_labels_gives_neighbours_and_keeps_the_last_report(
     write_folder(images, labelled=False)
     output = tmp_path / "report"
     output.mkdir()
-    (output / "report.json").write_text("{}")  # of an earlier quick start
+    (output / "report.json").write_text("{}")  # of a suite, say
     (output / "mine.txt").write_text("kept")
+    assert_users_error(mlvicx("quickstart", "--images", images, "--output", output), "report holds other files")
+    (output / ".quickstart").touch()
     report = run_quickstart(images, output)
     assert "frozen" not in report
     assert "loss" not in report

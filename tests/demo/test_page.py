@@ -17,7 +17,7 @@ from helpers import assert_users_error, mlvicx
 
 pytest.importorskip("gradio", reason="gradio of the extra demo is not installed")
 
-from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.demo.page import NO_MAP, Page, draw_picture, serving
 from mlvicx_hf.demo.reading import JudgedFinding, Neighbour, RadiographReading, Reader
 
@@ -71,6 +71,14 @@ def test_a_bad_file_gives_a_sentence_and_hides_the_last_one(reader: Reader):
     assert not results.visible
 
 
+def test_a_file_that_needs_another_package_names_it(reader: Reader, monkeypatch: pytest.MonkeyPatch):
+    def decode(*_: Any) -> Any:
+        raise MissingExtraError("DICOM needs pydicom")
+
+    monkeypatch.setattr("mlvicx_hf.demo.reading.decode_gray", decode)
+    assert give(Page(reader), b"film")[0] == "This file cannot be read: DICOM needs pydicom."
+
+
 def test_a_synthetic_radiograph_is_read(reader: Reader):
     _, read, *_ = Page(reader).draw(0, 255, True)
     assert read.gray.shape == (512, 512)
@@ -82,10 +90,11 @@ def test_warning_neighbours_and_bands_are_shown(reader: Reader):
     ]
     near = [Neighbour(7, 0.987, "Edema, <i>x</i>", None)]
     read = RadiographReading(
-        np.zeros((4, 4), np.uint8), Any, found, "unsure", {}, near, True, {"Edema": np.zeros((4, 4))}
+        np.zeros((4, 4), np.uint8), Any, found, "unsure", {}, near, "no texture", True, {"Edema": np.zeros((4, 4))}
     )
     judged, _, pointing, similar = Page(reader)._present(read, 0, 255, True)[3:7]
     assert "Unlike anything seen" in judged
+    assert "Look at this picture first: no texture." in judged
     assert "Answer: <strong>unsure</strong>" in judged
     assert "<td>50.0%<br>threshold 25.0%</td><td>unsure<br>unsure from 40.0% to 60.0%</td>" in judged
     assert "image 7, cosine 0.987" in similar
@@ -101,7 +110,7 @@ def test_warning_neighbours_and_bands_are_shown(reader: Reader):
 def test_the_window_and_the_overlay(reader: Reader):
     gray = np.array([[0, 100, 200, 255]], np.uint8)
     border = np.array([[False, False, False, True]])
-    read = RadiographReading(gray, Any, [], "", {"lungs": border}, [], None)
+    read = RadiographReading(gray, Any, [], "", {"lungs": border}, [], "", None)
     window = np.asarray(draw_picture(read, 100, 200, None, 0, False))
     assert window.tolist() == [[[0, 0, 0], [0, 0, 0], [255, 255, 255], [255, 255, 255]]]
     heat = np.array([[0.0, 0.0, 1.0, 0.0]])

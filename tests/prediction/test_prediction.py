@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from data.dicom_files import dicom
 from helpers import draw, tiny_config
 from PIL import Image
 from safetensors import safe_open
@@ -37,7 +39,7 @@ from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.images.pixels import read_gray
 from mlvicx_hf.finetuning.arguments import ClassifierArguments
 from mlvicx_hf.finetuning.classification import load_classifier
-from mlvicx_hf.prediction.prediction import predict
+from mlvicx_hf.prediction.prediction import find_inputs, predict, read_batches
 
 FINDINGS = ["Effusion", "Mass, left", "Nodule"]
 THRESHOLDS = {
@@ -152,7 +154,7 @@ def test_a_multi_label_classifier_says_what_the_model_says(classifier: Path, ima
     record = predict(str(classifier), images, tmp_path / "out.csv", **OPTIONS)
     rows = read(tmp_path / "out.csv")
     assert [row["file"] for row in rows] == [str(images / name) for name in ORDER]
-    assert list(rows[0]) == ["file", "error", *(f"{k}:{n}" for k in KINDS for n in FINDINGS)]
+    assert list(rows[0]) == ["file", "error", "note", *(f"{k}:{n}" for k in KINDS for n in FINDINGS)]
     model = MLVICXForImageClassification.from_pretrained(classifier).eval()
     decisions = []
     for row in rows:
@@ -215,6 +217,31 @@ def test_unreadable_files_are_rows_with_their_reason(classifier: Path, images: P
     assert "no PixelData found" in reasons["scan.dcm"]
 
 
+def test_pictures_that_raise_doubt_are_rows_with_a_note(classifier: Path, images: Path, tmp_path: Path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(images / "0.png", folder / "a.png")
+    Image.new("L", (40, 40), 200).save(folder / "flat.png")
+    film = np.asarray(draw({"disc": True}, seed=1)).astype(np.uint16) * 16
+    (folder / "film.dcm").write_bytes(dicom(film, BitsStored=12, WindowCenter=90_000, WindowWidth=10))
+    record = predict(str(classifier), folder, tmp_path / "out.csv", **OPTIONS)
+    notes = {Path(row["file"]).name: row["note"] for row in read(tmp_path / "out.csv")}
+    assert (notes["a.png"], notes["flat.png"]) == ("", "no contrast or texture")
+    assert notes["film.dcm"].startswith("window 1 makes 100.0 % of the pixels black or white")
+    assert (record["errors"], record["noted"]) == (0, 2)
+
+
+class DyingProcess(MLVICXImageProcessor):
+    def __call__(self, image: Any, **values: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_an_error_that_names_the_files(images: Path, tmp_path: Path):
+    found = find_inputs([images])
+    with pytest.raises(UserError, match=r"files 1 to 4 of 12, from .*0\.png to .*3\.png: .*fewer --num_workers"):
+        list(read_batches(found, DyingProcess(), batch_size=2, num_workers=2))
+
+
 def test_the_record_names_weights_thresholds_and_code(classifier: Path, images: Path, tmp_path: Path):
     record = predict(str(classifier), images, tmp_path / "out.csv", **OPTIONS)
     assert json.loads((tmp_path / "out.json").read_text()) == record
@@ -239,7 +266,7 @@ def test_a_probability_on_its_threshold_is_present(classifier: Path, images: Pat
     model.config.decision_thresholds = THRESHOLDS | {"values": values}
     source = save(tmp_path / "model", model)
     predict(str(source), images / "0.png", tmp_path / "out.csv", **OPTIONS)
-    assert list(read(tmp_path / "out.csv")[0].values())[2:] == ["0.500000"] * 3 + ["1", "0", "1"] + [""] * 3
+    assert list(read(tmp_path / "out.csv")[0].values())[3:] == ["0.500000"] * 3 + ["1", "0", "1"] + [""] * 3
 
 
 def test_without_thresholds_there_are_no_decisions(classifier: Path, images: Path, tmp_path: Path):
@@ -279,7 +306,7 @@ def test_a_single_label_classifier_names_the_class(images: Path, tmp_path: Path)
     source = save(tmp_path / "model", settled(model, model.classifier))
     record = predict(str(source), images, tmp_path / "out.csv", **OPTIONS)
     rows = [row for row in read(tmp_path / "out.csv") if not row["error"]]
-    assert list(rows[0]) == ["file", "error", *(f"probability:{name}" for name in names), "class", "answer"]
+    assert list(rows[0]) == ["file", "error", "note", *(f"probability:{name}" for name in names), "class", "answer"]
     for row in rows:
         with torch.no_grad():
             expected = model(model_input(source, Path(row["file"]))).logits[0].softmax(0)
@@ -352,7 +379,7 @@ def test_masks_have_the_geometry_of_the_files(images: Path, tmp_path: Path, fit:
     source = segmenter(tmp_path / "model", ["background", "lung", "heart"], fit)
     record = predict(str(source), images, tmp_path / "out.csv", masks=tmp_path / "masks", **OPTIONS)
     rows = [row for row in read(tmp_path / "out.csv") if not row["error"]]
-    assert list(rows[0]) == ["file", "error", "area:lung", "area:heart", "mask"]
+    assert list(rows[0]) == ["file", "error", "note", "area:lung", "area:heart", "mask"]
     assert record["mask_values"] == {"lung": 1, "heart": 2}
     assert {row["mask"] for row in rows} == files_below(tmp_path / "masks")
     assert {"sub/deep/tall.tiff.mask.png", f"{ODD_NAME}.mask.png"} <= {row["mask"] for row in rows}
@@ -460,7 +487,7 @@ def test_embeddings_are_the_pooled_output(
     assert expected.std(0).max() > 0.01  # images differ
     assert record["embeddings"] == str(path)
     if kind in ("encoder", "pretraining", "backbone"):
-        assert list(read(tmp_path / "out.csv")[0]) == ["file", "error"]
+        assert list(read(tmp_path / "out.csv")[0]) == ["file", "error", "note"]
         assert record["labels"] == []
 
 

@@ -37,6 +37,8 @@ def print_images(output: Path, record: Mapping[str, Any]) -> None:
     print(f"{output}: {total - errors} of {total} images")
     if skipped:
         print(f"note: {skipped}")
+    if noted := record.get("noted"):
+        print(f"note: {noted} of them raise doubt; column note of {output} says why")
     if errors:
         text = f"warning: {errors} of {total} images could not be read; column error of {output} says why"
         print(text, file=sys.stderr)

@@ -265,6 +265,8 @@ def _table(reading: RadiographReading) -> str:
             '<p class="warning" role="alert">Unlike anything seen: this image is less similar to the known images than '
             "95 % of the validation images are. Do not trust what follows.</p>"
         )
+    if reading.note:
+        parts.append(f'<p class="warning" role="alert">Look at this picture first: {escape(reading.note)}.</p>')
     if reading.answer:
         parts.append(f"<p>Answer: <strong>{escape(reading.answer)}</strong></p>")
     rows = "".join(map(_row, reading.findings))

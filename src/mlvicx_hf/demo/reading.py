@@ -21,6 +21,7 @@ from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 from mlvicx_hf.evaluation.explanation.explaining import grad_cam
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation
 from mlvicx_hf.prediction.answers import Answers
+from mlvicx_hf.prediction.prediction import note_on
 from mlvicx_hf.prediction.search import LABEL_PREFIX, ImageIndex
 
 MAX_UPLOAD = 100 * 2**20  # bytes
@@ -59,6 +60,7 @@ class RadiographReading:
     answer: str  # of exclusive classes: the class, or "unsure"; else ""
     outlines: dict[str, np.ndarray]  # by structure, bool [H, W]: the pixels of its border
     neighbours: list[Neighbour]  # the most similar first
+    note: str  # what raises doubt about the picture itself, mostly ""
     unlike: bool | None  # less similar to all known images than 95 % of the validation images; None: not known
     heat: dict[str, np.ndarray] = field(default_factory=dict)  # by finding, float [H, W] from 0 to 1
 
@@ -125,7 +127,8 @@ class Reader:
             outlines = self._outline(image, shown.size)
             neighbours, unlike = self._find_similar(image)
         findings, answer = self._judge(logits[0])
-        return RadiographReading(np.asarray(shown), pixels, findings, answer, outlines, neighbours, unlike)
+        note = note_on(image)
+        return RadiographReading(np.asarray(shown), pixels, findings, answer, outlines, neighbours, note, unlike)
 
     def heat_map(self, reading: RadiographReading, finding: str) -> np.ndarray:
         """Where the classifier looks for a finding: Grad-CAM, float [H, W] from 0 to 1, 0 everywhere if nowhere."""

@@ -4,12 +4,13 @@ import csv
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,6 +20,7 @@ from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
+from mlvicx_hf.data.copies.duplicates import FLAT, is_flat
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import fit_square_gray, image_files, read_gray
 from mlvicx_hf.data.options import check_least
@@ -80,6 +82,7 @@ class Item(NamedTuple):
     pixels: Tensor | None
     size: tuple[int, int] | None
     error: str
+    note: str = ""  # see `note_on`
 
 
 class Batch(NamedTuple):
@@ -88,6 +91,12 @@ class Batch(NamedTuple):
     pixels: Tensor
     sizes: list[tuple[int, int] | None]
     errors: list[str]
+    notes: list[str]
+
+
+def note_on(gray: Image.Image) -> str:
+    """What raises doubt about a picture that was read: grey scales of the file that were passed over, or no texture."""
+    return "; ".join(filter(None, [gray.info.get("note"), FLAT if is_flat(gray) else None]))
 
 
 class ImageFiles(Dataset[Item]):
@@ -111,30 +120,44 @@ class ImageFiles(Dataset[Item]):
         except OSError as error:
             return Item(None, None, f"cannot be read: {error.strerror or error}")
         fitted = image if self.square is None else fit_square_gray(image, *self.square)
-        return Item(self.processor(fitted)["pixel_values"][0], (image.height, image.width), "")
+        return Item(self.processor(fitted)["pixel_values"][0], (image.height, image.width), "", note_on(image))
 
 
 def collate(items: Sequence[Item]) -> Batch:
     """Make one tensor of a batch, so that a worker hands over one piece of shared memory."""
     pixels = [item.pixels for item in items if item.pixels is not None]
     stacked = torch.stack(pixels) if pixels else torch.empty(0)
-    return Batch(stacked, [item.size for item in items], [item.error for item in items])
+    return Batch(stacked, [item.size for item in items], [item.error for item in items], [item.note for item in items])
 
 
-def image_loader(
+def read_batches(
     images: Sequence[InputImage],
     processor: MLVICXImageProcessor,
     batch_size: int,
     num_workers: int,
     square: tuple[int, str] | None = None,
-) -> DataLoader[Item]:
-    """Load image files in batches (`Batch`), in order; see `ImageFiles`."""
-    return DataLoader(
-        ImageFiles([image.path for image in images], processor, square),
-        batch_size,
-        num_workers=min(num_workers, math.ceil(len(images) / batch_size)),
-        collate_fn=collate,
-    )
+) -> Iterator[Batch]:
+    """Read image files in batches, in order; see `ImageFiles`.
+
+    Raises:
+        UserError: a worker process died.
+    """
+    files = ImageFiles([image.path for image in images], processor, square)
+    workers = min(num_workers, math.ceil(len(images) / batch_size))
+    done = 0
+    try:
+        for batch in DataLoader(files, batch_size, num_workers=workers, collate_fn=collate):
+            yield batch
+            done += len(batch.sizes)
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        last = min(done + batch_size * workers, len(images)) - 1  # every worker reads a batch
+        raise UserError(
+            f"a process died that read one of the files {done + 1} to {last + 1} of {len(images)}, from "
+            f"{printable(images[done].path)} to {printable(images[last].path)}: a file crashes its decoder, or memory "
+            "was short; expected other files, or fewer --num_workers or a smaller --batch_size"
+        ) from error
 
 
 def make_head(loaded: LoadedModel, masks: Path | None) -> Head:
@@ -152,39 +175,41 @@ def write_rows(
     loaded: LoadedModel,
     head: Head,
     images: Sequence[InputImage],
-    loader: Iterable[Batch],
+    batches: Iterable[Batch],
     table: Path,
     *,
     embed: bool,
     progress: bool,
-) -> tuple[list[str], list[Tensor]]:
+) -> tuple[list[str], list[Tensor], int]:
     """Predict batch by batch and write one row an image to the CSV file `table`.
 
     Returns:
-        The files that could be read, and their embeddings in batches, the first of them empty.
+        The files that could be read, their embeddings in batches, the first of them empty, and how many have a note.
     """
     readable: list[str] = []
-    batches = [torch.empty(0, loaded.model.base_model.pooled_features)]
+    noted = 0
+    embedded = [torch.empty(0, loaded.model.base_model.pooled_features)]
     remaining = iter(images)
     bar = progress_bar(len(images), "predicting", "image", show=progress)
     with table.open("w", newline="", encoding="utf-8") as file, bar:
         writer = csv.writer(file)
-        writer.writerow(["file", "error", *head.columns])
-        for batch in loader:
+        writer.writerow(["file", "error", "note", *head.columns])
+        for batch in batches:
             if len(batch.pixels):
                 logits, embeddings = infer(loaded, batch.pixels, embed)
-                batches += [embeddings] if embed else []
+                embedded += [embeddings] if embed else []
                 scores = iter(logits)
-            for size, reason in zip(batch.sizes, batch.errors, strict=True):
+            for size, reason, note in zip(batch.sizes, batch.errors, batch.notes, strict=True):
                 image = next(remaining)
                 name = printable(image.path)
                 if size is None:
-                    writer.writerow([name, reason, *[""] * len(head.columns)])
+                    writer.writerow([name, reason, "", *[""] * len(head.columns)])
                     continue
-                writer.writerow([name, "", *head.cells(next(scores), size, image.place)])
+                writer.writerow([name, "", note, *head.cells(next(scores), size, image.place)])
                 readable.append(name)
+                noted += bool(note)
             bar.update(len(batch.sizes))
-    return readable, batches
+    return readable, embedded, noted
 
 
 def predict(
@@ -205,7 +230,8 @@ def predict(
 
     A classifier gives probabilities, and decisions and answers by the thresholds and bands saved with it. A segmenter
     gives areas, and masks in the geometry of the files. Any model gives embeddings. A file that cannot be read gets a
-    row with the reason. Every output is whole or absent; the record `OUTPUT.json` is written last.
+    row with the reason, and one whose picture raises doubt a note. Every output is whole or absent; the record
+    `OUTPUT.json` is written last.
 
     Args:
         model_source: folder or Hub name.
@@ -238,7 +264,7 @@ def predict(
         check_mask_places((image.place for image in images), given, outputs.masks)
     loaded = load(model_source, revision, choose_device(device))
     _check_task(loaded, outputs)
-    loader = image_loader(images, loaded.processor, batch_size, num_workers)
+    batches = read_batches(images, loaded.processor, batch_size, num_workers)
     for path in (outputs.table, outputs.embeddings, outputs.masks):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,15 +273,16 @@ def predict(
         vectors = outputs.embeddings and stack.enter_context(new_file(outputs.embeddings))
         head = make_head(loaded, outputs.masks and stack.enter_context(new_folder(outputs.masks)))
         embed = vectors is not None
-        readable, batches = write_rows(loaded, head, images, loader, table, embed=embed, progress=progress)
+        readable, embedded, noted = write_rows(loaded, head, images, batches, table, embed=embed, progress=progress)
         if outputs.embeddings is not None and vectors is not None:
-            write_embeddings(vectors, outputs.embeddings.suffix, readable, batches)
+            write_embeddings(vectors, outputs.embeddings.suffix, readable, embedded)
         outputs.check(overwrite)  # again, because somebody else may have written there meanwhile
         outputs.sidecar.unlink(missing_ok=True)  # the old record does not describe the new results
     record = _describe(loaded, head, given, outputs) | {
         "images": len(images),
         "skipped": dict(+skipped),  # without zeros
         "errors": len(images) - len(readable),
+        "noted": noted,
         "settings": {"batch_size": batch_size, "num_workers": num_workers},
     }
     outputs.write_record(record)

@@ -23,7 +23,7 @@ from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 
 from .outputs import Outputs, printable
-from .prediction import Batch, InputImage, find_inputs, image_loader
+from .prediction import Batch, InputImage, find_inputs, read_batches
 from .search import LABEL_PREFIX, ImageIndex
 
 SHEET_FILES = 50  # files that a contact sheet shows, the first ones
@@ -90,7 +90,7 @@ def find_similar(
     skipped: Counter[str] = Counter()
     images = find_inputs(given, skipped)
     loaded = load_searcher(opened, model, revision, device)
-    batches = image_loader(images, loaded.processor, batch_size, num_workers, opened.square)
+    batches = read_batches(images, loaded.processor, batch_size, num_workers, opened.square)
     outputs.table.parent.mkdir(parents=True, exist_ok=True)
     with new_file(outputs.table) as table, progress_bar(len(images), "searching", "image", show=progress) as bar:
         neighbours = search_batches(loaded, opened, images, batches, top, approximate)

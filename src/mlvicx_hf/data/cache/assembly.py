@@ -21,6 +21,7 @@ from mlvicx_hf.common.text import some
 
 from ..collections.base import SPLITS, Collection, Listing, Record
 from ..copies.deduplication import Duplicate, count_across
+from ..copies.duplicates import FLAT
 from ..split_files import SPLIT_FILE, split_file
 from .cache import DUPLICATES, FORMAT, MANIFEST
 from .shards import Shard, read_note
@@ -28,7 +29,6 @@ from .summary import column, count_split, original_sizes, write_card, write_pict
 
 REJECTED = "rejected.csv"
 NOTED = "notes.csv"
-FLAT = "no contrast or texture: never taken for a copy of another image"
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def assemble(
     folder.mkdir()
     (folder / SPLIT_FILE).write_text(_split_file(images.parts), encoding="utf-8", newline="")
     _write_table(folder / REJECTED, ("file", "reason"), sorted(images.rejected))
-    flat = [(name, FLAT) for name in images.flat]
+    flat = [(name, f"{FLAT}: never taken for a copy of another image") for name in images.flat]
     _write_table(folder / NOTED, ("file", "note"), sorted([*images.noted, *flat]))
     _write_table(folder / DUPLICATES, Duplicate._fields, duplicates)
     lacking = write_pictures(folder, images.parts)

@@ -180,6 +180,9 @@ def group_copies(
     return members, pairs
 
 
+FLAT = "no contrast or texture"
+
+
 def is_flat(gray: Image.Image) -> bool:
     """Check whether a square is without contrast or texture, such as a film that a wrong window turned white.
 
