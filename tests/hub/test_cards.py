@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from mlvicx_hf import (
+    MLVICXConfig,
     MLVICXForImageClassification,
     MLVICXForPreTraining,
     MLVICXForSemanticSegmentation,
@@ -295,6 +296,19 @@ def test_a_card_names_method_and_optimiser_of_its_run(render: Render, tmp_path: 
     plain = render("backbone").text
     assert "| optimiser | LARS, momentum 0.9 |" in plain
     assert "pretrained without labels by **MLVICX**" in plain
+
+
+def test_what_a_run_left_to_the_model_is_no_contradiction(tmp_path: Path):
+    """A backbone that is no list of stages chooses the place of its context bottlenecks."""
+    asked = MLVICXConfig(backbone="mobilenetv3_small_050", expander_dims=[8, 8], image_size=32)
+    assert asked.context_placement is None
+    run = json.loads(write_run(tmp_path / "mine").read_text())
+    run["model"] = {name: getattr(asked, name) for name in (*run["model"], "context_placement") if name != "init_from"}
+    write(tmp_path / "mine" / "run.json", run | {"model": run["model"] | {"init_from": None}})
+    model = MLVICXForPreTraining(asked)
+    assert model.config.context_placement == "between"
+    model.save_pretrained(tmp_path / "mine")
+    assert "mobilenetv3_small_050" in str(render_card(TEMPLATES["backbone"], tmp_path / "mine", []))
 
 
 def test_files_of_older_runs_say_less_about_the_machine(render: Render, saved: dict[str, Path], tmp_path: Path):

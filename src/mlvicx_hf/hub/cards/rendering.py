@@ -201,8 +201,9 @@ def _read_run(
     for name, type_ in RUN_FIELDS.items():
         json_field(run, name, type_, file, RUN_FILE)
     for name in run["model"] if kind.task is None else ENCODER_FIELDS:
-        if name in config and name in run["model"] and config[name] != run["model"][name]:
-            found = f"{name}={config[name]} found; expected {run['model'][name]}, as of {file}"
+        asked = run["model"].get(name)  # None: the model chose, such as a `context_placement` that suits its backbone
+        if name in config and asked not in (None, config[name]):
+            found = f"{name}={config[name]} found; expected {asked}, as of {file}"
             raise UserError(f"{model / 'config.json'}: {found}")
     if cache_file is not None:
         run["cache"], wanted = read_json(cache_file), run["data"]["data_hash"]
