@@ -308,6 +308,7 @@ def test_what_a_run_left_to_the_model_is_no_contradiction(tmp_path: Path):
     model = MLVICXForPreTraining(asked)
     assert model.config.context_placement == "between"
     model.save_pretrained(tmp_path / "mine")
+    MLVICXImageProcessor(32).save_pretrained(tmp_path / "mine")
     assert "mobilenetv3_small_050" in str(render_card(TEMPLATES["backbone"], tmp_path / "mine", []))
 
 
