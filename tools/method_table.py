@@ -20,6 +20,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -243,8 +244,12 @@ class Table:
             rate = row["base_learning_rate"] = (self.data.rate or self.data.methods[method].rate) * factor
             words = [*self.words(method), "--seed", seed, "--base_learning_rate", rate, "--output_dir", output]
             begin = time.time()
-            failure = "" if self.weights(*cell).exists() else run("pretrain", *words, log=output)
+            begun = not self.weights(*cell).exists()
+            failure = run("pretrain", *words, log=output) if begun else ""
             row["seconds"] = round(time.time() - begin)
+            if begun:  # scores of earlier weights say nothing of these
+                for task in self.data.tasks:
+                    shutil.rmtree(output.with_name(f"{output.name}-{task}"), ignore_errors=True)
             if failure and not any(sign in failure for sign in ("FloatingPointError", "loss nan", "loss inf")):
                 raise RuntimeError(f"{output}: {failure}")
             made = json.loads((output / "run.json").read_text())

@@ -69,6 +69,13 @@ def test_what_is_given_away_and_what_is_not(cell: Cell, paths: list[Path]):
     assert found["source", "one, two"]["images"] == 80
 
 
+def test_caches_of_one_name_are_told_apart(cell: Cell, tmp_path: Path):
+    caches = [load_cache(make_cache(tmp_path / str(i), rows(i, i == 1), name="A")) for i in range(2)]
+    found = probe_shortcuts(cell, caches, ["sex", "source", "search"], FeatureStore())
+    alone = [str(cache.path) for cache in caches]
+    assert [row["data"] for row in found] == [*alone, ", ".join(alone), *alone]
+
+
 def test_an_audit_is_made_anew_when_there_are_other_data(cell: Cell, paths: list[Path], tmp_path: Path):
     cells = [replace(cell, dataset=str(path)) for path in paths]
     suite = Suite("", tmp_path, "", tuple(cells), {}, {}, (), (), ("sex", "source"))
@@ -148,7 +155,7 @@ def test_search_precision_is_that_of_brute_force(cell: Cell, paths: list[Path]):
     (found,) = probe_shortcuts(cell, [cache], ["search"], store)
     encoder, processor = shortcuts._encoder(cell, cache)
     known, asked = (
-        shortcuts._encode(encoder, processor, cache, split, store, torch.device("cpu")).features.double().numpy()
+        shortcuts._encode(encoder, processor, cache, "one", split, store, torch.device("cpu")).features.double().numpy()
         for split in ("train", "test")
     )
     values, wanted = (np.array(cache.datasets[split]["labels"])[:, 0] for split in ("train", "test"))

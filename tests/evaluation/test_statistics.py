@@ -12,8 +12,8 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.evaluation.runs import Predictions
-from mlvicx_hf.evaluation.statistics import compare_runs, estimate
+from mlvicx_hf.evaluation.runs import Predictions, read_run
+from mlvicx_hf.evaluation.statistics import compare_runs, difference, estimate, interval
 
 PATIENTS = 150
 
@@ -45,6 +45,30 @@ def test_a_clear_gain_has_an_interval_without_zero_and_no_gain_has_one_with_it(t
     mirrored = compare_runs(bad, good, samples=200)
     assert mirrored["difference"] == -gain["difference"]
     assert mirrored["low"] == pytest.approx(-gain["high"])
+
+
+def test_an_interval_of_average_precision_is_not_pulled_up_by_the_draws(tmp_path: Path) -> None:
+    """Draws raise average precision, and that of the better model more, so a percentile interval would lie too high."""
+    written = (("good", 0.6, 1), ("bad", 2.0, 2))
+    runs = [read_run(write_run(tmp_path / name, noise, seed)) for name, noise, seed in written]
+    ours, theirs = (estimate([run], samples=400)["auprc_macro"] for run in runs)
+    found, plain = difference(ours, theirs), interval(ours.draws - theirs.draws)
+    assert [found["low"], found["high"]] == pytest.approx([2 * found["difference"] - end for end in reversed(plain)])
+    area = [estimate([run], samples=400)["auroc_macro"] for run in runs]
+    found, plain = difference(*area), interval(area[0].draws - area[1].draws)
+    assert [found["low"], found["high"]] == pytest.approx(list(plain))
+
+
+def test_runs_of_one_group_repeat_one_another(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, 1, seed) for seed, name in enumerate("abc")]
+    for run, fraction in zip(runs, (1.0, 1.0, 0.3), strict=True):
+        about = {"protocol": "frozen", "label_fraction": fraction, "data": {"patients_known": fraction == 1}}
+        (run / "results.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"c: label_fraction 0\.3 found, and 1\.0 in .*a; expected runs that differ in"):
+        compare_runs([runs[0], runs[2]], [runs[1]], samples=10)
+    found = compare_runs(runs[:1], runs[2:], samples=10)
+    assert (found["runs_sd"], found["patients_known"]) == ("n/a", False)
+    assert compare_runs(runs[:1], runs[1:2], samples=10)["patients_known"]
 
 
 def test_runs_on_other_images_or_without_predictions_are_refused(tmp_path: Path) -> None:

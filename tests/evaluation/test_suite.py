@@ -154,6 +154,15 @@ def test_protocols_with_flags_of_their_own_give_way_to_others(parts: dict[str, A
         read_suite(write(tmp_path, suite))
 
 
+def test_a_recipe_decides_whether_the_fast_probe_follows(small: dict[str, Any], tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("num_train_epochs: 2\n")
+    cell = read_suite(write(tmp_path, small | {"classification": OPTIONS | {"recipe": str(recipe)}})).cells[0]
+    assert cell.flags["fast_probe"]
+    recipe.write_text("num_train_epochs: 2\nbf16: true\n")
+    assert not cell.flags["fast_probe"]
+
+
 def test_other_settings_and_weights_are_refused(small: dict[str, Any], tmp_path: Path):
     suite = small | {"models": {"pretrained": str(tmp_path / "model")}}
     shutil.copytree(small["models"]["pretrained"][0], tmp_path / "model")

@@ -25,7 +25,7 @@ from mlvicx_hf.data.collections.nih14 import NIH_FINDINGS
 from mlvicx_hf.evaluation.suite.analysis import analyse
 from mlvicx_hf.evaluation.suite.grid import read_suite
 from mlvicx_hf.evaluation.suite.paper import paper_results, paper_tables
-from mlvicx_hf.evaluation.suite.report import layout
+from mlvicx_hf.evaluation.suite.report import compose, layout
 from mlvicx_hf.evaluation.suite.running import evaluate_suite
 
 
@@ -146,6 +146,36 @@ def test_pairs_are_seeds_where_one_model_has_one_pretraining(report: dict[str, A
     theirs = [macro("Rand. Init", 0, seed) for seed in range(2)]
     assert row["difference"] == pytest.approx(np.mean(ours) - np.mean(theirs))
     assert row["paired"]["t_p"] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+
+
+def test_runs_without_a_counterpart_are_left_out_of_a_difference(suite: Path, output: Path):
+    """As in a grid that is not finished: seed 1 of the first pretraining at 100 % has no counterpart."""
+    planned = read_suite(suite)
+    cells = [c for c in planned.cells if c.label_fraction == 1 and (c.model, c.seed) != ("Rand. Init", 1)]
+    report = analyse(planned, cells, output, samples=50)
+    [row] = report["comparisons"]
+    ours = [macro_auroc(predictions(output, "MLVICX", member, "1", 0)) for member in range(2)]
+    theirs = macro_auroc(predictions(output, "Rand. Init", 0, "1", 0))
+    assert row["difference"] == pytest.approx(np.mean(ours) - theirs)
+    assert row["left_out"] == 2
+    text = compose(report).to_markdown()
+    assert "Runs without a counterpart of the same seed were left out, 2 times." in text
+
+
+def test_groups_are_scored_on_the_same_labels(suite: Path, output: Path, tmp_path: Path):
+    """No image of a woman shows stripes, so the mean of men leaves stripes out, too."""
+    planned = read_suite(suite)
+    cells = [cell for cell in planned.cells if (cell.model, cell.label_fraction, cell.seed) == ("Rand. Init", 1, 0)]
+    shutil.copytree(output / cells[0].path, tmp_path / cells[0].path)
+    file = tmp_path / cells[0].path / "test_predictions.csv"
+    table = pd.read_csv(file)
+    table.loc[table["sex"] == "F", "label:stripes"] = 0
+    table.to_csv(file, index=False)
+    found = analyse(planned, cells, tmp_path, samples=50)["settings"][0]["subgroups"]["sex"]
+    for sex, rows in table.groupby("sex"):
+        expected = roc_auc_score(rows["label:disc"], rows["probability:disc"])
+        assert found[sex]["mean"] == pytest.approx(expected)
+        assert found[sex]["labels"] == ["disc"]
 
 
 def test_subgroups_calibration_decisions_and_shortcuts(report: dict[str, Any], output: Path):

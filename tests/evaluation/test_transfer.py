@@ -199,6 +199,19 @@ def test_the_training_run_is_reproduced(kind: str, home: Path, tmp_path: Path, r
     assert all(entry["lost"] == [] for entry in found["matching"]["matched"].values())
 
 
+def test_copies_of_training_images_in_test_are_counted_though_the_cache_is_the_trainings_own(
+    tuned: Path, home: Path, tmp_path: Path
+):
+    leaky = tmp_path / "leaky"
+    shutil.copytree(home, leaky)
+    manifest = json.loads((leaky / "cache.json").read_text())
+    manifest["duplicates"]["across_splits"] = 3  # as after `classify --allow_leak`
+    (leaky / "cache.json").write_text(json.dumps(manifest))
+    found = evaluate_on(tuned, leaky, tmp_path)["overlap"]
+    assert found["images"] == 0  # this copy of the cache has none in truth
+    assert "0 image(s) found that have copies in training or validation (3 pairs)" in found["warnings"][0]
+
+
 @pytest.mark.parametrize(
     ("split", "message"), [("train", "was trained on these"), ("validation", "were chosen on these")]
 )

@@ -223,7 +223,6 @@ def test_the_fast_probe_learns_as_the_trainer_does(cache: Path, pretrained: Path
         ({"augment": True}, "augment found with features that are computed once; expected cache_features=false"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 found with fast_probe; expected 1"),
         ({"report_to": "tensorboard"}, "report_to=.*tensorboard.* found with fast_probe"),
-        ({"trainer_options": {"eval_delay": 2}}, "eval_delay=2 found with fast_probe; expected 0"),
         ({"trainer_options": {"eval_on_start": True}}, "eval_on_start=True found with fast_probe; expected False"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type=reduce_lr_on_plateau found with fast_probe"),
     ],
@@ -761,6 +760,32 @@ def test_arguments_that_do_not_fit(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["bf16_full_eval", "eval_delay", "train_sampling_strategy", "group_by_length"])
+def test_what_would_break_the_protocol_is_refused_before_training(name: str, tmp_path: Path):
+    value = {"eval_delay": "5", "train_sampling_strategy": "group_by_length"}.get(name, "true")
+    with pytest.raises(UserError, match=rf"{name}='{value}' found; expected "):
+        ClassificationArguments(str(tmp_path), trainer_options={name: value})
+
+
+def test_patients_are_drawn_in_the_order_of_the_data_seed(cache: Path, pretrained: Path, tmp_path: Path):
+    found = {}
+    for kind in ("fast", "frozen"):
+        for seed in (None, 7):
+            how = HOW[kind] | {"patient_balanced": True, "trainer_options": {"data_seed": seed} if seed else {}}
+            run(tmp_path / f"{kind}{seed}", pretrained, cache, **how)
+            rows = rows_of(tmp_path / f"{kind}{seed}")
+            found[kind, seed] = [float(row["probability:disc"]) for row in rows]
+    assert found["fast", None] != pytest.approx(found["fast", 7], abs=1e-4)
+    for seed in (None, 7):
+        assert found["fast", seed] == pytest.approx(found["frozen", seed], abs=1e-5)
+
+
+def test_results_name_the_weights_they_began_with(frozen: Path, pretrained: Path):
+    results = json.loads((frozen / "results.json").read_text())
+    weights = (pretrained / "model.safetensors").read_bytes()
+    assert results["weights_sha256"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+
+
 def test_other_arguments_of_the_trainer_are_taken(tmp_path: Path):
     """Words of the command line get their types, and what the protocol asks for anyway may be given."""
     given = {"adam_epsilon": "1e-6", "optim": "sgd", "full_determinism": "false", "eval_strategy": "epoch"}
@@ -769,6 +794,7 @@ def test_other_arguments_of_the_trainer_are_taken(tmp_path: Path):
     assert (settings.adam_epsilon, settings.adam_beta1, settings.optim) == (1e-6, 0.8, "sgd")
     assert settings.full_determinism is False
     assert (settings.dataloader_drop_last, settings.label_smoothing_factor) == (False, 0)
+    assert (settings.bf16_full_eval, settings.eval_delay, settings.eval_do_concat_batches) == (False, 0, True)
     assert (settings.learning_rate, settings.weight_decay) == (1e-3, 0.1)
     assert (settings.eval_strategy, settings.load_best_model_at_end, settings.save_total_limit) == ("epoch", True, 1)
 

@@ -421,14 +421,14 @@ def test_a_card_says_what_the_views_and_the_rates_of_pretraining_were(render: Re
 
 
 def test_subgroups_are_shown_and_the_others_said_not_to_be_measured(render: Render):
-    views = {"AP": {"images": 100, "patients": 80, "auroc_macro": "n/a"}}
-    first = result(
-        0, **{"test.subgroups": {"view": views | {"PA": {"images": 139, "patients": 90, "auroc_macro": 0.71}}}}
-    )
+    views = {"AP": {"images": 100, "patients": 80, "auroc_macro": "n/a", "macro_labels": ["Edema"]}}
+    views["PA"] = {"images": 139, "patients": 90, "auroc_macro": 0.71}
+    first = result(0, **{"test.subgroups": {"view": views}})
     second = result(1, **{"test.subgroups": {"view": {"PA": {"images": 139, "patients": 90, "auroc_macro": 0.73}}}})
     text = section(render("backbone", first, second, result(2)), "Limits and subgroups")
     assert "| PA | pretrained, frozen encoder | 0, 1 (n = 2) | 139 | 90 | 0.720 (SD 0.014) |" in text
     assert "| AP | pretrained, frozen encoder | 0, 1 (n = 2) | 100 | 80 | n/a |" in text
+    assert "Mean over what every group can score: Edema." in text
     assert "- Scores by sex, age: not measured." in text
     assert "- Scores by view, sex, age: not measured." in render("backbone", result(0)).text
 

@@ -65,9 +65,15 @@ def load(
     labels = [] if headless else [model.config.id2label[i] for i in range(model.num_labels)]
     if len(set(labels)) < len(labels):
         raise UserError(f"{source}: labels {', '.join(labels)} found; expected each name once")
-    weights = {path.name: sha256(path) for path in sorted(folder.glob(WEIGHTS))}
+    weights = weights_of(folder)
     commit = None if Path(source).is_dir() else folder.name
     return LoadedModel(source, commit, model.to(device, torch.float32).eval(), processor, weights, labels)
+
+
+def weights_of(place: Path) -> dict[str, str]:
+    """SHA-256 of every weights file of a model's folder, or of a file of weights, by name; of anything else, none."""
+    files = sorted(place.glob(WEIGHTS)) if place.is_dir() else filter(Path.is_file, [place])
+    return {file.name: sha256(file) for file in files}
 
 
 def _folder(source: str, revision: str | None) -> Path:

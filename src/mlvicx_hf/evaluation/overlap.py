@@ -85,6 +85,9 @@ def check_overlap(
         compared = "the training's own division into splits"
         if split in SEEN:
             warnings = [f"{where}: {SEEN[split]}"]
+        elif copies := cache.manifest["duplicates"]["across_splits"]:
+            images, patients = _count_seen(load_cache(cache.path), cache, split, progress)
+            warnings = [f"{where}: {images} image(s) found that have copies in training or validation ({copies} pairs)"]
         else:
             images = patients = 0
     elif trained is not None:

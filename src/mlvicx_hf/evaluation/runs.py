@@ -2,7 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,6 +13,7 @@ import pandas as pd
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.text import some
 from mlvicx_hf.scoring.bootstrap import weighted_areas, weighted_mean
+from mlvicx_hf.scoring.labels import has_both_values
 from mlvicx_hf.scoring.overlap import overlap_per_image
 
 GROUPS = ("view", "sex", "age")
@@ -39,10 +40,17 @@ class RunResults(ABC):
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Metrics of every draw [D, N]: name → [D], NaN where nothing can be scored."""
 
-    def only(self, rows: np.ndarray) -> Self:
-        """The run on some of its images."""
+    @abstractmethod
+    def scored(self, metric: str) -> np.ndarray:
+        """Of which labels a metric can be computed on all images together, bool [L]."""
+
+    def only(self, rows: np.ndarray, labels: np.ndarray | None = None) -> Self:
+        """The run on some of its images, and with some of its labels, bool [L]."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen: dict[str, Any] = {k: v[rows] for k, v in arrays.items() if isinstance(v, np.ndarray)}
+        if labels is not None and not labels.all():
+            chosen |= {name: value[:, labels] for name, value in chosen.items() if value.ndim > 1}
+            chosen["names"] = tuple(itertools.compress(self.names, labels))
         return replace(self, **chosen, groups={kind: names[rows] for kind, names in self.groups.items()})
 
 
@@ -61,6 +69,10 @@ class Predictions(RunResults):
         """The labels."""
         return self.labels
 
+    def scored(self, metric: str) -> np.ndarray:
+        """Labels with both values; an accuracy needs none of them."""
+        return np.array([metric == "accuracy" or has_both_values(column) for column in self.labels.T])
+
     @property
     def exclusive(self) -> bool:
         """Whether the labels are classes of which every image has exactly one."""
@@ -70,7 +82,7 @@ class Predictions(RunResults):
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """`auroc_macro`, `auroc:NAME`, `auprc_macro`, `auprc:NAME`, `accuracy`."""
         areas = [weighted_areas(*columns, weights) for columns in zip(self.labels.T, self.probabilities.T, strict=True)]
-        scored = [bool((column == 0).any() and (column == 1).any()) for column in self.labels.T]
+        scored = self.scored("auroc_macro")
         found: dict[str, np.ndarray] = {}
         for kind, values in zip(("auroc", "auprc"), zip(*areas, strict=True), strict=True):
             found[f"{kind}_macro"] = _mean_of_scored(values, scored)
@@ -99,18 +111,28 @@ class Overlaps(RunResults):
         """Whether an image shows a structure. Pixel counts depend on the size at which a model is scored."""
         return self.counts[..., 2] > 0
 
+    def scored(self, metric: str) -> np.ndarray:
+        """All structures, or for `dice_positive` those that an image shows."""
+        return np.array([metric == "dice" or shown.any() for shown in self.truth.T])
+
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """`dice`, `dice_positive` (over the images that show the structure), and both by structure."""
         dice, _ = overlap_per_image(self.counts)
         found: dict[str, np.ndarray] = {}
         for kind, counted in (("dice", np.ones_like(self.truth)), ("dice_positive", self.truth)):
             values = [weighted_mean(dice[:, i], weights, counted[:, i]) for i in range(len(self.names))]
-            found[kind] = _mean_of_scored(values, [bool(column.any()) for column in counted.T])
+            found[kind] = _mean_of_scored(values, self.scored(kind))
             found |= {f"{kind}:{name}": value for name, value in zip(self.names, values, strict=True)}
         return found
 
 
-def _mean_of_scored(values: Sequence[np.ndarray], scored: Sequence[bool]) -> np.ndarray:
+def scored_everywhere(groups: Iterable[np.ndarray]) -> np.ndarray | None:
+    """Of which labels a score can be computed in every group that has any, from bool [L] of each; None without one."""
+    known = [scored for scored in groups if scored.any()]
+    return np.array(np.stack(known).all(0)) if known else None
+
+
+def _mean_of_scored(values: Sequence[np.ndarray], scored: np.ndarray) -> np.ndarray:
     """Mean over the labels that can be scored on all images together.
 
     NaN in a draw in which one of them cannot be scored, since that draw's mean would be over other labels.

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import read_json
 from mlvicx_hf.data.options import check_least, check_once
 from mlvicx_hf.scoring.bootstrap import draw_patients
 from mlvicx_hf.scoring.labels import NOT_SCORED
@@ -39,8 +41,8 @@ class Estimate:
         It is the percentile interval, but the basic one for a score that draws raise. Such is average precision: a
         positive that is drawn twice ties with itself, and a mean over labels keeps the bias while its spread shrinks.
         """
-        low, high = interval(self.draws)
-        return (max(2 * self.value - high, 0.0), min(2 * self.value - low, 1.0)) if self.raised else (low, high)
+        low, high = interval(self.draws, self.value if self.raised else None)
+        return max(low, 0.0), min(high, 1.0)
 
     def describe(self) -> dict[str, Any]:
         """`mean`, `sd` over the runs, `low`, `high`, `runs`; "n/a" for what is not defined."""
@@ -49,13 +51,13 @@ class Estimate:
         return defined(found) | {"runs": len(self.runs)}
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of draws [D]; NaN if fewer than half of them are defined."""
+def interval(draws: np.ndarray, value: float | None = None) -> tuple[float, float]:
+    """95 % percentile interval of draws [D], or the basic one around a value; NaN if fewer than half are defined."""
     known = draws[~np.isnan(draws)]
     if 2 * len(known) < len(draws):
         return float("nan"), float("nan")
-    low, high = np.percentile(known, [2.5, 97.5])
-    return float(low), float(high)
+    low, high = (float(end) for end in np.percentile(known, [2.5, 97.5]))
+    return (low, high) if value is None else (2 * value - high, 2 * value - low)
 
 
 def defined(found: dict[str, float]) -> dict[str, float | str]:
@@ -80,8 +82,10 @@ def estimate(runs: Sequence[RunResults], samples: int = 1000, seed: int = 0) -> 
 
 def difference(ours: Estimate, theirs: Estimate) -> dict[str, float | str]:
     """`difference` of two estimates with the same draws, `low` and `high`; "n/a" for what is not defined."""
-    low, high = interval(ours.draws - theirs.draws)
-    return defined({"difference": ours.value - theirs.value, "low": low, "high": high})
+    value = ours.value - theirs.value
+    # What raises draws raises those of a higher score more, so it does not cancel.
+    low, high = interval(ours.draws - theirs.draws, value if ours.raised else None)
+    return defined({"difference": value, "low": low, "high": high})
 
 
 def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -99,20 +103,39 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
 
     Returns:
         `metric`, `labels`, `images`, `patients`, `runs`, `baselines`, their standard deviations over seeds,
-        `difference`, `low` and `high`; "n/a" for what is not defined.
+        `difference`, `low` and `high`; "n/a" for what is not defined, as the deviation of a single run. Also
+        `patients_known`, False if a run says that each image counts as a patient.
 
     Raises:
-        UserError: runs that were not tested on the same images and labels, or no draws.
+        UserError: runs that were not tested on the same images and labels, runs of a group that differ in more than
+            weights and seed, or no draws.
     """
     check_least(1, samples=samples)
     check_least(0, seed=seed)
     check_once("--runs and --baselines", [str(folder.resolve()) for folder in (*runs, *baselines)])
+    told = [[_told(run) for run in group] for group in (runs, baselines)]
+    for folders, group in zip((runs, baselines), told, strict=True):
+        for folder, about in zip(folders, group, strict=True):
+            for name in ("protocol", "label_fraction"):
+                if about.get(name) != group[0].get(name):
+                    raise UserError(
+                        f"{folder}: {name} {about.get(name)} found, and {group[0].get(name)} in {folders[0]}; expected "
+                        "runs that differ in their weights and seeds alone"
+                    )
     groups = [[read_run(run) for run in group] for group in (runs, baselines)]
     check_same_images(dict(zip(map(str, (*runs, *baselines)), groups[0] + groups[1], strict=True)))
     first = groups[0][0]
     ours, theirs = (estimate(group, samples, seed)[first.metric] for group in groups)
     found: dict[str, Any] = {"metric": first.title, "labels": list(first.names)}
     found |= {"images": len(first.sources), "patients": len(set(first.patients))}
-    for name, group in (("runs", ours.describe()), ("baselines", theirs.describe())):
-        found |= {name: group["mean"], f"{name}_sd": group["sd"]}
+    for name, score in (("runs", ours.describe()), ("baselines", theirs.describe())):
+        found |= {name: score["mean"], f"{name}_sd": score["sd"] if score["runs"] > 1 else NOT_SCORED}
+    known = [about.get("data", {}).get("patients_known") for group in told for about in group]
+    found["patients_known"] = False not in known
     return found | difference(ours, theirs)
+
+
+def _told(run: Path) -> dict[str, Any]:
+    """What a run's results say of it; nothing if they are gone."""
+    file = run / "results.json"
+    return dict(read_json(file)) if file.is_file() else {}

@@ -31,6 +31,11 @@ PROTOCOL: dict[str, tuple[Any, str]] = {
     "dataloader_drop_last": (False, _WHOLE),
     "prediction_loss_only": (False, _WHOLE),
     "label_smoothing_factor": (0.0, "the loss is that of the model"),
+    **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), (False, "scores are those of the weights that are saved")),
+    "eval_delay": (0, _EPOCHS),
+    "eval_do_concat_batches": (True, _WHOLE),
+    "train_sampling_strategy": ("random", "every epoch has an order of its own"),  # not in all versions
+    "group_by_length": (False, "all images have one size"),  # in earlier versions
     "resume_from_checkpoint": (None, "an interrupted run starts anew"),
 }
 

@@ -29,7 +29,7 @@ from .data import LabelledImages
 # What a `ProbeTrainer` does not do: argument of the Trainer → the only value that it takes.
 NOT_FOLLOWED: dict[str, Any] = {
     "gradient_accumulation_steps": 1, "max_steps": -1, "bf16": False, "fp16": False, "report_to": [],
-    "eval_delay": 0, "eval_on_start": False, "train_sampling_strategy": "random",
+    "eval_on_start": False,
 }  # fmt: skip
 PLATEAU = "reduce_lr_on_plateau"  # the only schedule that it does not follow either
 
@@ -154,6 +154,11 @@ def prepare_probe(
     return probe, prepare
 
 
+def order_seed(settings: TrainingArguments) -> int:
+    """Seed of the order of images: `data_seed` if the user gives one."""
+    return settings.seed if settings.data_seed is None else settings.data_seed
+
+
 def make_optimizer(
     settings: TrainingArguments, groups: Sequence[dict[str, Any]], total: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -251,13 +256,12 @@ class ProbeTrainer:
 
     def _orders(self, images: int) -> Iterator[Tensor]:
         """Rows of every epoch, in the Trainer's order."""
-        settings = self.settings
         sampler: Any
+        seed = order_seed(self.settings)
         if self.patients is None:
-            seed = settings.seed if settings.data_seed is None else settings.data_seed
             sampler = SeedableRandomSampler(range(images), generator=torch.Generator(), data_seed=seed)
         else:
-            sampler = PatientBalancedSampler(self.patients, settings.seed)
+            sampler = PatientBalancedSampler(self.patients, seed)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             yield torch.tensor(list(sampler))

@@ -12,6 +12,8 @@ from transformers import TrainerState, TrainingArguments
 from mlvicx_hf.common.files import new_file
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.data.cache.cache import Cache
+from mlvicx_hf.encoders.inference import weights_of
+from mlvicx_hf.scoring.labels import NOT_SCORED, mean_scored
 
 from .arguments import EncoderArguments, FinetuningArguments, LabelledDataArguments
 from .data import used_images
@@ -37,6 +39,8 @@ def describe_run(
         split: {"images": len(images), "patients": len(set(images["patient_id"]))}
         for split, images in cache.datasets.items()
     }
+    alone = getattr(encoder, "fast_probe", False)  # then every process does the same
+    processes = 1 if alone else settings.world_size
     best = state.best_global_step
     score = f"eval_{settings.metric_for_best_model}"
     epochs = {int(row["step"]): row["epoch"] for row in state.log_history if score in row}
@@ -48,6 +52,7 @@ def describe_run(
     return {
         "protocol": "frozen" if encoder.freeze_backbone else "finetuned",
         "model": encoder.model,
+        "weights_sha256": weights_of(Path(encoder.model)),  # empty for what is no folder or file of this machine
         "architecture": encoder.architecture,
         "drop_context": encoder.drop_context,
         "label_fraction": data.label_fraction,
@@ -57,7 +62,7 @@ def describe_run(
         "data": {"cache": data.dataset} | about,
         "hyperparameters": {
             "learning_rate": settings.learning_rate,
-            "batch_size": settings.train_batch_size * settings.world_size * settings.gradient_accumulation_steps,
+            "batch_size": settings.train_batch_size * processes * settings.gradient_accumulation_steps,
             "max_epochs": settings.num_train_epochs,
             **{name: getattr(arguments, name) for name in PLAIN_FIELDS},
             "patient_balanced": data.patient_balanced,
@@ -85,7 +90,8 @@ def score_subgroups(images: Any, score: Callable[[np.ndarray], dict[str, Any]]) 
 
     Returns:
         {"view": {"PA": {"images", "patients", …scores}}, …}, without the kinds that have a single group. An image whose
-        group is unknown is in none.
+        group is unknown is in none. `auroc_macro` and `auprc_macro` are means over the labels that can be scored in
+        every group of the kind that has any (`macro_labels`), since means over others cannot be compared.
     """
     patients = np.array(images["patient_id"])
     found: dict[str, Any] = {}
@@ -98,7 +104,18 @@ def score_subgroups(images: Any, score: Callable[[np.ndarray], dict[str, Any]]) 
             rows = np.flatnonzero(names == name)
             counts = {"images": len(rows), "patients": len(set(patients[rows].tolist()))}
             found[kind][name] = counts | score(rows)
+        _share_labels(list(found[kind].values()))
     return found
+
+
+def _share_labels(groups: Sequence[dict[str, Any]]) -> None:
+    """Make the means of classifiers over labels those over the same labels in all groups."""
+    for metric in ("auroc", "auprc"):
+        known = [group[metric] for group in groups if group.get("num_scored_labels")]
+        shared = [name for name in known[0] if NOT_SCORED not in (each[name] for each in known)] if known else []
+        for group in groups if known else ():
+            group["macro_labels"] = shared
+            group[f"{metric}_macro"] = mean_scored(group[metric][name] for name in shared)
 
 
 def _place(name: str) -> tuple[int, str]:

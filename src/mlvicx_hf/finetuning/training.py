@@ -35,7 +35,7 @@ from mlvicx_hf.models.modeling_mlvicx import MLVICXPreTrainedModel
 
 from .arguments import EncoderArguments, FinetuningArguments, LabelledDataArguments
 from .data import select_training, used_images
-from .linear_probe import LinearProbe, make_optimizer
+from .linear_probe import LinearProbe, make_optimizer, order_seed
 from .results import describe_run, score_subgroups
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,8 @@ def trainer_settings(arguments: FinetuningArguments, learning_rate: float, folde
     own["learning_rate"] = learning_rate if arguments.learning_rate is None else arguments.learning_rate
     # Else Accelerate takes the processes that torchrun starts without a GPU for independent runs.
     own["use_cpu"] = arguments.use_cpu or not torch.accelerator.is_available()
-    fixed = {name: value for name, (value, _) in arguments.protocol.items()}
+    known = {each.name for each in fields(TrainingArguments)}
+    fixed = {name: value for name, (value, _) in arguments.protocol.items() if name in known}
     options = {"dataloader_pin_memory": torch.cuda.is_available()} | arguments.trainer_options
     with user_input():
         settings = TrainingArguments(**options | own | fixed | {"output_dir": str(folder)})
@@ -242,7 +243,7 @@ class BalancedTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PatientBalancedSampler:
-        return PatientBalancedSampler(self.patients, self.args.seed)
+        return PatientBalancedSampler(self.patients, order_seed(self.args))
 
 
 def train_with_trainer(

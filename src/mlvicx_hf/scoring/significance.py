@@ -1,5 +1,6 @@
 """Is one classifier better than another? Tests over seeds and of a single pair."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ def paired_tests(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, An
         theirs: scores of another model for the same seeds in the same order.
 
     Returns:
-        `seeds`, `difference` (mean), `t_p`, `wilcoxon_p`; p is 1 if no seed differs. With few seeds the Wilcoxon test
+        `seeds`, `difference` (mean), `t_p`, `wilcoxon_p`; p is 1 if no seed differs, and `t_p` NaN if all differ by the
+        same, which is chance in scores of few images and no proof. With few seeds the Wilcoxon test
         cannot be significant, whatever the scores are: 5 seeds give 0.0625 at least.
 
     Raises:
@@ -32,8 +34,8 @@ def paired_tests(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, An
     found = {"seeds": len(first), "difference": float(differences.mean())}
     if not differences.any():
         return found | {"t_p": 1.0, "wilcoxon_p": 1.0}
-    # If all seeds differ by the same amount, the statistic is infinite.
-    t_p = 0.0 if np.ptp(differences) == 0 else float(stats.ttest_rel(first, second).pvalue)
+    same = np.isclose(np.ptp(differences), 0, atol=1e-12)  # the statistic would be infinite
+    t_p = math.nan if same else float(stats.ttest_rel(first, second).pvalue)
     return found | {"t_p": t_p, "wilcoxon_p": float(stats.wilcoxon(differences).pvalue)}
 
 

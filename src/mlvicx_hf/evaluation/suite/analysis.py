@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from mlvicx_hf.scoring.calibration import COVERAGES, calibration_error, selectiv
 from mlvicx_hf.scoring.labels import NOT_SCORED, mean_scored
 from mlvicx_hf.scoring.significance import delong_test, paired_tests
 
-from ..runs import Predictions, RunResults, check_same_images, read_run
-from ..statistics import Estimate, difference, estimate
+from ..runs import Predictions, RunResults, check_same_images, read_run, scored_everywhere
+from ..statistics import Estimate, defined, difference, estimate
 from .grid import SEARCH, Cell, Suite
 from .paper import paper_results
 from .shortcuts import Audit, read_audits
@@ -128,10 +128,11 @@ def _describe_task(metric: str, runs: Sequence[FinishedCell]) -> dict[str, Any]:
     data = {name: value for name, value in first["data"].items() if name != "used_hash"}
     for run in runs:
         for name, value in data.items():
-            if run.results["data"].get(name) != value:
+            other = run.results["data"].get(name)
+            if other != value and None not in (other, value):  # an earlier version does not say all
                 raise UserError(
-                    f"{run.cell.path} was run with {name} {run.results['data'].get(name)}, other cells of task "
-                    f"{run.cell.task} with {value}; expected one cache"
+                    f"{run.cell.path} was run with {name} {other}, other cells of task {run.cell.task} with {value}; "
+                    "expected one cache"
                 )
     machines = [run.results["hardware"] for run in runs]
     return {
@@ -181,15 +182,20 @@ def _hyperparameters(runs: Sequence[FinishedCell]) -> dict[str, Any]:
 
 
 def _subgroups(setting: SuiteSetting, metric: str) -> dict[str, dict[str, Any]]:
-    """The main metric of each view, sex and age band, where there are two or more."""
+    """The main metric of each view, sex and age band, where there are two or more.
+
+    A mean is over the labels that can be scored in every group (`labels`), since others would make groups differ.
+    """
     predictions = [run.predictions for run in setting.runs]
     found: dict[str, dict[str, Any]] = {}
     for kind, names in predictions[0].groups.items():
         present = sorted(set(names) - {""})
-        for name in present if len(present) > 1 else ():
-            parts = [run.only(np.flatnonzero(names == name)) for run in predictions]
+        rows = {name: np.flatnonzero(names == name) for name in present if len(present) > 1}
+        shared = scored_everywhere(predictions[0].only(chosen).scored(metric) for chosen in rows.values())
+        for name, chosen in rows.items():
+            parts = [run.only(chosen, shared) for run in predictions]
             score = estimate(parts, setting.samples)[metric].describe()
-            counts = {"images": len(parts[0].patients), "patients": len(set(parts[0].patients))}
+            counts = {"images": len(chosen), "patients": len(set(parts[0].patients)), "labels": list(parts[0].names)}
             found.setdefault(kind, {})[name] = counts | score
     return found
 
@@ -262,16 +268,42 @@ def _compare(suite: Suite, settings: Sequence[SuiteSetting]) -> list[dict[str, A
             if ours is None or theirs is None:
                 continue
             metric = suite.metrics[task]
+            runs = len(ours.runs) + len(theirs.runs)
+            ours, theirs = _with_common_runs(ours, theirs)
             row = ours.names | {
                 "baseline": theirs.model,
                 "metric": metric,
                 **difference(ours.estimates[metric], theirs.estimates[metric]),
                 "paired": pair_scores(ours, theirs, metric),
+                "left_out": runs - len(ours.runs) - len(theirs.runs),
             }
             if len(ours.runs) == len(theirs.runs) == 1:
-                row["delong"] = _delong(ours.runs[0].predictions, theirs.runs[0].predictions)
+                known = ours.runs[0].results["data"].get("patients_known") is not False
+                row["delong"] = _delong(ours.runs[0].predictions, theirs.runs[0].predictions) if known else None
             rows.append(row)
     return rows
+
+
+def _with_common_runs(ours: SuiteSetting, theirs: SuiteSetting) -> tuple[SuiteSetting, SuiteSetting]:
+    """Both settings without the runs that have no counterpart, as in a grid that is not finished.
+
+    Counterparts have one seed, and one pretraining if both models have several. Without any, all runs stay.
+    """
+    several = all(len({run.cell.member for run in setting.runs}) > 1 for setting in (ours, theirs))
+
+    def name(run: FinishedCell) -> tuple[int, int]:
+        return (run.cell.member if several else 0, run.cell.seed)
+
+    common = set(map(name, ours.runs)) & set(map(name, theirs.runs))
+    if not common:
+        return ours, theirs
+    first, second = (
+        setting
+        if common.issuperset(map(name, setting.runs))
+        else replace(setting, runs=tuple(run for run in setting.runs if name(run) in common))
+        for setting in (ours, theirs)
+    )
+    return first, second
 
 
 def pair_scores(ours: SuiteSetting, theirs: SuiteSetting, metric: str) -> dict[str, Any] | None:
@@ -288,7 +320,7 @@ def pair_scores(ours: SuiteSetting, theirs: SuiteSetting, metric: str) -> dict[s
             if np.isfinite(values).all():
                 name = {"member": "pretrainings", "seed": "seeds"}[unit]
                 found = paired_tests(*values)
-                return {"unit": name, "pairs": found["seeds"], "t_p": found["t_p"], "wilcoxon_p": found["wilcoxon_p"]}
+                return {"unit": name, "pairs": found["seeds"]} | defined({p: found[p] for p in ("t_p", "wilcoxon_p")})
     return None
 
 

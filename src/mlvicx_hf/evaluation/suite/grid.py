@@ -23,7 +23,7 @@ from mlvicx_hf.data.cache.cache import MANIFEST
 from mlvicx_hf.encoders.external import ADAPTERS, is_external
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, SEGMENTATION_SECTIONS
 from mlvicx_hf.finetuning.linear_probe import NOT_FOLLOWED, PLATEAU
-from mlvicx_hf.recipes import fill_sections
+from mlvicx_hf.recipes import fill_sections, find_recipe, load_recipe
 
 from .paper import paper_tables
 
@@ -99,8 +99,7 @@ class Cell:
     @property
     def arguments(self) -> dict[str, Any]:
         """All arguments of the run, but for the output folder; none if the file of the recipe is gone."""
-        recipe = Path(str(self.options.get("recipe", "")))
-        if recipe.suffix in (".yaml", ".yml") and not recipe.is_file():
+        if not find_recipe(str(self.options.get("recipe", "default")), self.kind).is_file():
             return {}
         filled = fill_sections(TASK_SECTIONS[self.kind], self.flags | {"output_dir": ""}, self.kind)
         return {name: value for section in filled for name, value in vars(section).items() if name != "output_dir"}
@@ -131,10 +130,17 @@ class Cell:
         found |= PROTOCOL_FLAGS[self.protocol]
         if self.kind == "classification" and self.protocol != "finetuned":
             usual = NOT_FOLLOWED | {"cache_features": True, "report_to": "none"}
-            found["fast_probe"] = self.options.get("lr_scheduler_type") != PLATEAU and all(
-                self.options.get(name, value) == value for name, value in usual.items()
+            given = self._recipe | self.options
+            found["fast_probe"] = given.get("lr_scheduler_type") != PLATEAU and all(
+                given.get(name, value) == value for name, value in usual.items()
             )
         return found | self.options
+
+    @property
+    def _recipe(self) -> dict[str, Any]:
+        """Content of the recipe; nothing if its file is gone."""
+        name = str(self.options.get("recipe", "default"))
+        return load_recipe(name, None, self.kind) if find_recipe(name, self.kind).is_file() else {}
 
     def describe(self) -> dict[str, Any]:
         """What is written of the cell, and what a finished cell must have been made with."""

@@ -87,16 +87,25 @@ def compose(report: dict[str, Any]) -> Document:
 
 def _add_data(document: Document, report: dict[str, Any]) -> None:
     document.heading("Data")
-    rows = []
+    rows, unknown = [], []
     for task, about in report["tasks"].items():
         train = ", ".join(f"{100 * float(k):g} %: {v['images']:,}" for k, v in about["train"].items())
-        test = f"{about['test']['images']:,} ({about['test']['patients']:,} patients)"
         data = about["data"]
+        patients = f"{about['test']['patients']:,} patients"
+        if data.get("patients_known") is False:
+            patients = "patients unknown"
+            unknown.append(task)
+        test = f"{about['test']['images']:,} ({patients})"
         made = ", ".join(_commit(commit) for commit in about["commits"])
         collection = data["collection"] + (" (synthetic)" if data["synthetic"] else "")
         hashes = (data[name][:12] for name in ("data_hash", "split_hash"))
         rows.append([task, collection, train, f"{about['validation']['images']:,}", test, *hashes, made])
     document.table(["task", "collection", "train images", "validation", "test", "data", "split", "runs made by"], rows)
+    if unknown:
+        document.paragraph(
+            f"The patients of {', '.join(unknown)} are not known: each image counts as one. A patient may have images "
+            "in two splits, and intervals may be too narrow."
+        )
 
 
 def _add_scores(document: Document, report: dict[str, Any]) -> None:
@@ -127,7 +136,7 @@ def _add_comparisons(document: Document, report: dict[str, Any]) -> None:
         "however large the difference is. There is no correction for the number of comparisons."
     )
     document.picture("differences.png", forest(rows), "Differences of the test score with 95 % intervals")
-    lines = []
+    lines, left_out = [], 0
     for row in rows:
         paired = row["paired"]
         tests = ["–", "–", "–"]
@@ -135,8 +144,11 @@ def _add_comparisons(document: Document, report: dict[str, Any]) -> None:
             tests = [f"{paired['pairs']} {paired['unit']}", _p(paired["t_p"]), _p(paired["wilcoxon_p"])]
         change, low, high = (number(row[name], "+.3f") for name in ("difference", "low", "high"))
         score = MAIN_SCORES.get(row["metric"], row["metric"])
+        left_out += row["left_out"]
         lines.append([_pair(row), score, change, f"{low} to {high}", *tests])
     document.table(["setting", "score", "difference", "95 % interval", "pairs", "t-test p", "Wilcoxon p"], lines)
+    if left_out:
+        document.paragraph(f"Runs without a counterpart of the same seed were left out, {left_out} times.")
     _add_delong(document, rows)
 
 
@@ -258,14 +270,22 @@ def _add_confidence(document: Document, settings: Sequence[dict[str, Any]]) -> N
 
 def _add_subgroups(document: Document, report: dict[str, Any]) -> None:
     lines = [
-        [f"{row['task']}, {_setting(row)}", kind, name, f"{score['images']:,}", f"{score['patients']:,}", _score(score)]
+        [
+            *(f"{row['task']}, {_setting(row)}", kind, name, f"{score['images']:,}", f"{score['patients']:,}"),
+            *(f"{len(score['labels'])} of {len(report['tasks'][row['task']]['labels'])}", _score(score)),
+        ]
         for row in report["settings"]
         for kind, groups in row["subgroups"].items()
         for name, score in groups.items()
     ]
     if lines:
         document.heading("Subgroups")
-        document.table(["task, protocol, labels, model", "by", "group", "images", "patients", "score"], lines)
+        document.paragraph(
+            "The score of a group is the mean over the labels that can be scored in every group of its kind, since "
+            "means over other labels cannot be compared."
+        )
+        head = ["task, protocol, labels, model", "by", "group", "images", "patients", "labels scored", "score"]
+        document.table(head, lines)
 
 
 def _add_shortcuts(document: Document, report: dict[str, Any]) -> None:
@@ -321,8 +341,8 @@ def _score(score: dict[str, Any]) -> str:
     return f"{score['mean']:.3f}{spread} ({score['low']:.3f}–{score['high']:.3f})"
 
 
-def _p(value: float) -> str:
-    return f"{value:.1e}" if value < 0.001 else f"{value:.3f}"
+def _p(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.1e}" if value < 0.001 else f"{value:.3f}"
 
 
 def _commit(commit: str) -> str:

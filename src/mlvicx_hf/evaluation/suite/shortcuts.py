@@ -94,8 +94,15 @@ def probe_shortcuts(
     caches = [cache for cache in caches if {FITTED, ASKED} <= set(cache.datasets)]
     encoder, processor = _encoder(cell, caches[0])
     encoder.to(device)
+    names = [cache.path.name for cache in caches]
+    if len(set(names)) < len(names):
+        names = [str(cache.path) for cache in caches]
     train, test = (
-        [_encode(encoder, processor, cache, split, store, device) for cache in caches] for split in (FITTED, ASKED)
+        [
+            _encode(encoder, processor, cache, name, split, store, device)
+            for cache, name in zip(caches, names, strict=True)
+        ]
+        for split in (FITTED, ASKED)
     )
     groups = [([number], kind) for kind in ("view", "sex") for number in range(len(caches))]
     groups += [(list(range(len(caches))), "source")] if len(caches) > 1 and not _share_images(caches) else []
@@ -103,10 +110,10 @@ def probe_shortcuts(
     for numbers, kind in groups:
         if kind in kinds:
             row = _tell(_joined([train[i] for i in numbers]), _joined([test[i] for i in numbers]), kind)
-            data = ", ".join(caches[number].path.name for number in numbers)
+            data = ", ".join(names[number] for number in numbers)
             found += [{"kind": kind, "data": data} | row] if row else []
     if SEARCH in kinds:
-        labelled = (parts for parts in zip(train, test, caches, strict=True) if parts[2].label_names)
+        labelled = (parts for parts in zip(train, test, caches, names, strict=True) if parts[2].label_names)
         found += [_search(*parts) for parts in labelled]
     return found
 
@@ -125,14 +132,20 @@ class Encoded(NamedTuple):
 
 
 def _encode(
-    encoder: Any, processor: MLVICXImageProcessor, cache: Cache, split: str, store: FeatureStore, device: torch.device
+    encoder: Any,
+    processor: MLVICXImageProcessor,
+    cache: Cache,
+    name: str,
+    split: str,
+    store: FeatureStore,
+    device: torch.device,
 ) -> Encoded:
     images = cache.datasets[split]
     processor = copy.copy(processor)  # squares of another size are shrunk in another way
     processor.prepared_size, processor.fit = cache.square
     rows = LabelledImages(images, processor, exclusive=False, digest=cache.digest)
     about = pd.DataFrame({"view": images["view"][:], "sex": images["sex"][:]}, dtype=object)
-    about["source"] = cache.path.name
+    about["source"] = name
     about["patient"] = [f"{cache.path} {patient}" for patient in images["patient_id"]]
     about["labels"] = images["labels"][:]
     return Encoded(store.encode(encoder, rows, BATCH_SIZE, device)["features"], about)
@@ -153,7 +166,7 @@ def _encoder(cell: Cell, cache: Cache) -> tuple[Any, MLVICXImageProcessor]:
     return model.mlvicx, processor
 
 
-def _search(train: Encoded, test: Encoded, cache: Cache) -> dict[str, Any]:
+def _search(train: Encoded, test: Encoded, cache: Cache, name: str) -> dict[str, Any]:
     """Precision among the nearest training images of the test images with a finding, by cosine of the features.
 
     Returns:
@@ -166,7 +179,7 @@ def _search(train: Encoded, test: Encoded, cache: Cache) -> dict[str, Any]:
     units = nn.functional.normalize(train.features, dim=1)
     scores = precision_of_neighbours(units, known, test.features, wanted, (groups[0], groups[1]))
     labels = dict(zip(cache.label_names, scores, strict=True))
-    return {"kind": SEARCH, "data": cache.path.name, "labels": labels} | mean_precision(scores)
+    return {"kind": SEARCH, "data": name, "labels": labels} | mean_precision(scores)
 
 
 def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:

@@ -234,7 +234,7 @@ def calibration_table(own: Result) -> str:
 
 def _subgroup_table(rows: Sequence[Setting], kind: str, task: ScoreNames) -> str:
     """Scores of the parts of the test split, of the runs that have them."""
-    lines = []
+    lines, shared = [], dict[str, None]()
     for row in rows:
         known = [result for result in row.results if kind in result.subgroups]
         part = replace(row, results=tuple(known))
@@ -242,7 +242,9 @@ def _subgroup_table(rows: Sequence[Setting], kind: str, task: ScoreNames) -> str
             groups = [result.subgroups[kind][name] for result in known if name in result.subgroups[kind]]
             counts = [_range([group[what] for group in groups]) for what in ("images", "patients")]
             lines.append([name, row.name, part.list_seeds(), *counts, _mean([group[task.main] for group in groups])])
-    return markdown_table([kind, "encoder, training", "seeds", "images", "patients", task.scores[task.main]], lines)
+            shared |= {", ".join(group["macro_labels"]): None for group in groups if "macro_labels" in group}
+    table = markdown_table([kind, "encoder, training", "seeds", "images", "patients", task.scores[task.main]], lines)
+    return table + "".join(f"\n\nMean over what every group can score: {labels or 'nothing'}." for labels in shared)
 
 
 def evaluation_results(tables: Sequence[Table], repo_id: str) -> list[EvalResult]:
