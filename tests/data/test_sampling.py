@@ -16,6 +16,7 @@ from mlvicx_hf.data.reading.sampling import (
     EpochBatches,
     PatientBalancedSampler,
     choose_views,
+    image_of,
     patient_balanced_order,
 )
 
@@ -83,8 +84,11 @@ def test_batches_of_two_processes_share_the_balanced_order(patients: list[str], 
     for part in parts:
         part.start_at(epoch, 1)
     order = patient_balanced_order(patients, stream_generator(7, epoch, RandomStream.ORDER))
-    found = [one + other for one, other in zip(*parts, strict=True)]
+    samples = [one + other for one, other in zip(*parts, strict=True)]
+    found = [[image_of(sample) for sample in batch] for batch in samples]
     assert found == [order[start : start + 4].tolist() for start in range(4, len(patients) - 3, 4)]
+    before = [(np.flatnonzero(order[:place] == image).size << 56) + image for place, image in enumerate(order.tolist())]
+    assert samples == [before[start : start + 4] for start in range(4, len(patients) - 3, 4)]
 
 
 def test_views(tmp_path: Path):

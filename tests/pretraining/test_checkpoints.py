@@ -13,6 +13,7 @@ import pytest
 import torch
 from runs import interrupted, pretrain, start
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.pretraining.checkpoints import Checkpoints, DamagedCheckpointError, verify_checkpoint
 from mlvicx_hf.pretraining.loop import train
 
@@ -269,6 +270,26 @@ def test_the_best_checkpoint_of_a_run_is_kept(cache: Path, unfinished: Path):
     assert resumed.checkpoints.mark_best(0.8, 6)
     train(resumed)
     assert [path.name for path in resumed.checkpoints.paths()] == ["checkpoint-6", "checkpoint-10"]
+
+
+def test_a_kill_before_the_note_of_the_best_one_does_not_lose_it(cache: Path, unfinished: Path):
+    """The probe's score is in the metrics, and the checkpoint is whole."""
+    resumed = start(cache, unfinished, "--resume", "--checkpoint_steps", 1, "--save_total_limit", 1)
+    resumed_at = resumed.step
+    metrics = unfinished / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()[:-1]]  # the last one was cut by the kill
+    scored = [row | ({"probe_linear_auroc": 0.9} if row["step"] == resumed.step else {}) for row in rows]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in scored))
+    train(resumed)
+    assert [path.name for path in resumed.checkpoints.paths()] == [f"checkpoint-{resumed_at}", "checkpoint-10"]
+    assert json.loads((unfinished / "best.json").read_text()) == {"step": resumed_at, "score": 0.9}
+
+
+def test_a_whole_checkpoint_of_another_process_is_not_set_aside(tmp_path: Path):
+    checkpoints = save(tmp_path, 500, 700)
+    with pytest.raises(UserError, match=r"checkpoint-700 found, which another process has written since .* step 500"):
+        checkpoints.begin(500)
+    assert names(tmp_path) == ["checkpoint-500", "checkpoint-700"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from mlvicx_hf import MLVICXForPreTraining, MLVICXModel
 from mlvicx_hf.commands.pretrain import parse_pretraining
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
-from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages
+from mlvicx_hf.data.reading.sampling import EpochBatches, PretrainingImages, image_of
 from mlvicx_hf.pretraining.arguments import ModelArguments, PretrainingArguments
 from mlvicx_hf.pretraining.checkpoints import Checkpoints
 from mlvicx_hf.pretraining.curves import plot_curves
@@ -274,6 +274,12 @@ def test_start_from_an_encoder_alone(tmp_path: Path):
     assert model(*torch.randn(2, 4, 1, 32, 32)).loss.isfinite()
 
 
+def test_a_deeper_earlier_model_is_not_cut(tmp_path: Path):
+    MLVICXForPreTraining(tiny_config(backbone="resnet34")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"holds 96 weights that this encoder lacks, .*expected weights of a resnet18"):
+        create_model(replace(TINY, init_from=str(tmp_path), backbone="resnet18"))
+
+
 @pytest.mark.parametrize(
     "change",
     [{"backbone": "resnet10t"}, {"num_channels": 3}, {"context_reduction": 2}],
@@ -382,6 +388,58 @@ def test_what_made_a_run_is_written_down(finished: Path, cache: Path):
     assert run["num_processes"] == 1
     assert run["synthetic"] is False
     assert run["code"]["torch"] == torch.__version__
+
+
+def test_a_resumed_run_keeps_who_made_its_parts(finished: Path, cache: Path, tmp_path: Path):
+    output = interrupted(finished, tmp_path / "run", 5)
+    file = output / "run.json"
+    first = json.loads((finished / "run.json").read_text())
+    assert "earlier" not in first
+    other = {"mlvicx_hf": "0.1.0", "commit": "1" * 40}
+    file.write_text(json.dumps(first | {"code": other}))
+    pretrain(cache, output, "--resume", "--checkpoint_steps", 1, "--save_total_limit", 20)
+    found = json.loads(file.read_text())
+    assert found["earlier"] == [{"until_step": 5, "code": other, "hardware": first["hardware"]}]
+    assert found["code"] == first["code"]
+    pretrain(cache, output, "--resume", "--checkpoint_steps", 1, "--save_total_limit", 20)
+    assert json.loads(file.read_text())["earlier"] == found["earlier"]
+
+
+def test_arguments_that_wait_for_another_one_are_named(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = [
+        "--optimizer",
+        "adamw",
+        "--momentum",
+        0.5,
+        "--shuffle_buffer",
+        7,
+        "--image_size",
+        48,
+        "--use_context",
+        "false",
+    ]
+    words += ["--torch_compile_mode", "max-autotune", "--context_gain", 2]
+    pretrain(cache, tmp_path / "run", *words)
+    said = capsys.readouterr().out
+    for note in (
+        "momentum: without effect, since it needs optimizer lars or sgd",
+        "shuffle_buffer: without effect, since it needs streaming",
+        "torch_compile_mode: without effect, since it needs torch_compile",
+        "context_gain: without effect, since it needs use_context",
+        "views of 48 px are made of squares of 32 px: none is sharp",
+    ):
+        assert note in said
+
+
+def test_memory_that_a_step_exceeds_is_an_error_with_a_way_out(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def estimate(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mlvicx_hf.pretraining.memory.Trial.estimate", estimate)
+    with pytest.raises(UserError, match=r"batch_size=8 in 1 micro-batch.*, or find_batch_size: CUDA out of memory"):
+        start(cache, tmp_path / "run")
 
 
 def test_checkpoints_are_limited_and_whole(finished: Path):
@@ -713,7 +771,7 @@ def test_lateral_images_are_left_out_and_counted(mixed: Path, tmp_path: Path, ca
 def test_patients_are_drawn_equally_often(mixed: Path, tmp_path: Path):
     run = start(mixed, tmp_path / "run", "--patient_balanced")
     patients = load_cache(mixed).datasets["train"].filter(lambda row: row["view"] == "PA")["patient_id"]
-    drawn = [patients[index] for batch in run.batches for index in batch]
+    drawn = [patients[image_of(sample)] for batch in run.batches for sample in batch]
     assert len(drawn) == 32
     assert 1 <= drawn.count("many") <= 2  # of 16 images, and 17 patients
     train(run)
@@ -723,6 +781,16 @@ def test_patients_are_drawn_equally_often(mixed: Path, tmp_path: Path):
         .ne(weights(tmp_path / "run")["mlvicx.backbone.conv1.0.weight"])
         .any()
     )
+
+
+def test_an_image_that_an_epoch_has_twice_gets_other_views(tmp_path: Path):
+    """One patient has all images but one, which comes as often as all the others together."""
+    rows = [{"patient_id": "alone" if i == 0 else "many", "split": "train", "_draw": {"disc": True}} for i in range(16)]
+    run = start(make_cache(tmp_path, rows), tmp_path / "run", "--patient_balanced", "--positives", "same_patient")
+    warps = torch.cat([batch.plans[0].warp for batch in run.loader])
+    alone = [place for place, sample in enumerate(chain(*run.batches)) if image_of(sample) == 0]
+    assert len(alone) == 8
+    assert len(warps[alone].unique(dim=0)) == 8
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

@@ -148,6 +148,7 @@ def load_timm_weights(encoder: MLVICXModel, source: str) -> str:
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: weights that cannot be fetched.
         UserError: weights for another backbone.
     """
     if source.endswith(WEIGHT_FILES):
@@ -157,7 +158,14 @@ def load_timm_weights(encoder: MLVICXModel, source: str) -> str:
         return load_backbone(encoder, read_weights(Path(source)), source)
     config: Any = copy.copy(encoder.config)
     config.backbone = _timm_name(config, source)
-    encoder.backbone.load_state_dict(create_backbone(config, pretrained=True).state_dict())
+    try:
+        pretrained = create_backbone(config, pretrained=True)
+    except OSError as error:
+        raise OSError(
+            f"{source}: timm's weights of {config.backbone} are neither here nor to be fetched from the Hub: {error} "
+            "Without internet, bring a file of them, and start from what `mlvicx convert` makes of it"
+        ) from error
+    encoder.backbone.load_state_dict(pretrained.state_dict())
     return f"started from timm's {config.backbone}"
 
 

@@ -114,8 +114,9 @@ class PCRLv2Objective(Objective):
         size = tuple(target.shape[2:])
         enlarged = F.interpolate(small, size, mode="bilinear", align_corners=False)
         made["errors"] = squared_error(restored, target)
-        # Every process must give each weight a gradient, also those of the scales that were not drawn: then it is 0.
-        idle = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0
+        # Every process must give each weight a gradient, also the heads of scales that were not drawn: then it is 0.
+        heads = (self.norms, self.predictors, self.scale_restorations)
+        idle = torch.stack([p.sum() for head in heads for p in head.parameters()]).sum() * 0
         made["scale_errors"] = squared_error(enlarged, target) + idle
         if self.options.local_views:
             made["local_agreements"] = self._local_disagreement(one, two, extras[1])

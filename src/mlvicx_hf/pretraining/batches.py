@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mlvicx_hf.common.machine import begin_worker
-from mlvicx_hf.data.reading.sampling import EpochBatches, PatientPartners, PretrainingImages
+from mlvicx_hf.data.reading.sampling import EpochBatches, PatientPartners, PretrainingImages, image_of
 from mlvicx_hf.data.reading.streaming import StreamBatches
 
 from .view_sets import MorePlans, ViewSet
@@ -59,10 +59,11 @@ class _Numbered(Dataset[tuple[int, Tensor, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, int]:
         epoch, sample = key
-        image, _ = self.images[sample]
+        own = image_of(sample)
+        image, _ = self.images[own]
         if self.partners is not None:
             partner = self.partners(epoch, sample)
-            image = torch.cat([image, image if partner == sample else self.images[partner][0]])
+            image = torch.cat([image, image if partner == own else self.images[partner][0]])
         return epoch, image, sample
 
 

@@ -50,7 +50,8 @@ class Checkpoint:
         """
         if changed := _differences(self.fixed, fixed):
             raise UserError(f"{self.path} belongs to another run: {changed}")
-        if changed := _differences(self.machine, machine):
+        # An earlier version does not tell all of the machine.
+        if changed := _differences(self.machine, {k: v for k, v in machine.items() if k in self.machine}):
             logger.warning("the bits may differ from those of a run that was not interrupted: %s", changed)
 
 
@@ -128,11 +129,21 @@ class Checkpoints:
         return None
 
     def begin(self, step: int) -> None:
-        """Before a run goes on from a step, remove what kills left and set newer checkpoints aside: damaged ones."""
+        """Before a run goes on from a step, remove what kills left and set newer checkpoints aside: damaged ones.
+
+        Raises:
+            UserError: one is whole. Another process has written it since this one chose the step.
+        """
         for left in self.folder.glob(".checkpoint-*"):  # folders, and the locks of folders
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         for path in self.paths():
             if _step(path) > step:
+                with suppress(DamagedCheckpointError):
+                    verify_checkpoint(path)
+                    raise UserError(
+                        f"{path} found, which another process has written since this one chose step {step}; expected "
+                        "to go on from there: give the same command again"
+                    )
                 self.set_aside(path, "damaged")
         self._drop_oldest()
 

@@ -105,6 +105,12 @@ def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, sour
         _check_gates(source, model.config)  # in which the backbone has said where its gates are
     elif left:
         start += f", without its context bottlenecks ({len(left)} weights)"
+    larger = [key for key in report["unexpected_keys"] if ".backbone." in f".{key}"]
+    if larger:
+        raise UserError(
+            f"init_from={source} holds {len(larger)} weights that this encoder lacks, such as {larger[0]}; expected "
+            f"weights of a {config.backbone}, or another --backbone"
+        )
     if lacking:
         raise UserError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
     differing = sorted(str(row[0]) for row in report["mismatched_keys"])

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlvicx_hf.common.errors import MissingExtraError
-from mlvicx_hf.common.files import new_file, write_json
+from mlvicx_hf.common.files import new_file, read_json, write_json
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.objectives.base import LossOutput
 
@@ -26,6 +28,8 @@ from .run import METRICS_FILE, Run
 
 logger = logging.getLogger(__name__)
 
+RUN_FILE = "run.json"
+SCORE = "probe_linear_auroc"  # in metrics, which chooses the best checkpoint
 TIMED_STEPS = 4  # the estimate uses these steps, after a first one that is slow
 
 
@@ -49,8 +53,9 @@ class Reporter:
         run, arguments = self.run, self.run.arguments
         if self.main:
             run.output.mkdir(parents=True, exist_ok=True)
+            self._mark_best()
             run.checkpoints.begin(run.step)
-            write_json(run.output / "run.json", run.settings.description())
+            write_json(run.output / RUN_FILE, self._describe())
             keep_metrics_before(self.metrics, run.step)
             if self.watcher is not None:
                 self.watcher.resume(self.metrics)
@@ -71,6 +76,24 @@ class Reporter:
         if arguments.report_to != "none":
             run.accelerator.init_trackers("mlvicx", config=run.settings.for_tracker())
 
+    def _mark_best(self) -> None:
+        """Do what a kill may have prevented after the checkpoint that the run goes on from."""
+        for line in _lines(self.metrics):
+            if line["step"] == self.run.step > 0 and SCORE in line:
+                self.run.checkpoints.mark_best(line[SCORE], self.run.step)
+
+    def _describe(self) -> dict[str, Any]:
+        """The description of the run, with the code and the machine of its parts before this one (`earlier`)."""
+        described, file = self.run.settings.description(), self.run.output / RUN_FILE
+        if self.run.step == 0 or not file.is_file():
+            return described
+        before = read_json(file)
+        parts = list(before.get("earlier", []))
+        part = {name: before.get(name) for name in ("code", "hardware")}
+        if part != {name: described[name] for name in part}:
+            parts.append({"until_step": self.run.step} | part)
+        return described | ({"earlier": parts} if parts else {})
+
     def step_done(self, output: LossOutput, view: Tensor, rate: float, epoch: int) -> float | None:
         """Report a step with the first view of its images; return the score of the linear probe, where one was due."""
         run, arguments = self.run, self.run.arguments
@@ -89,7 +112,7 @@ class Reporter:
             images = run.step * arguments.batch_size
             self._write({"step": run.step, "epoch": epoch, "learning_rate": rate, "images": images} | scalars)
         self._estimate()
-        return probe.get("probe_linear_auroc")
+        return probe.get(SCORE)
 
     def _write(self, line: dict[str, float]) -> None:
         self.bar.set_postfix(epoch=int(line["epoch"]) + 1, loss=f"{line['loss']:.2f}", refresh=False)
@@ -131,11 +154,13 @@ class Reporter:
 
 def keep_metrics_before(path: Path, step: int) -> None:
     """Drop the lines of `metrics.jsonl`, if there is one, that a killed run wrote after the checkpoint of a step."""
-    kept = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            kept += [text] if json.loads(text)["step"] <= step else []
-        except json.JSONDecodeError:  # the line that was being written at the kill
-            continue
+    kept = [line for line in _lines(path) if line["step"] <= step]
     with new_file(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, if there is one."""
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # the line that was being written at a kill
+            yield json.loads(text)

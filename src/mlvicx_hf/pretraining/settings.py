@@ -67,6 +67,8 @@ class RunSettings:
     def fixed(self) -> dict[str, Any]:
         """What must be the same in a resumed run, as "section.name"."""
         order = {"data.stream_order": STREAM_ORDER} if self.data.streaming else {}
+        if self.data.patient_balanced and not self.data.streaming:
+            order["data.repeated_images"] = "get other views"
         sections = self._sections().items()
         return order | {f"{s}.{k}": v for s, values in sections for k, v in values.items() if k not in _FREE}
 
@@ -78,6 +80,7 @@ class RunSettings:
             "hardware": self.hardware["name"],
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "torch": torch.__version__,
+            "commit": code_version()["commit"],
             "torch_compile": self.training.torch_compile_mode if self.training.torch_compile else False,
         }
 
@@ -98,6 +101,8 @@ class RunSettings:
 def of_early_checkpoints(fixed: dict[str, Any], machine: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Bring what is fixed and the machine of a checkpoint of an early version to today's form."""
     fixed = BEFORE | fixed
+    if fixed.get("data.patient_balanced") and not fixed.get("data.streaming"):
+        fixed.setdefault("data.repeated_images", "got the same views")
     if "run.num_processes" in fixed:
         machine = machine | {"processes": fixed.pop("run.num_processes")}
         if fixed.get("data.streaming"):

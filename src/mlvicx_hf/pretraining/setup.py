@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,9 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         return make_views(planner.plan(0, images, np.arange(count)))
 
     steps = schedule.total_steps - (0 if checkpoint is None else checkpoint.step)
-    notes = list(objective.notes)
+    notes = [*objective.notes, *_without_effect(model_arguments, data_arguments, arguments)]
+    if model_arguments.image_size > data.side:
+        notes.append(f"views of {model_arguments.image_size} px are made of squares of {data.side} px: none is sharp")
     if steps:
         trial = Trial(accelerator, objective, views_of_noise, data.batches.share, BUFFERS[arguments.optimizer])
         settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
@@ -159,6 +161,23 @@ def _check_reached(unreached: list[str]) -> None:
         )
 
 
+def _without_effect(model: ModelArguments, data: DataArguments, arguments: PretrainingArguments) -> list[str]:
+    """Say which arguments that differ from their defaults wait for another one, and so change nothing."""
+    waiting = (
+        (model, ("context_reduction", "context_gain", "context_init_scale"), "use_context", model.use_context),
+        (arguments, ("momentum",), "optimizer lars or sgd", arguments.optimizer != "adamw"),
+        (arguments, ("trust_coefficient",), "optimizer lars", arguments.optimizer == "lars"),
+        (arguments, ("torch_compile_mode",), "torch_compile", arguments.torch_compile),
+        (data, ("shuffle_buffer", "cache_size"), "streaming", data.streaming),
+    )
+    notes = []
+    for section, names, needed, given in waiting:
+        usual = {each.name: each.default for each in fields(section)}
+        if found := [name for name in names if not given and getattr(section, name) != usual[name]]:
+            notes.append(f"{', '.join(found)}: without effect, since it needs {needed}")
+    return notes
+
+
 def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> None:
     output = Path(arguments.output_dir)
     if not arguments.resume and output.is_dir() and any(output.iterdir()):
@@ -230,7 +249,14 @@ def _fit(trial: Trial, settings: RunSettings, steps: int, resumed: bool) -> tupl
             settings = settings.with_micro_batches(trial.find(arguments.gradient_accumulation_steps))
         notes.append(trial.describe_choice(settings.training.gradient_accumulation_steps))
     timed = not arguments.torch_compile  # timing would compile for other shapes as well
-    estimate = trial.estimate(settings.training.gradient_accumulation_steps, timed)
+    steps_each = settings.training.gradient_accumulation_steps
+    try:
+        estimate = trial.estimate(steps_each, timed)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"batch_size={arguments.batch_size} in {steps_each} micro-batch(es) a process found, which the memory of "
+            f"the device does not hold; expected more gradient_accumulation_steps, or find_batch_size: {error}"
+        ) from error
     return settings, [*notes, f"expected: {estimate.describe(steps)}"]
 
 

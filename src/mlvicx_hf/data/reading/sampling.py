@@ -13,6 +13,7 @@ from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.streams import RandomStream, stream_generator
 
 from ..options import check_choice
+from .lanes import PLACE_BITS
 
 VIEW_CHOICES = ("frontal", "all")  # for pretraining; "frontal" leaves out images known to be lateral
 LATERAL = "LATERAL"
@@ -30,6 +31,11 @@ class PretrainingImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image: Image.Image = self.images[index]["image"]
         return torch.from_numpy(np.array(image, dtype=np.uint8))[None], index
+
+
+def image_of(sample: int) -> int:
+    """The index of a sample's image: its number without the bits for how often the epoch had the image before."""
+    return sample % 2**PLACE_BITS
 
 
 class PatientPartners:
@@ -56,10 +62,11 @@ class PatientPartners:
         return sum(len(rows) for rows in self.rows.values() if len(rows) > 1) / max(1, len(self.groups))
 
     def __call__(self, epoch: int, sample: int) -> int:
-        """The partner of an image in an epoch, counted from 0."""
-        others = [row for row in self.rows[self.groups[sample]] if row != sample]
+        """The partner of an image in an epoch, counted from 0; see `image_of`."""
+        image = image_of(sample)
+        others = [row for row in self.rows[self.groups[image]] if row != image]
         if not others:
-            return sample
+            return image
         return others[stream_generator(self.seed, epoch, RandomStream.PARTNERS, sample).integers(len(others))]
 
 
@@ -118,6 +125,14 @@ def patient_balanced_order(patients: Sequence[str], rng: np.random.Generator) ->
     order = np.empty(total, np.int64)
     order[by_patient] = image[_starts(needed)[turns[by_patient]] + number]
     return order
+
+
+def _times_before(order: np.ndarray) -> np.ndarray:
+    """How often each of N numbers stands before its place, [N]."""
+    counts = np.bincount(order)
+    found = np.empty_like(order)
+    found[np.argsort(order, kind="stable")] = np.arange(len(order)) - np.repeat(_starts(counts), counts)
+    return found
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
@@ -185,7 +200,8 @@ class EpochBatches(GlobalBatches, Sampler[list[int]]):
     """Gives the indices of every batch of an epoch, in an order that (seed, epoch) determines.
 
     In every epoch other images are left out of the last batch. With `patients`, the patient of each image, draw all
-    patients equally often; without them draw every image once. For all else see `GlobalBatches`.
+    patients equally often, and give numbers of samples, see `image_of`; without them draw every image once. For all
+    else see `GlobalBatches`.
     """
 
     def __init__(
@@ -206,6 +222,7 @@ class EpochBatches(GlobalBatches, Sampler[list[int]]):
             order = rng.permutation(self.num_images)
         else:
             order = patient_balanced_order(self.patients, rng)
+            order += _times_before(order) << PLACE_BITS  # an image that comes again gets other views
         for step in range(self.first_step, len(self)):
             start = step * self.batch_size + self.rank * self.share
             yield order[start : start + self.share].tolist()
