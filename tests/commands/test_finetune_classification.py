@@ -42,6 +42,11 @@ def test_the_command(model: Path, tmp_path: Path):
     assert printed["stripes"] == f"{results['test']['auroc']['stripes']:.4f}"
     assert printed["Mass"] == results["test"]["auroc"]["Mass"] == "n/a"
     assert "{'" not in done.stdout + done.stderr  # no dictionaries of the Trainer
+    assert "LOAD REPORT" not in done.stderr  # that the head is new is no news
+    predicted = mlvicx(
+        "predict", "--model", output, "--input", tmp_path / "cache-images", "--output", tmp_path / "p.csv"
+    )
+    assert "no finding is calibrated: validation knew too few" in predicted.stdout
     again = mlvicx("classify", *words)
     assert_users_error(again, "is there already; expected a new or an empty")
 

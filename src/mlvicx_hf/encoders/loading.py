@@ -1,5 +1,6 @@
 """Load models by the name or folder that a user gives."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,18 @@ def looking_for(source: str | Path) -> Iterator[None]:
         if Path(source).exists() or str(error).startswith(str(source)):
             raise
         raise OSError(f"{source}: not found here, nor on the Hub: {error}") from error
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Silence transformers' table of weights that are new, as those of a head always are: the caller looks itself."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def saved_class(source: str | Path) -> type[MLVICXPreTrainedModel]:

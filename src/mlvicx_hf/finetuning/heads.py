@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.files import write_json
 from mlvicx_hf.encoders.external import ExternalEncoder, adapt, is_external
-from mlvicx_hf.encoders.loading import check_source, looking_for
+from mlvicx_hf.encoders.loading import check_source, looking_for, without_report
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights, starting_processor
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
@@ -105,7 +105,7 @@ def _load_own(
         started: Any = model_class(config)
         load_timm_weights(started.base_model, arguments.model)
         return started, processor
-    with user_input():
+    with user_input(), without_report():
         loaded: Any = model_class.from_pretrained(
             arguments.model, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from mlvicx_hf.common.errors import UserError, user_input
-from mlvicx_hf.encoders.loading import check_source
+from mlvicx_hf.encoders.loading import check_source, without_report
 from mlvicx_hf.encoders.weights import is_timm_source, load_timm_weights
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.layers_mlvicx import keep_shift
@@ -85,13 +85,14 @@ def create_objective(arguments: ModelArguments) -> Objective:
 
 def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, source: str) -> tuple[PreTrainedModel, str]:
     """A model with the weights of an earlier one, which must hold all of the encoder but gates, and what is new."""
-    loaded: Any = model_class.from_pretrained(
-        check_source(source),
-        config=config,
-        dtype=torch.float32,  # some are saved in half precision
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    with without_report():
+        loaded: Any = model_class.from_pretrained(
+            check_source(source),
+            config=config,
+            dtype=torch.float32,  # some are saved in half precision
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     model, report = loaded
     encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
     lacking = sorted(key for key in report["missing_keys"] if key.startswith(encoder))

@@ -179,7 +179,9 @@ class GlobalBatches:
 
     def __init__(self, num_images: int, batch_size: int, seed: int, rank: int, num_processes: int) -> None:
         if batch_size > num_images:
-            raise UserError(f"batch_size={batch_size} found; expected at most {num_images}, the images there are")
+            raise UserError(
+                f"batch_size={batch_size} found; expected at most {num_images}, as many images as there are"
+            )
         if batch_size % num_processes:
             raise UserError(f"batch_size={batch_size} found; expected a multiple of the {num_processes} processes")
         if batch_size < 2:
