@@ -28,7 +28,7 @@ from .run import METRICS_FILE, Run
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
+RUN_RECORD = "run.json"
 SCORE = "probe_linear_auroc"  # in metrics, which chooses the best checkpoint
 TIMED_STEPS = 4  # the estimate uses these steps, after a first one that is slow
 
@@ -55,7 +55,7 @@ class Reporter:
             run.output.mkdir(parents=True, exist_ok=True)
             self._mark_best()
             run.checkpoints.begin(run.step)
-            write_json(run.output / RUN_FILE, self._describe())
+            write_json(run.output / RUN_RECORD, self._describe())
             keep_metrics_before(self.metrics, run.step)
             if self.watcher is not None:
                 self.watcher.resume(self.metrics)
@@ -84,7 +84,7 @@ class Reporter:
 
     def _describe(self) -> dict[str, Any]:
         """The description of the run, with the code and the machine of its parts before this one (`earlier`)."""
-        described, file = self.run.settings.description(), self.run.output / RUN_FILE
+        described, file = self.run.settings.description(), self.run.output / RUN_RECORD
         if self.run.step == 0 or not file.is_file():
             return described
         before = read_json(file)
