@@ -176,6 +176,13 @@ def test_groups_are_scored_on_the_same_labels(suite: Path, output: Path, tmp_pat
         expected = roc_auc_score(rows["label:disc"], rows["probability:disc"])
         assert found[sex]["mean"] == pytest.approx(expected)
         assert found[sex]["labels"] == ["disc"]
+    men = table["sex"] == "M"
+    table.loc[men, "label:disc"], table.loc[men, "label:stripes"] = 0, np.arange(men.sum()) % 2  # nothing is shared
+    table.to_csv(file, index=False)
+    report = analyse(planned, cells, tmp_path, samples=50)
+    found = report["settings"][0]["subgroups"]["sex"]
+    assert [(found[sex]["mean"], found[sex]["labels"]) for sex in "FM"] == [("n/a", [])] * 2
+    assert "| sex | F | " in compose(report).to_markdown()
 
 
 def test_subgroups_calibration_decisions_and_shortcuts(report: dict[str, Any], output: Path):

@@ -2,7 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -126,10 +126,10 @@ class Overlaps(RunResults):
         return found
 
 
-def scored_everywhere(groups: Iterable[np.ndarray]) -> np.ndarray | None:
-    """Of which labels a score can be computed in every group that has any, from bool [L] of each; None without one."""
-    known = [scored for scored in groups if scored.any()]
-    return np.array(np.stack(known).all(0)) if known else None
+def scored_everywhere(groups: Sequence[np.ndarray]) -> np.ndarray:
+    """Of which labels a score can be computed in every group that has any, from bool [L] of each."""
+    known = [scored for scored in groups if scored.any()] or groups
+    return np.array(np.stack(known).all(0))
 
 
 def _mean_of_scored(values: Sequence[np.ndarray], scored: np.ndarray) -> np.ndarray:

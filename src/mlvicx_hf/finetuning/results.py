@@ -110,11 +110,13 @@ def score_subgroups(images: Any, score: Callable[[np.ndarray], dict[str, Any]]) 
 
 def _share_labels(groups: Sequence[dict[str, Any]]) -> None:
     """Make the means of classifiers over labels those over the same labels in all groups."""
-    for metric in ("auroc", "auprc"):
-        known = [group[metric] for group in groups if group.get("num_scored_labels")]
-        shared = [name for name in known[0] if NOT_SCORED not in (each[name] for each in known)] if known else []
-        for group in groups if known else ():
-            group["macro_labels"] = shared
+    known = [group["auroc"] for group in groups if group.get("num_scored_labels")]
+    if not known:
+        return
+    shared = [name for name in known[0] if NOT_SCORED not in (scores[name] for scores in known)]
+    for group in groups:
+        group["macro_labels"] = shared
+        for metric in ("auroc", "auprc"):
             group[f"{metric}_macro"] = mean_scored(group[metric][name] for name in shared)
 
 

@@ -111,11 +111,11 @@ def _lone_column(table: Path, columns: Columns, explicit: Sequence[str] | None) 
             return None if all(_is_flag(cell) and "," not in cell for cell in cells) else lone
         known = [cell for cell in cells if not is_unknown(cell)]
         return lone if known and not any(_is_flag(cell) or is_number(cell) for cell in known) else None
-    if all(name in columns for name in LONE_COLUMNS):
-        raise UserError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
     # An empty column, as of an annotation that never began, must not hide columns of findings.
-    filled = (name for name in LONE_COLUMNS if not all(map(is_unknown, columns.get(name, ()))))
-    return next(filled, None)
+    filled = [name for name in LONE_COLUMNS if not all(map(is_unknown, columns.get(name, ())))]
+    if len(filled) > 1:
+        raise UserError(f"{table}: columns label and labels found; expected one of them (or --label_columns)")
+    return filled[0] if filled else None
 
 
 def _is_flag(text: str) -> bool:

@@ -269,9 +269,8 @@ def _load(data: bytes, formats: tuple[str, ...], padded_to: int | None) -> Image
     if orientation in range(2, 9):
         image.info[TURNED] = orientation
     image.info[_ORIGINAL_SIZE] = (2 * image.width, 2 * image.height) if halved else image.size
-    if deep_colour and has_few_levels(
-        np.asarray(image)[..., : 1 if image.mode == "LA" else 3]
-    ):  # all that Pillow keeps
+    channels = 1 if image.mode == "LA" else 3
+    if deep_colour and has_few_levels(np.asarray(image)[..., :channels]):  # Pillow keeps the high bytes alone
         raise UserError(FEW_LEVELS)
     return image
 

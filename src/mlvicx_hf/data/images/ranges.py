@@ -3,7 +3,6 @@
 import numpy as np
 
 TAIL = 0.005  # of the pixels at each end may be clipped: a marker or a dead pixel must not darken the film
-
 FEW_LEVELS = "16 bits a channel of which 14 or fewer are used; expected such depth in one-channel files only"
 
 

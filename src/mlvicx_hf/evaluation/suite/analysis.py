@@ -1,5 +1,6 @@
 """What the finished cells of a suite say: scores with intervals, comparisons, calibration, subgroups, paper tables."""
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -190,13 +191,19 @@ def _subgroups(setting: SuiteSetting, metric: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for kind, names in predictions[0].groups.items():
         present = sorted(set(names) - {""})
-        rows = {name: np.flatnonzero(names == name) for name in present if len(present) > 1}
-        shared = scored_everywhere(predictions[0].only(chosen).scored(metric) for chosen in rows.values())
+        if len(present) < 2:
+            continue
+        rows = {name: np.flatnonzero(names == name) for name in present}
+        shared = scored_everywhere([predictions[0].only(chosen).scored(metric) for chosen in rows.values()])
         for name, chosen in rows.items():
-            parts = [run.only(chosen, shared) for run in predictions]
-            score = estimate(parts, setting.samples)[metric].describe()
-            counts = {"images": len(chosen), "patients": len(set(parts[0].patients)), "labels": list(parts[0].names)}
-            found.setdefault(kind, {})[name] = counts | score
+            score: dict[str, Any] = dict.fromkeys(("mean", "sd", "low", "high"), NOT_SCORED) | {
+                "runs": len(predictions)
+            }
+            if shared.any():
+                score = estimate([run.only(chosen, shared) for run in predictions], setting.samples)[metric].describe()
+            counts = {"images": len(chosen), "patients": len(set(predictions[0].patients[chosen]))}
+            labels = list(itertools.compress(predictions[0].names, shared))
+            found.setdefault(kind, {})[name] = counts | {"labels": labels} | score
     return found
 
 
