@@ -116,10 +116,12 @@ def test_several_classes_on_a_frozen_random_encoder(pretrained: Path, tmp_path: 
     assert all(mean.abs().max() > 0 for mean in means)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_batch_normalisation_is_kept_as_asked(kept: bool, cache: Path, pretrained: Path, tmp_path: Path):
+@pytest.mark.parametrize(("asked", "kept"), [(True, True), (False, False), (None, False)])
+def test_batch_normalisation_is_kept_as_asked(
+    asked: bool | None, kept: bool, cache: Path, pretrained: Path, tmp_path: Path
+):
     before = AutoModel.from_pretrained(pretrained).state_dict()
-    results = run(tmp_path / "run", pretrained, cache, freeze_batch_norm=kept, learning_rate=1e-2)
+    results = run(tmp_path / "run", pretrained, cache, freeze_batch_norm=asked, learning_rate=1e-2)
     assert (results["hyperparameters"]["freeze_batch_norm"], results["batch_norm_frozen"]) == (kept, kept)
     found = load_file(tmp_path / "run" / "model.safetensors")
     same = {name: torch.equal(found[f"mlvicx.{name}"], value) for name, value in before.items()}

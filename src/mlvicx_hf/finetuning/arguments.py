@@ -57,8 +57,8 @@ class EncoderArguments:
     freeze_backbone: bool = option("Train the head alone.", False, first=True)
     drop_context: bool = option("Leave the pretrained context blocks out.", False)
     freeze_batch_norm: bool | None = option(
-        "Not frozen: keep statistics, scales and shifts of the encoder's batch normalisation; by default, but not for "
-        "random weights.",
+        "Not frozen: keep statistics, scales and shifts of the encoder's batch normalisation; by default for classify, "
+        "but not for random weights.",
         None,
     )
 

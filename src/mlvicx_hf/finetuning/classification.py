@@ -145,6 +145,7 @@ class Classification(FinetuningTask):
     """
 
     name = "classification"
+    keeps_norms = True
     encoder: ClassifierArguments
     calibration: Calibration | None = None  # until it is chosen
 

@@ -115,6 +115,7 @@ class Segmentation(FinetuningTask):
     """Train a segmenter. Masks are compared at the resolution of the model's input."""
 
     name = "segmentation"
+    keeps_norms = False
     data: SegmentationDataArguments
     arguments: SegmentationArguments
 
@@ -148,7 +149,7 @@ class Segmentation(FinetuningTask):
             if self.encoder.model == "random":
                 self._calibrate()
             self.model.freeze_backbone()
-        elif self.encoder.freeze_batch_norm:
+        elif self._freezes_batch_norm:
             self.model.freeze_batch_norm()
         return self.model, lambda images: images
 

@@ -52,6 +52,7 @@ class FinetuningTask(ABC):
     """
 
     name: ClassVar[str]  # of the task, as in `results.json`
+    keeps_norms: ClassVar[bool]  # whether fine-tuning keeps the encoder's batch normalisation by default
     cache: Cache  # the images that the run uses
     model: Any  # what is saved
     processor: MLVICXImageProcessor
@@ -99,14 +100,14 @@ class FinetuningTask(ABC):
         # Everything is chosen. Only now is the test split looked at, once.
         test = self._evaluate(trainer, prepare(splits["test"]))
         self._complete(trained)
-        frozen, asked = self.encoder.freeze_backbone, self.encoder.freeze_batch_norm
+        frozen = self.encoder.freeze_backbone
         results: dict[str, Any] = {"task": self.name, "batch_norm_frozen": frozen or self._freezes_batch_norm}
         results |= self._results(validation, test) | chosen
         results["test"] |= {"subgroups": score_subgroups(self.cache.datasets["test"], test.scores)}
         run = describe_run(self.cache, self.encoder, self.data, self.arguments, self.settings, trainer.state)
         run["model_commit"] = getattr(self.model.config, "_commit_hash", None)  # of the Hub
         # As asked for, so that cards compare random weights with pretrained ones of the same settings.
-        run["hyperparameters"] |= {"freeze_batch_norm": asked is not False and not frozen, "augment": self._augments}
+        run["hyperparameters"] |= {"freeze_batch_norm": self._norms_asked and not frozen, "augment": self._augments}
         run["hyperparameters"] |= results.pop("hyperparameters")
         results |= run
         if trainer.is_world_process_zero():
@@ -127,10 +128,16 @@ class FinetuningTask(ABC):
         return self.data.augment is not False
 
     @property
-    def _freezes_batch_norm(self) -> bool:
-        """By default, but random weights have no statistics to keep."""
+    def _norms_asked(self) -> bool:
+        """Whether batch normalisation shall be kept: as the user says, or by default as the task does."""
         asked = self.encoder.freeze_batch_norm
-        return not self.encoder.freeze_backbone and (self.encoder.model != "random" if asked is None else asked)
+        return self.keeps_norms if asked is None else asked
+
+    @property
+    def _freezes_batch_norm(self) -> bool:
+        """As asked for, but by default random weights have no statistics to keep."""
+        by_default_random = self.encoder.freeze_batch_norm is None and self.encoder.model == "random"
+        return self._norms_asked and not (self.encoder.freeze_backbone or by_default_random)
 
     @abstractmethod
     def _load_cache(self) -> Cache:
