@@ -136,8 +136,8 @@ class FinetuningTask(ABC):
     @property
     def _freezes_batch_norm(self) -> bool:
         """As asked for, but by default random weights have no statistics to keep."""
-        by_default_random = self.encoder.freeze_batch_norm is None and self.encoder.model == "random"
-        return self._norms_asked and not (self.encoder.freeze_backbone or by_default_random)
+        nothing_to_keep = self.encoder.freeze_batch_norm is None and self.encoder.model == "random"
+        return self._norms_asked and not (self.encoder.freeze_backbone or nothing_to_keep)
 
     @abstractmethod
     def _load_cache(self) -> Cache:
