@@ -91,6 +91,14 @@ def test_batches_of_two_processes_share_the_balanced_order(patients: list[str], 
     assert samples == [before[start : start + 4] for start in range(4, len(patients) - 3, 4)]
 
 
+def test_an_image_that_comes_very_often_stays_itself():
+    batches = EpochBatches(600, 4, 7, patients=["alone", *["many"] * 599])
+    samples = [sample for batch in batches for sample in batch]
+    assert 0 <= min(samples) < max(samples) < 2**63
+    assert sum(image_of(sample) == 0 for sample in samples) == 300
+    assert len({sample for sample in samples if image_of(sample) == 0}) == 128
+
+
 def test_views(tmp_path: Path):
     names = ["PA", "LATERAL", "AP", "", "LATERAL", "PA"]
     rows = [{"patient_id": f"p{number}", "view": view} for number, view in enumerate(names)]

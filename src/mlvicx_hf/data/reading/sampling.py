@@ -224,7 +224,8 @@ class EpochBatches(GlobalBatches, Sampler[list[int]]):
             order = rng.permutation(self.num_images)
         else:
             order = patient_balanced_order(self.patients, rng)
-            order += _times_before(order) << PLACE_BITS  # an image that comes again gets other views
+            # An image that comes again gets other views; after 128 times the first ones, since 64 bits hold no more.
+            order += _times_before(order) % 2 ** (63 - PLACE_BITS) << PLACE_BITS
         for step in range(self.first_step, len(self)):
             start = step * self.batch_size + self.rank * self.share
             yield order[start : start + self.share].tolist()
