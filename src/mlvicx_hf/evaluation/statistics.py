@@ -113,15 +113,7 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
     check_least(1, samples=samples)
     check_least(0, seed=seed)
     check_once("--runs and --baselines", [str(folder.resolve()) for folder in (*runs, *baselines)])
-    told = [[_told(run) for run in group] for group in (runs, baselines)]
-    for folders, group in zip((runs, baselines), told, strict=True):
-        for folder, about in zip(folders, group, strict=True):
-            for name in ("protocol", "label_fraction"):
-                if about.get(name) != group[0].get(name):
-                    raise UserError(
-                        f"{folder}: {name} {about.get(name)} found, and {group[0].get(name)} in {folders[0]}; expected "
-                        "runs that differ in their weights and seeds alone"
-                    )
+    told = [*_told(runs), *_told(baselines)]
     groups = [[read_run(run) for run in group] for group in (runs, baselines)]
     check_same_images(dict(zip(map(str, (*runs, *baselines)), groups[0] + groups[1], strict=True)))
     first = groups[0][0]
@@ -130,12 +122,23 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
     found |= {"images": len(first.sources), "patients": len(set(first.patients))}
     for name, score in (("runs", ours.describe()), ("baselines", theirs.describe())):
         found |= {name: score["mean"], f"{name}_sd": score["sd"] if score["runs"] > 1 else NOT_SCORED}
-    known = [about.get("data", {}).get("patients_known") for group in told for about in group]
-    found["patients_known"] = False not in known
+    found["patients_known"] = all(about.get("data", {}).get("patients_known") is not False for about in told)
     return found | difference(ours, theirs)
 
 
-def _told(run: Path) -> dict[str, Any]:
-    """What a run's results say of it; nothing if they are gone."""
-    file = run / "results.json"
-    return dict(read_json(file)) if file.is_file() else {}
+def _told(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """What the results of a group say of each run; nothing if they are gone.
+
+    Raises:
+        UserError: runs that do not repeat one another.
+    """
+    files = [run / "results.json" for run in runs]
+    told = [read_json(file) if file.is_file() else {} for file in files]
+    for run, about in zip(runs, told, strict=True):
+        for name in ("protocol", "label_fraction"):
+            if about.get(name) != told[0].get(name):
+                raise UserError(
+                    f"{run}: {name} {about.get(name)} found, and {told[0].get(name)} in {runs[0]}; expected runs that "
+                    "differ in their weights and seeds alone"
+                )
+    return told
