@@ -285,6 +285,21 @@ def test_several_columns_of_classes_must_be_chosen_from(tmp_path: Path):
     assert (listing.label_names, listing.exclusive) == (("a", "b", "c"), True)
 
 
+def test_classes_under_any_name_are_the_labels_if_there_are_no_others(tmp_path: Path):
+    column = {"diagnosis": (ClassLabel(names=["normal", "sick"]), [0, 1, 1])}
+    for number, more in enumerate(({}, {"patient_id": patients(3)})):
+        path = write_parquet(tmp_path / str(number), {"train": make(3, column | more)})
+        listing = HFCollection(path).read()
+        assert (listing.label_names, listing.exclusive) == (("normal", "sick"), True)
+        assert [record.labels for record in listing.records] == [(1, 0), (0, 1), (0, 1)]
+    more = {"label": (Value("string"), ["a", "b", "a"])}
+    path = write_parquet(tmp_path / "beside", {"train": make(3, column | more)})
+    with pytest.raises(
+        UserError, match="column diagnosis of classes found beside labels a, b; expected --label_columns"
+    ):
+        HFCollection(path).read()
+
+
 def test_nothing_but_pixels(tmp_path: Path):
     path = write_parquet(tmp_path / "data", {"train": make(3, {})})
     for streaming in (False, True):

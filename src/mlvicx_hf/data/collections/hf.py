@@ -182,24 +182,27 @@ class HFCollection(TableOptions, Collection):
         others = [name for name in columns if name in text and name not in (*RESERVED_COLUMNS, *skip, *lone)]
         typed = [name for name in lone if _class_names(features[name])]
         typed += [name for name in others if _class_names(features[name]) and not _is_yes_no(features[name])]
-        chosen = typed if self.label_columns is None else [n for n in self.label_columns if n in typed]
-        chosen = [name for name in chosen if name in lone] or chosen
-        alone = self.label_columns is None or list(self.label_columns) == chosen
-        if len(chosen) == 1 and alone:
+        notes: tuple[str, ...] = ()
+        if self.label_columns is None:
+            classes = [name for name in typed if name in lone] or typed
+            if len(classes) > 1:
+                raise UserError(
+                    f"{self.path}: columns of classes {some(classes)} found; expected --label_columns to choose"
+                )
+            rest = {name: cells for name, cells in text.items() if name not in classes}
+            unsure = rest and classes and classes[0] not in lone  # whether they are the labels
+            if unsure and (findings := read_labels(Path(self.path), rest, skip=skip).names):
+                raise UserError(
+                    f"{self.path}: column {classes[0]} of classes found beside labels {some(findings)}; expected "
+                    "--label_columns to choose"
+                )
+            notes = note_ignored(name for name in others if name not in classes)
+        else:
+            classes = [name for name in typed if [name] == list(self.label_columns)]
+        if classes:
             if self.uncertain is not None:
-                raise UserError(f"{self.path}: column {chosen[0]} holds classes; --uncertain does not fit")
-            notes = note_ignored(n for n in others if n != chosen[0]) if self.label_columns is None else ()
-            if self.label_columns is None and chosen[0] not in lone:
-                rest = {name: cells for name, cells in text.items() if name != chosen[0]}
-                findings = read_labels(Path(self.path), rest, skip=skip).names
-                if findings:
-                    raise UserError(
-                        f"{self.path}: column {chosen[0]} of classes found beside labels {some(findings)}; expected "
-                        "--label_columns to choose"
-                    )
-            return _typed_labels(self.path, features[chosen[0]], columns[chosen[0]], notes)
-        if len(chosen) > 1 and self.label_columns is None:
-            raise UserError(f"{self.path}: columns of classes {some(chosen)} found; expected --label_columns to choose")
+                raise UserError(f"{self.path}: column {classes[0]} holds classes; --uncertain does not fit")
+            return _typed_labels(self.path, features[classes[0]], columns[classes[0]], notes)
         if not text:
             return LabelTable([()] * count)
         return read_labels(Path(self.path), text, self.label_columns, skip, self.uncertain, self.label_names)
