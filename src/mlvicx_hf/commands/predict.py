@@ -44,6 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print_images(output, record)
     values = (record["calibration"] or {}).get("values") or {}
     if names := [name for name, value in values.items() if value is None]:
-        all_of_them = "no finding is calibrated: validation knew too few positives or negatives; read them as ranks"
-        some_of_them = f"not calibrated, so not to be compared with the others: {', '.join(names)}"
-        print(f"note: {all_of_them if len(names) == len(values) else some_of_them}")
+        if len(names) == len(values):
+            print("note: no finding is calibrated: validation knew too few positives or negatives; read them as ranks")
+        else:
+            print(f"note: not calibrated, so not to be compared with the others: {', '.join(names)}")

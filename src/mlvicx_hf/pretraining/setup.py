@@ -85,9 +85,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         return make_views(planner.plan(0, images, np.arange(count)))
 
     steps = schedule.total_steps - (0 if checkpoint is None else checkpoint.step)
-    notes = [*objective.notes, *_without_effect(model_arguments, data_arguments, arguments)]
-    if model_arguments.image_size > data.side:
-        notes.append(f"views of {model_arguments.image_size} px are made of squares of {data.side} px: none is sharp")
+    notes = [*objective.notes, *_doubts(model_arguments, data_arguments, arguments, data.side)]
     if steps:
         trial = Trial(accelerator, objective, views_of_noise, data.batches.share, BUFFERS[arguments.optimizer])
         settings, more = _fit(trial, settings, steps, resumed=checkpoint is not None)
@@ -161,8 +159,8 @@ def _check_reached(unreached: list[str]) -> None:
         )
 
 
-def _without_effect(model: ModelArguments, data: DataArguments, arguments: PretrainingArguments) -> list[str]:
-    """Say which arguments that differ from their defaults wait for another one, and so change nothing."""
+def _doubts(model: ModelArguments, data: DataArguments, arguments: PretrainingArguments, side: int) -> list[str]:
+    """Say which changed arguments wait for another one, and so change nothing, and whether views enlarge the images."""
     waiting = (
         (model, ("context_reduction", "context_gain", "context_init_scale"), "use_context", model.use_context),
         (arguments, ("momentum",), "optimizer lars or sgd", arguments.optimizer != "adamw"),
@@ -175,6 +173,8 @@ def _without_effect(model: ModelArguments, data: DataArguments, arguments: Pretr
         usual = {each.name: each.default for each in fields(section)}
         if found := [name for name in names if not given and getattr(section, name) != usual[name]]:
             notes.append(f"{', '.join(found)}: without effect, since it needs {needed}")
+    if model.image_size > side:
+        notes.append(f"views of {model.image_size} px are made of squares of {side} px: none is sharp")
     return notes
 
 

@@ -19,8 +19,8 @@ def paired_tests(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, An
 
     Returns:
         `seeds`, `difference` (mean), `t_p`, `wilcoxon_p`; p is 1 if no seed differs, and `t_p` NaN if all differ by the
-        same, which is chance in scores of few images and no proof. With few seeds the Wilcoxon test
-        cannot be significant, whatever the scores are: 5 seeds give 0.0625 at least.
+        same, which is chance in scores of few images and no proof. With few seeds the Wilcoxon test cannot be
+        significant, whatever the scores are: 5 seeds give 0.0625 at least.
 
     Raises:
         UserError: unequal numbers of seeds, fewer than two, or a score that is not finite.
