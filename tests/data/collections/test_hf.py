@@ -294,9 +294,7 @@ def test_classes_under_any_name_are_the_labels_if_there_are_no_others(tmp_path: 
         assert [record.labels for record in listing.records] == [(1, 0), (0, 1), (0, 1)]
     more = {"label": (Value("string"), ["a", "b", "a"])}
     path = write_parquet(tmp_path / "beside", {"train": make(3, column | more)})
-    with pytest.raises(
-        UserError, match="diagnosis of classes found beside labels a, b; expected --label_columns"
-    ):
+    with pytest.raises(UserError, match="diagnosis of classes found beside labels a, b; expected --label_columns"):
         HFCollection(path).read()
 
 
