@@ -24,7 +24,7 @@ from pydicom.filewriter import write_file_meta_info
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, apply_windowing, get_decoder, pixel_array
 
 from mlvicx_hf.common.errors import MissingExtraError
-from mlvicx_hf.data.images.dicom import decode_dicom
+from mlvicx_hf.data.images.dicom.decoding import decode_dicom
 from mlvicx_hf.data.images.errors import UnreadableImageError
 from mlvicx_hf.data.images.pixels import read_gray
 
@@ -612,7 +612,7 @@ def test_truncated_files_and_frames_are_refused(syntax: uid.UID):
 CHILD = """
 import json, resource, sys
 from pathlib import Path
-from mlvicx_hf.data.images.dicom import UnreadableImageError, decode_dicom
+from mlvicx_hf.data.images.dicom.decoding import UnreadableImageError, decode_dicom
 for file in sys.argv[1:]:
     content = Path(file).read_bytes()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -744,8 +744,9 @@ def test_without_pydicom_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
     path.write_bytes(dicom(shade(0, 99)))
     for name in [name for name in sys.modules if name.partition(".")[0] == "pydicom"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "mlvicx_hf.data.images.dicom")
-    with pytest.raises(ImportError, match=r'^DICOM files need pydicom: pip install "\.\[dicom\]" in the repository$'):
+    for name in [name for name in sys.modules if name.startswith("mlvicx_hf.data.images.dicom")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r'^a DICOM file needs pydicom: pip install "\.\[dicom\]" in the repository$'):
         read_gray(path)
     Image.new("L", (9, 9)).save(tmp_path / "image.png")
     assert read_gray(tmp_path / "image.png").size == (9, 9)

@@ -178,7 +178,7 @@ def decode_gray(data: bytes, file: str | Path, *, padded_to: int | None = None) 
             decoded at half its size, which is faster: see `HALVED_REDUCTION`. `original_size` tells its true size.
     """
     if is_dicom(data):
-        from .dicom import decode_dicom
+        from .dicom.decoding import decode_dicom
 
         return decode_dicom(data, file)
     image = decode(data, file, padded_to=padded_to)
