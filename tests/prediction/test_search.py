@@ -253,6 +253,22 @@ def test_the_index_of_another_model_is_refused(models: list[str], built: Path, c
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_prepares_images_otherwise_than_for_the_index_is_refused(
+    models: list[str], copied: Path, cache: Path, queries: Path, tmp_path: Path
+):
+    changed = Path(shutil.copytree(models[0], tmp_path / "changed"))
+    processor = MLVICXImageProcessor.from_pretrained(changed)
+    processor.image_mean = 0.25
+    processor.save_pretrained(changed)
+    message = r"changed: image_mean=0.25 of the image processor found; expected 0.5, as when it made the index"
+    with pytest.raises(UserError, match=message):
+        find_similar(copied, queries / "new.png", tmp_path / "out.csv", model=str(changed), **SEARCHING)
+    with pytest.raises(UserError, match=message):
+        build_index(str(changed), cache, tmp_path / "more", splits=["test"], add_to=copied, **INDEXING)
+    change_json(copied, preprocessing="absent")  # as earlier versions wrote it
+    find_similar(copied, queries / "new.png", tmp_path / "out.csv", model=str(changed), **SEARCHING)
+
+
 def test_an_index_is_whole_or_absent(models: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: Any) -> None:
         raise OSError("no space left")

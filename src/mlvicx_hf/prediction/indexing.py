@@ -194,6 +194,7 @@ def _describe(
         "format": INDEX_FORMAT,
         **loaded.describe(),
         "model": str(Path(loaded.source).resolve()) if Path(loaded.source).is_dir() else loaded.source,
+        "preprocessing": loaded.processor.to_dict(),
         "images": len(images.items),
         "dimensions": images.embeddings.shape[1],
         "caches": caches,

@@ -117,10 +117,10 @@ class ImageIndex:
         return IndexedImages(embeddings, items)
 
     def check_model(self, loaded: LoadedModel) -> None:
-        """Refuse a model that did not make the index.
+        """Refuse a model that did not make the index, or that prepares images otherwise than it did then.
 
         Raises:
-            UserError: its weights are others.
+            UserError: its weights or settings of its image processor are others.
         """
         if loaded.weights != self.content["weights_sha256"]:
             found, expected = (" ".join(sorted(w.values())) for w in (loaded.weights, self.content["weights_sha256"]))
@@ -128,6 +128,13 @@ class ImageIndex:
                 f"{loaded.source} with weights of SHA-256 {found} found; expected {self.content['model']} with "
                 f"{expected}, which made the index {self.folder}"
             )
+        then = self.content.get("preprocessing", {})  # earlier versions did not write it
+        for name, value in loaded.processor.to_dict().items():
+            if then.get(name, value) != value:
+                raise UserError(
+                    f"{loaded.source}: {name}={value} of the image processor found; expected {then[name]}, as when it "
+                    f"made the index {self.folder}"
+                )
 
     def nearest(self, embeddings: Tensor, top: int, approximate: bool = False) -> tuple[Tensor, Tensor]:
         """Find the nearest indexed images.

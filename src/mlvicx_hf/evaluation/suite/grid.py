@@ -99,7 +99,7 @@ class Cell:
     @property
     def arguments(self) -> dict[str, Any]:
         """All arguments of the run, but for the output folder; none if the file of the recipe is gone."""
-        if not find_recipe(str(self.options.get("recipe", "default")), self.kind).is_file():
+        if not self._recipe_file.is_file():
             return {}
         filled = fill_sections(TASK_SECTIONS[self.kind], self.flags | {"output_dir": ""}, self.kind)
         return {name: value for section in filled for name, value in vars(section).items() if name != "output_dir"}
@@ -139,8 +139,11 @@ class Cell:
     @property
     def _recipe(self) -> dict[str, Any]:
         """Content of the recipe; nothing if its file is gone."""
-        name = str(self.options.get("recipe", "default"))
-        return load_recipe(name, None, self.kind) if find_recipe(name, self.kind).is_file() else {}
+        return load_recipe(str(self._recipe_file), None, self.kind) if self._recipe_file.is_file() else {}
+
+    @property
+    def _recipe_file(self) -> Path:
+        return find_recipe(str(self.options.get("recipe", "default")), self.kind)
 
     def describe(self) -> dict[str, Any]:
         """What is written of the cell, and what a finished cell must have been made with."""
