@@ -372,7 +372,7 @@ def test_the_table_has_the_neighbours_of_each_file(built: Path, models: list[str
     record = find_similar(built, queries, tmp_path / "new" / "out.csv", top=3, **SEARCHING)
     rows, index = read(tmp_path / "new" / "out.csv"), ImageIndex(built)
     names = ["source", "patient_id", "split", "label:disc", "label:stripes"]
-    assert list(rows[0]) == ["file", "error", "rank", "cosine", *names, "unlike"]
+    assert list(rows[0]) == ["file", "error", "note", "rank", "cosine", *names, "unlike"]
     files = ["broken.png", *["indexed.png"] * 3, *["new.png"] * 3]
     assert [row["file"] for row in rows] == [str(queries / name) for name in files]
     assert "content is none of PNG" in rows[0]["error"]
@@ -394,6 +394,14 @@ def test_the_table_has_the_neighbours_of_each_file(built: Path, models: list[str
     assert record["weights_sha256"] == index.content["weights_sha256"]
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == record
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"out.csv", "out.json"}
+
+
+def test_pictures_that_raise_doubt_have_a_note(built: Path, queries: Path, tmp_path: Path):
+    Image.new("L", (40, 40), 90).save(tmp_path / "flat.png")
+    record = find_similar(built, [tmp_path / "flat.png", queries / "new.png"], tmp_path / "out.csv", top=2, **SEARCHING)
+    notes = [(Path(row["file"]).name, row["note"]) for row in read(tmp_path / "out.csv")]
+    assert notes == [("flat.png", "no contrast or texture")] * 2 + [("new.png", "")] * 2
+    assert (record["errors"], record["noted"]) == (0, 1)
 
 
 @pytest.mark.parametrize(("threshold", "unlike"), [(1.1, "1"), (-1.1, "0"), (None, "")])
@@ -475,7 +483,7 @@ def test_places_for_which_the_graph_found_no_image_are_left_out(monkeypatch: pyt
     found = torch.tensor([[0.9, 0.8, -3e38]]), torch.tensor([[4, 0, -1]])
     monkeypatch.setattr("mlvicx_hf.prediction.similar.infer", lambda *_, **__: (None, torch.zeros(1, 2)))
     index = SimpleNamespace(nearest=lambda *_: found)
-    batch = SimpleNamespace(pixels=torch.zeros(1, 1, 4, 4), errors=[""])
+    batch = SimpleNamespace(pixels=torch.zeros(1, 1, 4, 4), errors=[""], notes=[""])
     (near,) = search_batches(None, index, [SimpleNamespace(path=Path("a.png"))], [batch], 3, True)
     assert near.rows == [4, 0]
     assert near.cosines == pytest.approx([0.9, 0.8])

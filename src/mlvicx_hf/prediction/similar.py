@@ -36,6 +36,7 @@ class Neighbours(NamedTuple):
 
     path: Path
     error: str
+    note: str  # see `note_on`
     cosines: list[float]
     rows: list[int]
 
@@ -59,7 +60,8 @@ def find_similar(
     """Search an index for the images most similar to image files, and write a table and a record, which is returned.
 
     The table has one row a file and neighbour, or one row with the error of a file that cannot be read. Its column
-    `unlike` is 1 if the nearest image has a smaller cosine than the index's threshold, 0 if not, empty without one.
+    `note` is that of `predict`; `unlike` is 1 if the nearest image has a smaller cosine than the index's threshold, 0
+    if not, empty without one.
 
     Arguments that are not listed are those of `predict`.
 
@@ -105,6 +107,7 @@ def find_similar(
         "images": len(images),
         "skipped": dict(+skipped),  # without zeros
         "errors": counts["errors"],
+        "noted": counts["noted"],
         "unlike": None if opened.unlike_threshold is None else counts["unlike"],
         "sheet": None if outputs.sheet is None else {"file": printable(outputs.sheet), "images": len(shown)},
         "settings": {"top": top, "approximate": approximate, "batch_size": batch_size, "num_workers": num_workers},
@@ -149,9 +152,9 @@ def search_batches(
             cosines, rows = index.nearest(infer(loaded, batch.pixels, embed=True)[1], top, fast)
             found = (rows >= 0).sum(1)  # an approximate search may find fewer than `top`; its rows of -1 come last
             near = ((c[:n].tolist(), r[:n].tolist()) for c, r, n in zip(cosines, rows, found.tolist(), strict=True))
-        for reason in batch.errors:
+        for reason, note in zip(batch.errors, batch.notes, strict=True):
             path = next(remaining).path
-            yield Neighbours(path, reason, [], []) if reason else Neighbours(path, "", *next(near))
+            yield Neighbours(path, reason, "", [], []) if reason else Neighbours(path, "", note, *next(near))
 
 
 def write_neighbours(
@@ -160,20 +163,21 @@ def write_neighbours(
     """Write the table; call `step` after each file.
 
     Returns:
-        The numbers of "errors" and of "unlike" files, and the first files for a sheet.
+        The numbers of "errors", of "noted" and of "unlike" files, and the first files for a sheet.
     """
     counts, shown = Counter[str](), list[Neighbours]()
     names = [*FROM_ITEMS, *(LABEL_PREFIX + name for name in index.label_names)]
     items = index.items[names]
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", "error", "rank", "cosine", *names, "unlike"])
+        writer.writerow(["file", "error", "note", "rank", "cosine", *names, "unlike"])
         for each in found:
             name = printable(each.path)
             if each.error:
-                writer.writerow([name, each.error, *[""] * (len(names) + 3)])
+                writer.writerow([name, each.error, *[""] * (len(names) + 4)])
                 counts["errors"] += 1
             else:
+                counts["noted"] += bool(each.note)
                 threshold = index.unlike_threshold
                 unlike = "" if threshold is None else int(max(each.cosines, default=-1) < threshold)
                 counts["unlike"] += unlike == 1
@@ -181,7 +185,7 @@ def write_neighbours(
             for rank, (cosine, row) in enumerate(zip(each.cosines, each.rows, strict=True), 1):
                 known = ("" if pd.isna(value) else value for value in items.iloc[row])
                 cells = (value if isinstance(value, str) else f"{value:g}" for value in known)
-                writer.writerow([name, "", rank, f"{cosine:.6f}", *cells, unlike])
+                writer.writerow([name, "", each.note, rank, f"{cosine:.6f}", *cells, unlike])
             step()
     return counts, shown
 
