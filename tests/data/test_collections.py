@@ -414,7 +414,7 @@ def test_sexes_are_normalised(text: str, sex: str | None):
     ("text", "age"),
     [
         *[("45", 45), ("45.5", 45.5), ("045Y", 45), ("006m", 0.5), ("0", 0), ("120", 120), ("1440M", 120)],
-        *[("121", None), ("45 years", None), ("-1", None), ("nan", None), ("Y", None), ("9e9", None)],
+        *[("121", None), ("45 years", None), ("-1", None), ("nan", None), ("Y", None), ("9e9", None), ("57M", None)],
     ],
 )
 def test_ages_are_years(text: str, age: float | None):
@@ -588,3 +588,9 @@ def test_cells_of_r_without_a_value_are_empty_in_every_column(root: Path):
     assert (first.sex, second.sex, second.age) == ("", "F", 50)
     assert math.isnan(first.age)
     assert not any("understood" in note for note in listing.notes)
+
+
+def test_an_empty_column_view_does_not_hide_another(root: Path):
+    listing = read_table(root, table("patient_id,view,View Position", "1,,AP", "2,,PA", "3,,", "4,,LL"))
+    assert [record.view for record in listing.records] == ["AP", "PA", "UNKNOWN", "LATERAL"]
+    assert "column 'View Position' is taken for view" in listing.notes

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,29 @@ def test_absolute_paths_below_the_root_are_read_and_others_refused(tmp_path: Pat
         (root / "metadata.csv").write_text(f"file_name\n{name}\n")
         with pytest.raises(UserError, match="expected a path below the root"):
             FolderCollection(root).read()
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_folders_and_files_may_have_umlauts_of_two_forms(tmp_path: Path, form: str):
+    root = tmp_path / unicodedata.normalize("NFC", "Röntgen")
+    name = "Thorax_für/Müller.png"
+    folder, file = (
+        unicodedata.normalize(kind, part) for kind, part in zip(("NFC", "NFD"), name.split("/"), strict=True)
+    )
+    write(root / folder / file, picture("PNG"))
+    listed = unicodedata.normalize(form, name)
+    write(root / "metadata.csv", f"file_name,patient_id\n{listed},1\n".encode())
+    listing = FolderCollection(root).read()
+    assert [record.path for record in listing.records] == [root / folder / file]
+    assert not [note for note in listing.notes if "does not list" in note]
+
+
+def test_one_file_listed_in_two_forms_is_listed_twice(tmp_path: Path):
+    names = [unicodedata.normalize(form, "Müller.png") for form in ("NFC", "NFD")]
+    write(tmp_path / names[0], picture("PNG"))
+    rows = "".join(f"{name},{number}\n" for number, name in enumerate(names))
+    write(tmp_path / "metadata.csv", f"file_name,patient_id\n{rows}".encode())
+    with pytest.raises(UserError, match="1 found in more than one row"):
+        FolderCollection(tmp_path).read()
+    write(tmp_path / names[1], picture("PNG", 1))  # now there are two files
+    assert len(FolderCollection(tmp_path).read().records) == 2

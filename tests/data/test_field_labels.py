@@ -356,3 +356,23 @@ def test_a_class_is_one_however_its_number_is_written():
     table = read_labels(Path("t.csv"), {"label": ["01", "1", "+1", "2.0", "0"]})
     assert (table.names, table.exclusive) == (("0", "1", "2"), True)
     assert [row.index(1) for row in table.rows] == [1, 1, 1, 2, 0]
+
+
+def test_the_two_forms_of_an_umlaut_are_one_finding():
+    composed, decomposed = "\u00d6dem", "O\u0308dem"
+    assert read_csv([composed, composed, decomposed, "normal"], "label")[0] == ("normal", composed)
+    assert read_csv([f"{composed}|Mass", decomposed])[1] == [(1, 1), (0, 1)]
+    columns = {composed: ["1", "0"], decomposed: ["0", "1"], "file_name": ["", ""]}
+    with pytest.raises(UserError, match="found for one finding"):
+        read_labels(Path("m.csv"), columns)
+
+
+def test_codes_that_begin_with_e_are_names():
+    assert read_csv(["E84|J18", "E84.0", "J18"])[0] == ("E84", "E84.0", "J18")
+    assert read_csv(["E84", "J18"], "diag", explicit=["diag"])[0] == ("E84", "J18")
+
+
+def test_several_words_for_yes_and_no_are_refused():
+    with pytest.raises(UserError, match="column label: 0, 1, No, yes found, several words for yes and no"):
+        read_csv(["yes", "1", "0", "No"], "label")
+    assert read_csv(["yes", "no", ""], "label")[0] == ("no", "yes")

@@ -36,6 +36,8 @@ PAIRS = [
     ("1.0", "01"),
     ("P006", "p6"),
     ("7.00", "7"),
+    ("7,0", "7"),
+    ("'012", "12"),
     ("M\u00fcller", "Mu\u0308ller"),
     ("P1", "P1\u200b"),
     ("P1", "P\u00ad1"),
@@ -55,6 +57,8 @@ PAIRS = [
         "pat_id",
         "PTID",
         "Patienten-ID",
+        "Patient Identifier",
+        "NHS Number",
         "ID_paciente",
         "study_id",
         "StudyInstanceUID",
@@ -153,3 +157,16 @@ def test_the_audit_finds_them_in_a_cache_that_is_there(tmp_path: Path, monkeypat
     assert "such as 1 = 001" in audit.stdout
     prepare(root, tmp_path / "exact", "--patient_ids", "exact")
     assert mlvicx("audit", tmp_path / "exact", "--quiet").returncode == 0
+
+
+def test_patients_whose_zeros_datasets_would_drop_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    root = write(tmp_path / "a", ["001", "1", "2"])
+    message = (
+        r"metadata.csv: column patient_id with 001 found, which `datasets` reads as 1; expected --collection folder"
+    )
+    with pytest.raises(UserError, match=message):
+        HFCollection(root).read()
+    table = root / "metadata.csv"
+    table.write_text(table.read_text().replace("001", "4"))
+    assert [record.patient_id for record in HFCollection(root).read().records] == ["4", "1", "2"]

@@ -723,3 +723,40 @@ def test_real_tables_are_understood(
     for dataset in cache.datasets.values():
         assert all(np.asarray(row["image"]).std() > 5 for row in dataset)
         assert all(0.05 < np.asarray(row["mask"]).mean() < 0.7 for row in dataset if cache.mask_names)
+
+
+def test_a_cache_with_other_files_in_it_is_not_replaced(root: Path, tmp_path: Path):
+    """Above all not one with the images to read."""
+    make(root, tmp_path / "cache")
+    inside = Path(shutil.copytree(root, tmp_path / "cache" / "images"))
+    with pytest.raises(FileExistsError, match=r"cache: 41 files found that are not of the cache: images/.*move them"):
+        make(inside, tmp_path / "cache", overwrite=True)
+    assert len([*inside.glob("*.png")]) == 40
+    shutil.rmtree(inside)
+    (tmp_path / "cache" / ".DS_Store").write_text("of a file manager")
+    make(root, tmp_path / "cache", overwrite=True)
+
+
+def test_the_working_folder_is_no_output(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(FileExistsError, match="is the working folder; expected another one"):
+        make(root, Path())
+
+
+def test_patients_who_move_when_a_cache_is_replaced_are_noted(root: Path, tmp_path: Path):
+    make(root, tmp_path / "cache")
+    before = load_cache(tmp_path / "cache")
+    same = make(root, tmp_path / "cache", overwrite=True)
+    assert not [note for note in same["notes"] if "replaced cache" in note]
+    split_of = {s: name for name, part in before.datasets.items() for s in part["source"]}
+    notes = make(root, tmp_path / "cache", seed=1, overwrite=True)["notes"]
+    after = load_cache(tmp_path / "cache").datasets
+    rows = [
+        (s, p)
+        for name, part in after.items()
+        for s, p in zip(part["source"], part["patient_id"], strict=True)
+        if split_of[s] != name
+    ]
+    (note,) = [note for note in notes if "replaced cache" in note]
+    assert note.startswith(f"{len(rows)} images of {len({p for _, p in rows})} patients were in another split")

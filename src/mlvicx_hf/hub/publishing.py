@@ -11,10 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.provenance import git_commit
 from mlvicx_hf.common.text import some
-from mlvicx_hf.data.cache.assembly import NOTED, REJECTED, SPLIT_FILE
-from mlvicx_hf.data.cache.cache import DUPLICATES, MANIFEST, load_cache
-from mlvicx_hf.data.cache.summary import CONTACT_SHEET, HISTOGRAM
-from mlvicx_hf.data.collections.base import SPLITS
+from mlvicx_hf.data.cache.assembly import is_of_cache
+from mlvicx_hf.data.cache.cache import load_cache
 
 from .folder import export
 from .spaces import write_space
@@ -114,14 +112,7 @@ def _check_name(repo_id: str) -> None:
 
 def _refuse_strangers(cache: Path, paths: Sequence[Path]) -> None:
     """Refuse files that `prepare` did not write: they may hold what nobody means to publish."""
-    own = {MANIFEST, SPLIT_FILE, DUPLICATES, REJECTED, NOTED, CONTACT_SHEET, HISTOGRAM}
-    own |= {"README.md", "dataset_dict.json"}
-    strange = [
-        path
-        for path in paths
-        if not (path.parent == cache and path.name in own)
-        and not (path.parent.parent == cache and path.parent.name in SPLITS and path.suffix in (".arrow", ".json"))
-    ]
+    strange = [path for path in paths if not is_of_cache(path, cache)]
     if strange:
         names = some(str(path.relative_to(cache)) for path in strange)
         raise UserError(f"{cache}: {names} found, which `mlvicx prepare` did not write; expected its files alone")

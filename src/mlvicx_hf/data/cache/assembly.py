@@ -25,10 +25,17 @@ from ..copies.duplicates import FLAT
 from ..split_files import SPLIT_FILE, split_file
 from .cache import DUPLICATES, FORMAT, MANIFEST
 from .shards import Shard, read_note
-from .summary import column, count_split, original_sizes, write_card, write_pictures
+from .summary import CARD, CONTACT_SHEET, HISTOGRAM, column, count_split, original_sizes, write_card, write_pictures
 
 REJECTED = "rejected.csv"
 NOTED = "notes.csv"
+TABLES = (MANIFEST, "dataset_dict.json", SPLIT_FILE, DUPLICATES, REJECTED, NOTED, CARD, CONTACT_SHEET, HISTOGRAM)
+
+
+def is_of_cache(path: Path, cache: Path) -> bool:
+    """Whether a file below the folder of a cache is one that `prepare` writes there."""
+    of_split = path.parent.parent == cache and path.parent.name in SPLITS and path.suffix in (".arrow", ".json")
+    return of_split or (path.parent == cache and path.name in TABLES)
 
 
 @dataclass(frozen=True)

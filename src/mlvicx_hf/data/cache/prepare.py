@@ -23,15 +23,24 @@ from ..collections.base import SPLITS, Collection, Listing, Record
 from ..copies.deduplication import DROPS, choose_dropped, find_duplicates, note_contradictions
 from ..images.pixels import DICOM_SUFFIXES, IMAGE_SUFFIXES
 from ..options import check_choice, check_least
-from ..split_files import plain_path, read_split_file
+from ..split_files import SPLIT_FILE, plain_path, read_split_file
 from ..splits import check_no_patient_overlap, first_patients, split_by_patient
-from .assembly import assemble, count_duplicates, describe_cache, note_empty_splits, note_images, read_shards
+from .assembly import (
+    assemble,
+    count_duplicates,
+    describe_cache,
+    is_of_cache,
+    note_empty_splits,
+    note_images,
+    read_shards,
+)
 from .cache import MANIFEST, cache_features
 from .shards import Making, Shard, is_made, plan_shards, write_in_order, write_shards
 
 SPLIT_SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 CACHE_FITS = ("pad", "squash", "crop")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")  # files that file managers leave in folders that are looked at
 USED = "used"  # new name of the folder `shards` when the new cache is complete
 ROBUST = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in DICOM_SUFFIXES)  # decoders that do not crash
 
@@ -110,7 +119,13 @@ def prepare(
         whole = read.without(read.where_flat()) if drop_flat else read
         duplicates = find_duplicates(whole.parts, progress=progress)
         images = whole.without(choose_dropped(whole.parts, duplicates, drop_duplicates))
-        notes = [*listing.notes, *notes, *note_empty_splits(records, images), *note_images(images, drop_flat)]
+        notes = [
+            *listing.notes,
+            *notes,
+            *_note_moved(output, records),
+            *note_empty_splits(records, images),
+            *note_images(images, drop_flat),
+        ]
         notes += note_contradictions(whole.parts, duplicates, listing.patients_known)
         manifest = describe_cache(collection, listing, options, images)
         manifest["duplicates"] = count_duplicates(duplicates, images, len(images.rejected) - len(whole.rejected))
@@ -119,7 +134,9 @@ def prepare(
 
 
 def check_cache_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that is neither absent nor an empty folder nor, with `overwrite`, a cache."""
+    """Refuse an output that is neither absent nor an empty folder nor, with `overwrite`, a cache and nothing else."""
+    if output.resolve() == Path.cwd():  # another folder takes its place, and this one is in use
+        raise FileExistsError(f"{output} is the working folder; expected another one")
     if os.path.lexists(output) and not output.is_dir():
         raise FileExistsError(f"{output}: no folder found; expected a folder to write, absent or empty")
     _put_right(output.resolve())
@@ -133,6 +150,16 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{output}: exists and is not empty; --overwrite replaces a cache")
     if not (output / MANIFEST).is_file():
         raise FileExistsError(f"{output}: holds no {MANIFEST}, so it is no cache and is not overwritten")
+    strange = [
+        path.relative_to(output).as_posix()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and not is_of_cache(path, output) and path.name not in OF_SYSTEMS
+    ]
+    if strange:
+        raise FileExistsError(
+            f"{output}: {len(strange)} files found that are not of the cache: {some(strange, 3)}; --overwrite would "
+            "remove them, so move them away first"
+        )
 
 
 def partial_folder(output: Path) -> Path:
@@ -247,6 +274,23 @@ def _assign_splits(records: list[Record], splits: str | Path, seed: int, masks: 
     else:
         raise UserError(f"{len(records) - given} of {len(records)} images without a split; expected all or none")
     return _with_splits(records, names), [note]
+
+
+def _note_moved(output: Path, records: list[Record]) -> list[str]:
+    """Note the images that are in another split of the cache that is to be replaced. Models have been trained on it."""
+    try:
+        earlier = read_split_file(output / SPLIT_FILE)
+    except (OSError, UserError):  # no cache, or a damaged one
+        return []
+    named = [(earlier.get(plain_path(record.name)), record) for record in records]
+    moved = [record for split, record in named if split is not None and split != record.split]
+    if not moved:
+        return []
+    patients = len({record.patient_id for record in moved})
+    return [
+        f"{len(moved)} images of {patients} patients were in another split of the replaced cache: do not evaluate "
+        f"models that were made with it (a copy of its {SPLIT_FILE} as --splits keeps the division, without new images)"
+    ]
 
 
 def _divided(records: Sequence[Record], seed: int) -> tuple[list[str], str]:

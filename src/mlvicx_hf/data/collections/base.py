@@ -218,12 +218,14 @@ def normalize_view(view: str) -> str | None:
 def spelled_as_on_disk(path: Path) -> Path:
     """A path with letters such as ü in the form, of one or of two characters, in which the file has them, if it exists.
 
-    File names of macOS often have two characters, and tables one.
+    File names of macOS often have two characters, and tables one. A folder on the way may have another form than its
+    files.
     """
-    if str(path).isascii():
+    if str(path).isascii() or os.path.lexists(path):
         return path
-    forms = (path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")))
-    return next(filter(os.path.lexists, forms), path)
+    folder = spelled_as_on_disk(path.parent)
+    forms = (path.name, *(unicodedata.normalize(form, path.name) for form in ("NFC", "NFD")))
+    return next(filter(os.path.lexists, (folder / name for name in forms)), path)
 
 
 @cache

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import tokenize
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ MINUS_ONE = "-1"  # an uncertain label
 UNCERTAIN = {"ignore": math.nan, "ones": 1.0, "zeros": 0.0}  # policy → value of an uncertain label
 SEPARATORS = ("|", ";", ",")  # of names, the first that a column holds
 _FLAG = re.compile(r"[+-]?[01](?=([.,]0+)?$)")  # 1, 1.0, 1.00, and 1,0 where the comma is decimal
-_NUMERIC = re.compile(r"[\s\d.eE+-]*\d[\s\d.eE+-]*")  # 1, 0.5, 1e-3, and 0 1 0 as well
+_NUMERIC = re.compile(r"[\s.+-]*\d([\s\d.+-]|(?<=[\d.])[eE])*")  # 1, 0.5, 1e-3, and 0 1 0 as well, but not E84
 
 
 def label_cells(uncertain: str | None, hint: str = "") -> CellType:
@@ -172,7 +173,11 @@ def _python_literal(text: str) -> Any:
 
 
 def same_name(name: str) -> str:
-    """Write a finding so that case, blanks, `_`, and `-` between words make no difference. TB- is not TB."""
+    """Write a finding so that case, blanks, `_`, and `-` between words make no difference. TB- is not TB.
+
+    An Ö of one character and one of two (O and dots, as macOS writes it) are the same.
+    """
+    name = unicodedata.normalize("NFC", name)
     return " ".join(re.sub(r"\s-\s|(?<=[^\W_])-(?=[^\W_])|[\s_]+", " ", name).lower().split())
 
 

@@ -12,7 +12,7 @@ from mlvicx_hf.common.text import some
 from ..images.pixels import describe_skipped, image_files
 from ..options import check_choice
 from .base import Collection, Listing, Record, file_below, keep_present, spelled_as_on_disk
-from .cells import label_cells
+from .cells import label_cells, same_name
 from .labels import FILE_COLUMNS, read_labels
 from .layout import FOLDER_MEANINGS, describe_layout, read_layout, refuse_masks
 from .metadata import MASK_COLUMN, TableOptions, plain_name, read_records, usual_names
@@ -143,7 +143,7 @@ class FolderCollection(TableOptions, Collection):
         names = self._relative(columns[file_column])
         masks = [""] * len(names) if mask_column is None else self._relative(columns[mask_column])
         read_cells(table, file_column, names, FILLED)
-        check_unique(table, [os.path.normpath(name) for name in names])
+        check_unique(table, [self._spelled(name) for name in names])
         rows, known = read_records(table, columns, names, self.patient_column, notes, self.patient_ids)
         skip = (file_column, self.patient_column, mask_column)
         labels = read_labels(table, columns, self.label_columns, skip, self.uncertain, self.label_names)
@@ -186,6 +186,11 @@ class FolderCollection(TableOptions, Collection):
             for name, root in zip(names, below, strict=True)
         ]
 
+    def _spelled(self, name: str) -> str:
+        """Write a path so that two names of one file are the same."""
+        found = name if name.isascii() else os.path.relpath(spelled_as_on_disk(self.folder / name), self.folder)
+        return os.path.normpath(found)
+
     def _note_unlisted(self, table: Path, listed: Sequence[str]) -> list[str]:
         """Note the images below the root that the table does not list."""
         known = {os.path.normpath(spelled_as_on_disk(self.folder / name)) for name in listed}
@@ -201,8 +206,8 @@ class FolderCollection(TableOptions, Collection):
         for name in FILE_COLUMNS:
             if name != file_column and any((self.folder / file).is_file() for file in columns.get(name, ())):
                 return f"{found}; column {name} has files that exist: --file_column {name} takes it"
-        stem = Path(missing[0]).stem.casefold()
-        alike = next((file for file in image_files(self.folder, onerror=None) if file.stem.casefold() == stem), None)
+        stem = same_name(Path(missing[0]).stem)
+        alike = next((file for file in image_files(self.folder, onerror=None) if same_name(file.stem) == stem), None)
         expected = f"; {alike.relative_to(self.folder)} is there" if alike else ""
         return f"{found}{expected}; expected paths below {self.folder}, with their suffix and in their case"
 

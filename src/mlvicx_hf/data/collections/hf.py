@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache, partial
@@ -24,7 +25,7 @@ from .cells import BINARY, NO_FINDING, plain_cell, same_name
 from .labels import LONE_COLUMNS, RESERVED_COLUMNS, LabelTable, note_ignored, read_labels
 from .metadata import TableOptions, plain_name, read_records, usual_names
 from .opening import IMAGE_ROWS, TABLE_ROWS, Opened, find_image_column, folder_of, kind, open_dataset, read_cell
-from .tables import Columns, as_text
+from .tables import Columns, as_text, read_columns
 
 
 @cache
@@ -100,6 +101,7 @@ class HFCollection(TableOptions, Collection):
             if "split" in text:
                 notes.append("a column of splits is not used: the dataset has splits of its own")
             text["split"] = [splits[split] or "" for split, count in counts.items() for _ in range(count)]
+        self._check_patients(opened, features)
         rows, known = read_records(Path(self.path), text, names, self.patient_column, notes, self.patient_ids)
         labels = self._labels(features, columns, text, len(names))
         folder = folder_of(self.path)
@@ -148,6 +150,20 @@ class HFCollection(TableOptions, Collection):
         if self.mask_column is not None and not isinstance(features.get(self.mask_column), datasets.Image):
             images = some((n for n, feature in features.items() if isinstance(feature, datasets.Image)), 30)
             raise UserError(f"{self.path}: Image columns {images} found; expected the masks in {self.mask_column}")
+
+    def _check_patients(self, opened: Opened, features: Any) -> None:
+        """Refuse patients of a CSV file that `datasets` has read as numbers if 001 and 1 are then the same."""
+        patients = plain_name(self.patient_column or "patient_id")
+        numeric = [name for name, feature in features.items() if plain_name(name) == patients and _is_number(feature)]
+        tables = {file for files in opened.files.values() for file in files if file.lower().endswith(".csv")}
+        for table in sorted(filter(os.path.isfile, tables)) if numeric else []:
+            cells = read_columns(Path(table)).get(numeric[0], [])
+            short = [cell for cell in cells if re.fullmatch(r"0\d+", cell)]
+            if short:
+                raise UserError(
+                    f"{table}: column {numeric[0]} with {short[0]} found, which `datasets` reads as {int(short[0])}; "
+                    "expected --collection folder, which reads patients as text"
+                )
 
     def _read_table(
         self, opened: Opened, splits: Mapping[str, str | None], table: list[str], image: str
@@ -267,6 +283,10 @@ def _is_yes_no(feature: Any) -> bool:
     """Whether a class label has the two values of a finding, such as yes and no."""
     names = [plain_cell(name) for name in _class_names(feature)]
     return isinstance(feature, datasets.ClassLabel) and set(names) <= set(BINARY)
+
+
+def _is_number(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "float"))
 
 
 def _is_text(name: str, feature: Any) -> bool:

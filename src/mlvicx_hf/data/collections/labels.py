@@ -225,6 +225,10 @@ def _class_labels(table: Path, column: str, values: list[str], notes: tuple[str,
                 "expected one class in each (a column of several findings must be called labels)"
             )
     names = set(classes) - {""}
+    if len(names) > 2 and {plain_cell(name) for name in names} <= BINARY.keys():
+        raise UserError(
+            f"{table}: column {column}: {some(sorted(names))} found, several words for yes and no; expected one of each"
+        )
     whole = all(_WHOLE.fullmatch(name) for name in names)
     ordered = sorted(names, key=lambda name: (int(name) if whole else 0, name))
     rows = [tuple(float(value == name) if value else math.nan for name in ordered) for value in classes]

@@ -12,7 +12,7 @@ from mlvicx_hf.common.text import some
 
 from .base import SPLIT_NAMES, Record, normalize_view
 from .labels import LONE_COLUMNS, RESERVED_COLUMNS
-from .people import parse_age, parse_sex, read_patients
+from .people import parse_age, parse_sex, plain_patient, read_patients
 from .tables import Columns, parse_known, read_splits, read_views
 
 MASK_COLUMN = "mask_file_name"
@@ -24,8 +24,8 @@ SPLIT_LIKE = re.compile(
 # the patient, here in English, German and Spanish, or a study, which is always of one patient,
 PATIENT_LIKE = re.compile(
     "((anonymi[sz]ed|anon|deid(entified)?)?(patient|patienten|paciente|subject|person|participant|individual)s?"
-    "(id|uid|no|nr|num|number|nummer|name|key|code)?|(pat|pt|case|fall|anon|deid)s?(id|uid|no|nr|num|number|nummer|code)|"
-    "id(de|del|do)?(patient|paciente|pat)|pseudonym(id)?|hospitalnumber|pid|mrn|"
+    "(id|uid|identifier|no|nr|num|number|nummer|name|key|code)?|(pat|pt|case|fall|anon|deid)s?(id|uid|no|nr|num|number|nummer|code)|"
+    "id(de|del|do)?(patient|paciente|pat)|pseudonym(id)?|hospitalnumber|nhs(no|nr|number)|pid|mrn|"
     "(study(instance)?|record|exam(ination)?|accession|visit)(id|uid|no|nr|num|number))"
 )
 # the view,
@@ -75,6 +75,8 @@ def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> t
     Raises:
         UserError: two columns would have the same name.
     """
+    if find_view([name for name, cells in columns.items() if any(cells)], given):  # an empty column must not hide it
+        columns = {name: cells for name, cells in columns.items() if any(cells) or plain_name(name) not in VIEW_LIKE}
     usual = {plain_name(name): name for name in (*RESERVED_COLUMNS, *LONE_COLUMNS, MASK_COLUMN)}
     new = {name: name if name in given else usual.get(plain_name(name), name) for name in columns}
     twice = [name for name, count in Counter(new.values()).items() if count > 1]
@@ -163,7 +165,7 @@ def read_records(
 def _refuse_unnamed_patients(table: Path, columns: Columns) -> None:
     """Refuse a column that seems to name the patients of several images each: they could fall into two splits."""
     for name, cells in columns.items():
-        if PATIENT_LIKE.fullmatch(plain_name(name)) and len(set(cells)) < len(cells) and any(cells):
+        if PATIENT_LIKE.fullmatch(plain_name(name)) and len(set(map(plain_patient, cells))) < len(cells) and any(cells):
             raise UserError(
                 f"{table}: column {name} found, which seems to tell the patient or a study, in several rows each, "
                 f"and no column patient_id; expected --patient_column {name}, or another column that tells it"

@@ -14,7 +14,7 @@ from ..options import check_choice
 from .tables import CellType, numbered
 
 SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
-_AGE = re.compile(r"(\d+(?:[.,]\d+)?)([YMWD]?)", re.IGNORECASE)
+_AGE = re.compile(r"(\d+(?:[.,]\d+)?)(Y?)|(\d{3,})([MWD])", re.IGNORECASE)  # 57M may be a man of 57
 UNITS_PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
 OLDEST = 120  # years; a higher age is a mistake of the table
 
@@ -43,7 +43,8 @@ def _years(text: str) -> float:
     found = _AGE.fullmatch(text)
     if found is None:
         raise ValueError(text)
-    return float(found[1].replace(",", ".")) / UNITS_PER_YEAR[found[2].upper()]
+    number, unit = found.group(1, 2) if found[1] else found.group(3, 4)
+    return float(number.replace(",", ".")) / UNITS_PER_YEAR[unit.upper()]
 
 
 SEX = CellType(lambda text: SEXES[text.lower()], "F, M or nothing")
@@ -58,13 +59,15 @@ def believe_ages(ages: Sequence[float]) -> tuple[list[float], list[str]]:
 
 
 PATIENT_IDS = ("exact", "normalised")  # what ids mean that differ in their spelling alone
-_DECIMALS = re.compile(r"(?<=\d)\.0+$")
+_DECIMALS = re.compile(r"(?<=\d)[.,]0+$")
 _SHORTENED = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE)  # 1.2346E+11, of a spreadsheet
 _ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 
 
 def plain_patient(patient: str) -> str:
-    """Write a patient without leading zeros, a final `.0`, upper case and blanks: 001, 1.0 and 1 are the same.
+    """Write a patient without leading zeros, a final `.0`, upper case and blanks: 001, 1.0, 1,0 and 1 are the same.
+
+    So is '001, whose apostrophe tells Excel that it is text.
 
     An ü of one character and one of two (u and dots, as macOS writes it) are the same, and so are all kinds of dashes.
     Characters that cannot be seen, which come along when a cell is copied from a document, do not count.
@@ -72,7 +75,7 @@ def plain_patient(patient: str) -> str:
     text = unicodedata.normalize("NFKC", "".join(patient.split())).casefold()
     kinds = [(character, unicodedata.category(character)) for character in text]
     text = "".join("-" if kind == "Pd" else character for character, kind in kinds if kind not in ("Cf", "Cc"))
-    return _ZEROS.sub("", _DECIMALS.sub("", text))
+    return _ZEROS.sub("", _DECIMALS.sub("", text.removeprefix("'")))
 
 
 def spelled_alike(patients: Iterable[str]) -> list[list[str]]:
@@ -102,7 +105,7 @@ def read_patients(
     if spelling is not None:
         check_choice("patient_ids", spelling, PATIENT_IDS)
     for (row, value), name in zip(numbered(table, values), names, strict=True):
-        if not value:
+        if not plain_patient(value):  # also of characters that cannot be seen
             raise UserError(f"{table}: row {row} ({name}): empty {column} found; expected a patient")
         if _SHORTENED.fullmatch(value):
             raise UserError(
