@@ -52,6 +52,12 @@ def test_code_version_names_package_and_libraries():
     assert all(isinstance(value, str) and value for value in version.values())
 
 
+def test_the_commit_is_that_of_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch):
+    before = code_version()["commit"]
+    monkeypatch.setattr("mlvicx_hf.common.provenance.git_commit", lambda folder: "later")
+    assert code_version()["commit"] == before
+
+
 def test_json_is_replaced_whole(tmp_path: Path):
     path = tmp_path / "run.json"
     write_json(path, {"a": 1})

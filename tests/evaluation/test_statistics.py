@@ -180,6 +180,10 @@ def test_segmenters_are_compared_by_dice(tmp_path: Path) -> None:
     names = [name for name in table if name.endswith(":lungs")]
     table.assign(**{name: 4 * table[name] for name in names}).to_csv(larger, index=False)
     assert compare_runs([good], [bad], samples=100) == found  # scored at twice the side
+    lost = table.copy()
+    lost.loc[0, names] = 0  # a structure of a few pixels, at a smaller side
+    lost.to_csv(larger, index=False)
+    assert compare_runs([good], [bad], samples=100)["difference"] == pytest.approx(found["difference"], abs=0.05)
     counts = pd.read_csv(good / "test_overlaps.csv")
     overlap = counts["overlap:lungs"].to_numpy()
     assert found["runs"] == pytest.approx(np.mean(2 * overlap / (overlap + 100)))

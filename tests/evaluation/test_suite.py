@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -178,6 +179,27 @@ def test_other_settings_and_weights_are_refused(small: dict[str, Any], tmp_path:
     assert cells[0].is_finished(tmp_path / "out")
 
 
+def test_weights_that_change_while_a_cell_runs_fail_it(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    suite = read_suite(write(tmp_path, parts))
+    cell = next(cell for cell in suite.cells if cell.kind == "classification" and Path(cell.weights).is_dir())
+    finetune = running.finetune_classifier
+    weights = Path(shutil.copytree(cell.weights, tmp_path / "weights"))
+    cell = dataclasses.replace(cell, weights=str(weights))
+
+    def replacing(*arguments: Any) -> Any:
+        done = finetune(*arguments)
+        config = weights / "config.json"
+        config.write_text(config.read_text() + " ")
+        return done
+
+    monkeypatch.setattr(running, "finetune_classifier", replacing)
+    finished, failed = running.run_cells([cell], tmp_path / "out")
+    assert (finished, failed) == ([], [cell])
+    assert "were changed while it ran" in (tmp_path / "out" / cell.error_path).read_text()
+
+
 def test_a_changed_cache_recipe_or_configuration_is_refused(parts: dict[str, Any], tmp_path: Path):
     recipe, cache, model = tmp_path / "mine.yaml", tmp_path / "cache", tmp_path / "model"
     recipe.write_text("learning_rate: 0.01\n")
@@ -263,6 +285,8 @@ def test_weights_of_other_libraries_are_hashed_too(small: dict[str, Any], tmp_pa
         ({"models": {"a": None}}, "model a: weights None found; expected a folder, or a list of them"),
         ({"models": {"a": []}}, "model a: weights [] found; expected a folder, or a list of them"),
         ({"models": {"../a": "runs/a"}}, "models: name '../a' found; expected text without a slash"),
+        ({"models": {"..": "runs/a"}}, "models: name '..' found"),
+        ({"models": {"": "runs/a"}}, "models: name '' found"),
         ({"seeds": [0, 1, 1]}, "/frozen/1/1"),
         ({"label_fractions": [0.1, 0.1000000001]}, "/frozen/0.1/0"),
     ],

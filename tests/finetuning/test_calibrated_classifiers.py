@@ -20,6 +20,7 @@ from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.finetuning.arguments import CLASSIFICATION_SECTIONS, ClassifierArguments
 from mlvicx_hf.finetuning.calibration import calibrate
 from mlvicx_hf.finetuning.classification import finetune_classifier, load_classifier
+from mlvicx_hf.prediction.answers import Answers
 from mlvicx_hf.prediction.prediction import predict
 from mlvicx_hf.scoring.labels import score_decisions, youden_thresholds
 
@@ -253,10 +254,22 @@ def test_what_would_turn_the_ranking_round_is_not_fitted():
 def test_exclusive_classes_with_few_images_have_no_temperature():
     logits, classes = np.random.default_rng(0).normal(0, 1, (60, 3)), np.repeat([0, 1, 2], [21, 20, 19])
     found = calibrate(logits, classes, ["a", "b", "c"], 0.9, HASHES)
-    assert found.not_fitted == {"c": "19 images in the validation split; expected 20 of each at least"}
+    assert found.not_fitted == {
+        "a": "too few images of c",  # the one temperature is of all classes
+        "b": "too few images of c",
+        "c": "19 images in the validation split; expected 20 of each at least",
+    }
     assert (found.record["values"], found.record["bands"]) == ({"temperature": None}, None)
     assert found.record["counts"] == {"a": [21, 39], "b": [20, 40], "c": [19, 41]}
     assert found.score_answers(softmax(logits, axis=1), np.eye(3)[classes], ["a", "b", "c"])["unsure"] == "n/a"
+
+
+def test_classes_that_are_all_right_have_no_temperature_and_none_is_calibrated():
+    classes = np.repeat([0, 1], 25)
+    found = calibrate(np.eye(2)[classes] * 9, classes, ["a", "b"], 0.9, HASHES)
+    assert found.record["values"] == {"temperature": None}
+    assert set(found.not_fitted) == {"a", "b"}
+    assert Answers(["a", "b"], found.record, exclusive=True).uncalibrated == ["a", "b"]
 
 
 @pytest.mark.parametrize("level", [0.5, 1.0, -1.0])

@@ -36,6 +36,7 @@ from mlvicx_hf.finetuning.arguments import (
     LabelledDataArguments,
 )
 from mlvicx_hf.finetuning.classification import (
+    Classification,
     balanced_weights,
     finetune_classifier,
     load_classifier,
@@ -689,6 +690,23 @@ def test_what_a_run_left_that_was_killed_at_its_end_is_done_again(cache: Path, p
     run(tmp_path / "out", pretrained, cache, freeze_backbone=True, num_train_epochs=1)
     assert (tmp_path / "out" / "results.json").is_file()
     assert "labels" not in (tmp_path / "out" / "config.json").read_text()[:2]
+
+
+def test_a_run_that_ended_meanwhile_is_not_written_over(
+    cache: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both runs found an empty folder; the second one waited while it loaded its model."""
+    load = Classification._load_model
+
+    def slowly(self: Any) -> Any:
+        monkeypatch.setattr(Classification, "_load_model", load)
+        run(tmp_path / "out", pretrained, cache, freeze_backbone=True, num_train_epochs=1)
+        return load(self)
+
+    monkeypatch.setattr(Classification, "_load_model", slowly)
+    with pytest.raises(FileExistsError, match="out is there already"):
+        run(tmp_path / "out", pretrained, cache, freeze_backbone=True, num_train_epochs=1, seed=3)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["seed"] == 0
 
 
 def test_a_rate_that_is_too_high_is_told(cache: Path, pretrained: Path, tmp_path: Path):

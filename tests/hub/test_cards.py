@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,6 +23,8 @@ from mlvicx_hf import (
     MLVICXForSemanticSegmentation,
     MLVICXImageProcessor,
 )
+from mlvicx_hf.common.errors import UserError
+from mlvicx_hf.common.files import sha256
 from mlvicx_hf.hub.cards.rendering import render_card
 
 LABELS = ["Edema", "Effusion"]
@@ -229,7 +232,7 @@ def test_a_difference_needs_the_same_seeds_and_the_same_architecture(render: Ren
     assert "macro AUROC +0.050, accuracy +0.050; seed 0." in alike
 
 
-@pytest.mark.parametrize("field", ["data_hash", "split_hash"])
+@pytest.mark.parametrize("field", ["data_hash", "split_hash", "label_hash"])
 def test_results_of_different_data_are_never_averaged(render: Render, field: str):
     text = section(render("backbone", result(0), result(1, **{f"data.{field}": "c" * 64})), "Evaluation")
     assert text.count("\n### Classification, `A`\n") == 2
@@ -260,6 +263,26 @@ def test_runs_without_context_blocks_or_at_another_size_are_never_averaged_with_
     text = section(render("backbone", result(0), result(1, drop_context=True), result(2, image_size=64)), "Evaluation")
     assert "n = " not in text
     assert "| pretrained without context blocks, frozen encoder | 597 | 1 | 0.714 |" in text
+
+
+def test_runs_of_other_weights_or_fewer_images_are_never_averaged_with_others(render: Render):
+    other = [result(seed, weights_sha256={"model.safetensors": f"{seed}"}) for seed in (0, 1)]
+    text = section(render("backbone", *other), "Evaluation")
+    assert "n = " not in text
+    fewer = [result(1, max_train_samples=24), result(0, "random", 0.6), result(1, "random", 0.6)]
+    text = section(render("backbone", result(0), *fewer), "Evaluation")
+    assert "pretrained, frozen encoder, at most 24 images |" in text
+    assert "minus random" not in text
+
+
+def test_scores_of_weights_that_were_replaced_are_refused(render: Render, saved: dict[str, Path], tmp_path: Path):
+    folder = Path(shutil.copytree(saved["backbone"], tmp_path / "mine"))
+    then = {"model.safetensors": sha256(folder / "model.safetensors")}
+    render("backbone", result(0, str(folder), weights_sha256=then))
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"trained again")
+    with pytest.raises(UserError, match=r"scores of other weights than .*mine has now"):
+        render("backbone", result(0, str(folder), weights_sha256=then))
 
 
 def test_pretraining_data_and_recipe(render: Render, saved: dict[str, Path], tmp_path: Path):
@@ -380,6 +403,7 @@ def test_calibration_and_what_was_not_calibrated(saved: dict[str, Path], tmp_pat
     text = section(render_card(TEMPLATES["classifier"], other, []), "Evaluation")
     assert "**No probability of this model is calibrated**" in text
     assert "gives calibrated" not in text
+    assert "The promise holds" not in text
     write_model(saved["classifier"], model, result(**changes), calibration=record | {"level": 0.8})
     with pytest.raises(ValueError, match=r"config\.json: calibration found that differ from calibration of .*res"):
         render_card(TEMPLATES["classifier"], model, [])

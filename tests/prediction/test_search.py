@@ -229,6 +229,17 @@ def test_added_images_come_last_and_everything_is_measured_anew(models: list[str
     np.testing.assert_array_equal(np.asarray(picture), np.asarray(train[6]["image"]))
 
 
+def test_copies_of_indexed_images_do_not_measure_the_threshold(models: list[str], cache: Path, tmp_path: Path):
+    """The same files under other names of patients, as in a cache of another export."""
+    built = build_index(models[0], cache, tmp_path / "index", **INDEXING)
+    rows = [row | {"patient_id": f"other{row['patient_id']}", "split": "validation"} for row in labelled("p")]
+    other = make_cache(tmp_path, [*rows, *labelled("z", 4, first=300)], name="other")
+    assert set(load_cache(cache).datasets["train"]["sha256"]) < set(load_cache(other).datasets["validation"]["sha256"])
+    both = build_index(models[0], other, tmp_path / "both", add_to=tmp_path / "index", **INDEXING)
+    assert built["validation"]["images"] == 8
+    assert both["validation"]["images"] == 16  # and those of the first cache's test split, but none of its train split
+
+
 def test_images_that_are_in_already_are_refused(models: list[str], built: Path, cache: Path, tmp_path: Path):
     source = ImageIndex(built).items["source"][0]
     with pytest.raises(UserError, match=rf"24 images of .* are in the index .* already: {source}"):

@@ -90,6 +90,7 @@ def _make_card(arguments: argparse.Namespace) -> str:
     model = Path(arguments.model)
     results = [file for file in arguments.results if file != model / RESULTS_NAME]
     options = _chosen(arguments, "repo_id", "pretraining", "cache", "base_model")
+    options |= {"revision": arguments.tag or arguments.revision or "main"}
     return str(render_card(find_template(model), model, results, **options))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,12 @@ from .machine import describe_hardware
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help does not have
     import torch
+
+
+@cache
+def package_commit() -> str:
+    """Find the commit of the package's checkout, once a process. Call it before long work, since it may change."""
+    return git_commit(Path(__file__).parent)
 
 
 def code_version() -> dict[str, str]:
@@ -21,7 +28,7 @@ def code_version() -> dict[str, str]:
 
     return {
         "mlvicx_hf": __version__,
-        "commit": git_commit(Path(__file__).parent),
+        "commit": package_commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -194,7 +194,9 @@ def check_same_images(runs: Mapping[str, RunResults]) -> None:
     for other_name, other in runs.items():
         same = type(other) is type(first) and other.names == first.names
         same = same and np.array_equal(other.sources, first.sources)
-        if not (same and np.array_equal(other.truth, first.truth, equal_nan=True)):
+        # A structure of a few pixels may be lost at the size at which one of the models is scored.
+        same = same and (isinstance(other, Overlaps) or np.array_equal(other.truth, first.truth, equal_nan=True))
+        if not same:
             raise UserError(
                 f"{other_name} was tested on other images or labels than {name}; expected the same test split"
             )

@@ -135,7 +135,7 @@ def _told(runs: Sequence[Path]) -> list[dict[str, Any]]:
     files = [run / "results.json" for run in runs]
     told = [read_json(file) if file.is_file() else {} for file in files]
     for run, about in zip(runs, told, strict=True):
-        for name in ("protocol", "label_fraction"):
+        for name in ("protocol", "label_fraction", "max_train_samples", "hyperparameters"):
             if about.get(name) != told[0].get(name):
                 raise UserError(
                     f"{run}: {name} {about.get(name)} found, and {told[0].get(name)} in {runs[0]}; expected runs that "

@@ -9,6 +9,7 @@ import torch
 from scipy.special import expit, softmax
 from torch import nn
 
+from mlvicx_hf.common.text import some
 from mlvicx_hf.scoring.calibration import (
     ABSENT,
     PRESENT,
@@ -125,8 +126,10 @@ def _fit_classes(logits: np.ndarray, labels: np.ndarray, names: Sequence[str], l
     counts = {name: [count, len(classes) - count] for name, count in zip(names, images, strict=True)}
     not_fitted = {name: _too_few(f"{n} images") for name, (n, _) in counts.items() if n < FEWEST_TO_CALIBRATE}
     temperature = None if not_fitted else fit_temperature(logits, classes)
-    if temperature is None and not not_fitted:
-        not_fitted["temperature"] = "every image is classified rightly, or the logits are no better than chance"
+    if temperature is None:  # one temperature serves all classes, or none of them
+        reason = "every image is classified rightly, or the logits are no better than chance"
+        reason = f"too few images of {some(not_fitted)}" if not_fitted else reason
+        not_fitted = {name: not_fitted.get(name, reason) for name in names}
     bands = None
     if temperature is not None:
         true = softmax(logits / temperature, axis=1)[np.arange(len(classes)), classes]

@@ -12,7 +12,6 @@ from transformers import TrainerState, TrainingArguments
 from mlvicx_hf.common.files import new_file
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.data.cache.cache import Cache
-from mlvicx_hf.encoders.inference import weights_of
 from mlvicx_hf.scoring.labels import NOT_SCORED, mean_scored
 
 from .arguments import EncoderArguments, FinetuningArguments, LabelledDataArguments
@@ -52,7 +51,6 @@ def describe_run(
     return {
         "protocol": "frozen" if encoder.freeze_backbone else "finetuned",
         "model": encoder.model,
-        "weights_sha256": weights_of(Path(encoder.model)),  # empty for what is no folder or file of this machine
         "architecture": encoder.architecture,
         "drop_context": encoder.drop_context,
         "label_fraction": data.label_fraction,

@@ -26,10 +26,12 @@ from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.files import check_output, only_writer, write_json
 from mlvicx_hf.common.machine import keep_freed_memory, refuse_other_launches, use_cpu_threads
 from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.common.provenance import package_commit
 from mlvicx_hf.data.cache.cache import Cache
 from mlvicx_hf.data.collections.base import SPLITS
 from mlvicx_hf.data.reading.sampling import PatientBalancedSampler
 from mlvicx_hf.data.split_files import SPLIT_FILE
+from mlvicx_hf.encoders.inference import weights_of
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
 from mlvicx_hf.models.modeling_mlvicx import MLVICXPreTrainedModel
 
@@ -70,6 +72,7 @@ class FinetuningTask(ABC):
             FileExistsError: an output folder that holds more than an interrupted run left, or another run writing it.
             UserError: a cache that does not suit the task, or a model that does not fit.
         """
+        package_commit()
         output = Path(self.arguments.output_dir)
         unfinished = output / UNFINISHED
         if not _is_interrupted(output):
@@ -81,11 +84,14 @@ class FinetuningTask(ABC):
         self.cache = select_training(self._load_cache(), self.data, self.arguments.seed)
         self._check_training()
         set_seed(self.arguments.seed)
+        self.weights = weights_of(Path(self.encoder.model))
         self.model, self.processor = self._load_model()
         splits = {split: self._images(split) for split in SPLITS}
         trained, prepare = self._prepare(splits["train"])
         with nullcontext() if self.settings.process_index else only_writer(unfinished):
             if not self.settings.process_index:
+                if not _is_interrupted(output):  # another run may have ended since the first check
+                    check_output(output)
                 shutil.rmtree(unfinished, ignore_errors=True)
             return self._train_and_test(output, trained, prepare, splits)
 
@@ -105,6 +111,7 @@ class FinetuningTask(ABC):
         results |= self._results(validation, test) | chosen
         results["test"] |= {"subgroups": score_subgroups(self.cache.datasets["test"], test.scores)}
         run = describe_run(self.cache, self.encoder, self.data, self.arguments, self.settings, trainer.state)
+        run["weights_sha256"] = self.weights
         run["model_commit"] = getattr(self.model.config, "_commit_hash", None)  # of the Hub
         # As asked for, so that cards compare random weights with pretrained ones of the same settings.
         run["hyperparameters"] |= {"freeze_batch_norm": self._norms_asked and not frozen, "augment": self._augments}

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from mlvicx_hf.common.errors import UserError, user_input
-from mlvicx_hf.common.provenance import git_commit
+from mlvicx_hf.common.provenance import package_commit
 from mlvicx_hf.common.text import some
 from mlvicx_hf.data.cache.assembly import is_of_cache
 from mlvicx_hf.data.cache.cache import load_cache
@@ -152,7 +152,7 @@ def _send(
         folder_path=folder,
         allow_patterns=list(files),
         revision=revision,
-        commit_message=message or f"mlvicx_hf {git_commit(Path(__file__).parent)[:12]}",
+        commit_message=message or f"mlvicx_hf {package_commit()[:12]}",
         delete_patterns=OUTDATED[repo_type],
     )
     if tag is not None:

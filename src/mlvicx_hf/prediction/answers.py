@@ -26,7 +26,7 @@ class Answers:
         self.labels, self.exclusive = labels, exclusive
         self.columns = ["answer"] if exclusive else [f"answer:{name}" for name in labels]
         self.bands: Any = None
-        self.uncalibrated: list[str] = []  # labels that the calibration of the others left out
+        self.uncalibrated: list[str] = []  # labels that the calibration left out
         if calibration is None:
             return
         method = "temperature" if exclusive else "platt"
@@ -39,8 +39,8 @@ class Answers:
         self.bands = bands = calibration.get("bands")
         if not isinstance(bands, (Mapping, type(None))):
             raise UserError(f"calibration: bands={bands} found; expected a mapping, or null")
-        if not exclusive:
-            self.uncalibrated = [name for name in labels if calibration["values"][name] is None]
+        values = calibration.get("values") or {}
+        self.uncalibrated = [name for name in labels if values.get("temperature" if exclusive else name) is None]
         lowest = None if self.bands is None else [self.bands.get("lowest")]
         for name, limits in {"lowest": lowest}.items() if exclusive else self.bands.items():
             fits = limits is None or (

@@ -1,5 +1,6 @@
 """Make an index of the images of a prepared cache, or add them to an index."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def build_index(
     known = nothing if earlier is None else earlier.validation
     validation = _join([nothing, known, *(_without(parts[split], known) for split in measured)])
     caches = ([] if earlier is None else earlier.content["caches"]) + [_describe_cache(cache, splits)]
+    validation = _without_copies(validation, images, caches)
     content = _describe(loaded, caches, images, validation) | {"approximate": approximate}
     with new_folder(folder) as temporary:
         tensors = {"embeddings": images.embeddings, "validation": validation.embeddings}
@@ -162,6 +164,17 @@ def _without(images: IndexedImages, known: IndexedImages) -> IndexedImages:
     """The images whose original files are not among the known ones."""
     new = ~images.items["sha256"].isin(known.items["sha256"]).to_numpy(bool)
     return IndexedImages(images.embeddings[torch.from_numpy(new)], images.items[new])
+
+
+def _without_copies(validation: IndexedImages, images: IndexedImages, caches: list[dict[str, Any]]) -> IndexedImages:
+    """Leave out images whose files are indexed under another patient, as of another cache: each would find itself."""
+    indexed, own = _patients(caches, images.items, validation.items)
+    patients: dict[str, set[int]] = defaultdict(set)
+    for digest, patient in zip(images.items["sha256"], indexed.tolist(), strict=True):
+        patients[digest].add(patient)
+    pairs = zip(validation.items["sha256"], own.tolist(), strict=True)
+    kept = np.array([patients.get(digest, set()) <= {patient} for digest, patient in pairs], bool)
+    return IndexedImages(validation.embeddings[torch.from_numpy(kept)], validation.items[kept])
 
 
 def _join(parts: Sequence[IndexedImages]) -> IndexedImages:

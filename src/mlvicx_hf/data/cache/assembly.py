@@ -16,7 +16,7 @@ import datasets
 from mlvicx_hf import __version__
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.progress import no_datasets_bars
-from mlvicx_hf.common.provenance import git_commit
+from mlvicx_hf.common.provenance import package_commit
 from mlvicx_hf.common.text import some
 
 from ..collections.base import SPLITS, Collection, Listing, Record
@@ -158,7 +158,7 @@ def describe_cache(
         "data_hash": _data_hash(images),
         "label_hash": _label_hash(images),
         "version": __version__,
-        "commit": git_commit(Path(__file__).parent),
+        "commit": package_commit(),
     }
 
 

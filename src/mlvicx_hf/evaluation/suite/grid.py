@@ -216,7 +216,7 @@ def read_suite(path: Path) -> Suite:
         if not isinstance(suite.get(key), dict) or not suite[key]:
             raise UserError(f"{path}: {key}: {suite.get(key)!r} found; expected a mapping with one entry at least")
         for name in suite[key]:
-            if not _is_text(name) or Path(name).name != name:  # a name is a folder of the results
+            if not _is_text(name) or Path(name).name != name or name in ("", ".."):  # a name is a folder of the results
                 raise UserError(f"{path}: {key}: name {name!r} found; expected text without a slash")
     first, *others = suite["models"]
     usual: dict[str, Any] = {"protocols": ["frozen", "finetuned"], "label_fractions": [1.0], "seeds": [0]}

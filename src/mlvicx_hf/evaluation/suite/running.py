@@ -13,9 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mlvicx_hf.common.errors import require
+from mlvicx_hf.common.errors import UserError, require
 from mlvicx_hf.common.files import new_file, new_folder, write_json
 from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.common.provenance import package_commit
 from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.external import is_external
 from mlvicx_hf.finetuning.classification import finetune_classifier
@@ -56,6 +57,7 @@ def evaluate_suite(
         UserError: a suite that is wrong, or a finished cell that was run with other settings.
     """
     require("the report of a suite", "report", "matplotlib")  # before hours of work
+    package_commit()
     check_least(1, samples=samples)
     suite = read_suite(find_recipe(name, "suite"))
     for folder, what in _absent(suite.cells).items():
@@ -137,6 +139,7 @@ def _succeeds(cell: Cell, output: Path, store: FeatureStore, keep_model: bool) -
 
 
 def _run(cell: Cell, folder: Path, store: FeatureStore, keep_model: bool) -> None:
+    made_with = cell.describe()
     with new_folder(folder) as temporary:
         values = cell.flags | {"output_dir": str(temporary)}
         encoder, data, training = fill_sections(TASK_SECTIONS[cell.kind], values, cell.kind)
@@ -146,4 +149,6 @@ def _run(cell: Cell, folder: Path, store: FeatureStore, keep_model: bool) -> Non
             finetune_segmenter(encoder, data, training)
         if not keep_model:
             (temporary / WEIGHTS_FILE).unlink()
-        write_json(temporary / "cell.json", cell.describe())
+        if cell.describe() != made_with:
+            raise UserError(f"{cell.path}: weights, cache or recipe were changed while it ran; expected the same files")
+        write_json(temporary / "cell.json", made_with)

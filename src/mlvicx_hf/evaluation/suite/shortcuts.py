@@ -1,6 +1,7 @@
 """Shortcut audit: how well the frozen features that classify findings also tell view, sex and source; and search."""
 
 import copy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from transformers.trainer_utils import set_seed
 from mlvicx_hf.common.files import read_json, write_json
 from mlvicx_hf.common.machine import choose_device, use_cpu_threads
 from mlvicx_hf.common.progress import progress_bar
+from mlvicx_hf.common.text import some
 from mlvicx_hf.data.cache.cache import Cache, load_cache
 from mlvicx_hf.finetuning.arguments import EncoderArguments
 from mlvicx_hf.finetuning.data import LabelledImages
@@ -45,7 +47,11 @@ def audit_shortcuts(suite: Suite, cells: Sequence[Cell], output: Path, store: Fe
         return
     finished = {(cell.model, cell.member) for cell in cells}
     members = {(cell.model, cell.member): cell for cell in reversed(suite.cells)}  # the first of each
-    caches = [load_cache(path) for path in dict.fromkeys(cell.dataset for cell in cells)]
+    places = dict.fromkeys(cell.dataset for cell in cells)
+    if gone := [path for path in places if not Path(path).is_dir()]:
+        print(f"no audit of shortcuts: {some(gone)} is gone; earlier audits stay", file=sys.stderr)
+        return
+    caches = [load_cache(path) for path in places]
     data = {str(cache.path): cache.digest for cache in caches}
     with progress_bar(len(finished), "shortcuts", "model") as bar:
         for key in sorted(finished):

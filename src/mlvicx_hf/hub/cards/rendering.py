@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.files import json_field, read_json, read_text
 from mlvicx_hf.data.cache.cache import MANIFEST
+from mlvicx_hf.encoders.inference import weights_of
 
 from .results import NUMBER, TASKS, Result, describe_code, describe_machine, last_part, read_results
 from .tables import build_tables, calibration_table, evaluation_results
@@ -253,6 +254,18 @@ def _read_own_results(model: Path, config: dict[str, Any]) -> Result:
     return own
 
 
+def _check_weights(result: Result) -> None:
+    """Refuse results of weights that have been replaced since, as by another pretraining into the same folder."""
+    place = Path(result.content["model"])
+    then, now = result.content.get("weights_sha256"), weights_of(place) if place.is_dir() else {}
+    if then and now and then != now:
+        listed = " and ".join(" ".join(sorted(found.values())) for found in (then, now))
+        raise UserError(
+            f"{result.path}: scores of other weights than {place} has now (SHA-256 {listed}); expected results of the "
+            "weights that are there"
+        )
+
+
 def _check_results(
     results: Sequence[Result],
     template: Path,
@@ -265,6 +278,7 @@ def _check_results(
     for result in results:
         content, found = result.content, last_part(result.content["model"])
         if kind.task is None:
+            _check_weights(result)
             if found != "random" and found not in encoder:
                 known = f"'random' or this one ({', '.join(sorted(encoder))})"
                 raise UserError(f"{result.path}: model {found!r} found; expected {known}")

@@ -74,13 +74,18 @@ class Result:
         """What results in one table have in common."""
         data, counts = self.content["data"], self.content["counts"]
         evaluated = canonical([self.content["labels"], counts["validation"], counts["test"]])
-        return self.content["task"], data["data_hash"], data["split_hash"], evaluated
+        labels = data.get("label_hash"), canonical(data.get("policy"))  # None in files of earlier versions
+        return self.content["task"], data["data_hash"], data["split_hash"], labels, evaluated
 
     def setting(self, model: bool = True) -> Hashable:
         """What runs that differ only in their seed have in common; without the model, what a fair comparison has."""
         c = self.content
-        protocol = (c["protocol"], float(c["label_fraction"]), canonical(c["hyperparameters"]), c.get("image_size"))
-        return (*protocol, c["model"], c.get("architecture"), bool(c.get("drop_context"))) if model else protocol
+        images = float(c["label_fraction"]), c.get("max_train_samples")
+        protocol = (c["protocol"], images, canonical(c["hyperparameters"]), c.get("image_size"))
+        if not model:
+            return protocol
+        weights = canonical(c.get("weights_sha256") or {})
+        return (*protocol, c["model"], weights, c.get("architecture"), bool(c.get("drop_context")))
 
     @property
     def test(self) -> dict[str, Any]:

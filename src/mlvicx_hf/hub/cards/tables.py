@@ -150,6 +150,7 @@ def _training_name(result: Result, results: Sequence[Result]) -> str:
     names = dict.fromkeys(name for settings in rivals for name in settings)
     varying = [name for name in names if len({canonical(settings.get(name)) for settings in rivals}) > 1]
     share = "" if content["label_fraction"] == 1 else f", {100 * content['label_fraction']:g} % of the labels"
+    share += f", at most {content['max_train_samples']:,} images" if content.get("max_train_samples") else ""
     settings = [f", `{name}={content['hyperparameters'].get(name)}`" for name in varying]
     return PROTOCOL_NAMES[content["protocol"]] + share + "".join(settings)
 
