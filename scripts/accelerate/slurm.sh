@@ -15,6 +15,8 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 resume=()
 [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || resume=(--resume)
 export head gpus_per_node
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since Slurm 22.05 srun does not take it over
+# Where a node's name leads to 127.0.1.1, as in Debian, also export GLOO_SOCKET_IFNAME, the interface between the nodes.
 # shellcheck disable=SC2016  # the node's own rank is known on the node only
 srun bash -c 'exec accelerate launch --config_file scripts/accelerate/several_nodes.yaml \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * gpus_per_node))" \

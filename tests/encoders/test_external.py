@@ -69,6 +69,15 @@ def test_a_transformer_from_a_folder_gives_its_pooled_output(tmp_path: Path, mod
     assert (processor.image_mean, processor.image_std) == (MEAN, STD)
 
 
+def test_weights_in_half_precision_are_computed_in_single(tmp_path: Path):
+    torch.manual_seed(0)
+    model = Dinov2Model(Dinov2Config(**SMALL)).bfloat16().eval()
+    x = torch.randn(2, 3, 28, 28)
+    found = features(save(tmp_path / "vit", model), x)
+    with torch.no_grad():
+        assert torch.equal(found, model.float()(x).pooler_output)
+
+
 def test_a_convolutional_one_is_flattened(tmp_path: Path):
     model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
     x = torch.randn(2, 3, 28, 28)

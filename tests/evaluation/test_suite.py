@@ -132,6 +132,13 @@ def test_what_is_not_there_is_said_before_anything_runs(
     ]
 
 
+def test_several_launched_processes_are_refused(parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They would average the gradients of different cells."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several launched processes found; expected `mlvicx evaluate` once a GPU"):
+        running.evaluate_suite(str(write(tmp_path, parts)), tmp_path / "out")
+
+
 def test_seeds_can_be_paired_with_pretrainings(parts: dict[str, Any], tmp_path: Path):
     suite = parts | {"label_fractions": [1], "seeds": [4, 5], "pair_seeds": True}
     cells = [cell for cell in read_suite(write(tmp_path, suite)).cells if cell.kind == "classification"]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from helpers import make_cache, tiny_config, unlabelled_cache
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
@@ -444,6 +445,19 @@ def test_a_run_lists_the_images_that_it_used(frozen: Path, cache: Path, pretrain
     everything = json.loads((frozen / "results.json").read_text())["data"]
     assert len({everything["used_hash"], everything["split_hash"], results["data"]["used_hash"]}) == 3
     assert read_split_file(frozen / "splits.csv").items() >= used.items()
+
+
+def test_the_precision_of_a_launcher_is_not_used_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    settings = trainer_settings(ClassificationArguments(output_dir=str(tmp_path)), 1e-3, tmp_path / "trainer")
+    trainer = transformers.Trainer(torch.nn.Linear(1, 1), settings, eval_dataset=[{}])
+    assert trainer.accelerator.mixed_precision == "no"
+    assert "the launcher's mixed precision bf16 is not used" in caplog.text
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(UserError, match="dynamo found in the configuration of `accelerate launch`"):
+        trainer_settings(ClassificationArguments(output_dir=str(tmp_path)), 1e-3, tmp_path / "trainer")
 
 
 def test_patients_are_drawn_equally_often_on_request(cache: Path, frozen: Path, pretrained: Path, tmp_path: Path):

@@ -116,6 +116,8 @@ def refuse_other_launches() -> None:
                 f"{name} found in the configuration of `accelerate launch` ({variable}); expected data parallel "
                 "processes: distributed_type MULTI_GPU or MULTI_CPU, or `accelerate launch --multi_gpu`"
             )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":  # it would get round all checks of compiling
+        raise UserError("dynamo found in the configuration of `accelerate launch`; expected none, and --torch_compile")
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", "auto"):
         raise UserError(

@@ -147,7 +147,7 @@ def _adapt_hub(name: str, image_size: int | None) -> Adapted:
     is_backbone = saved.endswith("Backbone")
     # AutoBackbone would take the path of a folder for a name on the Hub.
     loader: Any = getattr(transformers, saved) if is_backbone else AutoModel
-    network, report = loader.from_pretrained(name, output_loading_info=True)
+    network, report = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(

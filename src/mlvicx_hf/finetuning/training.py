@@ -220,6 +220,10 @@ def trainer_settings(arguments: FinetuningArguments, learning_rate: float, folde
     known = {each.name for each in fields(TrainingArguments)}
     fixed = {name: value for name, (value, _) in arguments.protocol.items() if name in known}
     options = {"dataloader_pin_memory": torch.cuda.is_available()} | arguments.trainer_options
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no":  # the Trainer would take it, and results would tell another precision
+        logger.warning("the launcher's mixed precision %s is not used; --bf16 or --fp16 asks for it", launched)
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     with user_input():
         settings = TrainingArguments(**options | own | fixed | {"output_dir": str(folder)})
     if not settings.optim_target_modules:  # such an optimiser asks for the model

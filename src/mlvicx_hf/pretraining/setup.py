@@ -199,8 +199,6 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
 
 def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:
     refuse_other_launches()
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":  # it would get round all checks of compiling
-        raise UserError("dynamo found in the configuration of `accelerate launch`; expected none, and --torch_compile")
     if arguments.deterministic:
         use_deterministic_algorithms()
     trackers = None if arguments.report_to == "none" else arguments.report_to

@@ -3,6 +3,7 @@
 The folder of a cell is there as a whole or not at all, so a grid that was killed goes on with the same command.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -59,6 +60,8 @@ def evaluate_suite(
     require("the report of a suite", "report", "matplotlib")  # before hours of work
     package_commit()
     check_least(1, samples=samples)
+    if not report_only and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # they would average the gradients of two cells
+        raise UserError("several launched processes found; expected `mlvicx evaluate` once a GPU, in shells of its own")
     suite = read_suite(find_recipe(name, "suite"))
     for folder, what in _absent(suite.cells).items():
         print(f"no folder {folder}: {what}", file=sys.stderr)
