@@ -66,6 +66,17 @@ def test_runs_of_one_group_repeat_one_another(tmp_path: Path) -> None:
         (run / "results.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"c: label_fraction 0\.3 found, and 1\.0 in .*a; expected runs that differ in"):
         compare_runs([runs[0], runs[2]], [runs[1]], samples=10)
+    for name, change in (
+        ("learning_rate", {"hyperparameters": {"learning_rate": 1}}),
+        ("max_train", {"max_train_samples": 9}),
+    ):
+        for run in runs[:2]:
+            about = json.loads((run / "results.json").read_text())
+            about |= {"hyperparameters": {"learning_rate": 2}} | (change if run == runs[1] else {})
+            (run / "results.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match=name):
+            compare_runs(runs[:2], [runs[2]], samples=10)
+        (runs[1] / "results.json").write_text((runs[0] / "results.json").read_text())
     found = compare_runs(runs[:1], runs[2:], samples=10)
     assert (found["runs_sd"], found["patients_known"]) == ("n/a", False)
     assert compare_runs(runs[:1], runs[1:2], samples=10)["patients_known"]

@@ -15,6 +15,8 @@ from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .runs import RunResults, check_same_images, read_run
 
+SAME = ("protocol", "label_fraction", "max_train_samples")  # fields of results that runs of one group share
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -135,10 +137,13 @@ def _told(runs: Sequence[Path]) -> list[dict[str, Any]]:
     files = [run / "results.json" for run in runs]
     told = [read_json(file) if file.is_file() else {} for file in files]
     for run, about in zip(runs, told, strict=True):
-        for name in ("protocol", "label_fraction", "max_train_samples", "hyperparameters"):
-            if about.get(name) != told[0].get(name):
+        ours, first = (
+            each.get("hyperparameters", {}) | {name: each.get(name) for name in SAME} for each in (about, told[0])
+        )
+        for name in ours.keys() & first.keys():  # earlier versions told fewer
+            if ours[name] != first[name]:
                 raise UserError(
-                    f"{run}: {name} {about.get(name)} found, and {told[0].get(name)} in {runs[0]}; expected runs that "
-                    "differ in their weights and seeds alone"
+                    f"{run}: {name} {ours[name]} found, and {first[name]} in {runs[0]}; expected runs that differ in "
+                    "their weights and seeds alone"
                 )
     return told

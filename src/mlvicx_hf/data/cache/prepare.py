@@ -119,18 +119,17 @@ def prepare(
         whole = read.without(read.where_flat()) if drop_flat else read
         duplicates = find_duplicates(whole.parts, progress=progress)
         images = whole.without(choose_dropped(whole.parts, duplicates, drop_duplicates))
-        notes = [
-            *listing.notes,
-            *notes,
-            *_note_moved(output, records),
-            *note_empty_splits(records, images),
-            *note_images(images, drop_flat),
-        ]
+        notes = [*listing.notes, *notes, *note_empty_splits(records, images), *note_images(images, drop_flat)]
         notes += note_contradictions(whole.parts, duplicates, listing.patients_known)
         manifest = describe_cache(collection, listing, options, images)
         manifest["duplicates"] = count_duplicates(duplicates, images, len(images.rejected) - len(whole.rejected))
         lacking = assemble(folder / "cache", shards, images, duplicates, manifest, notes, features)
-    return {**manifest, "notes": [*notes, *resumed, *lacking], "first_rejected": min(read.rejected, default=None)}
+        moved = _note_moved(output, records)
+    return {
+        **manifest,
+        "notes": [*notes, *moved, *resumed, *lacking],
+        "first_rejected": min(read.rejected, default=None),
+    }
 
 
 def check_cache_output(output: Path, overwrite: bool) -> None:
