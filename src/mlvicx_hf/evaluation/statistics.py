@@ -15,7 +15,7 @@ from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .runs import RunResults, check_same_images, read_run
 
-SAME = ("protocol", "label_fraction", "max_train_samples")  # fields of results that runs of one group share
+SHARED_FIELDS = ("protocol", "label_fraction", "max_train_samples")  # fields of results that runs of one group share
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def _told(runs: Sequence[Path]) -> list[dict[str, Any]]:
     told = [read_json(file) if file.is_file() else {} for file in files]
     for run, about in zip(runs, told, strict=True):
         ours, first = (
-            each.get("hyperparameters", {}) | {name: each.get(name) for name in SAME} for each in (about, told[0])
+            each.get("hyperparameters", {}) | {name: each.get(name) for name in SHARED_FIELDS}
+            for each in (about, told[0])
         )
         for name in ours.keys() & first.keys():  # earlier versions told fewer
             if ours[name] != first[name]:
