@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from transformers.utils import logging
 
 from mlvicx_hf import MLVICXConfig, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.commands import main
+from mlvicx_hf.common.provenance import package_commit
 from mlvicx_hf.data.cache.prepare import prepare
 from mlvicx_hf.data.collections.folder import FolderCollection
 from mlvicx_hf.data.masks import foreground
@@ -250,3 +252,14 @@ def save_encoders(folder: Path, count: int) -> list[str]:
         MLVICXModel(tiny_config(context_init_scale=1)).save_pretrained(models[-1])  # gates that do something
         MLVICXImageProcessor(image_size=32).save_pretrained(models[-1])
     return models
+
+
+@contextmanager
+def hidden_checkout() -> Iterator[None]:
+    """Hide the commit of the checkout, which each process looks up once, from this process and its children."""
+    package_commit.cache_clear()
+    try:
+        with mock.patch.dict(os.environ, {"GIT_DIR": "/nowhere"}):
+            yield
+    finally:
+        package_commit.cache_clear()

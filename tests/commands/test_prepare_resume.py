@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from crashing import draw, draw_and_abort
-from helpers import ROOT, environment
+from helpers import ROOT, environment, hidden_checkout
 from PIL import Image
 
 from kills import KILLED, Forks
@@ -61,10 +61,9 @@ def write_images(folder: Path, counts: dict[str, int], side: int) -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_commit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def no_commit() -> Iterator[None]:
     """Caches name the checkout's commit; no test should fail because somebody commits meanwhile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GIT_DIR", str(tmp_path_factory.mktemp("git") / "none"))
+    with hidden_checkout():
         yield
 
 

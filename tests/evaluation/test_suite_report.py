@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from helpers import make_cache, save_encoders
+from helpers import hidden_checkout, make_cache, save_encoders
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -32,8 +32,7 @@ from mlvicx_hf.evaluation.suite.running import evaluate_suite
 @pytest.fixture(scope="module", autouse=True)
 def _no_commit() -> Iterator[None]:
     """Hide the checkout, so that a commit during the tests does not tell two reports apart."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GIT_DIR", "/nowhere")
+    with hidden_checkout():
         yield
 
 
