@@ -29,13 +29,13 @@ from .summary import CARD, CONTACT_SHEET, HISTOGRAM, column, count_split, origin
 
 REJECTED = "rejected.csv"
 NOTED = "notes.csv"
-TABLES = (MANIFEST, "dataset_dict.json", SPLIT_FILE, DUPLICATES, REJECTED, NOTED, CARD, CONTACT_SHEET, HISTOGRAM)
+TOP_FILES = (MANIFEST, "dataset_dict.json", SPLIT_FILE, DUPLICATES, REJECTED, NOTED, CARD, CONTACT_SHEET, HISTOGRAM)
 
 
 def is_of_cache(path: Path, cache: Path) -> bool:
     """Whether a file below the folder of a cache is one that `prepare` writes there."""
     of_split = path.parent.parent == cache and path.parent.name in SPLITS and path.suffix in (".arrow", ".json")
-    return of_split or (path.parent == cache and path.name in TABLES)
+    return of_split or (path.parent == cache and path.name in TOP_FILES)
 
 
 @dataclass(frozen=True)
