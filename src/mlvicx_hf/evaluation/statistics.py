@@ -141,7 +141,7 @@ def _told(runs: Sequence[Path]) -> list[dict[str, Any]]:
             each.get("hyperparameters", {}) | {name: each.get(name) for name in SHARED_FIELDS}
             for each in (about, told[0])
         )
-        for name in ours.keys() & first.keys():  # earlier versions told fewer
+        for name in (name for name in first if name in ours):  # earlier versions told fewer
             if ours[name] != first[name]:
                 raise UserError(
                     f"{run}: {name} {ours[name]} found, and {first[name]} in {runs[0]}; expected runs that differ in "
