@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from helpers import ROOT, assert_users_error, mlvicx, tiny_config
 from huggingface_hub import ModelCard
 
-from mlvicx_hf import MLVICXImageProcessor
+from mlvicx_hf import MLVICXConfig, MLVICXForSemanticSegmentation, MLVICXImageProcessor
 from mlvicx_hf.hub.cards.rendering import render_card
 
 TEMPLATE = ROOT / "src" / "mlvicx_hf" / "hub" / "cards" / "templates" / "segmenter.md"
@@ -83,3 +84,14 @@ def test_a_missing_result_is_a_users_error_and_leaves_no_card(tmp_path: Path):
     done = mlvicx("card", *words, "--results", tmp_path / "absent.json")
     assert_users_error(done, "absent.json: no such file; expected one that a run wrote")
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "revision"), [(("--tag", "v2"), "v2"), (("--revision", "trial"), "trial"), ((), "main")]
+)
+def test_the_code_of_a_published_card_loads_what_is_published(tmp_path: Path, words: tuple[str, ...], revision: str):
+    model = write_model(tmp_path / "run")
+    MLVICXForSemanticSegmentation(MLVICXConfig.from_pretrained(model)).save_pretrained(model)
+    done = mlvicx("publish", "--model", model, "--repo_id", "org/lungs", "--dry_run", *words)
+    assert done.returncode == 0, done.stderr
+    assert f'revision = "{revision}"' in done.stdout

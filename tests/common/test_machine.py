@@ -84,6 +84,19 @@ def test_cores_of_a_group_and_of_a_batch_job(
     assert machine.available_cores() == cores
 
 
+@pytest.mark.parametrize("share", ["64", None])
+def test_a_batch_script_gives_each_node_its_cores(tmp_path: Path, share: str | None):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node1\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$SRUN_CPUS_PER_TASK"\n')
+    for file in tmp_path.iterdir():
+        file.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node1"}
+    environment |= {} if share is None else {"SLURM_CPUS_PER_TASK": share}
+    script = Path(__file__).parents[2] / "scripts" / "accelerate" / "slurm.sh"
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{share or 1}\n"
+
+
 def test_memory_of_a_group(group: Path):
     assert machine.available_memory() == 2**40
     (group.parent.parent / "memory.stat").write_text("inactive_file 0\n")  # the outermost group has no limits

@@ -316,6 +316,21 @@ def test_a_report_alone_runs_no_cell(suite: Path, output: Path, tmp_path: Path):
     assert found["cells"] == {"planned": 12, "finished": 8, "failed": {}}
 
 
+def test_a_finished_grid_is_reported_without_its_cache(
+    suite: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    content = yaml.safe_load(suite.read_text())
+    shutil.copytree(output, tmp_path / "out")
+    cache = Path(content["tasks"]["findings"]["dataset"])
+    cache.rename(cache.with_name("moved"))
+    try:
+        outcome = evaluate_suite(str(suite), tmp_path / "out", samples=20)
+    finally:
+        cache.with_name("moved").rename(cache)
+    assert (outcome.finished, outcome.failed) == (12, 0)
+    assert f"no folder {cache}" in capsys.readouterr().err
+
+
 def test_other_test_images_are_refused(suite: Path, output: Path, tmp_path: Path):
     read = read_suite(suite)
     shutil.copytree(output, tmp_path / "out")

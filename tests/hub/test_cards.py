@@ -365,7 +365,8 @@ def test_a_head_shows_its_own_figures_before_the_mean_of_its_seeds(render: Rende
 
 
 def test_thresholds_name_the_split_on_which_they_were_chosen(saved: dict[str, Path], tmp_path: Path):
-    thresholds = {"values": {"Edema": 0.31234, "Effusion": None}, "criterion": "youden", "split": "validation"}
+    values = {"Edema": 0.31234, "Effusion": None, "left|right": 0.5}
+    thresholds = {"values": values, "criterion": "youden", "split": "validation"}
     model = write_model(
         saved["classifier"],
         tmp_path / "mine",
@@ -374,7 +375,7 @@ def test_thresholds_name_the_split_on_which_they_were_chosen(saved: dict[str, Pa
     )
     text = section(render_card(TEMPLATES["classifier"], model, []), "Evaluation")
     assert "Chosen on the split `validation` (criterion: youden)" in text
-    assert "| Edema | 0.312 |\n| Effusion | none: one value only |" in text
+    assert "| Edema | 0.312 |\n| Effusion | none: one value only |\n| left\\|right | 0.500 |" in text
     write(model / "results.json", result() | {"thresholds": thresholds | {"split": "train"}})
     with pytest.raises(
         ValueError, match=r"config\.json: decision_thresholds found that differ from thresholds of .*res"
