@@ -41,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> None:
     ours, theirs = (f"{number(found[name])} (SD {number(found[f'{name}_sd'])})" for name in ("runs", "baselines"))
     gain, low, high = (number(found[name], "+.4f") for name in ("difference", "low", "high"))
     print(f"test {found['metric']} {ours} against {theirs}: difference {gain}, 95 % interval {low} to {high}")
-    if not found["patients_known"]:
+    if found["patients_known"] is False:
         print("note: the patients are not known, so each image counts as one: the interval may be too narrow")
     if arguments.output:
         found |= {"samples": arguments.samples, "seed": arguments.seed, "code": code_version()}

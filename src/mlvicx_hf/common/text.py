@@ -1,6 +1,6 @@
 """Text that several rooms use."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 NOTICE = "Research use only. Not a medical device; not for clinical decisions."
 
@@ -14,6 +14,12 @@ def some(items: Iterable[str], limit: int = 5) -> str:
 def number(value: float | str, form: str = ".4f") -> str:
     """Write a score. What is no number, such as "n/a", stays as it is."""
     return value if isinstance(value, str) else format(value, form)
+
+
+def number_range(values: Collection[int]) -> str:
+    """Write the least and the greatest of some counts; one number if they are equal."""
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .runs import RunResults, check_same_images, read_run
 
-SHARED_FIELDS = ("protocol", "label_fraction", "max_train_samples")  # fields of results that runs of one group share
+SHARED_FIELDS = ("protocol", "label_fraction", "max_train_samples", "drop_context")  # of results in one group
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Estimate:
 
         It is the percentile interval, but the basic one for a score that draws raise. Such is average precision: a
         positive that is drawn twice ties with itself, and a mean over labels keeps the bias while its spread shrinks.
+        It is widened to hold the score itself, if draws raise that by more than they differ.
         """
-        low, high = interval(self.draws, self.value if self.raised else None)
+        low, high = interval(self.draws, self.value, self.raised)
         return max(low, 0.0), min(high, 1.0)
 
     def describe(self) -> dict[str, Any]:
@@ -53,13 +54,17 @@ class Estimate:
         return defined(found) | {"runs": len(self.runs)}
 
 
-def interval(draws: np.ndarray, value: float | None = None) -> tuple[float, float]:
-    """95 % percentile interval of draws [D], or the basic one around a value; NaN if fewer than half are defined."""
+def interval(draws: np.ndarray, value: float, raised: bool = False) -> tuple[float, float]:
+    """95 % percentile interval of draws [D], or if they are `raised` the basic one; NaN if fewer than half are defined.
+
+    It always holds the value.
+    """
     known = draws[~np.isnan(draws)]
     if 2 * len(known) < len(draws):
         return float("nan"), float("nan")
     low, high = (float(end) for end in np.percentile(known, [2.5, 97.5]))
-    return (low, high) if value is None else (2 * value - high, 2 * value - low)
+    low, high = (2 * value - high, 2 * value - low) if raised else (low, high)
+    return min(low, value), max(high, value)
 
 
 def defined(found: dict[str, float]) -> dict[str, float | str]:
@@ -86,7 +91,7 @@ def difference(ours: Estimate, theirs: Estimate) -> dict[str, float | str]:
     """`difference` of two estimates with the same draws, `low` and `high`; "n/a" for what is not defined."""
     value = ours.value - theirs.value
     # What raises draws raises those of a higher score more, so it does not cancel.
-    low, high = interval(ours.draws - theirs.draws, value if ours.raised else None)
+    low, high = interval(ours.draws - theirs.draws, value, ours.raised)
     return defined({"difference": value, "low": low, "high": high})
 
 
@@ -106,7 +111,7 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
     Returns:
         `metric`, `labels`, `images`, `patients`, `runs`, `baselines`, their standard deviations over seeds,
         `difference`, `low` and `high`; "n/a" for what is not defined, as the deviation of a single run. Also
-        `patients_known`, False if a run says that each image counts as a patient.
+        `patients_known`, False if a run says that each image counts as a patient, and None if one says nothing of it.
 
     Raises:
         UserError: runs that were not tested on the same images and labels, runs of a group that differ in more than
@@ -124,7 +129,8 @@ def compare_runs(runs: Sequence[Path], baselines: Sequence[Path], samples: int =
     found |= {"images": len(first.sources), "patients": len(set(first.patients))}
     for name, score in (("runs", ours.describe()), ("baselines", theirs.describe())):
         found |= {name: score["mean"], f"{name}_sd": score["sd"] if score["runs"] > 1 else NOT_SCORED}
-    found["patients_known"] = all(about.get("data", {}).get("patients_known") is not False for about in told)
+    known = {about.get("data", {}).get("patients_known") for about in told}
+    found["patients_known"] = False if False in known else None if None in known else True
     return found | difference(ours, theirs)
 
 
@@ -138,7 +144,9 @@ def _told(runs: Sequence[Path]) -> list[dict[str, Any]]:
     told = [read_json(file) if file.is_file() else {} for file in files]
     for run, about in zip(runs, told, strict=True):
         ours, first = (
-            each.get("hyperparameters", {}) | {name: each.get(name) for name in SHARED_FIELDS}
+            each.get("hyperparameters", {})
+            | {name: each[name] for name in ("image_size",) if name in each}  # of segmenters
+            | {name: each.get(name) or None for name in SHARED_FIELDS}
             for each in (about, told[0])
         )
         for name in (name for name in first if name in ours):  # earlier versions told fewer

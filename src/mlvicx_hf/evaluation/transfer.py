@@ -31,7 +31,8 @@ from mlvicx_hf.scoring.labels import NOT_SCORED
 from .overlap import check_overlap, read_training
 from .runs import Predictions
 
-DATA_FIELDS = ("collection", "synthetic", "policy", "fit", "size", "data_hash", "split_hash")  # of a cache
+# Of a cache. Those of an earlier version do not tell all.
+DATA_FIELDS = ("collection", "synthetic", "policy", "fit", "size", "data_hash", "split_hash", "patients_known")
 PROBABILITY_MARGIN = 1e-15  # distance of a class's probability from 0 and 1, so that its log-odds stay finite
 
 
@@ -109,7 +110,7 @@ def evaluate(
         "overlap": overlap,
         **loaded.describe(),
         "training": vars(training),
-        "data": {"cache": str(dataset), "split": split} | {name: cache.manifest[name] for name in DATA_FIELDS},
+        "data": {"cache": str(dataset), "split": split} | {name: cache.manifest.get(name) for name in DATA_FIELDS},
         "settings": {"batch_size": batch_size, "scores": _describe_scores(loaded, exclusive)},
         **made_by(loaded.model.device),
         "notice": NOTICE,

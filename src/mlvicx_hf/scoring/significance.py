@@ -50,7 +50,8 @@ def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dic
         theirs: of the other, [N].
 
     Returns:
-        `auroc`, `other_auroc`, `difference`, its standard error `se`, and `p`, which is 1 if the AUROCs are equal.
+        `auroc`, `other_auroc`, `difference`, its standard error `se`, and `p`: 1 if the AUROCs are equal, NaN if they
+        differ without any variance, as with few images that one model ranks without a mistake and the other all alike.
 
     Raises:
         UserError: fewer than two images of either label, or a score that is not finite.
@@ -70,7 +71,9 @@ def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dic
     first, second = wins.mean(1)
     variance = sum((part[0] - part[1]).var(ddof=1) / part.shape[1] for part in (wins, losses))
     difference = float(first - second)
-    p = 1.0 if difference == 0 else float(2 * stats.norm.sf(abs(difference) / np.sqrt(variance))) if variance else 0.0
+    p = 1.0
+    if difference:
+        p = float(2 * stats.norm.sf(abs(difference) / np.sqrt(variance))) if variance > 1e-12 else math.nan
     return {
         "auroc": float(first),
         "other_auroc": float(second),

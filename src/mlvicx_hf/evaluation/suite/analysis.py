@@ -143,10 +143,19 @@ def _describe_task(metric: str, runs: Sequence[FinishedCell]) -> dict[str, Any]:
         "data": data,
         "test": first["counts"]["test"],
         "validation": first["counts"]["validation"],
-        "train": {f"{run.cell.label_fraction:g}": run.results["counts"]["train"] for run in runs},
+        "train": _count_training(runs),
         "commits": list(dict.fromkeys(run.results["code"]["commit"] for run in runs)),
         "hardware": [machine for i, machine in enumerate(machines) if machine not in machines[:i]],
     }
+
+
+def _count_training(runs: Sequence[FinishedCell]) -> dict[str, dict[str, list[int]]]:
+    """Label fraction → images and patients of train; of each the numbers that there are, which seeds may change."""
+    found: dict[str, dict[str, set[int]]] = {}
+    for run in runs:
+        for name, number in run.results["counts"]["train"].items():
+            found.setdefault(f"{run.cell.label_fraction:g}", {}).setdefault(name, set()).add(number)
+    return {share: {name: sorted(numbers) for name, numbers in counts.items()} for share, counts in found.items()}
 
 
 def _describe_setting(setting: SuiteSetting, metric: str) -> dict[str, Any]:
@@ -341,7 +350,7 @@ def _delong(ours: RunResults, theirs: RunResults) -> dict[str, Any] | None:
     for i, name in enumerate(ours.names):
         labels = ours.labels[:, i]
         if min((labels == value).sum() for value in (0, 1)) > 1:
-            found[name] = delong_test(labels, ours.probabilities[:, i], theirs.probabilities[:, i])
+            found[name] = defined(delong_test(labels, ours.probabilities[:, i], theirs.probabilities[:, i]))
     return found
 
 
@@ -382,7 +391,7 @@ def paper_table(suite: Suite, settings: Sequence[SuiteSetting], table: str) -> l
 
     Returns:
         Rows of `paper_results` with `paper` (value), `paper_sd`, `ours`, `ours_sd`, `low` and `high`; None for a figure
-        that there is not.
+        that there is not, as the deviation of a single run.
     """
     ours = {}
     for setting in settings:
@@ -397,7 +406,8 @@ def paper_table(suite: Suite, settings: Sequence[SuiteSetting], table: str) -> l
         rows.append(
             {name: row[name] for name in ("dataset", "protocol", "label_fraction", "method", "column", "metric")}
             | {"paper": row["value"], "paper_sd": None if np.isnan(row["sd"]) else row["sd"]}
-            | {"ours": mine.get("mean"), "ours_sd": mine.get("sd"), "low": mine.get("low"), "high": mine.get("high")}
+            | {"ours": mine.get("mean"), "ours_sd": mine.get("sd") if mine.get("runs", 0) > 1 else None}
+            | {"low": mine.get("low"), "high": mine.get("high")}
         )
     return rows
 

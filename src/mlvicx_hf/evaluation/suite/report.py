@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlvicx_hf.common.files import new_file, new_folder, write_json
+from mlvicx_hf.common.files import new_file, write_json
 from mlvicx_hf.common.provenance import describe_commit
-from mlvicx_hf.common.text import NOTICE, number
+from mlvicx_hf.common.text import NOTICE, number, number_range
 from mlvicx_hf.scoring.calibration import CALIBRATION_BINS
 from mlvicx_hf.scoring.labels import NOT_SCORED
 from mlvicx_hf.scoring.neighbours import PRECISION_TOP
@@ -35,9 +35,10 @@ LAYOUTS = {  # of the paper's tables: what a line is called, column by column, a
 def write_report(report: dict[str, Any], output: Path) -> None:
     """Write a report of `analyse` as `report.html`, `report.md` with `figures/`, and `report.json`."""
     document = compose(report)
-    with new_folder(output / "figures") as folder:
-        for name, png in document.pictures.items():
-            (folder / name).write_bytes(png)
+    (output / "figures").mkdir(parents=True, exist_ok=True)
+    for name, png in document.pictures.items():
+        with new_file(output / "figures" / name) as temporary:
+            temporary.write_bytes(png)
     for name, text in (("report.md", document.to_markdown()), ("report.html", document.to_html())):
         with new_file(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -87,14 +88,16 @@ def compose(report: dict[str, Any]) -> Document:
 
 def _add_data(document: Document, report: dict[str, Any]) -> None:
     document.heading("Data")
-    rows, unknown = [], []
+    rows, unknown, leaks = [], [], []
     for task, about in report["tasks"].items():
-        train = ", ".join(f"{100 * float(k):g} %: {v['images']:,}" for k, v in about["train"].items())
+        train = ", ".join(f"{100 * float(k):g} %: {number_range(v['images'])}" for k, v in about["train"].items())
         data = about["data"]
         patients = f"{about['test']['patients']:,} patients"
         if data.get("patients_known") is False:
             patients = "patients unknown"
             unknown.append(task)
+        if data.get("copies_across_splits"):
+            leaks.append(f"{task}, {data['copies_across_splits']:,} pairs")
         test = f"{about['test']['images']:,} ({patients})"
         made = ", ".join(_commit(commit) for commit in about["commits"])
         collection = data["collection"] + (" (synthetic)" if data["synthetic"] else "")
@@ -106,6 +109,8 @@ def _add_data(document: Document, report: dict[str, Any]) -> None:
             f"The patients of {', '.join(unknown)} are not known: each image counts as one. A patient may have images "
             "in two splits, and intervals may be too narrow."
         )
+    if leaks:
+        document.paragraph(f"Copies of an image are in two splits: {'; '.join(leaks)}. Scores may be too good.")
 
 
 def _add_scores(document: Document, report: dict[str, Any]) -> None:
@@ -188,12 +193,13 @@ def layout(table: str, rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[
 
 
 def _beside(row: dict[str, Any]) -> str:
-    """Our figure, and the paper's in parentheses; both with their deviation if the paper has one."""
+    """Our figure, and the paper's in parentheses, with deviations where the paper has one (ours of several runs)."""
     with_deviation = row["paper_sd"] is not None
     paper = f"({row['paper']:.2f} ± {row['paper_sd']:.2f})" if with_deviation else f"({row['paper']:.3f})"
     if row["ours"] in (None, NOT_SCORED):
         return f"– {paper}"
-    return f"{row['ours']:.3f} ± {row['ours_sd']:.3f} {paper}" if with_deviation else f"{row['ours']:.3f} {paper}"
+    deviation = f" ± {row['ours_sd']:.3f}" if with_deviation and row["ours_sd"] is not None else ""
+    return f"{row['ours']:.3f}{deviation} {paper}"
 
 
 def _add_classes(document: Document, report: dict[str, Any]) -> None:

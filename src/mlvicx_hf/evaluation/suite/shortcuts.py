@@ -205,6 +205,6 @@ def _tell(train: Encoded, test: Encoded, kind: str) -> dict[str, Any] | None:
         return np.mean([weighted_areas(*pair, weights)[0] for pair in zip(truth.T, scores.T, strict=True)], axis=0)
 
     draws = np.concatenate([macro(weights) for weights in draw_patients(test.about["patient"].to_numpy(str)[scored])])
-    low, high = interval(draws)
     auroc = float(macro(np.ones((1, len(truth))))[0])
+    low, high = interval(draws, auroc)
     return {"classes": classes, "images": len(truth), "auroc": auroc} | defined({"low": low, "high": high})

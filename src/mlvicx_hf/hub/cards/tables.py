@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from huggingface_hub import EvalResult
 
 from mlvicx_hf.common.provenance import describe_commit
-from mlvicx_hf.common.text import markdown_table, number
+from mlvicx_hf.common.text import markdown_table, number, number_range
 from mlvicx_hf.scoring.labels import NOT_SCORED
 
 from .results import PROTOCOL_NAMES, Result, ScoreNames, canonical, count, last_part
@@ -80,7 +80,7 @@ def _table(results: Sequence[Result], encoder: Collection[str], own: Result | No
     rows = grouped if own is None else _own_first(grouped, own)
     task, data, counts = first.task, first.content["data"], first.content["counts"]
     known = data.get("patients_known") is not False
-    images = [_range([result.content["counts"]["train"]["images"] for result in row.results]) for row in rows]
+    images = [number_range([result.content["counts"]["train"]["images"] for result in row.results]) for row in rows]
     lines = [
         [row.name, trained_on, row.list_seeds(), *(_mean(row.scores(name)) for name in task.scores)]
         for row, trained_on in zip(rows, images, strict=True)
@@ -90,7 +90,7 @@ def _table(results: Sequence[Result], encoder: Collection[str], own: Result | No
         title=f"{first.content['task'].capitalize()}, `{last_part(data['cache'])}`",
         facts=f"Test split: {_counts(counts['test'], known)}; validation: {_counts(counts['validation'], known)}. "
         f"Collection `{data['collection']}`, data `{data['data_hash'][:12]}`, split `{data['split_hash'][:12]}`. "
-        f"Made by {', '.join(commits)}.",
+        f"Made by {', '.join(commits)}.{_leak(data)}",
         synthetic=data["synthetic"],
         scores=markdown_table(["encoder, training", "training images", "seeds", *task.scores.values()], lines),
         differences=_differences(grouped, encoder),
@@ -241,7 +241,7 @@ def _subgroup_table(rows: Sequence[Setting], kind: str, task: ScoreNames) -> str
         part = replace(row, results=tuple(known))
         for name in dict.fromkeys(name for result in known for name in result.subgroups[kind]):
             groups = [result.subgroups[kind][name] for result in known if name in result.subgroups[kind]]
-            counts = [_range([group[what] for group in groups]) for what in ("images", "patients")]
+            counts = [number_range([group[what] for group in groups]) for what in ("images", "patients")]
             lines.append([name, row.name, part.list_seeds(), *counts, _mean([group[task.main] for group in groups])])
             shared |= {", ".join(group["macro_labels"]): None for group in groups if "macro_labels" in group}
     table = markdown_table([kind, "encoder, training", "seeds", "images", "patients", task.scores[task.main]], lines)
@@ -299,6 +299,6 @@ def _counts(split: dict[str, int], patients_known: bool) -> str:
     return f"{count(split['images'], 'image', 'images')} of {patients}"
 
 
-def _range(values: Collection[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+def _leak(data: dict[str, Any]) -> str:
+    pairs = data.get("copies_across_splits")
+    return f" **Copies of an image are in two splits, {pairs:,} pairs: scores may be too good.**" if pairs else ""
