@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlvicx_hf.common.files import check_output, new_file, new_folder, only_writer
+from mlvicx_hf.common.files import check_output, new_file, new_folder, new_output, only_writer
 
 
 def hold(path: Path, holding: Any, done: Any) -> None:
@@ -75,3 +77,16 @@ def test_the_working_folder_is_no_output(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(FileExistsError, match="is the working folder; expected another one, new or empty"):
             check_output(path)
     assert check_output(Path("new")) == Path("new")
+
+
+def test_what_came_to_a_new_output_meanwhile_stays(tmp_path: Path):
+    for found in ([], ["theirs"]):
+        refused = pytest.raises(FileExistsError, match="out is there already") if found else nullcontext()
+        with refused, new_output(tmp_path / "out") as folder:
+            (folder / "ours").touch()
+            (tmp_path / "out").mkdir()
+            for name in found:
+                (tmp_path / "out" / name).touch()
+        assert [path.name for path in (tmp_path / "out").iterdir()] == (found or ["ours"])
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(tmp_path / "out")

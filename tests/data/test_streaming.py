@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from helpers import make_cache
+from helpers import make_cache, unlabelled_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.data.collections.base import Record
 from mlvicx_hf.data.images.encoding import make_picture
@@ -392,6 +393,9 @@ def test_options_that_do_not_fit_are_refused(shards: Path, stream: Stream, tmp_p
             StreamBatches(stream, *words)
     with pytest.raises(FileNotFoundError, match=r"'\./nowhere' found"):
         open_stream("./nowhere")
+    cache = unlabelled_cache(tmp_path, 6)
+    with pytest.raises(UserError, match="image_column='scan' found with a cache; expected none"):
+        open_stream(str(cache), image_column="scan")
 
 
 def test_an_epoch_of_another_length(shards: Path, tmp_path: Path):

@@ -25,7 +25,7 @@ from transformers import (
     ViTModel,
 )
 
-from mlvicx_hf import MLVICXConfig, MLVICXImageProcessor, MLVICXModel
+from mlvicx_hf import MLVICXBackbone, MLVICXConfig, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.common.errors import MissingExtraError, UserError
 from mlvicx_hf.data.cache.cache import load_cache
 from mlvicx_hf.encoders.external import ExternalEncoder, adapt, is_external
@@ -171,6 +171,12 @@ def test_what_does_not_exist_or_fit_is_named(tmp_path: Path, source: str, messag
     side = 17 if "vit" in source else None  # which patches of 16 do not divide
     with pytest.raises(UserError, match=message):
         features(source.format(folder=tmp_path), torch.zeros(1, 3, 17, 17), side)
+
+
+def test_a_backbone_that_transformers_lacks_is_refused(tmp_path: Path):
+    MLVICXBackbone(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a MLVICXBackbone found, which transformers does not have; expected one of"):
+        features(f"hub:{tmp_path}", torch.zeros(1, 1, 32, 32))
 
 
 def test_torchxrayvision_gets_its_own_range(monkeypatch: pytest.MonkeyPatch):

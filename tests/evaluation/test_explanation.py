@@ -570,6 +570,7 @@ def save_pair(network: MLVICXForImageClassification, processor: MLVICXImageProce
         ({"batch_size": 0}, "batch_size=0 found; expected 1 or more"),
         ({"max_images": -1}, "max_images=-1"),
         ({"tolerance": float("nan")}, "tolerance=nan"),
+        ({"tolerance": float("inf")}, "tolerance=inf"),
         ({"device": "tpu"}, "device='tpu' found"),
     ],
 )
@@ -599,7 +600,7 @@ def test_a_cache_without_labels(model: Path, tmp_path: Path):
 
 
 def test_an_output_that_is_there_stays(boxed: Path, model: Path, tmp_path: Path):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="out is there already"):
         explain_on({"m": model}, boxed, tmp_path / "out")
 

@@ -14,7 +14,7 @@ from scipy.stats import norm
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.evaluation.runs import Predictions, read_run
-from mlvicx_hf.evaluation.statistics import compare_runs, difference, estimate, interval
+from mlvicx_hf.evaluation.statistics import compare_runs, difference, estimate
 
 PATIENTS = 150
 
@@ -53,10 +53,10 @@ def test_an_interval_of_average_precision_is_not_pulled_up_by_the_draws(tmp_path
     written = (("good", 0.6, 1), ("bad", 2.0, 2))
     runs = [read_run(write_run(tmp_path / name, noise, seed)) for name, noise, seed in written]
     ours, theirs = (estimate([run], samples=400)["auprc_macro"] for run in runs)
-    found, plain = difference(ours, theirs), interval(ours.draws - theirs.draws)
+    found, plain = difference(ours, theirs), np.percentile(ours.draws - theirs.draws, [2.5, 97.5])
     assert [found["low"], found["high"]] == pytest.approx([2 * found["difference"] - end for end in reversed(plain)])
     area = [estimate([run], samples=400)["auroc_macro"] for run in runs]
-    found, plain = difference(*area), interval(area[0].draws - area[1].draws)
+    found, plain = difference(*area), np.percentile(area[0].draws - area[1].draws, [2.5, 97.5])
     assert [found["low"], found["high"]] == pytest.approx(list(plain))
 
 
@@ -83,10 +83,13 @@ def test_runs_of_one_group_repeat_one_another(tmp_path: Path) -> None:
     for name, change in (
         ("learning_rate", {"hyperparameters": {"learning_rate": 1}}),
         ("max_train", {"max_train_samples": 9}),
+        ("drop_context", {"drop_context": True}),
+        ("image_size", {"image_size": 224}),
     ):
         for run in runs[:2]:
             about = json.loads((run / "results.json").read_text())
-            about |= {"hyperparameters": {"learning_rate": 2}} | (change if run == runs[1] else {})
+            about |= {"hyperparameters": {"learning_rate": 2}, "image_size": 96, "drop_context": False}
+            about |= change if run == runs[1] else {}
             (run / "results.json").write_text(json.dumps(about))
         with pytest.raises(UserError, match=name):
             compare_runs(runs[:2], [runs[2]], samples=10)
@@ -94,6 +97,8 @@ def test_runs_of_one_group_repeat_one_another(tmp_path: Path) -> None:
     found = compare_runs(runs[:1], runs[2:], samples=10)
     assert (found["runs_sd"], found["patients_known"]) == ("n/a", False)
     assert compare_runs(runs[:1], runs[1:2], samples=10)["patients_known"]
+    (runs[1] / "results.json").unlink()
+    assert compare_runs(runs[:1], runs[1:2], samples=10)["patients_known"] is None
 
 
 def test_runs_on_other_images_or_without_predictions_are_refused(tmp_path: Path) -> None:
@@ -165,6 +170,21 @@ def test_the_interval_of_average_precision_covers_the_truth():
         percentile.append(low <= expected <= high)
     assert np.mean(basic) > 0.8
     assert np.mean(percentile) < 0.3
+
+
+def test_an_interval_holds_its_score_even_if_draws_raise_it_by_more_than_they_differ():
+    names, outside = np.arange(300).astype(str), 0
+    for seed in range(4):
+        generator = np.random.default_rng(seed)
+        truth = np.stack([generator.permutation(300) < 8 for _ in range(60)], 1).astype(float)
+        run = Predictions(names, names, tuple(map(str, range(60))), {}, truth, generator.normal(size=truth.shape))
+        found = estimate([run], samples=100)["auprc_macro"]
+        basic = 2 * found.value - np.nanpercentile(found.draws, [97.5, 2.5])
+        outside += not basic[0] <= found.value <= basic[1]
+        assert found.interval == pytest.approx((min(basic[0], found.value), max(basic[1], found.value)))
+    assert outside  # so the score would have stood outside
+    one = estimate([run], samples=1)["auroc_macro"]
+    assert one.interval[0] <= one.value <= one.interval[1]
 
 
 def test_what_cannot_be_scored_is_said(tmp_path: Path) -> None:

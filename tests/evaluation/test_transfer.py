@@ -200,16 +200,18 @@ def test_the_training_run_is_reproduced(kind: str, home: Path, tmp_path: Path, r
 
 
 def test_copies_of_training_images_in_test_are_counted_though_the_cache_is_the_trainings_own(
-    tuned: Path, home: Path, tmp_path: Path
+    tuned: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     leaky = tmp_path / "leaky"
     shutil.copytree(home, leaky)
     manifest = json.loads((leaky / "cache.json").read_text())
     manifest["duplicates"]["across_splits"] = 3  # as after `classify --allow_leak`
     (leaky / "cache.json").write_text(json.dumps(manifest))
-    found = evaluate_on(tuned, leaky, tmp_path)["overlap"]
-    assert found["images"] == 0  # this copy of the cache has none in truth
-    assert "0 image(s) found that have copies in training or validation (3 pairs)" in found["warnings"][0]
+    found = evaluate_on(tuned, leaky, tmp_path / "none")["overlap"]
+    assert (found["images"], found["warnings"]) == (0, [])  # this copy of the cache has none in truth
+    monkeypatch.setattr("mlvicx_hf.evaluation.overlap._count_seen", lambda *_: (2, 0))
+    found = evaluate_on(tuned, leaky, tmp_path / "some")["overlap"]
+    assert "2 image(s) found that have copies in training or validation (3 pairs)" in found["warnings"][0]
 
 
 @pytest.mark.parametrize(
@@ -303,6 +305,7 @@ def test_two_models_are_compared_on_another_collection(abroad: Path, frozen: Pat
     first = json.loads((abroad / "results.json").read_text())["test"]["auroc_macro"]
     found = compare_runs([abroad], [tmp_path], samples=20)
     assert found["difference"] == pytest.approx(first - other, abs=1e-6)
+    assert found["patients_known"] is load_cache(away).manifest["patients_known"]
 
 
 def test_the_batch_size_and_workers_do_not_matter(abroad: Path, tuned: Path, away: Path, tmp_path: Path):
@@ -605,6 +608,22 @@ def test_a_full_disk_leaves_nothing_half_written(
         with pytest.raises(OSError, match="No space left"):
             evaluate_on(tuned, away, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["results.json", "test_predictions.csv"])
+def test_what_another_run_wrote_meanwhile_stays(
+    tuned: Path, away: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    score = transfer._score
+
+    def slow(*arguments: Any, **options: Any) -> dict[str, Any]:
+        (tmp_path / name).write_text("of another run")
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(transfer, "_score", slow)
+    with pytest.raises(FileExistsError, match=f"{name} is there already"):
+        evaluate_on(tuned, away, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "of another run"}
 
 
 @pytest.mark.parametrize("name", ["results.json", "test_predictions.csv"])

@@ -75,6 +75,10 @@ def test_saved_and_loaded_unchanged(tmp_path: Path):
         ({"invariance_weight": -1.0}, "invariance_weight=-1.0 found; expected a finite number, 0 or more"),
         ({"multi_level_weight": -0.5}, "multi_level_weight=-0.5 found"),
         ({"global_weight": 0, "multi_level_weight": 0}, "expected at least one above 0"),
+        (
+            dict.fromkeys(["invariance_weight", "variance_weight", "covariance_weight"], 0),
+            "expected at least one above 0",
+        ),
         ({"variance_epsilon": 0.0}, "variance_epsilon=0.0 found; expected a finite positive number"),
         ({"context_gain": 0.0}, "context_gain=0.0 found; expected a finite positive number"),
         ({"context_init_scale": 0}, "context_init_scale=0 found; expected a finite positive number"),
@@ -234,6 +238,13 @@ def test_other_labels_leave_thresholds_and_calibration_behind(tmp_path: Path):
     for change in ({"id2label": {0: "b", 1: "a"}}, {"id2label": {1: "a", 0: "b"}}, {"num_labels": 3}, single):
         other = MLVICXConfig.from_pretrained(tmp_path, **change)
         assert other.decision_thresholds is other.positive_weights is None
+
+
+@pytest.mark.parametrize("given", [{"num_labels": 2}, {"id2label": {0: "LABEL_0", 1: "LABEL_1"}}])
+def test_two_labels_without_names_are_the_same_labels(given: dict[str, Any], tmp_path: Path):
+    tiny_config(num_labels=2, positive_weights=[1.0, 9.0]).save_pretrained(tmp_path)  # which leaves the names out
+    assert MLVICXConfig.from_pretrained(tmp_path, **given).positive_weights == [1.0, 9.0]
+    assert MLVICXConfig.from_pretrained(tmp_path, num_labels=3).positive_weights is None
 
 
 def test_the_usual_problem_type_is_no_other_one(tmp_path: Path):

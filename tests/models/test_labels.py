@@ -73,6 +73,9 @@ def test_masks_of_0_and_255_alone_are_told_of_once(monkeypatch: pytest.MonkeyPat
             model(PIXELS, labels=labels)
         assert len(said) == warned
         said.clear()
+    model = MLVICXForSemanticSegmentation(tiny_config(num_labels=3, semantic_loss_ignore_index=-100))
+    model(PIXELS, labels=torch.full((2, 32, 32), -100))  # which is no value of a mask file
+    assert said == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool])

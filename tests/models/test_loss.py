@@ -210,3 +210,9 @@ def test_float64_stays():
 def test_one_process_gathers_nothing():
     z = embeddings(4, 8)
     assert gather_batch(z) is z
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (8, 4)])
+def test_second_derivatives_of_the_covariance_term(shape: tuple[int, int]):
+    z = torch.randn(shape, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradgradcheck(covariance_loss, (z,))

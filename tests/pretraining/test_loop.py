@@ -418,14 +418,19 @@ def test_arguments_that_wait_for_another_one_are_named(cache: Path, tmp_path: Pa
         "--use_context",
         "false",
     ]
-    words += ["--torch_compile_mode", "max-autotune", "--context_gain", 2]
+    words += ["--torch_compile_mode", "max-autotune", "--context_gain", 2, "--context_placement", "taps"]
+    words += ["--multi_level_weight", 0, "--aggregation_size", 2, "--aggregation_resize", 64, "--cache_size", 48]
+    words += ["--jitter", 0, "--brightness", 0.9]
     pretrain(cache, tmp_path / "run", *words)
     said = capsys.readouterr().out
     for note in (
         "momentum: without effect, since it needs optimizer lars or sgd",
         "shuffle_buffer: without effect, since it needs streaming",
         "torch_compile_mode: without effect, since it needs torch_compile",
-        "context_gain: without effect, since it needs use_context",
+        "context_gain, context_placement: without effect, since it needs use_context",
+        "aggregation_size, aggregation_resize: without effect, since it needs multi_level_weight",
+        "cache_size: without effect, since it needs streaming of other data than a cache",
+        "brightness: without effect, since it needs jitter",
         "views of 48 px are made of squares of 32 px: none is sharp",
     ):
         assert note in said

@@ -12,6 +12,7 @@ from methods import SMALL, small_objective
 from runs import assert_same_bits, interrupted, pretrain, start, weights
 
 from mlvicx_hf import MLVICXForPreTraining, MLVICXImageProcessor, MLVICXModel
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.pretraining.arguments import DataArguments, ModelArguments, PretrainingArguments
 from mlvicx_hf.pretraining.loop import train
 from mlvicx_hf.pretraining.model import create_objective
@@ -105,7 +106,12 @@ def test_frozen_batch_normalisation_is_frozen_in_a_momentum_copy_as_well(
     name: str, copied: str, cache: Path, tmp_path: Path
 ):
     options = [f"{key}={value}" for key, value in SMALL[name].items()]
-    run = start(cache, tmp_path / "run", "--freeze_batch_norm", "--objective", name, "--objective_options", *options)
+    flags = ("--objective", name, "--objective_options", *options, "--freeze_batch_norm")
+    with pytest.raises(UserError, match="freeze_batch_norm found without init_from; expected weights to start from"):
+        start(cache, tmp_path / "run", *flags)
+    MLVICXModel(tiny_config(use_context=False)).save_pretrained(tmp_path / "start")
+    MLVICXImageProcessor(32).save_pretrained(tmp_path / "start")
+    run = start(cache, tmp_path / "run", *flags, "--init_from", tmp_path / "start")
     train(run)
     found = {key: value.any().item() for key, value in run.objective.state_dict().items() if "running_mean" in key}
     assert {key for key, moved in found.items() if not moved} == {key for key in found if "backbone" in key}

@@ -102,6 +102,17 @@ def test_small_views_show_small_parts():
     assert width.std() > 1
 
 
+@pytest.mark.parametrize(("side", "ratio"), [(16, 1.0), (64, 0.25)])
+def test_small_views_of_large_images_are_averaged_first(side: int, ratio: float):
+    """Of noise, whose spread shrinks with the side of the squares that are averaged: 4 = 0.55 · 64 / 8."""
+    noise = torch.randint(0, 256, (64, 1, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augment = replace(PLAIN, rotation=0.0, flip=0.0)
+    view_set = ViewSet(augment, ViewSpecification(extras=("local",), local_views=2, local_size=8))
+    spread = view_set.apply(noise, *view_set.plan(0, 0, np.arange(64)))[2].std().item()
+    whole = augment.normalise(noise.float() / 255).std().item()
+    assert 0.55 < spread / (whole * ratio) < 1
+
+
 class Given(Distortion):
     """Boxes by kind, the same for every image of that number."""
 

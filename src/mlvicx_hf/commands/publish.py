@@ -62,6 +62,9 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(f"{', '.join(given)} found; --{kind} does not take it")
     from mlvicx_hf.hub.publishing import push, push_cache, push_space
 
+    of_cards = [f"--{name}" for name in ("results", "pretraining", "cache", "base_model") if getattr(arguments, name)]
+    if arguments.card is not None and of_cards:
+        raise UserError(f"{', '.join(of_cards)} found with --card; expected a card, or what it is made of")
     repo_id, how = arguments.repo_id, _chosen(arguments, *OF_ALL)
     if kind == "dataset":
         from mlvicx_hf.data.cache.summary import CARD

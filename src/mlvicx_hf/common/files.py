@@ -192,6 +192,15 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def new_output(path: Path) -> Iterator[Path]:
+    """As `new_folder`, but refuse what `check_output` refuses, even what came to `path` meanwhile."""
+    with new_folder(path) as folder:
+        check_output(path)  # before the work
+        yield folder
+        check_output(path)
+
+
 def old_folder(path: Path) -> Path:
     """Name the folder that holds what was at `path` while something new takes its place."""
     return path.with_name(f".{path.name}.old")

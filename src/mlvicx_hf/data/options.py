@@ -1,5 +1,6 @@
 """Refuse options that do not fit, with the name and the value in the message."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
@@ -22,7 +23,7 @@ def check_once(option: str, values: Iterable[str]) -> None:
 
 
 def check_least(least: int, **options: float | None) -> None:
-    """Refuse numbers that are too small. None stands for an option that is not given."""
+    """Refuse numbers that are too small or not finite. None stands for an option that is not given."""
     for name, value in options.items():
-        if value is not None and not value >= least:  # also NaN
+        if value is not None and not least <= value < math.inf:  # also NaN
             raise UserError(f"{name}={value} found; expected {least} or more")

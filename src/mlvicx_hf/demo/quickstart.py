@@ -70,7 +70,7 @@ class Quickstart:
         report = self._describe(cache)
         report |= self._pictures(cache)
         if lacking is None:
-            self._say("4/4 Classify held-out patients: pretrained against random weights")
+            self._say("4/4 Classify test images: pretrained against random weights")
             report |= self._classify()
         else:
             self._say(f"4/4 Nearest neighbours instead of a classifier: {lacking}")
@@ -86,6 +86,8 @@ class Quickstart:
         """Keep an earlier report as OUTPUT.previous. Move and remove nothing but folders of quick starts."""
         place = self.output.resolve()  # `.` has no name
         previous = place.with_name(place.name + ".previous")
+        if place == Path.cwd():
+            raise UserError(f"output {self.output} is the working folder; expected another one, new or empty")
         if self.images is not None and not self.images.is_dir():
             raise FileNotFoundError(f"{self.images}: no such folder; expected the radiographs")
         for given in filter(None, (self.images, self.metadata)):
@@ -139,6 +141,7 @@ class Quickstart:
             "images": {name: len(images) for name, images in cache.datasets.items()},
             "data_hash": cache.manifest["data_hash"],
             "split_hash": cache.manifest["split_hash"],
+            "patients_known": cache.manifest["patients_known"],
             "rankme": {"value": rankme(self.features), "split": split, "of": self.features.shape[1]},
             "seed": self.seed,
             "code": code_version(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import check_output, new_folder
+from mlvicx_hf.common.files import check_output, new_output
 from mlvicx_hf.common.text import some
 from mlvicx_hf.models.configuration_mlvicx import MLVICXConfig
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
@@ -312,7 +312,7 @@ def convert_checkpoint(path: Path, output: Path, num_channels: int | None = None
             left_out = f"; left out: {', '.join(dropped)}" if dropped else ""
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    with new_folder(output) as folder:
+    with new_output(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     config = model.config

@@ -146,7 +146,12 @@ def _adapt_hub(name: str, image_size: int | None) -> Adapted:
     saved = (getattr(config, "architectures", None) or [""])[0]
     is_backbone = saved.endswith("Backbone")
     # AutoBackbone would take the path of a folder for a name on the Hub.
-    loader: Any = getattr(transformers, saved) if is_backbone else AutoModel
+    loader: Any = getattr(transformers, saved, None) if is_backbone else AutoModel
+    if loader is None:
+        raise UserError(
+            f"hub:{name}: a {saved} found, which transformers does not have; expected one of its own (the folder or "
+            "name without hub: is for models of this package, and callable:module:function for others)"
+        )
     network, report = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

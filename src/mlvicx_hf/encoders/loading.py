@@ -50,12 +50,15 @@ def looking_for(source: str | Path) -> Iterator[None]:
 def without_report() -> Iterator[None]:
     """Silence transformers' table of weights that are new, as those of a head always are: the caller looks itself."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(is_error)  # at a higher level, transformers 5.24 reports all layers as not sharded
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_error)
 
 
 def saved_class(source: str | Path) -> type[MLVICXPreTrainedModel]:

@@ -87,7 +87,9 @@ def check_overlap(
             warnings = [f"{where}: {SEEN[split]}"]
         elif copies := cache.manifest["duplicates"]["across_splits"]:
             images, patients = _count_seen(load_cache(cache.path), cache, split, progress)
-            warnings = [f"{where}: {images} image(s) found that have copies in training or validation ({copies} pairs)"]
+            if images:
+                found = f"{images} image(s) found that have copies in training or validation ({copies} pairs)"
+                warnings = [f"{where}: {found}"]
         else:
             images = patients = 0
     elif trained is not None:

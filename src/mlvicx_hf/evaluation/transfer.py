@@ -81,12 +81,8 @@ def evaluate(
     if collection is not None:
         check_choice("collection", collection, COLLECTIONS)
     output = Path(output)
-    if output.suffix != ".json":
-        raise UserError(f"output={str(output)!r} found; expected a .json file")
     table = output.parent / Predictions.file
-    for path in (output, table):
-        if path.exists():
-            raise FileExistsError(f"{path} is there already; expected an output in another folder")
+    _check_places(output, table)
     cache = load_cache(dataset, [split])
     loaded = load(model_source, revision, choose_device(device), MLVICXForImageClassification)
     training = read_training(loaded)
@@ -116,13 +112,22 @@ def evaluate(
         "notice": NOTICE,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
+    _check_places(output, table)  # again, because somebody else may have written there meanwhile
+    write_predictions(table, common, found.probabilities)
     try:
-        write_predictions(table, common, found.probabilities)
         write_json(output, results)
     except BaseException:  # nothing half-written stays
-        table.unlink(missing_ok=True)
+        table.unlink()
         raise
     return results
+
+
+def _check_places(output: Path, table: Path) -> None:
+    if output.suffix != ".json":
+        raise UserError(f"output={str(output)!r} found; expected a .json file")
+    for path in (output, table):
+        if path.exists():
+            raise FileExistsError(f"{path} is there already; expected an output in another folder")
 
 
 def match_labels(loaded: LoadedModel, collection: str | None, cache: Cache, findings: Sequence[str] | None) -> Matching:

@@ -151,7 +151,9 @@ def read_trainer_options(options: Mapping[str, Any], own: set[str]) -> dict[str,
     names = {each.name for each in fields(TrainingArguments)} - own
     for name in options:
         if name not in names:
-            close = difflib.get_close_matches(name, names | own) or ["a flag of --help or of TrainingArguments"]
+            close = sorted(each for each in names | own if each.endswith(f"_{name}"))
+            close = close or difflib.get_close_matches(name, names | own)
+            close = close or ["a flag of --help or of TrainingArguments"]
             raise UserError(f"{name} found, which does not exist; did you mean {', '.join(close)}?")
     for name, value in options.items():
         if not isinstance(value, (str, int, float, list, dict, type(None))):

@@ -83,8 +83,13 @@ def load_labelled_cache(path: str, allow_leak: bool = False) -> Cache:
     check_splits(cache, allow_leak)
     known = {split: cache.labelled(split) for split in cache.datasets}
     cache = keep_known(cache, known, "class" if cache.exclusive else "label")
-    table = np.array(cache.datasets["validation"]["labels"], dtype=np.float64)
-    if not any(map(has_both_values, table.T)):
+    tables = {split: np.array(images["labels"], dtype=np.float64) for split, images in cache.datasets.items()}
+    if not any(map(has_both_values, np.concatenate(list(tables.values())).T)):
+        raise UserError(
+            f"{path}: all images have the same value of {some(cache.label_names)} where it is known; expected images "
+            "with and without a finding, or of two classes at least"
+        )
+    if not any(map(has_both_values, tables["validation"].T)):
         raise UserError(
             f"{path}: no label has both values in the validation split, so no epoch can be chosen by it; "
             "expected more images (--max_images of `mlvicx prepare`?), or another --seed there"

@@ -24,7 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mlvicx_hf.common.errors import UserError, require
-from mlvicx_hf.common.files import check_output, new_folder, write_json
+from mlvicx_hf.common.files import check_output, new_output, write_json
 from mlvicx_hf.encoders.loading import load_model
 from mlvicx_hf.models.backbones_mlvicx import create_sized
 from mlvicx_hf.models.image_processing_mlvicx import MLVICXImageProcessor
@@ -134,7 +134,7 @@ def export_timm(source: str | Path, output: str | Path) -> Path:
         "crop_mode": TIMM_CROP_MODES[processor.fit],
     }
     note = trunk_note("timm", encoder, processor, initial=initial)
-    with new_folder(output) as folder:
+    with new_output(output) as folder:
         save_for_hf(full, str(folder), model_args={"in_chans": config.num_channels} | sizes, safe_serialization=True)
         (folder / "README.md").write_text(note, encoding="utf-8")
     return output
@@ -183,7 +183,7 @@ def export_torchvision(source: str | Path, output: str | Path) -> Path:
     state = torchvision_state(encoder)
     name = encoder.config.backbone.split(".")[0]
     note = trunk_note("torchvision", encoder, processor, name=name)
-    with new_folder(output) as folder:
+    with new_output(output) as folder:
         save_file(state, folder / SAFE_WEIGHTS_NAME, {"format": "pt", "architecture": name})
         write_json(folder / PREPROCESSING_NAME, preprocessing(processor) | {"num_channels": 3})
         (folder / "README.md").write_text(note, encoding="utf-8")
@@ -261,7 +261,7 @@ def export_onnx(source: str | Path, output: str | Path) -> float:
     model, processor = load_model(source)
     tensors = Tensors(model.float()).eval()
     size = (processor.num_channels, processor.image_size, processor.image_size)
-    with new_folder(output) as folder:
+    with new_output(output) as folder:
         torch.onnx.export(
             tensors,
             (torch.zeros(2, *size),),  # export takes a batch of 1 for a constant

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mlvicx_hf.common.errors import UserError
-from mlvicx_hf.common.files import check_output, new_folder
+from mlvicx_hf.common.files import check_output, new_output
 from mlvicx_hf.encoders.loading import load_model, saved_class
 from mlvicx_hf.models import modeling_mlvicx
 from mlvicx_hf.models.hub_mlvicx import AUTO_MAP, IMAGE_PROCESSOR_AUTO_MAP
@@ -37,7 +37,7 @@ def export(source: str | Path, output: str | Path, *, with_expanders: bool = Fal
     model, processor = load_model(source, saved if with_expanders else None)
     model.config.auto_map = dict(AUTO_MAP)
     processor.auto_map = dict(IMAGE_PROCESSOR_AUTO_MAP)
-    with new_folder(output) as folder:
+    with new_output(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         if card is not None:

@@ -10,7 +10,7 @@ import yaml
 
 from mlvicx_hf import __version__
 from mlvicx_hf.common.errors import UserError, require
-from mlvicx_hf.common.files import check_output, new_folder
+from mlvicx_hf.common.files import check_output, new_output
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.encoders.loading import saved_class
 from mlvicx_hf.models.modeling_mlvicx import MLVICXForImageClassification, MLVICXForSemanticSegmentation
@@ -76,7 +76,7 @@ def write_space(output: str | Path, title: str, **models: str | Path | None) -> 
         "short_description": "What a model says of a chest radiograph",  # the Hub takes up to 60 characters
         "tags": ["mlvicx", "chest-x-ray"],
     }
-    with new_folder(output) as folder:
+    with new_output(output) as folder:
         for role, source in given.items():
             export(source, folder / role)
         words = "".join(f'"--{role}", str(HERE / "{role}"), ' for role in given)

@@ -245,7 +245,9 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(f"configuration of a {found!r} model found; expected one of {cls.model_type!r}")
-        saved = _by_number(config_dict.get("id2label") or {})
+        # transformers leaves its own names of two labels out.
+        usual = {} if "num_labels" in config_dict else {0: "LABEL_0", 1: "LABEL_1"}
+        saved = _by_number(config_dict.get("id2label") or usual)
         if "id2label" in kwargs:
             kwargs["id2label"] = _by_number(kwargs["id2label"])
         others = kwargs.get("id2label", saved) != saved or kwargs.get("num_labels", len(saved)) != len(saved)
@@ -293,6 +295,8 @@ class MLVICXConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} found; expected a finite number, 0 or more")
         if self.global_weight == 0 and self.multi_level_weight == 0:
             raise ValueError("global_weight=0 and multi_level_weight=0 found; expected at least one above 0")
+        if not any(getattr(self, name) for name in weights[:3]):
+            raise ValueError(f"{', '.join(f'{name}=0' for name in weights[:3])} found; expected at least one above 0")
         for name in ("variance_epsilon", "context_gain", "context_init_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} found; expected a finite positive number")

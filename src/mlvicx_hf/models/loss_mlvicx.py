@@ -146,7 +146,12 @@ class _OffDiagonalSquares(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         centered, products, *rest = ctx.saved_tensors
-        if rest:
+        if torch.is_grad_enabled() and values_are_readable(centered):  # for second derivatives nothing is a constant
+            if world_size() > 1:
+                raise RuntimeError("a second derivative over several processes found; expected first ones there")
+            products = centered.mT @ centered
+            slope = centered @ (products - products.diagonal(dim1=1, dim2=2).diag_embed())
+        elif rest:
             everyone, variance = rest
             slope = products @ everyone - centered * variance
         else:

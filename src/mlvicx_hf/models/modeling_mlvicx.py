@@ -458,6 +458,7 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
     """
 
     main_input_name = "view_1"
+    _keys_to_ignore_on_load_unexpected = [r"^(classifier|decoder)\."]  # noqa: RUF012
 
     def __init__(self, config: MLVICXConfig) -> None:
         super().__init__(config)
@@ -692,7 +693,12 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
         if labels is not None:
             ignored = self.config.semantic_loss_ignore_index
             labels, check = labels.to(logits.device), self._check_labels(labels)
-            if check and bool(((labels == 0) | (labels == ignored)).all() and (labels == ignored).any()):
+            # Only values that are white in a mask: others are chosen on purpose.
+            if (
+                check
+                and ignored > 1
+                and bool(((labels == 0) | (labels == ignored)).all() and (labels == ignored).any())
+            ):
                 logger.warning(
                     f"masks of 0 and {ignored} alone found in the first batch. Pixels of {ignored} do not count, so if "
                     f"they show the structure, divide the masks by {ignored} first"

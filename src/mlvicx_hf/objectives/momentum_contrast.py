@@ -35,7 +35,7 @@ class ContrastOptions:
     key_momentum: float = option("Momentum of the network that makes the keys.", 0.999, least=0, most=1)
     scale_momentum: bool = option("Scale the momentum from a batch of reference_batch to that of the run.", True)
     reference_batch: int = option("Batch for which key_momentum is meant.", 256, above=0)
-    key_images: int = option("Images that the key network normalises together, at most; 0 for the whole batch.", 16)
+    key_images: int = option("Images that the key network normalises together, or one more; 0 for the batch.", 16)
 
     def __post_init__(self) -> None:
         if self.key_images < 0 or self.key_images == 1:
@@ -87,7 +87,10 @@ class MomentumContrast(Objective):
 
     @torch.no_grad()
     def make_keys(self, view: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Keys [B, projection_size], of any length, and the maps of all levels, by groups of images."""
+        """Keys [B, projection_size], of any length, and the maps of all levels, by groups of images.
+
+        Fewer than four images in a micro-batch of a process are one group: a group of one has no statistics.
+        """
         size, count = self.options.key_images, 1
         if size:  # two groups at least, each of two images or more: one group would be the query's batch again
             count = max(1, min(max(2, -(-len(view) // size)), len(view) // 2))

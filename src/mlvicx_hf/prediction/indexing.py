@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlvicx_hf.common.errors import UserError, require
-from mlvicx_hf.common.files import check_output, new_folder, write_json
+from mlvicx_hf.common.files import check_output, new_output, write_json
 from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE, some
@@ -105,7 +105,7 @@ def build_index(
     caches = ([] if earlier is None else earlier.content["caches"]) + [_describe_cache(cache, splits)]
     validation = _without_copies(validation, images, caches)
     content = _describe(loaded, caches, images, validation) | {"approximate": approximate}
-    with new_folder(folder) as temporary:
+    with new_output(folder) as temporary:
         tensors = {"embeddings": images.embeddings, "validation": validation.embeddings}
         save_file(tensors, temporary / EMBEDDINGS_FILE)
         for name, part in (("embeddings", images), ("validation", validation)):
@@ -113,7 +113,6 @@ def build_index(
         if approximate:
             write_graph(images.embeddings, temporary / GRAPH_FILE)
         write_json(temporary / INDEX_FILE, content)
-        check_output(folder)  # again, because somebody else may have written there meanwhile
     return content
 
 

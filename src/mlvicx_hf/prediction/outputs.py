@@ -193,6 +193,8 @@ class Outputs:
 
     def _check_masks(self, masks: Path, overwrite: bool) -> None:
         """Refuse a folder that holds anything but masks, because replacing a folder removes it."""
+        if masks.resolve() == Path.cwd():
+            raise FileExistsError(f"mask folder {masks} is the working folder; expected another one, absent or empty")
         if masks.is_symlink() or (masks.exists() and not masks.is_dir()):
             raise FileExistsError(f"mask folder {masks} is a file or a link; expected a folder, absent or empty")
         held = [path for path in sorted(masks.rglob("*")) if not path.is_dir()]
@@ -218,6 +220,17 @@ def check_mask_places(places: Iterable[Path], inputs: Iterable[Path], masks: Pat
             raise UserError(f"{name.name[:40]}…: name of {len(os.fsencode(name.name))} bytes; expected at most 255")
         if not names.isdisjoint(name.parents):
             raise UserError(f"mask {printable(name)} lies in a folder that is called as another mask; rename it")
+
+
+def check_sheet_place(sheet: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a sheet in the place of an input, or that the next run would take for one.
+
+    Raises:
+        UserError: naming the input.
+    """
+    for item in inputs:
+        if item.resolve() in (sheet.resolve(), *sheet.resolve().parents):
+            raise UserError(f"sheet {sheet} lies in the input {item}; expected it elsewhere")
 
 
 def write_embeddings(path: Path, suffix: str, files: list[str], batches: list[Tensor]) -> None:

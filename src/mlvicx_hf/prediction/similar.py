@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.files import new_file
 from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
@@ -18,11 +19,11 @@ from mlvicx_hf.common.provenance import made_by
 from mlvicx_hf.common.text import NOTICE
 from mlvicx_hf.data.cache.summary import TITLE
 from mlvicx_hf.data.images.pictures import contact_sheet
-from mlvicx_hf.data.images.pixels import read_gray
+from mlvicx_hf.data.images.pixels import fit_square_gray, read_gray
 from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 
-from .outputs import Outputs, printable
+from .outputs import Outputs, check_sheet_place, printable
 from .prediction import Batch, InputImage, find_inputs, read_batches
 from .search import LABEL_PREFIX, ImageIndex
 
@@ -91,6 +92,8 @@ def find_similar(
         opened.check_pictures()
     skipped: Counter[str] = Counter()
     images = find_inputs(given, skipped)
+    if outputs.sheet is not None:
+        check_sheet_place(outputs.sheet, given)
     loaded = load_searcher(opened, model, revision, device)
     batches = read_batches(images, loaded.processor, batch_size, num_workers, opened.square)
     outputs.table.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +126,8 @@ def load_searcher(index: ImageIndex, model: str | None, revision: str | None, de
         UserError: a model that did not make it.
     """
     if model is None:
+        if revision is not None:
+            raise UserError(f"revision={revision!r} found without a model; expected --model as well, or neither")
         model, revision = index.content["model"], index.content["revision"]
     loaded = load(model, revision, choose_device(device))
     index.check_model(loaded)
@@ -196,10 +201,12 @@ def draw_neighbours(index: ImageIndex, shown: Sequence[Neighbours], top: int) ->
     tiles, titles = [], []
     for each in shown:
         pictures = [read_gray(each.path), *(index.picture(row) or blank for row in each.rows)]
-        sources = [Path(index.items["source"].iloc[row]).name for row in each.rows]
-        words = [("file", each.path.name)]
+        sources = [index.items["source"].iloc[row].partition(":")[2] for row in each.rows]
+        words = [("file", printable(each.path))]
         words += [(f"cosine {value:.3f}", name) for value, name in zip(each.cosines, sources, strict=True)]
         missing = 1 + top - len(pictures)  # of a small index
-        tiles += [ImageOps.pad(picture, blank.size) for picture in pictures] + [blank] * missing
-        titles += [f"{first}\n{printable(Path(second))[-TITLE:]}" for first, second in words] + [""] * missing
+        tiles += [fit_square_gray(picture, SHEET_TILE, resample=Image.Resampling.BICUBIC) for picture in pictures] + [
+            blank
+        ] * missing
+        titles += [f"{first}\n{second[-TITLE:]}" for first, second in words] + [""] * missing
     return contact_sheet([np.asarray(tile) for tile in tiles], 1 + top, titles)

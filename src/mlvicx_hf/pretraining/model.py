@@ -21,6 +21,8 @@ from mlvicx_hf.objectives.base import Schedule
 
 from .arguments import ModelArguments, PretrainingArguments
 
+HEADS = ("global_expander", "aggregator", "multi_level_expander")  # of pretraining
+
 
 def create_config(arguments: ModelArguments) -> MLVICXConfig:
     """Make the configuration of what a run trains.
@@ -55,6 +57,8 @@ def prepare_objective(
             )
         objective.encoder.backbone.set_grad_checkpointing()
     if arguments.freeze_batch_norm:
+        if not any(isinstance(part, _BatchNorm) for part in objective.encoder.backbone.modules()):
+            objective.notes.append(f"freeze_batch_norm: without effect, a {model_arguments.backbone} has none")
         for part in objective.modules():
             if isinstance(part, MLVICXModel):  # a momentum copy as well: it must see what the encoder sees
                 part.freeze_batch_norm("backbone")
@@ -113,14 +117,43 @@ def _load_earlier(model_class: type[PreTrainedModel], config: MLVICXConfig, sour
             f"weights of a {config.backbone}, or another --backbone"
         )
     if lacking:
-        raise UserError(f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}")
+        raise UserError(
+            f"init_from={source} lacks {len(lacking)} weights of this encoder, such as {lacking[0]}; expected weights "
+            f"of a {config.backbone}, or another --backbone"
+        )
     differing = sorted(str(row[0]) for row in report["mismatched_keys"])
     wrong = [key for key in differing if key.startswith(encoder)]
     if wrong:
         raise UserError(f"init_from={source}: {len(wrong)} weights have another shape, such as {wrong[0]}")
     if differing:
         start += f"; {len(differing)} weights of its heads have another shape and start anew, such as {differing[0]}"
-    return model, start
+    return model, start + (_compare_heads(source, model, encoder, report) if encoder else "")
+
+
+def _compare_heads(source: str, model: Any, encoder: str, report: dict[str, Any]) -> str:
+    """Say which weights of the heads are new although others are not, and which of the earlier ones are left out.
+
+    Raises:
+        UserError: an aggregation of other levels with the same shapes, which would take the weights of one for another.
+    """
+    own = [key for key in model.state_dict() if not key.startswith(encoder)]
+    new = sorted(set(own) & set(report["missing_keys"]))
+    left_out = sorted(key for key in report["unexpected_keys"] if key.split(".")[0] in HEADS)
+    found = ""
+    if 0 < len(new) < len(own):
+        found += f"; {len(new)} weights of its heads are new, such as {new[0]}"
+    if left_out:
+        found += f"; {len(left_out)} weights of the earlier heads are left out, such as {left_out[0]}"
+    anew = {*new, *(row[0] for row in report["mismatched_keys"])}
+    if any(key.startswith("aggregator.") and key not in anew for key in own):
+        every = list(range(len(model.mlvicx.channels)))
+        then, now = (each.aggregation_levels or every for each in (MLVICXConfig.from_pretrained(source), model.config))
+        if then != now:
+            raise UserError(
+                f"aggregation_levels={now} found; expected {then}, as the heads of init_from={source} were trained, or "
+                "its encoder alone, as `mlvicx export` writes it"
+            )
+    return found
 
 
 def _check_gates(source: str, config: Any) -> None:

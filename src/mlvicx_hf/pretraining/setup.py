@@ -16,6 +16,7 @@ from torch import nn
 from mlvicx_hf.common.arguments import check_values
 from mlvicx_hf.common.errors import UserError, user_input
 from mlvicx_hf.common.machine import describe_hardware, keep_freed_memory, refuse_other_launches, use_cpu_threads
+from mlvicx_hf.data.cache.cache import MANIFEST
 from mlvicx_hf.encoders.weights import starting_processor
 from mlvicx_hf.objectives import Objective, find_objective, read_options
 from mlvicx_hf.objectives.base import Schedule
@@ -45,7 +46,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         UserError: arguments that do not fit the data, the checkpoint or one another.
     """
     check_values(model_arguments, data_arguments, arguments)
-    _check_arguments(data_arguments, arguments)
+    _check_arguments(model_arguments, data_arguments, arguments)
     accelerator = _create_accelerator(arguments)
     device, on_main = accelerator.device, accelerator.is_main_process
     options = read_options(model_arguments.objective, model_arguments.objective_options)
@@ -161,12 +162,26 @@ def _check_reached(unreached: list[str]) -> None:
 
 def _doubts(model: ModelArguments, data: DataArguments, arguments: PretrainingArguments, side: int) -> list[str]:
     """Say which changed arguments wait for another one, and so change nothing, and whether views enlarge the images."""
+    is_cache = (Path(data.dataset) / MANIFEST).is_file()
     waiting = (
-        (model, ("context_reduction", "context_gain", "context_init_scale"), "use_context", model.use_context),
+        (
+            model,
+            ("context_reduction", "context_gain", "context_init_scale", "context_placement"),
+            "use_context",
+            model.use_context,
+        ),
+        (
+            model,
+            ("aggregation_levels", "aggregation_size", "aggregation_channels", "aggregation_resize"),
+            "multi_level_weight",
+            model.multi_level_weight > 0,
+        ),
+        (data, ("brightness", "contrast"), "jitter", data.jitter > 0),
         (arguments, ("momentum",), "optimizer lars or sgd", arguments.optimizer != "adamw"),
         (arguments, ("trust_coefficient",), "optimizer lars", arguments.optimizer == "lars"),
         (arguments, ("torch_compile_mode",), "torch_compile", arguments.torch_compile),
-        (data, ("shuffle_buffer", "cache_size"), "streaming", data.streaming),
+        (data, ("shuffle_buffer",), "streaming", data.streaming),
+        (data, ("cache_size",), "streaming of other data than a cache", data.streaming and not is_cache),
     )
     notes = []
     for section, names, needed, given in waiting:
@@ -178,11 +193,16 @@ def _doubts(model: ModelArguments, data: DataArguments, arguments: PretrainingAr
     return notes
 
 
-def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> None:
+def _check_arguments(model: ModelArguments, data: DataArguments, arguments: PretrainingArguments) -> None:
     output = Path(arguments.output_dir)
     if not arguments.resume and output.is_dir() and any(output.iterdir()):
         raise FileExistsError(
             f"output_dir={output} holds files of another run; choose another folder, or --resume that run"
+        )
+    if arguments.freeze_batch_norm and model.init_from is None:
+        raise UserError(
+            "freeze_batch_norm found without init_from; expected weights to start from: random ones have no statistics "
+            "to keep, and timm starts the last normalisation of each block at 0, where it would stay"
         )
     graphs = arguments.torch_compile and arguments.torch_compile_mode != "default"
     if graphs and (arguments.gradient_accumulation_steps > 1 or arguments.find_batch_size):

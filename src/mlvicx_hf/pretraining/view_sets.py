@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.common.streams import RandomStream, stream_generator
@@ -133,7 +134,9 @@ class ViewSet:
             made[f"turned_{number}"] = _turn(view[:, :1], turns)
             made[f"turns_{number}"] = _code(turns).to(view.dtype)
         if more.local:
-            whole = images[:, :1].float() / 255  # a small crop is enlarged: averaging first would blur it
+            # Averaged for the largest crop: the bilinear warp alone would alias it, and more would blur smaller ones.
+            largest = wanted.local_area[1] ** 0.5 * images.shape[-1]
+            whole = F.avg_pool2d(images[:, :1].float() / 255, max(1, int(largest / wanted.local_size)))
             small = [self.local.normalise(self.local.grey_view(whole, plan)) for plan in more.local]
             made["local"] = torch.stack(small, 1)
         return (*views, *(made[name] for name in wanted.extras))

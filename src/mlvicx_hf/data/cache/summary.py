@@ -20,7 +20,7 @@ HISTOGRAM = "histogram.png"
 SAMPLE = 512  # images that the histogram counts
 SHEET = (8, 6)  # images in a row, rows
 TILE = 128  # side of an image on the sheet, in pixels
-TITLE = 22  # characters of a file's name on the sheet
+TITLE = 22  # characters of a file's path on the sheet, its last ones: scanners give many files one name
 
 
 def column(part: Any, name: str) -> list[Any]:
@@ -73,7 +73,7 @@ def write_pictures(folder: Path, parts: Mapping[str, Any]) -> list[str]:
     """Write `contact_sheet.png` and, if matplotlib is installed, `histogram.png`. Return notes for the user."""
     places = [(split, row) for split, part in parts.items() for row in range(len(part))]
     shown = _spread(places, SHEET[0] * SHEET[1])
-    titles = [f"{split}\n{Path(parts[split][row]['source']).name[-TITLE:]}" for split, row in shown]
+    titles = [f"{split}\n{parts[split][row]['source'].partition(':')[2][-TITLE:]}" for split, row in shown]
     contact_sheet([_tile(parts[split][row]) for split, row in shown], SHEET[0], titles).save(folder / CONTACT_SHEET)
     try:
         from matplotlib.figure import Figure

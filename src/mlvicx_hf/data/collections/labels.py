@@ -29,6 +29,8 @@ from .cells import (
 )
 from .tables import CellType, Columns, numbered, read_cells, require_columns
 
+MANY_CLASSES = 10  # from which on most classes must have more than one row
+
 FILE_COLUMNS = ("file_name", "file", "image", "path")
 RESERVED_COLUMNS = (*FILE_COLUMNS, "patient_id", "view", "split", "sex", "age", "source")
 LONE_COLUMNS = ("label", "labels")  # a column that holds all labels of an image
@@ -228,6 +230,12 @@ def _class_labels(table: Path, column: str, values: list[str], notes: tuple[str,
     if len(names) > 2 and {plain_cell(name) for name in names} <= BINARY.keys():
         raise UserError(
             f"{table}: column {column}: {some(sorted(names))} found, several words for yes and no; expected one of each"
+        )
+    lone = [name for name, count in Counter(filter(None, classes)).items() if count == 1]
+    if len(names) >= MANY_CLASSES and 2 * len(lone) > len(names):
+        raise UserError(
+            f"{table}: column {column}: {len(names)} classes found, {len(lone)} of them in a single row, such as "
+            f"{lone[0][:60]!r}; expected classes that many rows share: texts of reports are none"
         )
     whole = all(_WHOLE.fullmatch(name) for name in names)
     ordered = sorted(names, key=lambda name: (int(name) if whole else 0, name))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlvicx_hf.common.errors import UserError, require
-from mlvicx_hf.common.files import new_folder, write_json
+from mlvicx_hf.common.files import check_output, new_output, write_json
 from mlvicx_hf.common.machine import choose_device
 from mlvicx_hf.common.progress import progress_bar
 from mlvicx_hf.common.provenance import made_by
@@ -252,9 +252,7 @@ def explain(
     require("a heat map", "explain", "captum", "matplotlib")
     check_least(1, models=len(models), batch_size=batch_size)
     check_least(0, max_images=max_images, tolerance=tolerance)
-    output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} is there already; expected a folder that is not")
+    output = check_output(Path(output))
     cache = load_cache(dataset, [split])
     loaded = {name: _load_frozen(source, level, device) for name, source in models.items()}
     outputs = {name: find_outputs(each, cache) for name, each in loaded.items()}
@@ -265,7 +263,7 @@ def explain(
     settings = {"max_images": max_images, "tolerance": tolerance, "mask_name": mask_name, "batch_size": batch_size}
     manifest = {name: cache.manifest[name] for name in ("collection", "synthetic", "size", "data_hash", "split_hash")}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(output) as folder, progress_bar(total, "explaining", "map", show=progress) as bar:
+    with new_output(output) as folder, progress_bar(total, "explaining", "map", show=progress) as bar:
         results = {
             "task": "explanation",
             "method": f"Grad-CAM of captum {version('captum')}",

@@ -74,7 +74,8 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
 
     Returns:
         `suite`, `code`, `cells` (planned, finished, failed), `tasks` (data and counts), `settings` (scores and more by
-        task, protocol, label fraction and model), `comparisons`, `shortcuts`, `search`, `tables` (of the paper).
+        task, protocol, label fraction and model), `comparisons`, `shortcuts`, `not_audited` (kinds of shortcuts),
+        `search`, `tables` (of the paper).
 
     Raises:
         UserError: cells of a task that were run on different data.
@@ -86,6 +87,8 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
             described.append(_describe_setting(setting, suite.metrics[setting.task]))
             bar.update()
     audits = read_audits(suite, output)
+    shortcuts = _shortcuts(audits)
+    found = {SEARCH, *(row["kind"] for row in shortcuts)}
     failures = {str(cell.path): cell.failure(output) for cell in suite.cells}
     tasks: dict[str, list[FinishedCell]] = {}
     for setting in settings:
@@ -101,7 +104,8 @@ def analyse(suite: Suite, finished: Sequence[Cell], output: Path, samples: int =
         "tasks": {task: _describe_task(suite.metrics[task], runs) for task, runs in tasks.items()},
         "settings": described,
         "comparisons": _compare(suite, settings),
-        "shortcuts": _shortcuts(audits),
+        "shortcuts": shortcuts,
+        "not_audited": [kind for kind in suite.shortcuts if audits and kind not in found],
         "search": _search_precision(audits),
         "tables": {table: paper_table(suite, settings, table) for table in suite.paper_tables},
     }

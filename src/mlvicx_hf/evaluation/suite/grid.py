@@ -7,6 +7,7 @@ import difflib
 import functools
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -172,9 +173,12 @@ class Cell:
         return True
 
     def failure(self, output: Path) -> str | None:
-        """The last line of the traceback, if the cell failed."""
+        """The error that ends the traceback, if the cell failed: the first line of its message."""
         error = output / self.error_path
-        return error.read_text(encoding="utf-8").strip().splitlines()[-1] if error.is_file() else None
+        if not error.is_file():
+            return None
+        lines = error.read_text(encoding="utf-8").strip().splitlines()
+        return next((line for line in reversed(lines) if re.match(r"[\w.]+(: |$)", line)), lines[-1])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mlvicx_hf.scoring.neighbours import PRECISION_TOP
 from .documents import Document
 from .figures import PROTOCOL_TITLES, forest, label_efficiency, reliability
 from .paper import CITATION
+from .shortcuts import FEWEST
 
 MAIN_SCORES = {
     "auroc_macro": "AUROC, macro",
@@ -295,10 +296,17 @@ def _add_subgroups(document: Document, report: dict[str, Any]) -> None:
 
 
 def _add_shortcuts(document: Document, report: dict[str, Any]) -> None:
-    rows = report["shortcuts"]
-    if not rows:
+    rows, missing = report["shortcuts"], report["not_audited"]
+    if not rows and not missing:
         return
     document.heading("Shortcut audit")
+    if missing:
+        document.paragraph(
+            f"Not audited: {', '.join(missing)}. A view or sex counts if {FEWEST} training images and {FEWEST} test "
+            "images have it, and there must be two of them; a source, if there are two caches that share no image."
+        )
+    if not rows:
+        return
     document.paragraph(
         "How well a linear layer on the same frozen features tells view, sex and source of an image: AUROC of one "
         "value against the rest; 0.5 is no knowledge. For several pretrainings it is their mean, with the lowest and "

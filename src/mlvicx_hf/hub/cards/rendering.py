@@ -279,7 +279,7 @@ def _check_results(
         content, found = result.content, last_part(result.content["model"])
         if kind.task is None:
             _check_weights(result)
-            if found != "random" and found not in encoder:
+            if content["model"] != "random" and found not in encoder:
                 known = f"'random' or this one ({', '.join(sorted(encoder))})"
                 raise UserError(f"{result.path}: model {found!r} found; expected {known}")
             continue
