@@ -1,5 +1,6 @@
 """The quick start on a user's own folder: with labels a classifier, without them neighbours."""
 
+import contextlib
 import json
 import subprocess
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from helpers import assert_users_error, mlvicx
 from PIL import Image
 from safetensors import safe_open
 
+from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.demo.quickstart import Quickstart
 
 
@@ -76,6 +78,11 @@ def test_folders_of_others_stay_as_they_are(tmp_path: Path) -> None:
         (tmp_path / "new", tmp_path / "empty", "no images found"),  # again: what the first one left is its own
     ):
         assert_users_error(mlvicx("quickstart", "--images", given, "--output", output), message)
+    with (
+        contextlib.chdir(tmp_path / "empty"),
+        pytest.raises(UserError, match="is the working folder; expected another"),
+    ):
+        Quickstart(lambda _: None, Path("."))._clear()
     assert len(list(images.glob("*.png"))) == 40
     assert {file.name for file in tmp_path.iterdir()} == {"radio", "empty", "new", "new.previous"}
 

@@ -95,3 +95,10 @@ def test_the_code_of_a_published_card_loads_what_is_published(tmp_path: Path, wo
     done = mlvicx("publish", "--model", model, "--repo_id", "org/lungs", "--dry_run", *words)
     assert done.returncode == 0, done.stderr
     assert f'revision = "{revision}"' in done.stdout
+
+
+def test_a_card_is_given_or_made(tmp_path: Path):
+    (tmp_path / "card.md").write_text("Research use only.")
+    words = ("--model", write_model(tmp_path / "run"), "--repo_id", "org/lungs", "--dry_run")
+    done = mlvicx("publish", *words, "--card", tmp_path / "card.md", "--pretraining", tmp_path / "absent")
+    assert_users_error(done, "--pretraining found with --card; expected a card, or what it is made of")

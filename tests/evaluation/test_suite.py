@@ -108,7 +108,7 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(small: dict[str, Any
     assert "3 of 4 cells finished, 1 failed" in done.stdout
     error = tmp_path / "out/cells/findings/absent/0/frozen/1/0.error.txt"
     assert "absent" in error.read_text()
-    reason = error.read_text().splitlines()[-1]
+    reason = next(line for line in error.read_text().splitlines() if line.startswith("FileNotFoundError: "))
     assert f"failed: cells/findings/absent/0/frozen/1/0: {reason}; traceback in {error}" in done.stderr
     assert f"| {reason}" in (tmp_path / "out/report.md").read_text()
     suite["models"]["absent"] = small["models"]["pretrained"][0]

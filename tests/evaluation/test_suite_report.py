@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -25,7 +26,7 @@ from mlvicx_hf.data.collections.nih14 import NIH_FINDINGS
 from mlvicx_hf.evaluation.suite.analysis import analyse
 from mlvicx_hf.evaluation.suite.grid import read_suite
 from mlvicx_hf.evaluation.suite.paper import paper_results, paper_tables
-from mlvicx_hf.evaluation.suite.report import compose, layout
+from mlvicx_hf.evaluation.suite.report import _beside, compose, layout, write_report
 from mlvicx_hf.evaluation.suite.running import evaluate_suite
 
 
@@ -214,6 +215,8 @@ def test_subgroups_calibration_decisions_and_shortcuts(report: dict[str, Any], o
     told = {(found["model"], found["kind"]) for found in report["shortcuts"]}
     assert told == {(model, kind) for model in ("Rand. Init", "MLVICX") for kind in ("view", "sex")}
     assert all(0 <= found["low"] <= found["auroc"] <= found["high"] <= 1 for found in report["shortcuts"])
+    assert report["not_audited"] == ["source"]
+    assert "Not audited: source. A view or sex counts if 10 training images and 10 test images have it" in text
     assert {found["model"] for found in report["search"]} == {"Rand. Init", "MLVICX"}
     precision = f"{report['search'][0]['precision']:.3f}"
     assert precision in text.split("## Search\n")[1].split("\n#")[0]
@@ -229,6 +232,37 @@ def test_paper_tables_have_the_papers_layout_and_our_figures_beside(report: dict
     assert head[2] == "Rand. Init"
     assert head[-1] == "MLVICX"
     assert len(lines) == 20
+
+
+def test_a_single_run_has_no_deviation_beside_the_papers(suite: Path, output: Path, tmp_path: Path):
+    read = read_suite(suite)
+    shutil.copytree(output, tmp_path / "out")
+    found = analyse(read, [cell for cell in read.cells if (cell.member, cell.seed) == (0, 0)], tmp_path / "out", 10)
+    row = {"paper": 0.48, "paper_sd": 0.01, "ours": 0.75, "ours_sd": 0.021}
+    assert _beside(row) == "0.750 ± 0.021 (0.48 ± 0.01)"
+    ours = [row["ours_sd"] for rows in found["tables"].values() for row in rows if row["ours"] is not None]
+    assert ours
+    assert set(ours) == {None}
+    assert _beside(row | {"ours_sd": None}) == "0.750 (0.48 ± 0.01)"
+
+
+def test_pictures_are_written_beside_what_lies_there(report: dict[str, Any], tmp_path: Path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.txt").write_text("precious")
+    write_report(report, tmp_path)
+    assert (tmp_path / "figures" / "mine.txt").read_text() == "precious"
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 3
+
+
+def test_data_that_seeds_or_copies_change_are_described(report: dict[str, Any]):
+    changed = copy.deepcopy(report)
+    (about,) = changed["tasks"].values()
+    about["train"] = {"1": {"images": [12, 1038], "patients": [7]}}
+    about["data"]["copies_across_splits"] = 18
+    text = compose(changed).to_markdown()
+    assert "100 %: 12 to 1,038 |" in text
+    assert "Copies of an image are in two splits: findings, 18 pairs. Scores may be too good." in text
+    assert "Copies of an image" not in compose(report).to_markdown()
 
 
 def test_the_papers_figures():

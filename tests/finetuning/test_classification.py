@@ -683,6 +683,12 @@ def test_a_validation_split_that_scores_nothing_is_an_error(pretrained: Path, tm
         run(tmp_path / "run", pretrained, make_cache(tmp_path, rows))
 
 
+def test_images_with_one_class_alone_are_an_error(pretrained: Path, tmp_path: Path):
+    rows = [row | {"disc": 1, "stripes": ""} for row in labelled_rows(40)]
+    with pytest.raises(UserError, match="all images have the same value of disc where it is known"):
+        run(tmp_path / "run", pretrained, make_cache(tmp_path, rows))
+
+
 def test_no_labels_are_an_error(pretrained: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="has no labels; expected some"):
         run(tmp_path / "run", pretrained, unlabelled_cache(tmp_path, 12))
@@ -775,6 +781,7 @@ def test_a_folder_in_use_is_refused(cache: Path, frozen: Path, pretrained: Path)
         ("eval_strategy", "steps", "eval_strategy='steps' found; expected epoch: every epoch is scored"),
         ("load_best_model_at_end", "false", "load_best_model_at_end='false' found; expected true: every epoch is"),
         ("save_total_limit", 3, "save_total_limit=3 found; expected 1: only the best epoch"),
+        ("epochs", "1", "epochs found, which does not exist; did you mean num_train_epochs?"),
         ("lerning_rate", "1", "lerning_rate found, which does not exist; did you mean learning_rate"),
         ("adam_epsilon", "small", "argument --adam_epsilon.*small"),
         ("lr_scheduler_type", "zigzag", "zigzag is not a valid SchedulerType"),

@@ -383,6 +383,25 @@ def test_thresholds_name_the_split_on_which_they_were_chosen(saved: dict[str, Pa
         render_card(TEMPLATES["classifier"], model, [])
 
 
+def test_copies_in_two_splits_are_said_beside_the_scores(render: Render, saved: dict[str, Path], tmp_path: Path):
+    content = result(data=result()["data"] | {"copies_across_splits": 1018})
+    warning = "**Copies of an image are in two splits, 1,018 pairs: scores may be too good.**"
+    card = render_card(TEMPLATES["classifier"], write_model(saved["classifier"], tmp_path / "mine", content), [])
+    assert warning in section(card, "Training data")
+    assert warning in section(card, "Evaluation")
+    assert warning in section(render("backbone", content), "Evaluation")
+    assert "Copies of an image" not in render("backbone", result()).text
+
+
+def test_an_encoder_in_a_folder_called_random_is_not_random(render: Render, saved: dict[str, Path], tmp_path: Path):
+    model = write_model(saved["classifier"], tmp_path / "mine", result(model="runs/random"))
+    card = render_card(TEMPLATES["classifier"], model, [])
+    assert "random weights" not in card.text
+    assert "The encoder is `random`; what it was pretrained on" in card.text
+    with pytest.raises(UserError, match="model 'random' found; expected 'random' or this one"):
+        render("backbone", result(model="runs/random"))
+
+
 def test_calibration_and_what_was_not_calibrated(saved: dict[str, Path], tmp_path: Path):
     record = {"method": "platt", "split": "validation", "level": 0.9, "folded": True, "bands": {}, "counts": {}}
     scores = {"ece": {"Edema": 0.2004, "Effusion": 0.1}, "brier": {"Edema": 0.31, "Effusion": "n/a"}}
@@ -395,6 +414,16 @@ def test_calibration_and_what_was_not_calibrated(saved: dict[str, Path], tmp_pat
     assert "| Edema | 0.200 → 0.050 | 0.310 → 0.220 | 0.250 | n/a |" in text
     assert "| Effusion | 0.100 → 0.100 | n/a → n/a | no band | no band |" in text
     assert "- Not calibrated: Effusion: 3 positives and 160 negatives.\n" in text
+    thresholds = {"values": {"Edema": 0.3, "Effusion": 0.4}, "criterion": "youden", "split": "validation"}
+    few = write_model(
+        saved["classifier"],
+        tmp_path / "few",
+        result(**changes | {"thresholds": thresholds}),
+        calibration=record,
+        decision_thresholds=thresholds,
+    )
+    said = "Few images chose the thresholds of Effusion: do not rely on these."
+    assert said in render_card(TEMPLATES["classifier"], few, []).text
     assert "at most\n10 % of the\npositives are answered absent, and of the negatives present." in text
     assert "gives calibrated probabilities, but for the findings named below. ECE is" in text
     assert "Calibration" not in render_card(TEMPLATES["classifier"], saved["classifier"], []).text

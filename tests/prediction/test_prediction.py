@@ -596,6 +596,15 @@ def test_a_mask_folder_with_other_files_is_never_replaced(chest_segmenter: Path,
     assert files_below(tmp_path) == {"masks/precious.png"}
 
 
+def test_the_working_folder_is_no_mask_folder(
+    chest_segmenter: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match=r"mask folder \. is the working folder; expected another one"):
+        predict(str(chest_segmenter), images, tmp_path / "out.csv", masks=Path("."), **OPTIONS)
+
+
 def test_what_comes_into_the_mask_folder_meanwhile_stays(
     chest_segmenter: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

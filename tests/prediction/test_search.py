@@ -452,6 +452,28 @@ def test_a_sheet_needs_the_cache_as_it_was(copied: Path, queries: Path, tmp_path
         shutil.rmtree(folder)
 
 
+def test_a_sheet_never_takes_the_place_of_an_input(built: Path, queries: Path, tmp_path: Path):
+    scan = Path(shutil.copy(queries / "new.png", tmp_path / "scan.png"))
+    before = scan.read_bytes()
+    for given, sheet in ((scan, scan), (tmp_path, tmp_path / "sheet.png")):
+        with pytest.raises(UserError, match=r"lies in the input .*; expected it elsewhere"):
+            find_similar(built, given, tmp_path / "out.csv", sheet=sheet, overwrite=True, **SEARCHING)
+    assert scan.read_bytes() == before
+
+
+def test_a_sheet_of_strips(built: Path, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    for number, size in enumerate([(1, 900), (900, 1), (2, 700)]):
+        Image.new("L", size, 99).save(tmp_path / "in" / f"{number}.png")
+    record = find_similar(built, tmp_path / "in", tmp_path / "out.csv", sheet=tmp_path / "s.png", **SEARCHING)
+    assert record["sheet"]["images"] == 3
+
+
+def test_a_revision_is_of_a_model(built: Path, queries: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="revision='v1' found without a model; expected --model as well, or neither"):
+        find_similar(built, queries, tmp_path / "out.csv", revision="v1", **SEARCHING)
+
+
 def test_outputs_are_replaced_only_when_asked(built: Path, queries: Path, tmp_path: Path):
     output, sheet = tmp_path / "out.csv", tmp_path / "sheet.png"
     find_similar(built, queries, output, sheet=sheet, **SEARCHING)

@@ -274,6 +274,44 @@ def test_start_from_an_encoder_alone(tmp_path: Path):
     assert model(*torch.randn(2, 4, 1, 32, 32)).loss.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "note"),
+    [
+        ({}, {}, ""),
+        (
+            {"expander_final_norm": True},
+            {"expander_final_norm": False},
+            "; 10 weights of the earlier heads are left out",
+        ),
+        ({"expander_final_norm": False}, {"expander_final_norm": True}, "; 10 weights of its heads are new, such as "),
+        ({"global_weight": 0.0}, {}, " weights of its heads are new, such as global_expander"),
+        ({}, {"global_weight": 0.0}, " weights of the earlier heads are left out, such as global_expander"),
+        ({"expander_dims": [16, 16, 16]}, {"expander_dims": [16, 16]}, " of the earlier heads are left out"),
+    ],
+)
+def test_heads_that_are_new_or_left_out_are_said(
+    tmp_path: Path, then: dict[str, Any], now: dict[str, Any], note: str, caplog: pytest.LogCaptureFixture
+):
+    create_model(replace(TINY, **then)).save_pretrained(tmp_path)
+    found = create_objective(replace(TINY, **now, init_from=str(tmp_path))).notes[0]
+    assert found == f"started from {tmp_path}" if not note else note in found
+    assert caplog.messages == []  # of transformers, which would list all layers
+
+
+def test_an_aggregation_of_other_levels_is_not_taken_for_the_same(tmp_path: Path):
+    create_model(replace(TINY, aggregation_levels=[0, 1])).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"aggregation_levels=\[1, 0\] found; expected \[0, 1\], as the heads of"):
+        create_model(replace(TINY, aggregation_levels=[1, 0], init_from=str(tmp_path)))
+    MLVICXModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "encoder")
+    create_model(replace(TINY, aggregation_levels=[1, 0], init_from=str(tmp_path / "encoder")))
+
+
+def test_a_shallower_earlier_model_is_not_enough(tmp_path: Path):
+    MLVICXForPreTraining(tiny_config(backbone="resnet18")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"lacks 96 weights of this encoder, .*expected weights of a resnet34, or"):
+        create_model(replace(TINY, init_from=str(tmp_path), backbone="resnet34"))
+
+
 def test_a_deeper_earlier_model_is_not_cut(tmp_path: Path):
     MLVICXForPreTraining(tiny_config(backbone="resnet34")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"holds 96 weights that this encoder lacks, .*expected weights of a resnet18"):
@@ -428,7 +466,7 @@ def test_arguments_that_wait_for_another_one_are_named(cache: Path, tmp_path: Pa
         "shuffle_buffer: without effect, since it needs streaming",
         "torch_compile_mode: without effect, since it needs torch_compile",
         "context_gain, context_placement: without effect, since it needs use_context",
-        "aggregation_size, aggregation_resize: without effect, since it needs multi_level_weight",
+        "aggregation_size, aggregation_channels, aggregation_resize: without effect, since it needs multi_level_weight",
         "cache_size: without effect, since it needs streaming of other data than a cache",
         "brightness: without effect, since it needs jitter",
         "views of 48 px are made of squares of 32 px: none is sharp",

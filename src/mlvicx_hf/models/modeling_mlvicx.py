@@ -64,7 +64,8 @@ class MLVICXPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ContextBottleneck", "MultiLevelAggregator", "UNetDecoder"]  # noqa: RUF012
     # Weights of another class's head: expanders and aggregation of pretraining, a classifier, a decoder.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        r"^(aggregator|global_expander|multi_level_expander|decoder)\.",
+        r"^(aggregator|global_expander|multi_level_expander)\.",
+        r"^decoder\.",
         r"^classifier\.",
     ]
 
@@ -85,6 +86,11 @@ class MLVICXPreTrainedModel(PreTrainedModel):
                 "list of layers, such as resnet18"
             )
         super().gradient_checkpointing_enable(*args, **kwargs)
+
+    def _report_unexpected(self, head: str) -> None:
+        """Have weights of a `head` named that are not loaded: its encoder would ignore another one in its place."""
+        ignored = self._keys_to_ignore_on_load_unexpected  # a list or, in later transformers, a set
+        self._keys_to_ignore_on_load_unexpected = type(ignored)(key for key in ignored if head not in key)
 
     _frozen = False  # of an encoder
     _frozen_norms: str | None = None  # part of an encoder whose batch normalisation is frozen; "" is all of it
@@ -458,7 +464,6 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
     """
 
     main_input_name = "view_1"
-    _keys_to_ignore_on_load_unexpected = [r"^(classifier|decoder)\."]  # noqa: RUF012
 
     def __init__(self, config: MLVICXConfig) -> None:
         super().__init__(config)
@@ -471,6 +476,7 @@ class MLVICXForPreTraining(MLVICXPreTrainedModel):
             width = config.aggregation_channels * config.aggregation_size**2
             self.multi_level_expander = Expander(width, dims, final_norm)
         self.post_init()
+        self._report_unexpected("expander")
 
     def embed(self, pixel_values: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Compute the global embedding z and the multi-level embedding m of one view, [B, r] each."""
@@ -584,9 +590,7 @@ class MLVICXForImageClassification(MLVICXPreTrainedModel):
         features, labels = self.mlvicx.pooled_features, self.num_labels
         self.classifier: Any = nn.Linear(features, labels) if labels else nn.Identity()
         self.post_init()
-        # Not its own head, as its encoder would: weights of another one in its place, not loaded, are named.
-        ignored = self._keys_to_ignore_on_load_unexpected  # a list or, in later transformers, a set
-        self._keys_to_ignore_on_load_unexpected = type(ignored)(key for key in ignored if "classifier" not in key)
+        self._report_unexpected("classifier")
 
     @can_return_tuple
     def forward(
