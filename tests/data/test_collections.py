@@ -404,7 +404,10 @@ def test_persons_not_understood_are_unknown_and_counted(root: Path):
 
 @pytest.mark.parametrize(
     ("text", "sex"),
-    [("f", "F"), ("FEMALE", "F"), ("Woman", "F"), ("m", "M"), ("male", "M"), ("man", "M"), ("", ""), ("0", None)],
+    [
+        *[("f", "F"), ("FEMALE", "F"), ("Woman", "F"), ("m", "M"), ("male", "M"), ("man", "M"), ("", ""), ("0", None)],
+        *[("W", "F"), ("Männlich", "M"), ("H", None)],
+    ],
 )
 def test_sexes_are_normalised(text: str, sex: str | None):
     assert parse_sex(text) == sex
@@ -414,7 +417,17 @@ def test_sexes_are_normalised(text: str, sex: str | None):
     ("text", "age"),
     [
         *[("45", 45), ("45.5", 45.5), ("045Y", 45), ("006m", 0.5), ("0", 0), ("120", 120), ("1440M", 120)],
-        *[("121", None), ("45 years", None), ("-1", None), ("nan", None), ("Y", None), ("9e9", None), ("57M", None)],
+        *[
+            ("121", None),
+            ("45 years", 45),
+            ("34 J", 34),
+            ("45 weeks", None),
+            ("-1", None),
+            ("nan", None),
+            ("Y", None),
+            ("9e9", None),
+            ("57M", None),
+        ],
     ],
 )
 def test_ages_are_years(text: str, age: float | None):

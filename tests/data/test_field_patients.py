@@ -93,6 +93,35 @@ def test_sex_and_age_as_dicom_headers_call_them_are_read(tmp_path: Path):
     assert "column 'PatientSex' is taken for sex" in listing.notes
 
 
+def test_view_sex_and_age_under_any_name(tmp_path: Path):
+    root = write(tmp_path / "a", ["1", "2"])
+    words = "file_name,patient_id,Aufnahme,Geschlecht,Alter\na0.png,1,seitlich,w,34 J\na1.png,2,AP,m,61\n"
+    (root / "metadata.csv").write_text(words)
+    options = {"view_column": "Aufnahme", "sex_column": "Geschlecht", "age_column": "Alter"}
+    listing = FolderCollection(root, **options).read()
+    expected = [("LATERAL", "F", 34), ("AP", "M", 61)]
+    assert [(record.view, record.sex, record.age) for record in listing.records] == expected
+    assert "column 'Aufnahme' is taken for view" in listing.notes
+    assert listing.label_names == ()
+    pixels = [(root / f"a{number}.png").read_bytes() for number in range(2)]
+    table = {"image": pixels, "patient_id": ["1", "2"], "Aufnahme": ["seitlich", "AP"], "Geschlecht": ["w", "m"]}
+    pyarrow.parquet.write_table(pyarrow.table(table | {"Alter": [34, 61]}), tmp_path / "x.parquet")
+    records = HFCollection(tmp_path / "x.parquet", **options).read().records
+    assert [(record.view, record.sex, record.age) for record in records] == expected
+    with pytest.raises(UserError, match=r"columns file_name, .* found; expected the age in Jahre"):
+        FolderCollection(root, age_column="Jahre").read()
+    (root / "metadata.csv").write_text(words.replace("Alter", "view"))
+    with pytest.raises(UserError, match="columns Aufnahme, view found; expected one of them as view"):
+        FolderCollection(root, view_column="Aufnahme").read()
+
+
+def test_a_letter_that_means_a_man_or_a_woman_is_refused(tmp_path: Path):
+    root = write(tmp_path / "a", ["1", "2"])
+    (root / "metadata.csv").write_text("file_name,patient_id,sex\na0.png,1,H\na1.png,2,M\n")
+    with pytest.raises(UserError, match="sexes H and M found; expected F and M"):
+        FolderCollection(root).read()
+
+
 def test_names_of_columns_as_r_writes_them_are_understood(tmp_path: Path):
     root = write(tmp_path / "a", ["1", "1", "2"])
     table = root / "metadata.csv"

@@ -94,7 +94,10 @@ def _make_card(arguments: argparse.Namespace) -> str:
     results = [file for file in arguments.results if file != model / RESULTS_NAME]
     options = _chosen(arguments, "repo_id", "pretraining", "cache", "base_model")
     options |= {"revision": arguments.tag or arguments.revision or "main"}
-    return str(render_card(find_template(model), model, results, **options))
+    try:
+        return str(render_card(find_template(model), model, results, **options))
+    except FileNotFoundError as error:  # of a model that no command of ours has trained
+        raise FileNotFoundError(f"{error}; or the text of a card: --card FILE") from error
 
 
 def _report(arguments: argparse.Namespace, done: dict[str, Any], card: str) -> None:

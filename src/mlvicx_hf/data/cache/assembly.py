@@ -125,7 +125,7 @@ def note_images(images: PreparedParts, drop_flat: bool) -> list[str]:
         file, text = images.noted[0]
         notes.append(f"images whose grey scale does not fit their pixels: {len(images.noted)}, such as {file}: {text}")
     if images.flat:
-        done = "left out" if drop_flat else "kept (--drop_flat leaves them out)"
+        done = "left out" if drop_flat else "kept (--drop_flat leaves them out; masks look like that)"
         notes.append(f"images without contrast or texture: {len(images.flat)}, such as {images.flat[0]}; {done}")
     return notes
 

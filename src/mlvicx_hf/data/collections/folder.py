@@ -137,7 +137,7 @@ class FolderCollection(TableOptions, Collection):
 
     def _read_table(self, table: Path) -> Listing:
         given = (self.file_column, self.patient_column, self.mask_column, *(self.label_columns or ()))
-        columns, notes = usual_names(table, read_columns(table), given)
+        columns, notes = usual_names(table, read_columns(table), given, self.meant)
         file_column = self._choose_file_column(table, columns)
         mask_column = self._choose_mask_column(table, columns)
         names = self._relative(columns[file_column])

@@ -95,7 +95,7 @@ class HFCollection(TableOptions, Collection):
         notes = [*note_ignored(f"{name} ({kind(feature)})" for name, feature in others.items())]
         text = {column: _as_text(features[column], values) for column, values in columns.items()}
         given = (self.patient_column, image, self.mask_column, *(self.label_columns or ()))
-        text, renamed = usual_names(Path(self.path), text, given)
+        text, renamed = usual_names(Path(self.path), text, given, self.meant)
         notes += renamed
         if any(splits.values()):
             if "split" in text:

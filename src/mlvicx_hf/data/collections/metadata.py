@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,9 @@ class TableOptions:
         patient_column: column of the patient; by default `patient_id`.
         patient_ids: what patients mean whose ids differ in zeros, `.0`, case or blanks alone: "normalised" (the same)
             or "exact" (others); by default it is an error.
+        view_column: column of the view; by default `view`, or one of its usual names.
+        sex_column: column of the sex, likewise.
+        age_column: column of the age, likewise.
         label_columns: columns that are labels.
         label_names: names of the findings, in the order of lists of 0 and 1 in a column `labels`.
         mask_column: column of the mask, empty if it is unknown.
@@ -52,6 +55,9 @@ class TableOptions:
 
     patient_column: str | None = None
     patient_ids: str | None = None
+    view_column: str | None = None
+    sex_column: str | None = None
+    age_column: str | None = None
     label_columns: Sequence[str] | None = None
     label_names: Sequence[str] | None = None
     mask_column: str | None = None
@@ -64,21 +70,34 @@ class TableOptions:
         chosen = {"uncertain": self.uncertain, "patient_ids": self.patient_ids}
         return {name: value for name, value in chosen.items() if value is not None}
 
+    @property
+    def meant(self) -> dict[str, str]:
+        """Column that the user named → view, sex or age."""
+        named = {self.view_column: "view", self.sex_column: "sex", self.age_column: "age"}
+        return {column: meaning for column, meaning in named.items() if column is not None}
 
-def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> tuple[Columns, list[str]]:
+
+def usual_names(
+    table: Path, columns: Columns, given: Sequence[str | None], meant: Mapping[str, str]
+) -> tuple[Columns, list[str]]:
     """Rename `Patient ID` to `patient_id` and so on: otherwise a patient could silently be in two splits.
 
     A column that tells an official division, such as `subset`, becomes `split` if it holds the names of splits alone.
     One such as `Projection` becomes `view` if it holds views, and `PatientSex` becomes `sex`. Names that the user gave
-    stay as they are. Return the columns, and notes of renamed or ignored ones.
+    stay as they are, but for those of `TableOptions.meant`. Return the columns, and notes of renamed or ignored ones.
 
     Raises:
-        UserError: two columns would have the same name.
+        UserError: two columns would have the same name, or there is no column of a name that the user gave.
     """
+    for name, meaning in meant.items():
+        if name not in columns:
+            raise UserError(f"{table}: columns {some(columns, 30)} found; expected the {meaning} in {name}")
+    given = [*given, *meant]
     if find_view([name for name, cells in columns.items() if any(cells)], given):  # an empty column must not hide it
         columns = {name: cells for name, cells in columns.items() if any(cells) or plain_name(name) not in VIEW_LIKE}
     usual = {plain_name(name): name for name in (*RESERVED_COLUMNS, *LONE_COLUMNS, MASK_COLUMN)}
     new = {name: name if name in given else usual.get(plain_name(name), name) for name in columns}
+    new |= meant
     twice = [name for name, count in Counter(new.values()).items() if count > 1]
     if twice:
         listed = some((name for name in columns if new[name] == twice[0]), 9)
@@ -87,9 +106,9 @@ def usual_names(table: Path, columns: Columns, given: Sequence[str | None]) -> t
     if view and "view" not in new.values() and any(normalize_view(cell) not in NO_VIEW for cell in columns[view]):
         new[view] = "view"
     for name in (name for name in columns if name not in given):
-        meant = PERSON_LIKE.get(plain_name(name))
-        if meant and meant not in new.values():
-            new[name] = meant
+        person = PERSON_LIKE.get(plain_name(name))
+        if person and person not in new.values():
+            new[name] = person
     unused = []
     for name in (name for name in columns if SPLIT_LIKE.fullmatch(plain_name(name)) and name not in given):
         if "split" not in new.values() and all(cell.lower() in SPLIT_NAMES for cell in columns[name]):
@@ -153,6 +172,9 @@ def read_records(
     empty = [""] * len(names)
     views = read_views(columns.get("view", empty), notes)
     splits = read_splits(table, columns.get("split", empty))
+    letters = {cell.strip().upper() for cell in columns.get("sex", empty)}
+    if {"H", "M"} <= letters:  # hombre and mujer, where others would read M as male
+        raise UserError(f"{table}: sexes H and M found; expected F and M, since M may mean a man or a woman")
     sexes = parse_known("sexes", columns.get("sex", empty), parse_sex, "", notes)
     ages = parse_known("ages", columns.get("age", empty), parse_age, math.nan, notes)
     rows = zip(names, patients, views, splits, sexes, ages, strict=True)

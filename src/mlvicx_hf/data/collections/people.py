@@ -14,8 +14,19 @@ from ..options import check_choice
 from .tables import CellType, numbered
 
 SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
-_AGE = re.compile(r"(\d+(?:[.,]\d+)?)(Y?)|(\d{3,})([MWD])", re.IGNORECASE)  # 57M may be a man of 57
-UNITS_PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
+SEXES |= {
+    "w": "F",
+    "weiblich": "F",
+    "männlich": "M",
+    "femenino": "F",
+    "masculino": "M",
+    "féminin": "F",
+    "masculin": "M",
+}
+_IN_YEARS = r"Y|yrs?|years?|J|Jahre?|ans|años"
+# 57M may be a man of 57.
+_AGE = re.compile(rf"(\d+(?:[.,]\d+)?)(?:\s*(?:{_IN_YEARS}))?|(\d{{3,}})([MWD])", re.IGNORECASE)
+UNITS_PER_YEAR = {"M": 12, "W": 52.18, "D": 365.25}
 OLDEST = 120  # years; a higher age is a mistake of the table
 
 
@@ -25,7 +36,7 @@ def parse_sex(text: str) -> str | None:
 
 
 def parse_age(text: str) -> float | None:
-    """Read an age such as `45`, `045Y` or `018M` (Y, M, W, D as in DICOM) in years.
+    """Read an age such as `45`, `45 years`, `045Y` or `018M` (Y, M, W, D as in DICOM) in years.
 
     Return NaN for unknown, and None if it is unreadable or above 120.
     """
@@ -43,8 +54,9 @@ def _years(text: str) -> float:
     found = _AGE.fullmatch(text)
     if found is None:
         raise ValueError(text)
-    number, unit = found.group(1, 2) if found[1] else found.group(3, 4)
-    return float(number.replace(",", ".")) / UNITS_PER_YEAR[unit.upper()]
+    if found[1]:
+        return float(found[1].replace(",", "."))
+    return float(found[2]) / UNITS_PER_YEAR[found[3].upper()]
 
 
 SEX = CellType(lambda text: SEXES[text.lower()], "F, M or nothing")
