@@ -200,7 +200,7 @@ def test_what_cannot_be_pushed(hub: LoopbackHub, tmp_path: Path):
     assert_users_error(done, "401")
     assert "org/other" not in hub.repositories
     words = ("--model", folder, "--repo_id", "org/other", "--dry_run")  # no card, and no results to make one of
-    assert_users_error(mlvicx("publish", *words), "results.json")
+    assert_users_error(mlvicx("publish", *words), "results.json", "--card FILE")
 
 
 @pytest.mark.slow
