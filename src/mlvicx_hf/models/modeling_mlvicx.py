@@ -74,19 +74,6 @@ class MLVICXPreTrainedModel(PreTrainedModel):
         """Whether the maps inside the stages can be computed again: of backbones that are lists of layers."""
         return bool(self.base_model.is_plain)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As in the base class.
-
-        Raises:
-            ValueError: a backbone that is no list of layers.
-        """
-        if not self.supports_gradient_checkpointing:
-            raise ValueError(
-                f"gradient checkpointing of backbone={self.config.backbone!r} found; expected a backbone that is a "
-                "list of layers, such as resnet18"
-            )
-        super().gradient_checkpointing_enable(*args, **kwargs)
-
     def _report_unexpected(self, head: str) -> None:
         """Have weights of a `head` named that are not loaded: its encoder would ignore another one in its place."""
         ignored = self._keys_to_ignore_on_load_unexpected  # a list or, in later transformers, a set

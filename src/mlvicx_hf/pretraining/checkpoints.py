@@ -49,7 +49,10 @@ class Checkpoint:
             UserError: lists all settings that differ.
         """
         if changed := _differences(self.fixed, fixed):
-            raise UserError(f"{self.path} belongs to another run: {changed}")
+            raise UserError(
+                f"{self.path} belongs to another run: {changed}; expected the same settings, or another output_dir and "
+                "--init_from to start from its weights"
+            )
         # An earlier version does not tell all of the machine.
         if changed := _differences(self.machine, {k: v for k, v in machine.items() if k in self.machine}):
             logger.warning("the bits may differ from those of a run that was not interrupted: %s", changed)
