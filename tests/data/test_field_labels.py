@@ -380,7 +380,10 @@ def test_several_words_for_yes_and_no_are_refused():
 
 def test_texts_of_reports_are_no_classes():
     texts = [f"Report {number}: heart of normal size." for number in range(12)]
-    with pytest.raises(UserError, match="12 classes found, 12 of them in a single row, such as 'Report 0: heart"):
+    with pytest.raises(
+        UserError, match="12 classes found, 12 of them long and in one row alone, such as 'Report 0: heart"
+    ):
         read_csv(texts, "label")
     assert len(read_csv(texts * 2, "label")[0]) == 12
     assert len(read_csv(texts[:9], "label")[0]) == 9
+    assert len(read_csv([f"Finding {number}" for number in range(12)], "label")[0]) == 12

@@ -113,13 +113,21 @@ def test_view_sex_and_age_under_any_name(tmp_path: Path):
     (root / "metadata.csv").write_text(words.replace("Alter", "view"))
     with pytest.raises(UserError, match="columns Aufnahme, view found; expected one of them as view"):
         FolderCollection(root, view_column="Aufnahme").read()
+    for options in ({"sex_column": "Geschlecht", "view_column": "Geschlecht"}, {"age_column": "patient_id"}):
+        with pytest.raises(UserError, match=r"column \w+ named as \w+ and as something else; expected one of them"):
+            FolderCollection(root, patient_column="patient_id", **options).read()
+    (root / "metadata.csv").write_text("file_name,patient_id,view,Aufnahme\na0.png,1,,AP\na1.png,2,,PA\n")
+    assert [row.view for row in FolderCollection(root, view_column="Aufnahme").read().records] == ["AP", "PA"]
+    (root / "metadata.csv").write_text("file_name,patient_id,Aufnahme,Projection\na0.png,1,,AP\na1.png,2,,PA\n")
+    assert [row.view for row in FolderCollection(root, view_column="Aufnahme").read().records] == ["UNKNOWN"] * 2
 
 
 def test_a_letter_that_means_a_man_or_a_woman_is_refused(tmp_path: Path):
     root = write(tmp_path / "a", ["1", "2"])
-    (root / "metadata.csv").write_text("file_name,patient_id,sex\na0.png,1,H\na1.png,2,M\n")
-    with pytest.raises(UserError, match="sexes H and M found; expected F and M"):
-        FolderCollection(root).read()
+    for letter in "HV":
+        (root / "metadata.csv").write_text(f"file_name,patient_id,sex\na0.png,1,{letter}\na1.png,2,M\n")
+        with pytest.raises(UserError, match="found; expected F and M, since M may mean a woman here"):
+            FolderCollection(root).read()
 
 
 def test_names_of_columns_as_r_writes_them_are_understood(tmp_path: Path):

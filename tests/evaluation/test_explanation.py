@@ -570,7 +570,7 @@ def save_pair(network: MLVICXForImageClassification, processor: MLVICXImageProce
         ({"batch_size": 0}, "batch_size=0 found; expected 1 or more"),
         ({"max_images": -1}, "max_images=-1"),
         ({"tolerance": float("nan")}, "tolerance=nan"),
-        ({"tolerance": float("inf")}, "tolerance=inf"),
+        ({"tolerance": float("inf")}, "tolerance=inf found; expected a finite number, 0 or more"),
         ({"device": "tpu"}, "device='tpu' found"),
     ],
 )

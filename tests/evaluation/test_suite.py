@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(small: dict[str, Any
     assert not error.exists()
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["cells"] == {"planned": 4, "finished": 4, "failed": {}}
+
+
+@pytest.mark.parametrize("message", ["one: two", "first: line\nexpected: something\nend", ""])
+def test_a_failed_cell_tells_the_first_line_of_its_error(small: dict[str, Any], tmp_path: Path, message: str):
+    (cell, *_) = read_suite(write(tmp_path, small)).cells
+    file = tmp_path / cell.error_path
+    file.parent.mkdir(parents=True)
+    try:
+        try:
+            raise OSError("before")
+        except OSError as error:
+            raise ValueError(message) from error
+    except ValueError:
+        file.write_text(traceback.format_exc())
+    assert cell.failure(tmp_path) == (f"ValueError: {message}".splitlines()[0] if message else "ValueError")
 
 
 def test_what_is_not_there_is_said_before_anything_runs(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from mlvicx_hf import MLVICXForImageClassification, MLVICXImageProcessor
+from mlvicx_hf import MLVICXForImageClassification, MLVICXImageProcessor, MLVICXModel
 from mlvicx_hf.common.arguments import from_values
 from mlvicx_hf.common.errors import UserError
 from mlvicx_hf.data.cache.cache import Cache, load_cache
@@ -681,6 +681,13 @@ def test_a_validation_split_that_scores_nothing_is_an_error(pretrained: Path, tm
             row["disc"], row["stripes"] = 0, ""
     with pytest.raises(ValueError, match="no label has both values in the validation split"):
         run(tmp_path / "run", pretrained, make_cache(tmp_path, rows))
+
+
+def test_checkpointing_that_a_backbone_does_not_have_is_refused(cache: Path, tmp_path: Path):
+    MLVICXModel(tiny_config(backbone="efficientnet_lite0")).save_pretrained(tmp_path / "model")
+    MLVICXImageProcessor(32).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="gradient_checkpointing found with backbone='efficientnet_lite0'; expected a"):
+        run(tmp_path / "run", tmp_path / "model", cache, gradient_checkpointing=True)
 
 
 def test_images_with_one_class_alone_are_an_error(pretrained: Path, tmp_path: Path):

@@ -414,16 +414,6 @@ def test_calibration_and_what_was_not_calibrated(saved: dict[str, Path], tmp_pat
     assert "| Edema | 0.200 → 0.050 | 0.310 → 0.220 | 0.250 | n/a |" in text
     assert "| Effusion | 0.100 → 0.100 | n/a → n/a | no band | no band |" in text
     assert "- Not calibrated: Effusion: 3 positives and 160 negatives.\n" in text
-    thresholds = {"values": {"Edema": 0.3, "Effusion": 0.4}, "criterion": "youden", "split": "validation"}
-    few = write_model(
-        saved["classifier"],
-        tmp_path / "few",
-        result(**changes | {"thresholds": thresholds}),
-        calibration=record,
-        decision_thresholds=thresholds,
-    )
-    said = "Few images chose the thresholds of Effusion: do not rely on these."
-    assert said in render_card(TEMPLATES["classifier"], few, []).text
     assert "at most\n10 % of the\npositives are answered absent, and of the negatives present." in text
     assert "gives calibrated probabilities, but for the findings named below. ECE is" in text
     assert "Calibration" not in render_card(TEMPLATES["classifier"], saved["classifier"], []).text

@@ -132,7 +132,7 @@ def test_adapted_gates_learn(reduction: int | None):
 
 def test_checkpointing_of_a_backbone_without_a_list_of_layers_is_refused():
     model = MLVICXForImageClassification(tiny_config(backbone="efficientnet_lite0", num_labels=2))
-    with pytest.raises(ValueError, match="does not support (gradient|activation) checkpointing"):
+    with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
         model.gradient_checkpointing_enable()
 
 

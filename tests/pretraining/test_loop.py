@@ -1,6 +1,7 @@
 """The pretraining loop: order, rate, optimiser, starting weights, files, resume, and what it refuses."""
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -290,8 +291,14 @@ def test_start_from_an_encoder_alone(tmp_path: Path):
     ],
 )
 def test_heads_that_are_new_or_left_out_are_said(
-    tmp_path: Path, then: dict[str, Any], now: dict[str, Any], note: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    then: dict[str, Any],
+    now: dict[str, Any],
+    note: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     create_model(replace(TINY, **then)).save_pretrained(tmp_path)
     found = create_objective(replace(TINY, **now, init_from=str(tmp_path))).notes[0]
     assert found == f"started from {tmp_path}" if not note else note in found

@@ -69,6 +69,23 @@ def test_delong_of_the_same_scores_and_of_perfect_ones():
         assert math.isnan(found["p"])
 
 
+def test_delong_of_a_small_difference_of_many_images():
+    labels = np.arange(2000) % 2 == 0
+    ours = labels + np.arange(2000) * 1e-9
+    theirs = ours.copy()
+    theirs[[0, 1]] = theirs[[1, 0]]  # one pair is ranked the wrong way round
+    found = delong_test(labels.astype(float), ours, theirs)
+    assert 0 < found["se"] < 1e-2
+    assert 0 < found["p"] < 1
+    many = np.tile([1.0, 0.0], 20000)
+    near = many + np.arange(40000) * 1e-9
+    swapped = near.copy()
+    swapped[np.argsort(near)[19999:20001]] = swapped[np.argsort(near)[[20000, 19999]]]
+    found = delong_test(many, near, swapped)  # one pair of 4e8
+    assert 0 < found["difference"] < 1e-8
+    assert 0.1 < found["p"] < 1
+
+
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
     [

@@ -45,7 +45,6 @@ def main(words: Sequence[str] | None = None) -> None:
     values = (record["calibration"] or {}).get("values") or {}
     if names := [name for name, value in values.items() if value is None]:
         if len(names) == len(values):
-            print("note: no finding is calibrated: validation knew too few positives or negatives")
-            print("note: read probabilities as ranks, and do not rely on decisions: few images chose their thresholds")
+            print("note: no finding is calibrated: validation knew too few positives or negatives; read them as ranks")
         else:
             print(f"note: not calibrated, so not to be compared with the others: {', '.join(names)}")

@@ -194,9 +194,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_output(path: Path) -> Iterator[Path]:
-    """As `new_folder`, but refuse what `check_output` refuses, even what came to `path` meanwhile."""
+    """As `new_folder`, but what came to `path` since `check_output` stays: it is refused once more at the end."""
     with new_folder(path) as folder:
-        check_output(path)  # before the work
         yield folder
         check_output(path)
 

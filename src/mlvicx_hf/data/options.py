@@ -26,4 +26,5 @@ def check_least(least: int, **options: float | None) -> None:
     """Refuse numbers that are too small or not finite. None stands for an option that is not given."""
     for name, value in options.items():
         if value is not None and not least <= value < math.inf:  # also NaN
-            raise UserError(f"{name}={value} found; expected {least} or more")
+            kind = "a finite number, " if value == math.inf else ""
+            raise UserError(f"{name}={value} found; expected {kind}{least} or more")

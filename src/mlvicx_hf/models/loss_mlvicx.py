@@ -149,8 +149,7 @@ class _OffDiagonalSquares(torch.autograd.Function):
         if torch.is_grad_enabled() and values_are_readable(centered):  # for second derivatives nothing is a constant
             if world_size() > 1:
                 raise RuntimeError("a second derivative over several processes found; expected first ones there")
-            products = centered.mT @ centered
-            slope = centered @ (products - products.diagonal(dim1=1, dim2=2).diag_embed())
+            slope = centered @ centered.mT @ centered - centered * centered.square().sum(1, keepdim=True)
         elif rest:
             everyone, variance = rest
             slope = products @ everyone - centered * variance

@@ -75,7 +75,7 @@ class MLVICXPreTrainedModel(PreTrainedModel):
         return bool(self.base_model.is_plain)
 
     def _report_unexpected(self, head: str) -> None:
-        """Have weights of a `head` named that are not loaded: its encoder would ignore another one in its place."""
+        """Name weights of this class's own `head` that are not loaded; other classes ignore them."""
         ignored = self._keys_to_ignore_on_load_unexpected  # a list or, in later transformers, a set
         self._keys_to_ignore_on_load_unexpected = type(ignored)(key for key in ignored if head not in key)
 
@@ -652,6 +652,7 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
         self.mlvicx = MLVICXModel(config)
         self.decoder = UNetDecoder(config, self.mlvicx.channels)
         self.post_init()
+        self._report_unexpected("decoder")
 
     @can_return_tuple
     def forward(

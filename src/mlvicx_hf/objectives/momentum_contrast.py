@@ -35,7 +35,9 @@ class ContrastOptions:
     key_momentum: float = option("Momentum of the network that makes the keys.", 0.999, least=0, most=1)
     scale_momentum: bool = option("Scale the momentum from a batch of reference_batch to that of the run.", True)
     reference_batch: int = option("Batch for which key_momentum is meant.", 256, above=0)
-    key_images: int = option("Images that the key network normalises together, or one more; 0 for the batch.", 16)
+    key_images: int = option(
+        "Images that the key network normalises together (a group may hold one more); 0 for all.", 16
+    )
 
     def __post_init__(self) -> None:
         if self.key_images < 0 or self.key_images == 1:

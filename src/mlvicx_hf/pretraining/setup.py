@@ -46,7 +46,7 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
         UserError: arguments that do not fit the data, the checkpoint or one another.
     """
     check_values(model_arguments, data_arguments, arguments)
-    _check_arguments(model_arguments, data_arguments, arguments)
+    _check_arguments(data_arguments, arguments)
     accelerator = _create_accelerator(arguments)
     device, on_main = accelerator.device, accelerator.is_main_process
     options = read_options(model_arguments.objective, model_arguments.objective_options)
@@ -70,6 +70,11 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     checkpoint = None
     if arguments.resume:
         checkpoint, settings = _find_checkpoint(checkpoints, settings, on_main)
+    if arguments.freeze_batch_norm and model_arguments.init_from is None and checkpoint is None:
+        raise UserError(
+            "freeze_batch_norm found without init_from; expected weights to start from: random ones have no statistics "
+            "to keep, and timm starts the last normalisation of each block at 0, where it would stay"
+        )
 
     batches = data.batches
     schedule = Schedule(arguments.seed, arguments.batch_size, len(batches), arguments.epochs, batches.num_images)
@@ -193,16 +198,11 @@ def _doubts(model: ModelArguments, data: DataArguments, arguments: PretrainingAr
     return notes
 
 
-def _check_arguments(model: ModelArguments, data: DataArguments, arguments: PretrainingArguments) -> None:
+def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> None:
     output = Path(arguments.output_dir)
     if not arguments.resume and output.is_dir() and any(output.iterdir()):
         raise FileExistsError(
             f"output_dir={output} holds files of another run; choose another folder, or --resume that run"
-        )
-    if arguments.freeze_batch_norm and model.init_from is None:
-        raise UserError(
-            "freeze_batch_norm found without init_from; expected weights to start from: random ones have no statistics "
-            "to keep, and timm starts the last normalisation of each block at 0, where it would stay"
         )
     graphs = arguments.torch_compile and arguments.torch_compile_mode != "default"
     if graphs and (arguments.gradient_accumulation_steps > 1 or arguments.find_batch_size):

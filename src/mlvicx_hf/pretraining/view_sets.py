@@ -134,7 +134,7 @@ class ViewSet:
             made[f"turned_{number}"] = _turn(view[:, :1], turns)
             made[f"turns_{number}"] = _code(turns).to(view.dtype)
         if more.local:
-            # Averaged for the largest crop: the bilinear warp alone would alias it, and more would blur smaller ones.
+            # The bilinear warp alone would alias the largest crop of a large image. Smaller ones lose some detail.
             largest = wanted.local_area[1] ** 0.5 * images.shape[-1]
             whole = F.avg_pool2d(images[:, :1].float() / 255, max(1, int(largest / wanted.local_size)))
             small = [self.local.normalise(self.local.grey_view(whole, plan)) for plan in more.local]

@@ -73,7 +73,11 @@ def delong_test(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dic
     difference = float(first - second)
     p = 1.0
     if difference:
-        p = float(2 * stats.norm.sf(abs(difference) / np.sqrt(variance))) if variance > 1e-12 else math.nan
+        p = (
+            float(2 * stats.norm.sf(abs(difference) / np.sqrt(variance)))
+            if variance > 1e-18 * difference**2
+            else math.nan
+        )
     return {
         "auroc": float(first),
         "other_auroc": float(second),

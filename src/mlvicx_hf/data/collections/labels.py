@@ -29,7 +29,8 @@ from .cells import (
 )
 from .tables import CellType, Columns, numbered, read_cells, require_columns
 
-MANY_CLASSES = 10  # from which on most classes must have more than one row
+MANY_CLASSES = 10  # and more, of which most have one row and more characters than this, are texts of reports
+TEXT_LENGTH = 30
 
 FILE_COLUMNS = ("file_name", "file", "image", "path")
 RESERVED_COLUMNS = (*FILE_COLUMNS, "patient_id", "view", "split", "sex", "age", "source")
@@ -231,11 +232,11 @@ def _class_labels(table: Path, column: str, values: list[str], notes: tuple[str,
         raise UserError(
             f"{table}: column {column}: {some(sorted(names))} found, several words for yes and no; expected one of each"
         )
-    lone = [name for name, count in Counter(filter(None, classes)).items() if count == 1]
-    if len(names) >= MANY_CLASSES and 2 * len(lone) > len(names):
+    texts = [name for name, count in Counter(classes).items() if count == 1 and len(name) > TEXT_LENGTH]
+    if len(names) >= MANY_CLASSES and 2 * len(texts) > len(names):
         raise UserError(
-            f"{table}: column {column}: {len(names)} classes found, {len(lone)} of them in a single row, such as "
-            f"{lone[0][:60]!r}; expected classes that many rows share: texts of reports are none"
+            f"{table}: column {column}: {len(names)} classes found, {len(texts)} of them long and in one row alone, "
+            f"such as {texts[0][:60]!r}; expected short names that rows share: texts of reports are no classes"
         )
     whole = all(_WHOLE.fullmatch(name) for name in names)
     ordered = sorted(names, key=lambda name: (int(name) if whole else 0, name))

@@ -72,9 +72,9 @@ class TableOptions:
 
     @property
     def meant(self) -> dict[str, str]:
-        """Column that the user named → view, sex or age."""
-        named = {self.view_column: "view", self.sex_column: "sex", self.age_column: "age"}
-        return {column: meaning for column, meaning in named.items() if column is not None}
+        """View, sex or age → column that the user named."""
+        named = {"view": self.view_column, "sex": self.sex_column, "age": self.age_column}
+        return {meaning: column for meaning, column in named.items() if column is not None}
 
 
 def usual_names(
@@ -87,17 +87,21 @@ def usual_names(
     stay as they are, but for those of `TableOptions.meant`. Return the columns, and notes of renamed or ignored ones.
 
     Raises:
-        UserError: two columns would have the same name, or there is no column of a name that the user gave.
+        UserError: two columns would have the same name, or one that the user named is absent or named twice.
     """
-    for name, meaning in meant.items():
+    given = [*given, *meant.values()]
+    for meaning, name in meant.items():
         if name not in columns:
             raise UserError(f"{table}: columns {some(columns, 30)} found; expected the {meaning} in {name}")
-    given = [*given, *meant]
-    if find_view([name for name, cells in columns.items() if any(cells)], given):  # an empty column must not hide it
-        columns = {name: cells for name, cells in columns.items() if any(cells) or plain_name(name) not in VIEW_LIKE}
+        if given.count(name) > 1:
+            raise UserError(f"{table}: column {name} named as {meaning} and as something else; expected one of them")
+    # An empty column must not hide another one.
+    filled = [name for name, cells in columns.items() if any(cells) or name in given]
+    hiding = {*meant, *(VIEW_LIKE if "view" in meant or find_view(filled, given) else ())}
+    columns = {name: cells for name, cells in columns.items() if name in filled or plain_name(name) not in hiding}
     usual = {plain_name(name): name for name in (*RESERVED_COLUMNS, *LONE_COLUMNS, MASK_COLUMN)}
     new = {name: name if name in given else usual.get(plain_name(name), name) for name in columns}
-    new |= meant
+    new |= {name: meaning for meaning, name in meant.items()}
     twice = [name for name, count in Counter(new.values()).items() if count > 1]
     if twice:
         listed = some((name for name in columns if new[name] == twice[0]), 9)
@@ -173,8 +177,10 @@ def read_records(
     views = read_views(columns.get("view", empty), notes)
     splits = read_splits(table, columns.get("split", empty))
     letters = {cell.strip().upper() for cell in columns.get("sex", empty)}
-    if {"H", "M"} <= letters:  # hombre and mujer, where others would read M as male
-        raise UserError(f"{table}: sexes H and M found; expected F and M, since M may mean a man or a woman")
+    if "M" in letters and letters & {"H", "V"}:  # hombre or varón, and mujer, where others would read M as male
+        raise UserError(
+            f"{table}: sexes {some(sorted(letters))} found; expected F and M, since M may mean a woman here"
+        )
     sexes = parse_known("sexes", columns.get("sex", empty), parse_sex, "", notes)
     ages = parse_known("ages", columns.get("age", empty), parse_age, math.nan, notes)
     rows = zip(names, patients, views, splits, sexes, ages, strict=True)

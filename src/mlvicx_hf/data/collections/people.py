@@ -13,17 +13,9 @@ from mlvicx_hf.common.text import some
 from ..options import check_choice
 from .tables import CellType, numbered
 
-SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "unknown": "", "": ""}
-SEXES |= {
-    "w": "F",
-    "weiblich": "F",
-    "männlich": "M",
-    "femenino": "F",
-    "masculino": "M",
-    "féminin": "F",
-    "masculin": "M",
-}
-_IN_YEARS = r"Y|yrs?|years?|J|Jahre?|ans|años"
+SEXES = dict.fromkeys(("f", "female", "woman", "w", "weiblich", "femenino", "féminin"), "F")
+SEXES |= dict.fromkeys(("m", "male", "man", "männlich", "masculino", "masculin"), "M") | {"unknown": "", "": ""}
+_IN_YEARS = r"Y|yrs?|years?|J|Jahre?|ans?|años?"
 # 57M may be a man of 57.
 _AGE = re.compile(rf"(\d+(?:[.,]\d+)?)(?:\s*(?:{_IN_YEARS}))?|(\d{{3,}})([MWD])", re.IGNORECASE)
 UNITS_PER_YEAR = {"M": 12, "W": 52.18, "D": 365.25}

@@ -103,8 +103,8 @@ def open_stream(
     check_choice("views", views, VIEW_CHOICES)
     check_least(1, num_images=num_images, cache_size=size)
     if (Path(path) / MANIFEST).is_file():
-        if image_column is not None:
-            raise UserError(f"image_column={image_column!r} found with a cache; expected none: its column is image")
+        if image_column not in (None, "image"):
+            raise UserError(f"image_column={image_column!r} found with a cache; expected none, or image")
         return _open_cache(path, split, views, num_images)
     opened = open_dataset(path, streaming=True)
     check_choice("split", split, opened.splits)

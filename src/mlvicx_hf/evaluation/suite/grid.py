@@ -7,7 +7,6 @@ import difflib
 import functools
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -177,8 +176,8 @@ class Cell:
         error = output / self.error_path
         if not error.is_file():
             return None
-        lines = error.read_text(encoding="utf-8").strip().splitlines()
-        return next((line for line in reversed(lines) if re.match(r"[\w.]+(: |$)", line)), lines[-1])
+        last = error.read_text(encoding="utf-8").rpartition("Traceback (most recent call last):\n")[2]
+        return next((line for line in last.splitlines() if not line.startswith(" ")), last)
 
 
 @dataclass(frozen=True)
