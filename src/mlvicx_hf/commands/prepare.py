@@ -72,8 +72,9 @@ def _add_collections(made: CommandParser) -> None:
     add("--file_column", metavar="NAME", help="folder: column of the file (default file_name, file, image or path)")
     add("--image_column", metavar="NAME", help="hf: column of the image (default the only one)")
     add("--patient_column", metavar="NAME", help="folder, hf: column of the patient (default patient_id)")
-    for name in ("view", "sex", "age"):
-        add(f"--{name}_column", metavar="NAME", help=f"folder, hf: column of the {name} (default {name})")
+    add("--view_column", metavar="NAME", help="folder, hf: column of the view (default view)")
+    add("--sex_column", metavar="NAME", help="folder, hf: column of the sex (default sex)")
+    add("--age_column", metavar="NAME", help="folder, hf: column of the age (default age)")
     text = "folder, hf: patients that differ in zeros, .0, case or blanks are others (exact) or the same (normalised)"
     add("--patient_ids", choices=("exact", "normalised"), help=text)
     add("--label_columns", metavar="NAMES", help="folder, hf: columns of the labels, joined by commas")
