@@ -293,7 +293,7 @@ def test_found_micro_batches_are_said_recorded_and_kept(
     assert "find_batch_size: 4 micro-batches of 2 images" in capsys.readouterr().out
     assert_same_bits(plain, found)
 
-    with pytest.raises(ValueError, match=r"training\.gradient_accumulation_steps was 4, now 1$"):
+    with pytest.raises(ValueError, match=r"training\.gradient_accumulation_steps was 4, now 1; expected"):
         start(cache, found, "--resume")
     assert start(cache, found, "--resume", "--gradient_accumulation_steps", 4).step == 10
     with pytest.raises(ValueError, match=r"training\.gradient_accumulation_steps was 2, now 4$"):
