@@ -296,7 +296,7 @@ def test_found_micro_batches_are_said_recorded_and_kept(
     with pytest.raises(ValueError, match=r"training\.gradient_accumulation_steps was 4, now 1; expected"):
         start(cache, found, "--resume")
     assert start(cache, found, "--resume", "--gradient_accumulation_steps", 4).step == 10
-    with pytest.raises(ValueError, match=r"training\.gradient_accumulation_steps was 2, now 4$"):
+    with pytest.raises(ValueError, match=r"training\.gradient_accumulation_steps was 2, now 4; expected"):
         start(cache, with_two(cache, tmp_path), "--resume", "--find_batch_size", "--gradient_accumulation_steps", 4)
 
 
