@@ -686,7 +686,7 @@ def test_a_validation_split_that_scores_nothing_is_an_error(pretrained: Path, tm
 def test_checkpointing_that_a_backbone_does_not_have_is_refused(cache: Path, tmp_path: Path):
     MLVICXModel(tiny_config(backbone="efficientnet_lite0")).save_pretrained(tmp_path / "model")
     MLVICXImageProcessor(32).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="gradient_checkpointing found with backbone='efficientnet_lite0'; expected a"):
+    with pytest.raises(UserError, match="gradient checkpointing of backbone='efficientnet_lite0' found; expected a"):
         run(tmp_path / "run", tmp_path / "model", cache, gradient_checkpointing=True)
 
 

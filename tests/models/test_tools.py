@@ -132,8 +132,21 @@ def test_adapted_gates_learn(reduction: int | None):
 
 def test_checkpointing_of_a_backbone_without_a_list_of_layers_is_refused():
     model = MLVICXForImageClassification(tiny_config(backbone="efficientnet_lite0", num_labels=2))
-    with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
+    with pytest.raises(ValueError, match="backbone='efficientnet_lite0' found; expected a backbone that is a list of"):
         model.gradient_checkpointing_enable()
+
+
+@pytest.mark.skipif(
+    not hasattr(MLVICXForImageClassification, "activation_checkpointing_enable"), reason="an earlier transformers"
+)
+def test_checkpointing_by_its_new_name_warns_of_no_old_one(recwarn: pytest.WarningsRecorder):
+    model = classifier()
+    model.activation_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+    other = MLVICXForImageClassification(tiny_config(backbone="efficientnet_lite0", num_labels=2))
+    with pytest.raises(ValueError, match="backbone='efficientnet_lite0' found; expected a backbone that is a list of"):
+        other.activation_checkpointing_enable()
 
 
 def test_weights_of_a_head_that_is_not_loaded_are_named(tmp_path: Path):

@@ -145,7 +145,7 @@ def _told(runs: Sequence[Path]) -> list[dict[str, Any]]:
     for run, about in zip(runs, told, strict=True):
         ours, first = (
             each.get("hyperparameters", {})
-            | {name: each[name] for name in ("image_size",) if name in each}  # of segmenters
+            | ({"image_size": each["image_size"]} if "image_size" in each else {})  # of segmenters
             | {name: each.get(name) or None for name in SHARED_FIELDS}
             for each in (about, told[0])
         )

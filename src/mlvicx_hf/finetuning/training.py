@@ -286,12 +286,9 @@ def train_with_trainer(
     """
     if isinstance(model, MLVICXPreTrainedModel):  # faster; others would have to be made contiguous for every checkpoint
         model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers' wrapper hides the signature
-        checkpointing = settings.gradient_checkpointing or getattr(settings, "activation_checkpointing", False)
-        if checkpointing and not model.supports_gradient_checkpointing:
-            raise UserError(
-                f"gradient_checkpointing found with backbone={model.config.backbone!r}; expected a backbone that is a "
-                "list of layers, such as a ResNet"
-            )
+        if settings.gradient_checkpointing or getattr(settings, "activation_checkpointing", False):
+            with user_input():
+                model.require_gradient_checkpointing()
     make = Trainer if patients is None else partial(BalancedTrainer, patients=patients)
     try:
         trainer = make(

@@ -74,6 +74,33 @@ class MLVICXPreTrainedModel(PreTrainedModel):
         """Whether the maps inside the stages can be computed again: of backbones that are lists of layers."""
         return bool(self.base_model.is_plain)
 
+    def require_gradient_checkpointing(self) -> None:
+        """Refuse a backbone that is no list of layers.
+
+        Raises:
+            ValueError: naming the backbone.
+        """
+        if not self.supports_gradient_checkpointing:
+            raise ValueError(
+                f"gradient checkpointing of backbone={self.config.backbone!r} found; expected a backbone that is a "
+                "list of layers, such as resnet18"
+            )
+
+    # What both names lead to, in versions of transformers that have two.
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+
+        def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+            """As in the base class, after `require_gradient_checkpointing`."""
+            self.require_gradient_checkpointing()
+            super().activation_checkpointing_enable(*args, **kwargs)
+
+    else:
+
+        def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+            """As in the base class, after `require_gradient_checkpointing`."""
+            self.require_gradient_checkpointing()
+            super().gradient_checkpointing_enable(*args, **kwargs)
+
     def _report_unexpected(self, head: str) -> None:
         """Name weights of this class's own `head` that are not loaded; other classes ignore them."""
         ignored = self._keys_to_ignore_on_load_unexpected  # a list or, in later transformers, a set
@@ -685,16 +712,13 @@ class MLVICXForSemanticSegmentation(MLVICXPreTrainedModel):
         if labels is not None:
             ignored = self.config.semantic_loss_ignore_index
             labels, check = labels.to(logits.device), self._check_labels(labels)
-            # Only values that are white in a mask: others are chosen on purpose.
-            if (
-                check
-                and ignored > 1
-                and bool(((labels == 0) | (labels == ignored)).all() and (labels == ignored).any())
-            ):
-                logger.warning(
-                    f"masks of 0 and {ignored} alone found in the first batch. Pixels of {ignored} do not count, so if "
-                    f"they show the structure, divide the masks by {ignored} first"
-                )
+            if check and ignored > 1:  # a value that may be white in a mask; others are chosen on purpose
+                white = labels == ignored
+                if bool(((labels == 0) | white).all() and white.any()):
+                    logger.warning(
+                        f"masks of 0 and {ignored} alone found in the first batch. Pixels of {ignored} do not count, "
+                        f"so if they show the structure, divide the masks by {ignored} first"
+                    )
             loss = segmentation_loss(logits, labels, ignored, check)
         return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None)
 

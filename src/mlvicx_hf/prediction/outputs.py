@@ -205,32 +205,31 @@ class Outputs:
             raise FileExistsError(f"mask folder {masks} holds {strange[0].name}, which is no mask: it is not replaced")
 
 
+def check_outside(output: Path, inputs: Iterable[Path], what: str) -> None:
+    """Refuse an output in the place of an input, or in its folder, where the next run would take it for one.
+
+    Raises:
+        UserError: naming `what` and the input.
+    """
+    place = output.resolve()
+    for item in inputs:
+        if item.resolve() in (place, *place.parents):
+            raise UserError(f"{what} {output} lies in the input {item}; expected it elsewhere")
+
+
 def check_mask_places(places: Iterable[Path], inputs: Iterable[Path], masks: Path) -> None:
     """Refuse masks that cannot be written beside one another, or that the next run would take for images.
 
     Raises:
         UserError: a mask folder within an input, or names that no file system takes.
     """
-    for item in inputs:
-        if item.is_dir() and item.resolve() in (masks.resolve(), *masks.resolve().parents):
-            raise UserError(f"mask folder {masks} lies in the input {item}; expected it elsewhere")
+    check_outside(masks, inputs, "mask folder")
     names = {mask_name(place) for place in places}
     for name in names:
         if len(os.fsencode(name.name)) > 255:
             raise UserError(f"{name.name[:40]}…: name of {len(os.fsencode(name.name))} bytes; expected at most 255")
         if not names.isdisjoint(name.parents):
             raise UserError(f"mask {printable(name)} lies in a folder that is called as another mask; rename it")
-
-
-def check_sheet_place(sheet: Path, inputs: Iterable[Path]) -> None:
-    """Refuse a sheet in the place of an input, or that the next run would take for one.
-
-    Raises:
-        UserError: naming the input.
-    """
-    for item in inputs:
-        if item.resolve() in (sheet.resolve(), *sheet.resolve().parents):
-            raise UserError(f"sheet {sheet} lies in the input {item}; expected it elsewhere")
 
 
 def write_embeddings(path: Path, suffix: str, files: list[str], batches: list[Tensor]) -> None:

@@ -23,7 +23,7 @@ from mlvicx_hf.data.images.pixels import fit_square_gray, read_gray
 from mlvicx_hf.data.options import check_least
 from mlvicx_hf.encoders.inference import LoadedModel, infer, load
 
-from .outputs import Outputs, check_sheet_place, printable
+from .outputs import Outputs, check_outside, printable
 from .prediction import Batch, InputImage, find_inputs, read_batches
 from .search import LABEL_PREFIX, ImageIndex
 
@@ -93,7 +93,7 @@ def find_similar(
     skipped: Counter[str] = Counter()
     images = find_inputs(given, skipped)
     if outputs.sheet is not None:
-        check_sheet_place(outputs.sheet, given)
+        check_outside(outputs.sheet, given, "sheet")
     loaded = load_searcher(opened, model, revision, device)
     batches = read_batches(images, loaded.processor, batch_size, num_workers, opened.square)
     outputs.table.parent.mkdir(parents=True, exist_ok=True)

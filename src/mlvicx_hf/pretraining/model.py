@@ -50,11 +50,8 @@ def prepare_objective(
     _check_accumulation(objective, model_arguments.objective, arguments)
     objective.prepare(schedule)
     if arguments.gradient_checkpointing:
-        if not objective.encoder.is_plain:
-            raise UserError(
-                f"gradient_checkpointing found with backbone={model_arguments.backbone!r}; expected a backbone that is "
-                "a list of layers, such as a ResNet"
-            )
+        with user_input():
+            objective.encoder.require_gradient_checkpointing()
         objective.encoder.backbone.set_grad_checkpointing()
     if arguments.freeze_batch_norm:
         if not any(isinstance(part, _BatchNorm) for part in objective.encoder.backbone.modules()):
@@ -146,8 +143,8 @@ def _compare_heads(source: str, model: Any, encoder: str, report: dict[str, Any]
         found += f"; {len(left_out)} weights of the earlier heads are left out, such as {left_out[0]}"
     anew = {*new, *(row[0] for row in report["mismatched_keys"])}
     if any(key.startswith("aggregator.") and key not in anew for key in own):
-        every = list(range(len(model.mlvicx.channels)))
-        then, now = (each.aggregation_levels or every for each in (MLVICXConfig.from_pretrained(source), model.config))
+        now = model.aggregator.levels
+        then = MLVICXConfig.from_pretrained(source).aggregation_levels or list(range(len(model.mlvicx.channels)))
         if then != now:
             raise UserError(
                 f"aggregation_levels={now} found; expected {then}, as the heads of init_from={source} were trained, or "

@@ -70,11 +70,8 @@ def set_up(model_arguments: ModelArguments, data_arguments: DataArguments, argum
     checkpoint = None
     if arguments.resume:
         checkpoint, settings = _find_checkpoint(checkpoints, settings, on_main)
-    if arguments.freeze_batch_norm and model_arguments.init_from is None and checkpoint is None:
-        raise UserError(
-            "freeze_batch_norm found without init_from; expected weights to start from: random ones have no statistics "
-            "to keep, and timm starts the last normalisation of each block at 0, where it would stay"
-        )
+    if checkpoint is None:
+        _check_start(model_arguments, arguments)
 
     batches = data.batches
     schedule = Schedule(arguments.seed, arguments.batch_size, len(batches), arguments.epochs, batches.num_images)
@@ -215,6 +212,14 @@ def _check_arguments(data: DataArguments, arguments: PretrainingArguments) -> No
     for name in ("crop_area", "blur", "solarize"):
         if len(getattr(data, name)) != 2:
             raise UserError(f"{name}={getattr(data, name)} found; expected two values")
+
+
+def _check_start(model: ModelArguments, arguments: PretrainingArguments) -> None:
+    if arguments.freeze_batch_norm and model.init_from is None:
+        raise UserError(
+            "freeze_batch_norm found without init_from; expected weights to start from: random ones have no statistics "
+            "to keep, and timm starts the last normalisation of each block at 0, where it would stay"
+        )
 
 
 def _create_accelerator(arguments: PretrainingArguments) -> Accelerator:

@@ -244,7 +244,7 @@ def explain(
 
     Raises:
         ImportError: without captum or matplotlib.
-        FileExistsError: an output that is there already.
+        FileExistsError: an output that holds something.
         UserError: arguments, models, labels or masks that do not fit, no image of a finding, or none to score.
         OSError: a model or cache that is absent or damaged.
         FloatingPointError: a model whose heat maps are not finite.
